@@ -1,0 +1,178 @@
+"""Finding the scans of a cohort: BraTS folders, flat folders, tables; nothing is opened here but tables."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anomri.spec import AnomriError
+
+SUFFIXES = (".nii.gz", ".nii")
+LABEL_NAMES = ("seg", "label")
+MASK_NAMES = ("mask", "brainmask")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of one patient: a file per channel, and a brain mask and a lesion label where there are."""
+
+    name: str
+    channels: dict[str, Path]
+    label: Path | None = None
+    mask: Path | None = None
+    split: str | None = None
+    subject: str | None = None
+
+    @property
+    def patient(self) -> str:
+        """Whose scan it is: ``subject``, the ``sub-...`` of a BIDS name, else the case itself."""
+        bids = re.match(r"sub-[A-Za-z0-9]+", self.name)
+        return self.subject or (bids.group() if bids else self.name)
+
+    def files(self, channels: Sequence[str]) -> list[Path]:
+        """Files of ``channels`` in that order; raises `AnomriError` naming the missing ones and those found."""
+        missing = [channel for channel in channels if channel not in self.channels]
+        if missing:
+            where = next(iter(self.channels.values()), self.label or Path(self.name)).parent
+            found = ", ".join(self.channels) or "none"
+            raise AnomriError(
+                f"{self.name}: no file for channel {', '.join(missing)} in {where} (channels found: {found}). "
+                f"Files are named <case>_<channel>.nii.gz; rename them, or name the channels in a TSV."
+            )
+        return [self.channels[channel] for channel in channels]
+
+
+def find_cases(cohort: str | Path) -> list[Case]:
+    """The cases of a cohort, sorted by name.
+
+    ``cohort`` is one of
+
+    * a folder in the BraTS layout, ``<case>/<case>_<channel>.nii.gz``;
+    * a flat folder, ``<case>_<channel>.nii.gz``, also that of a single case;
+    * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
+      ``subject`` (whose scans must not be split); its paths are relative to the table;
+    * one NIfTI file, a case of one channel.
+
+    ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
+    lower case. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
+    tables. Raises `AnomriError` if there is nothing, or something that does not fit.
+    """
+    path = Path(cohort)
+    if path.is_dir():
+        cases = _cases_in_folder(path)
+        splits = path / "splits.csv"
+        if splits.is_file():
+            cases = assign_splits(cases, read_splits(splits))
+    elif path.name.lower().endswith(".tsv") and path.is_file():
+        cases = _cases_in_table(path)
+    elif path.name.lower().endswith(SUFFIXES) and path.is_file():
+        stem, channel = _split_name(path)
+        cases = [Case(stem or channel, {channel: path})]
+    elif path.exists():
+        raise AnomriError(f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be.")
+    else:
+        raise AnomriError(f"{path}: no such file or folder.")
+    if not cases:
+        raise AnomriError(
+            f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz or a .tsv."
+        )
+    return sorted(cases, key=lambda case: case.name)
+
+
+def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Names of the channels that most cases have, in alphabetical order (that of the paper: FLAIR, T1, T1ce, T2)."""
+    sets = [tuple(sorted(case.channels)) for case in cases if case.channels]
+    if not sets:
+        raise AnomriError("no case of the cohort has an image.")
+    return max(sorted(set(sets)), key=sets.count)
+
+
+def read_splits(path: Path) -> dict[str, str]:
+    """Read a table (.csv or .tsv) with the columns ``case`` and ``split`` (train, val or test)."""
+    splits = {}
+    for line, row in enumerate(_rows(path, ("case", "split")), start=2):
+        if row["split"] not in SPLITS:
+            raise AnomriError(f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}.")
+        if splits.setdefault(row["case"], row["split"]) != row["split"]:
+            raise AnomriError(f"{path}, line {line}: case {row['case']} is in two splits; each case has one.")
+    return splits
+
+
+def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
+    """The cases with their split from a table; those that the table does not name keep theirs."""
+    return [replace(case, split=splits.get(case.name, case.split)) for case in cases]
+
+
+def write_splits(path: Path, cases: Sequence[Case]) -> None:
+    """Write the table that `read_splits` reads."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("case", "split"))
+        writer.writerows((case.name, case.split) for case in cases if case.split)
+
+
+def _split_name(path: Path) -> tuple[str, str]:
+    name = path.name
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
+            break
+    stem, _, kind = name.rpartition("_")
+    return stem, kind.lower()
+
+
+def _cases_in_folder(folder: Path) -> list[Case]:
+    found: dict[str, dict[str, Path]] = {}
+    subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    for place in sorted([folder, *subfolders]):
+        for path in sorted(place.iterdir()):
+            if not path.name.lower().endswith(SUFFIXES) or path.name.startswith("."):
+                continue
+            stem, kind = _split_name(path)
+            files = found.setdefault(stem or place.resolve().name, {})
+            if kind in files:
+                raise AnomriError(f"{path} and {files[kind]} are both {kind} of case {stem}; keep one of them.")
+            files[kind] = path
+    return [_case(name, files) for name, files in found.items()]
+
+
+def _cases_in_table(path: Path) -> list[Case]:
+    cases: dict[str, Case] = {}
+    for line, row in enumerate(_rows(path, ("case",)), start=2):
+        name, split = row.pop("case"), row.pop("split", None) or None
+        subject = row.pop("subject", None) or None
+        if not name or name in cases or "/" in name:
+            raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
+        if split not in (*SPLITS, None):
+            raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")
+        files = {column.lower(): path.parent / value for column, value in row.items() if value}
+        for column, file in files.items():
+            if not file.is_file():
+                raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")
+        cases[name] = replace(_case(name, files), split=split, subject=subject)
+    return list(cases.values())
+
+
+def _case(name: str, files: dict[str, Path]) -> Case:
+    label = next((files[kind] for kind in LABEL_NAMES if kind in files), None)
+    mask = next((files[kind] for kind in MASK_NAMES if kind in files), None)
+    known = (*LABEL_NAMES, *MASK_NAMES)
+    return Case(name, {kind: path for kind, path in sorted(files.items()) if kind not in known}, label, mask)
+
+
+def _rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
+            rows = [{key: value.strip() for key, value in row.items() if key is not None} for row in reader]
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise AnomriError(f"{path}: cannot read the table: {error}") from error
+    missing = [column for column in required if column not in columns]
+    if missing:
+        raise AnomriError(f"{path}: no column {', '.join(missing)} (columns found: {', '.join(columns) or 'none'}).")
+    return rows

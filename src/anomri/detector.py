@@ -1,0 +1,249 @@
+"""A trained model at work: load, save, and find what does not look healthy in a scan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import torch
+from nibabel.affines import apply_affine
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from anomri import methods
+from anomri.cases import Case, find_cases
+from anomri.files import output_folder, whole_file, write_text
+from anomri.metrics import drop_small_components
+from anomri.networks import fold_weight_standardisation
+from anomri.residual import anomaly_score
+from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
+from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import Geometry, Volume, read_volume, write_image
+
+INFERENCE_BATCH = 8
+"""Slices a forward pass: larger batches leave the processor's cache and are slower."""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One 26-connected component of a mask; the centroid is in scanner mm (RAS+), the scores are the map's."""
+
+    lesion: int
+    volume_mm3: float
+    centroid_mm: tuple[float, float, float]
+    peak: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in one scan; arrays lie in the working orientation, `save` brings them to the input's grid.
+
+    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
+    ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
+    intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n, h, w) are what the method
+    saw and gave on the working grid.
+    """
+
+    name: str
+    spec: ModelSpec
+    volume: Volume
+    stack: SliceStack
+    scores: NDArray[np.float32]
+    reconstructed: Tensor
+    anomaly_map: NDArray[np.float32]
+    mask: NDArray[np.bool_] | None
+    lesions: tuple[Lesion, ...]
+
+    @property
+    def reconstruction(self) -> NDArray[np.float32]:
+        """The reconstruction (channels, x, y, z) in the input's intensities."""
+        shape, mm, grid = self.volume.geometry.canonical_shape, self.volume.in_plane_mm, self.spec.grid
+        channels = [
+            from_slices(self.reconstructed[:, number], shape, mm, grid, self.stack.index) * scale
+            for number, scale in enumerate(self.stack.scale)
+        ]
+        return np.stack(channels)
+
+    @property
+    def display_range(self) -> tuple[float, float]:
+        """Scores between which a viewer shows colour: the same for all scans of a model."""
+        thresholds = self.spec.thresholds
+        return (thresholds.value[0], 3 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
+
+    def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
+        """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
+
+        Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
+        there. Raises `AnomriError` naming the file that cannot be written.
+        """
+        folder, geometry = output_folder(Path(folder)), self.volume.geometry
+        written = [folder / f"{self.name}_anomaly.nii.gz"]
+        write_image(written[0], self.anomaly_map, geometry, self.display_range)
+        if self.mask is not None:
+            written.append(folder / f"{self.name}_mask.nii.gz")
+            write_image(written[-1], self.mask.astype(np.uint8), geometry, (0, 1))
+        if reconstruction:
+            written.append(folder / f"{self.name}_reconstruction.nii.gz")
+            write_image(written[-1], self.reconstruction, geometry)
+        written.append(folder / f"{self.name}.json")
+        write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
+        return written
+
+    def summary(self) -> dict[str, Any]:
+        """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
+        return {
+            "case": self.name,
+            "channels": list(self.volume.channels),
+            "method": self.spec.method,
+            "threshold": self.spec.thresholds.threshold if self.spec.thresholds else None,
+            "voxel_false_positive_rate": self.spec.thresholds.chosen if self.spec.thresholds else None,
+            "peak": float(self.anomaly_map.max()),
+            "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
+            "lesions": [asdict(lesion) for lesion in self.lesions],
+            "anomri": version("anomri"),
+        }
+
+
+class Detector:
+    """A model ready to find anomalies: its specification and its method with weights.
+
+    ``Detector.load(folder)`` reads a model folder; `detect` takes one scan. Use `anomri.load` for short.
+    """
+
+    def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        # Kept for `save`: folding changes the filters in place.
+        self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
+        self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Detector:
+        """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
+
+        Raises `AnomriError` naming the file that is missing, damaged or does not fit.
+        """
+        folder = Path(folder)
+        if not (folder / "model.json").is_file():
+            raise AnomriError(f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote.")
+        spec = ModelSpec.read(folder / "model.json")
+        method = methods.build(spec)
+        weights = folder / "weights.safetensors"
+        try:
+            method.load_state_dict(load_tensors(weights.read_bytes()))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+        return cls(spec, method, device)
+
+    def detect(self, scan: Case | Volume | str | Path) -> Detection:
+        """Find anomalies in one scan: a `Case`, a `Volume`, or a path that `find_cases` takes for one case.
+
+        Raises `AnomriError` if the scan lacks a channel of the model or cannot be read.
+        """
+        volume = scan if isinstance(scan, Volume) else self.read(scan)
+        stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
+        scores, reconstructed = self.score(stack)
+        shape, mm = volume.geometry.canonical_shape, volume.in_plane_mm
+        anomaly_map = from_slices(torch.from_numpy(scores), shape, mm, self.spec.grid, stack.index)
+        mask, lesions = None, ()
+        if self.spec.thresholds is not None:
+            mask = anomaly_map > self.spec.thresholds.threshold
+            mask = drop_small_components(mask, self._max_dropped(volume.geometry))
+            lesions = find_lesions(mask, anomaly_map, volume.geometry)
+        return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
+
+    def read(self, scan: Case | str | Path) -> Volume:
+        """Read the model's channels of one scan."""
+        if not isinstance(scan, Case):
+            cases = find_cases(scan)
+            if len(cases) > 1:
+                raise AnomriError(f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases.")
+            scan = cases[0]
+        channels = self.spec.channels
+        if len(channels) == 1 and len(scan.channels) == 1 and channels[0] not in scan.channels:
+            # One image for a model of one channel: its name need not end in the channel's.
+            scan = Case(scan.name, {channels[0]: next(iter(scan.channels.values()))}, scan.label, scan.mask)
+        missing = [channel for channel in channels if channel not in scan.channels]
+        if missing:
+            raise AnomriError(
+                f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
+                f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
+                f"<case>_<channel>.nii.gz, or train a model with --channels {','.join(scan.channels)}."
+            )
+        return read_volume(scan, channels, self.spec.grid)
+
+    def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
+        """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
+        box = self._box(stack)
+        reconstructed = torch.empty_like(stack.x)
+        with torch.inference_mode():
+            for start in range(0, len(stack.x), INFERENCE_BATCH):
+                part = slice(start, start + INFERENCE_BATCH)
+                reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
+            raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
+        return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model folder that `load` reads."""
+        write_model(Path(folder), self.spec, self._state)
+
+    def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
+        if self.spec.crop is None:
+            return None
+        return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), 8, self.spec.grid.size)
+
+    def _max_dropped(self, geometry: Geometry) -> float:
+        """The paper's 20 voxels of the working grid, in voxels of the scan."""
+        grid = self.spec.grid
+        if grid.field_of_view_mm is None:
+            pixels = geometry.canonical_shape[0] * geometry.canonical_shape[1] / (grid.size[0] * grid.size[1])
+        else:
+            spacing = geometry.spacing_mm
+            pixel_mm2 = grid.field_of_view_mm[0] * grid.field_of_view_mm[1] / (grid.size[0] * grid.size[1])
+            pixels = pixel_mm2 / (spacing[0] * spacing[1])
+        return self.spec.score.max_dropped_voxels * pixels
+
+
+def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
+    """Write a model folder; ``model.json`` comes last, so that a folder that has one is complete."""
+    output_folder(folder)
+    with whole_file(folder / "weights.safetensors") as partial:
+        partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
+    write_text(folder / "model.json", spec.to_json())
+
+
+def find_lesions(
+    mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geometry: Geometry
+) -> tuple[Lesion, ...]:
+    """The 26-connected components of a mask (x, y, z) in the working orientation, largest first."""
+    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
+    inside = components[mask].astype(np.int64)
+    if not inside.size:
+        return ()
+    scores = anomaly_map[mask]
+    counts = np.bincount(inside)[1:]
+    means = np.bincount(inside, weights=scores)[1:] / counts
+    peaks = np.zeros(len(counts) + 1)
+    np.maximum.at(peaks, inside, scores)
+    centroids = cc3d.statistics(components)["centroids"][1:]
+    centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
+    largest_first = np.argsort(-counts, kind="stable")
+    return tuple(
+        Lesion(
+            number,
+            round(float(counts[k] * geometry.voxel_mm3), 3),
+            tuple(centroids_mm[k].tolist()),
+            float(peaks[k + 1]),
+            float(means[k]),
+        )
+        for number, k in enumerate(largest_first, start=1)
+    )

@@ -1,0 +1,79 @@
+"""The methods, one file each, and the little that each must offer.
+
+A new method is a file with a class that fits `Method`, and a line in `_METHODS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Generator, Tensor
+
+from anomri.spec import AnomriError, ModelSpec, Training
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named choice of a method's settings and of its training (``None``: nothing to train)."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    training: Training | None = None
+
+
+_METHODS = {
+    "dae": "anomri.methods.dae:DAE",
+    "thresholding": "anomri.methods.thresholding:Thresholding",
+}
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a method offers: an ``nn.Module`` built from (channels, settings) with these three calls.
+
+    Tensors are (n, c, h, w) float32 slices on the working grid and (n, h, w) bool foregrounds. ``box``
+    (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
+    """
+
+    PRESETS: ClassVar[dict[str, Preset]]
+    """At least ``paper`` (as published) and ``small`` (a laptop's); without training, `forward` is never called."""
+
+    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+        """Training loss of a batch, a scalar; what is random comes from ``generator``."""
+
+    def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
+        """What the method takes for the healthy version of ``x``, of the same shape."""
+
+    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+        """How anomalous each pixel is before erosion and median, (n, h, w); ``x`` is all slices of one scan."""
+
+
+def names() -> list[str]:
+    """Names of all methods."""
+    return sorted(_METHODS)
+
+
+def preset(method: str, name: str) -> Preset:
+    """The preset ``name`` of a method; raises `AnomriError` that lists what there is."""
+    presets: dict[str, Preset] = _class(method).PRESETS
+    if name not in presets:
+        raise AnomriError(f"{method} has no preset {name!r}; it has {', '.join(presets)}.")
+    return presets[name]
+
+
+def build(spec: ModelSpec) -> Any:
+    """The method that ``spec`` describes, with weights not yet trained; raises `AnomriError` if there is none."""
+    try:
+        return _class(spec.method)(spec.channels, **spec.settings)
+    except TypeError as error:
+        raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
+
+
+def _class(method: str) -> Any:
+    if method not in _METHODS:
+        raise AnomriError(f"there is no method {method!r}; the methods are {', '.join(names())}.")
+    module, name = _METHODS[method].split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,71 @@
+"""The coarse-noise denoising autoencoder (Kascenas, Pugeault, O'Neil, MIDL 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from anomri.methods import Box, Preset
+from anomri.networks import UNet
+from anomri.noise import add_on_foreground, coarse_noise
+from anomri.residual import mean_absolute_residual
+from anomri.spec import Training
+
+
+class DAE(nn.Module):
+    """A U-Net that learns to remove coarse noise from healthy slices, and then removes lesions.
+
+    ``widths`` are the network's channels per level; the noise is N(0, ``noise_std``^2) drawn at
+    ``noise_resolution`` x ``noise_resolution`` for the whole grid. No noise is added at test.
+    """
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
+        "small": Preset(
+            {"widths": [16, 32, 64, 128]},
+            Training(
+                steps=2400,
+                learning_rate=1e-3,
+                schedule="cosine",
+                precision="auto",
+                crop_to_brain=True,
+                validate_every=200,
+                validation_slices=128,
+            ),
+        ),
+    }
+
+    def __init__(
+        self,
+        channels: Sequence[str],
+        widths: Sequence[int] = (64, 128, 256, 512),
+        noise_resolution: int = 16,
+        noise_std: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.network = UNet(len(channels), widths)
+        self.noise_resolution = noise_resolution
+        self.noise_std = noise_std
+
+    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+        """Squared error on the foreground, then the mean over all pixels."""
+        n, c, h, w = x.shape
+        noise = coarse_noise((n, c, h, w), self.noise_resolution, self.noise_std, generator)
+        reconstruction = self.reconstruct(add_on_foreground(x, noise, foreground[:, None]), box)
+        return ((reconstruction - x) * foreground[:, None]).square().mean()
+
+    def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
+        """``x`` without what the network takes for noise; zero outside ``box``."""
+        if box is None:
+            return self.network(x).float()
+        top, bottom, left, right = box
+        reconstruction = torch.zeros_like(x)
+        reconstruction[..., top:bottom, left:right] = self.network(x[..., top:bottom, left:right]).float()
+        return reconstruction
+
+    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+        """Mean over the channels of the absolute residual."""
+        return mean_absolute_residual(x, reconstruction)

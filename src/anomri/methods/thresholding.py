@@ -1,0 +1,45 @@
+"""Thresholding of one bright channel, the baseline without a network (Meissen, Kaissis, Rueckert 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from anomri.methods import Box, Preset
+from anomri.spec import AnomriError
+
+
+class Thresholding(nn.Module):
+    """Histogram-equalised FLAIR inside the foreground: how much of the brain is darker than a voxel.
+
+    ``channel`` names another channel in which lesions are bright; FLAIR is taken if there is one, else the first.
+    """
+
+    PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset()}
+
+    def __init__(self, channels: Sequence[str], channel: str | None = None) -> None:
+        super().__init__()
+        name = channel or ("flair" if "flair" in channels else channels[0])
+        if name not in channels:
+            raise AnomriError(f"thresholding needs channel {name}, but the channels are {', '.join(channels)}.")
+        self.channel = list(channels).index(name)
+
+    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+        """There is nothing to learn."""
+        raise NotImplementedError("thresholding is not trained")
+
+    def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
+        """The channels as they are: this method has no idea of what is healthy."""
+        return x
+
+    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+        """The share of the scan's foreground that is at most as bright (exact histogram equalisation)."""
+        image = x[:, self.channel].contiguous()
+        inside = image[foreground]
+        rank = torch.searchsorted(inside.sort().values, inside, right=True)
+        equalised = torch.zeros_like(image)
+        equalised[foreground] = rank.float() / max(inside.numel(), 1)
+        return equalised

@@ -1,0 +1,115 @@
+"""The U-Net of the denoising autoencoder (Kascenas et al. 2022, section 3.2), and what it is built of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def group_count(channels: int) -> int:
+    """Number of groups of a group norm: the middle one of the sorted divisors of ``channels``.
+
+    >>> [group_count(c) for c in (8, 64, 128, 512)]
+    [4, 8, 16, 32]
+    """
+    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+    return divisors[len(divisors) // 2]
+
+
+def standardise_weight(weight: Tensor) -> Tensor:
+    """Each filter of ``weight`` (out, in, h, w) with its mean subtracted, divided by (unbiased std + 1e-5)."""
+    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
+    std = weight.std(dim=(1, 2, 3), keepdim=True)
+    return (weight - mean) / (std + 1e-5)
+
+
+class WeightStandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are standardised at every call (Qiao et al. 2019)."""
+
+    standardised = False  # True once `fold_weight_standardisation` has done it for good
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.standardised else standardise_weight(self.weight)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class ConvBlock(nn.Module):
+    """Two times: 3 x 3 weight-standardised convolution with reflection padding, Swish, group norm."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = WeightStandardisedConv2d(channels_in, channels_out, 3, padding=1, padding_mode="reflect")
+        self.norm1 = nn.GroupNorm(group_count(channels_out), channels_out)
+        self.conv2 = WeightStandardisedConv2d(channels_out, channels_out, 3, padding=1, padding_mode="reflect")
+        self.norm2 = nn.GroupNorm(group_count(channels_out), channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(functional.silu(self.conv1(x)))
+        x = self.norm2(functional.silu(self.conv2(x)))
+        return x
+
+
+class UNet(nn.Module):
+    """U-Net with skip connections: (n, channels, h, w) -> the same shape.
+
+    ``widths`` gives the channels of each level, from the finest to the coarsest; h and w must be divisible by
+    2 ** (len(widths) - 1), and the coarsest map must be at least 2 x 2 for the reflection padding.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
+        super().__init__()
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.encoder = nn.ModuleList(
+            [ConvBlock(channels, widths[0])] + [ConvBlock(fine, coarse) for fine, coarse in pairs]
+        )
+        self.upsample = nn.ModuleList([nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs])
+        self.decoder = nn.ModuleList([ConvBlock(2 * fine, fine) for fine, _ in pairs])
+        self.head = nn.Conv2d(widths[0], channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, block in enumerate(self.encoder):
+            x = block(x if level == 0 else functional.avg_pool2d(x, 2))
+            skips.append(x)
+        skips.pop()
+        for level in reversed(range(len(self.decoder))):
+            x = self.decoder[level](torch.cat([self.upsample[level](x), skips[level]], dim=1))
+        return self.head(x)
+
+
+def fold_weight_standardisation(network: nn.Module) -> nn.Module:
+    """Standardise the filters of ``network`` once, in place, for inference; its output does not change."""
+    for module in network.modules():
+        if isinstance(module, WeightStandardisedConv2d) and not module.standardised:
+            with torch.no_grad():
+                module.weight.copy_(standardise_weight(module.weight))
+            module.standardised = True
+    return network
+
+
+def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the program released with the paper (``down_path.0.block.1.weight``) under `UNet`'s names.
+
+    Raises ``KeyError`` naming the parameter that is not one of that program's U-Net.
+    """
+    levels = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("down_path.")), default=0)
+    in_block = {"1": "conv1", "3": "norm1", "5": "conv2", "7": "norm2"}
+    renamed = {}
+    for name, value in state.items():
+        part, *rest = name.removeprefix("module.").split(".")
+        match part, rest:
+            case "down_path", [level, "block", index, kind] if index in in_block:
+                new = f"encoder.{level}.{in_block[index]}.{kind}"
+            case "up_path", [step, "up", kind]:
+                new = f"upsample.{levels - 2 - int(step)}.{kind}"
+            case "up_path", [step, "conv_block", "block", index, kind] if index in in_block:
+                new = f"decoder.{levels - 2 - int(step)}.{in_block[index]}.{kind}"
+            case "last", [kind]:
+                new = f"head.{kind}"
+            case _:
+                raise KeyError(f"{name} is not a parameter of the released U-Net")
+        renamed[new] = value
+    return renamed

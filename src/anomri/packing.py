@@ -1,0 +1,149 @@
+"""A cohort packed once into memory-mapped slices, so that training reads a random slice in microseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anomri.cases import Case
+from anomri.files import output_folder, whole_file, write_text
+from anomri.slices import SliceStack, brain_box, slice_volume
+from anomri.spec import AnomriError, Grid, Scaling
+from anomri.volume import read_volume
+
+PACKING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackedCase:
+    """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
+
+    ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
+    brain; ``fingerprint`` is a SHA-256 of the source files' content.
+    """
+
+    name: str
+    file: Path
+    slices: int
+    healthy: tuple[int, ...]
+    box: tuple[int, int, int, int]
+    fingerprint: str
+
+    @cached_property
+    def memory_map(self) -> NDArray[np.float16]:
+        """The slices, mapped and not read."""
+        return np.load(self.file, mmap_mode="r")
+
+
+class HealthySlices:
+    """The healthy slices of several packed cases, by one running number."""
+
+    def __init__(self, cases: Sequence[PackedCase]) -> None:
+        self.cases = list(cases)
+        self._where = [(case, number) for case in cases for number in case.healthy]
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return len(self._where)
+
+    def batch(self, numbers: Sequence[int]) -> Tensor:
+        """The slices ``numbers`` as (n, c, h, w) float32."""
+        rows = [case.memory_map[index] for case, index in (self._where[number] for number in numbers)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def default_cache() -> Path:
+    """The folder that packed cohorts go to: ``$ANOMRI_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("ANOMRI_CACHE") or platformdirs.user_cache_dir("anomri"))
+
+
+def pack_cohort(
+    cases: Sequence[Case],
+    channels: Sequence[str],
+    grid: Grid,
+    scaling: Scaling,
+    folder: Path,
+    progress: Callable[[Case], None] = lambda case: None,
+) -> list[PackedCase]:
+    """Pack every case into ``folder``; a case packed before from the same files and settings is reused.
+
+    Several cases are read at once. Raises one `AnomriError` that lists every case that cannot be used; what
+    was packed stays.
+    """
+    output_folder(folder)
+    problems: list[str] = []
+
+    def pack(case: Case) -> PackedCase | None:
+        try:
+            return _pack_case(case, channels, grid, scaling, folder)
+        except AnomriError as error:
+            problems.append(str(error))
+            return None
+        finally:
+            progress(case)
+
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
+        packed = list(pool.map(pack, cases))
+    if problems:
+        raise AnomriError(
+            f"{len(problems)} of {len(cases)} cases cannot be used; mend them or leave them out:\n  "
+            + "\n  ".join(sorted(problems))
+        )
+    return [case for case in packed if case is not None]
+
+
+def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
+    """A SHA-256 of the content of all files of the cases, whatever their names and order."""
+    return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()
+
+
+def _pack_case(case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling, folder: Path) -> PackedCase:
+    sources = [*case.files(channels), case.mask, case.label]
+    key = _key(sources, channels, grid, scaling)
+    file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
+    if file.is_file() and sidecar.is_file():
+        facts = json.loads(sidecar.read_text())
+    else:
+        stack = slice_volume(read_volume(case, channels, grid), grid, scaling)
+        with whole_file(file) as partial, partial.open("wb") as target:
+            np.save(target, stack.x.numpy().astype(np.float16))
+        facts = _facts(stack, [path for path in sources if path is not None])
+        # Written last: a packed case counts from the moment its sidecar is there.
+        write_text(sidecar, json.dumps(facts))
+    return PackedCase(
+        case.name, file, facts["slices"], tuple(facts["healthy"]), tuple(facts["box"]), facts["fingerprint"]
+    )
+
+
+def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, object]:
+    lesion = torch.zeros(len(stack.x), dtype=torch.bool) if stack.label is None else stack.label.any(2).any(1)
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.read_bytes())
+    return {
+        "slices": len(stack.x),
+        "healthy": torch.nonzero(~lesion).flatten().tolist(),
+        "box": brain_box(stack.foreground, 1),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _key(sources: Sequence[Path | None], channels: Sequence[str], grid: Grid, scaling: Scaling) -> str:
+    try:
+        stats = [path and (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    except OSError as error:
+        raise AnomriError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    settings = [PACKING_VERSION, list(channels), asdict(grid), asdict(scaling), stats]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]

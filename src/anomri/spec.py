@@ -1,0 +1,150 @@
+"""The settings of a model: frozen dataclasses, and their one form on disk, ``model.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+CITATION = (
+    "Kascenas A, Pugeault N, O'Neil AQ. Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI. "
+    "MIDL 2022, PMLR 172:653-664."
+)
+
+
+class AnomriError(Exception):
+    """Something in the input that the user can put right; its message says what, where and how."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The working grid: axial slices of one size, whatever the scan.
+
+    ``field_of_view_mm`` is cut from (or padded around) the middle of the scan and resized to ``size``;
+    ``None`` stretches the scan's whole field, as the released program does. For the 240 x 240 mm of BraTS the
+    two are the same.
+    """
+
+    size: tuple[int, int] = (128, 128)
+    field_of_view_mm: tuple[float, float] | None = (240.0, 240.0)
+    orientation: Literal["LPS"] = "LPS"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How intensities are scaled: every channel divided by its percentile over voxels > 0."""
+
+    percentile: float = 99.0
+    slice_sum: float = 0.5
+    """Slices are taken from the first to the last whose channel mean sums to more than this."""
+    foreground_sum: float = 0.01
+    """A pixel belongs to the foreground (brain) where its channels sum to more than this."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped."""
+
+    erosion: int = 5
+    erosion_level: float = 0.95
+    median: int = 5
+    max_dropped_voxels: int = 20
+    """Components of the mask up to this many voxels of the working grid are dropped."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimiser and its schedule; the defaults are the published ones."""
+
+    steps: int = 67_200
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    schedule: Literal["published", "cosine"] = "published"
+    """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again; ``cosine``: one fall."""
+    weight_decay: float = 1e-5
+    gradient_clip: float = 0.5
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "32-true"
+    """``auto``: bfloat16 where the processor has it; a finished model says which one it was."""
+    crop_to_brain: bool = False
+    """Leave out the margin of the grid that no training brain reaches."""
+    validate_every: int = 500
+    validation_slices: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Scores that healthy foreground voxels exceed at given rates, from held-out healthy slices.
+
+    ``false_positive_rate`` is the share of healthy foreground voxels above the value of the same position in
+    ``value``, on the working grid.
+    """
+
+    false_positive_rate: tuple[float, ...]
+    value: tuple[float, ...]
+    chosen: float
+    """The false positive rate whose value makes the mask."""
+    healthy_slices: int
+    healthy_cases: int
+
+    @property
+    def threshold(self) -> float:
+        """The score above which a voxel is part of the mask."""
+        return self.value[self.false_positive_rate.index(self.chosen)]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What a model was trained on, without a name or a path: counts and a fingerprint of the files' content."""
+
+    fingerprint: str
+    training_cases: int
+    validation_cases: int
+    training_slices: int
+    left_out_slices: int
+    """Slices of training cases that were not used because a lesion is labelled on them."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that a model folder says about its model; `to_json` and `read` are each other's inverse."""
+
+    channels: tuple[str, ...]
+    method: str = "dae"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the method, as its own frozen dataclass defines them."""
+    grid: Grid = Grid()
+    scaling: Scaling = Scaling()
+    score: Score = Score()
+    training: Training | None = None
+    crop: tuple[int, int, int, int] | None = None
+    """Rows and columns (first, last + 1, first, last + 1) of the grid that the network sees; ``None``: all."""
+    thresholds: Thresholds | None = None
+    cohort: Cohort | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    citation: str = CITATION
+    data_licence: str = "unknown: ask the people who trained this model"
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """This specification as indented JSON."""
+        import json
+
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> ModelSpec:
+        """Read ``model.json``; raises `AnomriError` that names the file and the entry that does not fit."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise AnomriError(f"{path}: cannot read the model's description ({error.strerror})") from error
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise AnomriError(f"{path}: not a model description of anomri: {where}: {first['msg']}") from error

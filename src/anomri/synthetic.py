@@ -1,0 +1,375 @@
+"""A synthetic cohort that looks like brain MRI, made offline from the MNI152 template: for the demo and the tests.
+
+Each subject is the template's tissue, warped at random, given the intensities of four MR contrasts, and degraded
+as a scanner does. Coordinates are those of the template, in mm, x to the right, y to the front, z to the top.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nilearn import datasets
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from anomri.cases import Case, write_splits
+from anomri.files import output_folder, whole_file, write_text
+
+Array = NDArray[np.float32]
+Axes = tuple[Array, Array, Array]
+
+FIELD_MM = 240.0
+"""Width of the square axial field of view."""
+BOTTOM_MM, TOP_MM = -86.0, 90.0
+SLICE_MM = 2.0
+TEMPLATE_BOX = np.s_[20:177, 21:213, 0:161]
+TEMPLATE_ORIGIN = (98 - 20, 134 - 21, 72)
+"""Voxels of the template around its brain, and the voxel among them that lies at 0, 0, 0 mm."""
+INFARCT_SHARE = 0.2
+"""Share of the lesions that are old infarcts; the others are tumours."""
+CASE_NAME = "synthetic_{kind}_{number:03d}"
+
+# Intensity of CSF, grey and white matter, and the weight of the template's own T1 detail.
+CONTRASTS = {
+    "flair": (0.20, 0.76, 0.62, -0.5),
+    "t1": (0.27, 0.63, 0.88, 1.0),
+    "t1ce": (0.29, 0.66, 0.88, 0.9),
+    "t2": (1.25, 0.62, 0.43, -0.7),
+}
+# Enhancement of vessels and choroid plexus: contrast agent brightens them, flow darkens them on T2.
+VESSELS = {"flair": 0.0, "t1": 0.05, "t1ce": 1.1, "t2": -0.45}
+# Additions at full strength in oedema, solid core, enhancing rim and necrosis of a tumour ...
+TUMOUR = {
+    "flair": (0.33, 0.25, 0.20, 0.0),
+    "t1": (-0.20, -0.27, -0.18, -0.42),
+    "t1ce": (-0.20, -0.15, 0.55, -0.40),
+    "t2": (0.42, 0.33, 0.25, 0.62),
+}
+# ... and in gliosis (twice: all around and next to the cavity), nothing, and the cavity of an infarct.
+INFARCT = {
+    "flair": (0.28, 0.28, 0.0, -0.40),
+    "t1": (-0.15, -0.15, 0.0, -0.55),
+    "t1ce": (-0.15, -0.15, 0.0, -0.55),
+    "t2": (0.25, 0.25, 0.0, 0.75),
+}
+
+README = """\
+These images are SYNTHETIC. They show no person and must not be used for medical or scientific conclusions.
+
+They were made by `anomri demo` from the MNI152 average brain that comes with nilearn (T1, grey-matter and
+white-matter maps): tissue maps are warped at random, turned into FLAIR, T1, T1ce and T2 intensities, and given
+a bias field and noise. Lesions are random shapes; <case>_seg.nii.gz holds their outlines (1 = lesion).
+splits.csv names the healthy cases to train and validate on, and the cases with lesions to test on.
+
+The template is the ICBM 152 nonlinear atlas, release 2009a, used and modified under its licence:
+
+Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
+University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose
+and without fee is hereby granted, provided that the above copyright notice appear in all copies. The authors
+and McGill University make no representations about the suitability of this software for any purpose. It is
+provided "as is" without express or implied warranty. The authors are not responsible for any data loss,
+equipment damage, property loss, or injury to subjects or patients resulting from the use or misuse of this
+software package.
+
+Please cite: Fonov V, Evans AC, Botteron K, Almli CR, McKinstry RC, Collins DL; Brain Development Cooperative
+Group. Unbiased average age-appropriate atlases for pediatric studies. NeuroImage 54(1):313-327, 2011.
+doi:10.1016/j.neuroimage.2010.07.033
+"""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """What is drawn at random of a lesion: ``centre`` and ``radius`` in mm, strengths without unit."""
+
+    centre: tuple[float, float, float]
+    radius: float
+    infarct: bool
+    contrast: float
+    enhancement: float
+    necrosis: float
+
+
+def make_cohort(
+    folder: Path,
+    *,
+    healthy: int = 12,
+    lesioned: int = 6,
+    seed: int = 0,
+    spacing_mm: float = 1.875,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Write a cohort in the BraTS layout, with ``splits.csv`` and ``README.txt``; returns the names of its cases.
+
+    Healthy cases are for training, the last two of three or more for validation; those with lesions, which alone
+    have a ``_seg`` file, for testing. A case depends on ``seed`` and its own name only. ``progress`` is called
+    with each name once it is written.
+    """
+    output_folder(folder)
+    plan = [("healthy", number) for number in range(1, healthy + 1)]
+    plan += [("lesion", number) for number in range(1, lesioned + 1)]
+    names = []
+    # Two at a time: interpolation and compression release the interpreter's lock, memory stays below 1 GB.
+    with ThreadPoolExecutor(2) as pool:
+        for name in pool.map(partial(_write_case, folder, seed, spacing_mm), plan):
+            names.append(name)
+            if progress is not None:
+                progress(name)
+    validation = names[max(1, healthy - 2) : healthy]
+    splits = {name: "train" for name in names[:healthy]} | {name: "val" for name in validation}
+    write_splits(folder / "splits.csv", [Case(name, {}, split=splits.get(name, "test")) for name in names])
+    write_text(folder / "README.txt", README)
+    return names
+
+
+def make_subject(
+    rng: np.random.Generator, *, lesions: bool, spacing_mm: float
+) -> tuple[dict[str, Array], NDArray[np.bool_], NDArray[np.float64]]:
+    """Make one subject: images by channel, lesion label and affine, all on an axial LPS grid.
+
+    Images are (x, y, z) float32 of whole numbers, at least 1 in the brain and 0 outside it; the label is
+    (x, y, z) bool; the affine (4, 4) takes voxel indices to mm. In-plane spacing is the nearest to
+    ``spacing_mm`` that divides the field of view; slices are 2 mm apart, or as far as pixels if those are wider.
+    """
+    axes, affine = voxel_grid(spacing_mm)
+    maps = template_maps(0.35 * spacing_mm)
+    points = warp(rng, axes)
+    drawn = draw_lesions(rng, sample(maps["wm"], points), axes) if lesions else []
+    for lesion in drawn:
+        displace_by_mass(points, axes, lesion)
+    tissue = {name: sample(volume, points) for name, volume in maps.items()}
+    brain = tissue.pop("brain") > 0.5 + 0.1 * smooth_noise(rng, axes, 12)
+    vessels = draw_vessels(rng, axes, points, tissue)
+    images = mix_contrasts(rng, axes, tissue, vessels)
+    label = np.zeros(brain.shape, dtype=bool)
+    for lesion in drawn:
+        label |= paint_lesion(rng, axes, images, tissue, lesion)
+    for image in images.values():
+        acquire(rng, axes, image, brain)
+    return images, label & brain, affine
+
+
+def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
+    """Lay an axial LPS grid over the template: coordinates along its axes in mm, and its affine (4, 4)."""
+    width = max(8, round(FIELD_MM / spacing_mm))
+    pixel, step = FIELD_MM / width, max(SLICE_MM, spacing_mm)
+    depth = round((TOP_MM - BOTTOM_MM) / step)
+    # The brain lies in the middle of the field of view; the template's own middle is 18 mm behind its origin.
+    affine = np.diag([-pixel, -pixel, step, 1.0])
+    affine[:3, 3] = (FIELD_MM - pixel) / 2, (FIELD_MM - pixel) / 2 - 18, BOTTOM_MM
+    x, y, z = (affine[i, 3] + affine[i, i] * np.arange(n) for i, n in enumerate((width, width, depth)))
+    return (x.astype(np.float32), y.astype(np.float32), z.astype(np.float32)), affine
+
+
+@lru_cache(maxsize=2)
+def template_maps(blur_mm: float) -> dict[str, Array]:
+    """Maps on the template's 1 mm grid around the brain, (x, y, z) float32, blurred by a Gaussian of ``blur_mm``.
+
+    They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), what these leave unexplained
+    of the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask (``brain``).
+    """
+    t1, gm, wm, brain = (
+        np.asarray(load(resolution=1).dataobj, dtype=np.float32)[TEMPLATE_BOX]
+        for load in (
+            datasets.load_mni152_template,
+            datasets.load_mni152_gm_template,
+            datasets.load_mni152_wm_template,
+            datasets.load_mni152_brain_mask,
+        )
+    )
+    # An average of many brains loses the sulci in the tissue maps, but T1 is still dark there.
+    csf = np.maximum(brain - gm - wm, np.clip((0.59 - t1) / 0.27, 0, 1) * brain)
+    sharp = np.stack([csf, gm, wm]).clip(0, 1) ** 2
+    csf, gm, wm = sharp / np.maximum(sharp.sum(axis=0), 1e-6)
+    detail = (t1 - (0.28 * csf + 0.65 * gm + 0.87 * wm)).clip(-0.12, 0.12) * brain
+    ventricles = csf * (ndimage.distance_transform_edt(brain) > 28)
+    maps = {"csf": csf, "gm": gm, "wm": wm, "detail": detail, "ventricles": ventricles}
+    maps = {name: ndimage.gaussian_filter(volume, blur_mm) for name, volume in maps.items()}
+    return maps | {"brain": ndimage.gaussian_filter(brain, 2.0)}
+
+
+def smooth_noise(rng: np.random.Generator, axes: Axes, scale_mm: float) -> Array:
+    """Draw a smooth Gaussian random field, (x, y, z) float32, of mean 0, deviation 1 and ``scale_mm`` detail."""
+    weights = []
+    for axis in axes:
+        low, high = min(axis[0], axis[-1]), max(axis[0], axis[-1])
+        knots = np.arange(low - 3 * scale_mm, high + 3 * scale_mm, scale_mm, dtype=np.float32)
+        kernel = np.exp(-0.5 * ((axis[:, None] - knots) / (0.8 * scale_mm)) ** 2)
+        weights.append(kernel / np.sqrt((kernel**2).sum(axis=1, keepdims=True)))
+    field = rng.standard_normal([kernel.shape[1] for kernel in weights], dtype=np.float32)
+    # Separable: one product an axis costs a few percent of a spline interpolation of the same field.
+    for kernel in weights:
+        field = np.tensordot(field, kernel.astype(np.float32), axes=(0, 1))
+    return np.ascontiguousarray(field, dtype=np.float32)
+
+
+def warp(rng: np.random.Generator, axes: Axes) -> Array:
+    """Draw where in the template each voxel of a subject lies: (3, x, y, z) float32, in mm."""
+    matrix = np.diag(rng.normal(1, 0.035, 3).clip(0.93, 1.07)) + rng.normal(0, 0.03, (3, 3)).clip(-0.06, 0.06)
+    shift = rng.normal(0, 3, 3) * (1, 1, 0.5)
+    x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
+    # Folds differ between people more than the inside of the skull, which is smooth: damp the warp towards it.
+    outwards = np.sqrt((x / 72) ** 2 + ((y + 18) / 90) ** 2 + ((z - 6) / 76) ** 2)
+    amplitude = (2.4 * (1 - (outwards - 0.75) / 0.3)).clip(0.5, 2.4)
+    points = np.empty((3, *(len(axis) for axis in axes)), dtype=np.float32)
+    for i in range(3):
+        row = matrix[i].astype(np.float32)
+        points[i] = row[0] * x + row[1] * (y + 18) + row[2] * z + np.float32(shift[i] - 18 * (i == 1))
+        points[i] += 3.0 * smooth_noise(rng, axes, 60) + amplitude * smooth_noise(rng, axes, 13)
+    # Ventricles: sampling nearer to their centres makes them wider; each side has its own width.
+    common = rng.uniform(-0.25, 0.4)
+    for side in (-1, 1):
+        scale_about(points, (14.0 * side, -14.0, 14.0), 26.0, common + rng.normal(0, 0.06))
+    return points
+
+
+def scale_about(points: Array, centre: tuple[float, float, float], reach: float, strength: float) -> None:
+    """Magnify by 1 / (1 - ``strength``) at ``centre``, less and less over ``reach`` mm; changes ``points``."""
+    offset = points - np.asarray(centre, dtype=np.float32)[:, None, None, None]
+    falloff = np.exp(-np.square(offset).sum(axis=0) / np.float32(2 * (reach / 2) ** 2))
+    points -= np.float32(strength) * falloff * offset
+
+
+def displace_by_mass(points: Array, axes: Axes, lesion: Lesion) -> None:
+    """Push the tissue away from a tumour, which takes up room; changes ``points``. Infarcts push nothing."""
+    if lesion.infarct:
+        return
+    here = tuple(int(np.abs(axis - value).argmin()) for axis, value in zip(axes, lesion.centre, strict=True))
+    x, y, z = (float(value) for value in points[(slice(None), *here)])
+    scale_about(points, (x, y, z), 2.2 * lesion.radius, 0.3)
+
+
+def sample(volume: Array, points: Array) -> Array:
+    """Interpolate a template map at ``points`` (3, x, y, z) in mm: (x, y, z) float32, zero outside the map."""
+    origin = np.array(TEMPLATE_ORIGIN, dtype=np.float32)[:, None, None, None]
+    return ndimage.map_coordinates(volume, points + origin, order=1, output=np.float32)
+
+
+def draw_lesions(rng: np.random.Generator, wm: Array, axes: Axes) -> list[Lesion]:
+    """Draw one to three lesions apart from each other, centred in the white matter ``wm`` (x, y, z)."""
+    voxels = np.argwhere(wm > 0.8)
+    places = np.stack([axis[index] for axis, index in zip(axes, voxels.T, strict=True)], axis=1)
+    places = places[places[:, 2] > -40]
+    lesions: list[Lesion] = []
+    for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])):
+        # Log-uniform from 5 to 25 mm, the first at least 11 mm: small ones mostly come with a large one.
+        radius = float(np.exp(rng.uniform(np.log(5 if lesions else 11), np.log(14 if lesions else 25))))
+        for other in lesions:
+            places = places[np.linalg.norm(places - other.centre, axis=1) > radius + other.radius + 5]
+        if not len(places):
+            break
+        x, y, z = (float(value) for value in places[rng.integers(len(places))])
+        enhancement = rng.uniform(0.4, 1.1) * (rng.random() < 0.7)
+        necrosis = rng.uniform(0.5, 1.0) * (radius > 11) * (rng.random() < 0.7)
+        infarct = bool(rng.random() < INFARCT_SHARE)
+        lesions.append(Lesion((x, y, z), radius, infarct, rng.uniform(0.5, 1.1), enhancement, necrosis))
+    return lesions
+
+
+def paint_lesion(
+    rng: np.random.Generator, axes: Axes, images: dict[str, Array], tissue: dict[str, Array], lesion: Lesion
+) -> NDArray[np.bool_]:
+    """Add a lesion to ``images`` in place, and return its outline, (x, y, z) bool."""
+    x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
+    cx, cy, cz = (np.float32(value) for value in lesion.centre)
+    away = np.sqrt((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / np.float32(lesion.radius)
+    # Bounded, so that the centre always belongs to the lesion. Oedema spreads along white matter.
+    ragged = smooth_noise(rng, axes, max(5.0, 0.5 * lesion.radius)).clip(-2, 2)
+    depth = 1 - away + 0.28 * ragged * (1.8 - away).clip(0, 1) + 0.25 * (tissue["wm"] - tissue["gm"]).clip(-1, 0.2)
+    core_depth = 0.5 - away + 0.1 * ragged + 0.1 * smooth_noise(rng, axes, 6).clip(-2, 2)
+    spared = (1.4 - 1.6 * tissue["csf"]).clip(0, 1)
+    core = soft_step(core_depth * lesion.radius, 0.7)
+    whole = np.maximum(soft_step(depth * lesion.radius, 1.2) * spared, core)
+    inner = soft_step(core_depth * lesion.radius - (1.5 if lesion.infarct else 3.5), 0.7)
+    rim, oedema = core - inner, whole - core
+    uneven = lesion.contrast * (1 + 0.12 * smooth_noise(rng, axes, 6))
+    necrosis = 1.0 if lesion.infarct else lesion.necrosis
+    for channel, image in images.items():
+        swollen, solid, bright, dead = (INFARCT if lesion.infarct else TUMOUR)[channel]
+        shell = solid + (0 if lesion.infarct else lesion.enhancement) * (bright - solid)
+        centre = shell + necrosis * (dead - shell)
+        image += (swollen * oedema + shell * rim + centre * inner) * uneven
+        np.maximum(image, 0.1, out=image)
+    return np.asarray(whole > 0.5)
+
+
+def soft_step(depth_mm: Array, width_mm: float) -> Array:
+    """Rise from 0 to 1 where ``depth_mm`` passes zero, over about four ``width_mm``."""
+    return np.asarray(0.5 + 0.5 * np.tanh(depth_mm / (2 * width_mm)), dtype=np.float32)
+
+
+def draw_vessels(rng: np.random.Generator, axes: Axes, points: Array, tissue: dict[str, Array]) -> Array:
+    """Draw what takes up contrast agent, (x, y, z) float32 from 0 to 1: veins, midline sinuses, choroid plexus."""
+    scale = 14.0
+    # Two random fields vanish together along curves, which run through space as vessels do.
+    off_axis = smooth_noise(rng, axes, scale) ** 2 + smooth_noise(rng, axes, scale) ** 2
+    veins = np.exp(-off_axis / (2 * (1.4 / scale) ** 2)) * (2 * tissue["csf"]).clip(0, 1)
+    x, y, z = points
+    midline = 0.4 * np.exp(-0.5 * (x / 1.5) ** 2) * tissue["csf"] * (1 - tissue["ventricles"])
+    from_choroid = (np.abs(x) - 23) ** 2 / 5**2 + (y + 40) ** 2 / 7**2 + (z - 9) ** 2 / 6**2
+    choroid = 0.8 * np.exp(-0.5 * from_choroid) * tissue["ventricles"]
+    return np.asarray(np.maximum(np.maximum(veins, midline), choroid), dtype=np.float32)
+
+
+def mix_contrasts(
+    rng: np.random.Generator, axes: Axes, tissue: dict[str, Array], vessels: Array
+) -> dict[str, Array]:
+    """Mix tissue fractions into one noiseless image a channel, (x, y, z) float32, white matter on T1 near 0.9."""
+    # Healthy white matter is a little brighter on FLAIR and T2 next to the ventricles, more so with age.
+    caps = ndimage.gaussian_filter(tissue["ventricles"], 1.5) * tissue["wm"] * rng.uniform(0.05, 0.5)
+    regional = smooth_noise(rng, axes, 25) * (tissue["gm"] + tissue["wm"])
+    images = {}
+    for channel, (csf, gm, wm, detail) in CONTRASTS.items():
+        means = np.array([csf, gm, wm, VESSELS[channel]]) * rng.normal(1, 0.035, 4).clip(0.93, 1.07)
+        csf, gm, wm, enhancement = (float(mean) for mean in means)
+        image = csf * tissue["csf"] + gm * tissue["gm"] + wm * tissue["wm"]
+        image += detail * tissue["detail"] + enhancement * vessels
+        texture = 0.02 * smooth_noise(rng, axes, 4) + 0.02 * smooth_noise(rng, axes, 9) + 0.03 * regional
+        image = image * (1 + texture)
+        if channel in ("flair", "t2"):
+            image += caps
+        images[channel] = np.asarray(image, dtype=np.float32)
+    return images
+
+
+def acquire(rng: np.random.Generator, axes: Axes, image: Array, brain: NDArray[np.bool_]) -> None:
+    """Turn a noiseless image into a scan in place: bias field, Rician noise, gain, whole numbers, no skull."""
+    image *= np.exp(rng.uniform(0.05, 0.15) * smooth_noise(rng, axes, 70))
+    deviation = np.float32(rng.uniform(0.012, 0.032))
+    real, imaginary = deviation * rng.standard_normal((2, *image.shape), dtype=np.float32)
+    np.hypot(image + real, imaginary, out=image)
+    # Scanners have no common unit: the gain spans two orders of magnitude, within what int16 holds.
+    image *= np.float32(np.exp(rng.uniform(np.log(150), np.log(12000))))
+    np.rint(image, out=image)
+    image[:] = np.where(brain, image.clip(1, np.iinfo(np.int16).max), 0)
+
+
+def _write_case(folder: Path, seed: int, spacing_mm: float, planned: tuple[str, int]) -> str:
+    kind, number = planned
+    name = CASE_NAME.format(kind=kind, number=number)
+    lesions = kind == "lesion"
+    rng = np.random.default_rng([seed, int(lesions), number])
+    images, label, affine = make_subject(rng, lesions=lesions, spacing_mm=spacing_mm)
+    place = output_folder(folder / name)
+    for channel, image in images.items():
+        _write_nifti(place / f"{name}_{channel}.nii.gz", image.astype(np.int16), affine)
+    if lesions:
+        _write_nifti(place / f"{name}_seg.nii.gz", label.astype(np.uint8), affine)
+    return name
+
+
+def _write_nifti(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"synthetic, not a patient"
+    with whole_file(path) as partial_path, partial_path.open("wb") as raw:
+        # No name and no time in the gzip header, so that equal images are equal files.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
+            packed.write(image.to_bytes())

@@ -1,0 +1,275 @@
+"""Training: the loop on one page (`fit`), and what leads to it and follows it (`train`)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from anomri import methods
+from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
+from anomri.detector import Detector
+from anomri.files import output_folder
+from anomri.methods import Box
+from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
+from anomri.slices import foreground_of, join_boxes
+from anomri.spec import AnomriError, Cohort, ModelSpec, Training
+from anomri.thresholds import healthy_thresholds
+from anomri.training_state import Log, StopRequest, TrainingState
+
+VALIDATION_SEED = 2022
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is: ``stage`` is ``pack``, ``train`` or ``score``; losses are NaN until there is one."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float = math.nan
+    validation_loss: float = math.nan
+
+
+Report = Callable[[Progress], None]
+Packed = dict[str, list[PackedCase]]
+
+
+def train(
+    cohort: str | Path | Sequence[Case],
+    model: str | Path,
+    *,
+    method: str = "dae",
+    preset: str = "small",
+    channels: Sequence[str] | None = None,
+    settings: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    splits: str | Path | None = None,
+    cache: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    data_licence: str | None = None,
+    progress: Report = lambda state: None,
+) -> Detector:
+    """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
+
+    ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published) or ``small``
+    (about ten minutes on two cores); ``settings`` (of the method) and ``training`` (fields of `spec.Training`)
+    replace single values of it. Slices with a labelled lesion are left out. Patients are split by the cohort's
+    ``splits.csv`` or the file ``splits``, else at random, a tenth of them (at least one) for validation; no
+    patient is in two splits. ``cache`` holds the packed slices (default: the user's cache folder). ``resume``
+    continues a training that was interrupted, at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
+
+    Raises `AnomriError` for what the user can put right, and `training_state.Interrupted` (a
+    ``KeyboardInterrupt``), with all saved, when asked to stop by Ctrl-C or SIGTERM.
+    """
+    folder = Path(model)
+    if (folder / "model.json").exists():
+        raise AnomriError(f"{folder}: already holds a finished model; name another folder with -o.")
+    if (folder / TrainingState.NAME).exists() and not resume:
+        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
+    output_folder(folder)
+
+    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    chosen = methods.preset(method, preset)
+    schedule = None if chosen.training is None else replace(chosen.training, **(training or {}))
+    spec = ModelSpec(
+        channels=tuple(channels or channels_of(cases)),
+        method=method,
+        settings={**chosen.settings, **(settings or {})},
+        training=schedule and replace(schedule, precision=resolve_precision(schedule.precision)),
+        versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
+    )
+    methods.build(spec)  # settings that do not fit are told before a cohort is packed
+    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
+    write_splits(folder / "splits.csv", cases)
+    packed = _pack(cases, spec, Path(cache) if cache else default_cache(), progress)
+    spec = replace(
+        spec,
+        cohort=_describe(packed),
+        crop=_common_box(packed, spec) if schedule and schedule.crop_to_brain else None,
+        data_licence=data_licence or spec.data_licence,
+    )
+    torch.manual_seed(schedule.seed if schedule else 0)
+    network = methods.build(spec)
+    if spec.training:
+        fabric = Fabric(accelerator=device, devices=1, precision=spec.training.precision)
+        network.load_state_dict(fit(fabric, network, spec, packed, folder, progress))
+    progress(Progress("score", 0, 1))
+    detector = Detector(spec, network.cpu())
+    detector.spec = replace(spec, thresholds=healthy_thresholds(detector, packed["val"]))
+    detector.save(folder)
+    (folder / TrainingState.NAME).unlink(missing_ok=True)
+    progress(Progress("score", 1, 1))
+    return detector
+
+
+def fit(
+    fabric: Fabric, network: Any, spec: ModelSpec, packed: Packed, folder: Path, progress: Report
+) -> dict[str, Tensor]:
+    """The training loop; returns the weights with the lowest validation loss. What is random follows the step."""
+    training = spec.training
+    assert training is not None
+    slices, held_out = HealthySlices(packed["train"]), HealthySlices(packed["val"])
+    task = {"settings": spec.settings, "training": asdict(training), "cohort": asdict(spec)["cohort"]}
+    state = TrainingState.load(folder, task)
+    if state.step:
+        network.load_state_dict(state.network)
+    optimizer = torch.optim.Adam(
+        network.parameters(), training.learning_rate, weight_decay=training.weight_decay, amsgrad=True
+    )
+    model, optimizer = fabric.setup(network, optimizer)
+    if state.step:
+        optimizer.load_state_dict(state.optimizer)
+    log = Log(folder, state.step)
+    start = time.monotonic() - log.seconds
+    loss_mean = loss_held_out = math.nan
+
+    with StopRequest.listen() as stop:
+        for step in range(state.step, training.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(training, step)
+            x = fabric.to_device(slices.batch(batch_numbers(len(slices), training, step)))
+            generator = Generator(fabric.device).manual_seed(training.seed * 2**32 + step)
+            loss = model(x, foreground_of(x, spec.scaling), generator, spec.crop)
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
+            optimizer.step()
+            state.step, state.losses = step + 1, [*state.losses, loss.detach()]
+
+            validate = state.step % training.validate_every == 0 or state.step == training.steps
+            if validate:
+                loss_mean = _finite_mean(state.losses, state.step)
+                loss_held_out = validation_loss(fabric, model, spec, held_out)
+                if loss_held_out < state.best_loss:
+                    state.best_loss = loss_held_out
+                    state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+                log.add(state.step, loss_mean, loss_held_out, learning_rate(training, step), time.monotonic() - start)
+                state.losses = []
+            if validate or stop.signal:
+                state.network, state.optimizer = network.state_dict(), optimizer.state_dict()
+                state.save(folder)
+            progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out))
+            if stop.signal and state.step < training.steps:
+                raise Interrupted(f"stopped at step {state.step} of {training.steps}; continue with --resume.", stop.signal)
+    log.close()
+    return state.best
+
+
+def validation_loss(fabric: Fabric, model: Any, spec: ModelSpec, held_out: HealthySlices) -> float:
+    """Loss on fixed slices with fixed noise, so that every call sets the same task."""
+    training = spec.training
+    assert training is not None
+    count = min(len(held_out), training.validation_slices)
+    chosen = np.linspace(0, len(held_out) - 1, count).astype(int)
+    total = 0.0
+    with torch.no_grad():
+        for number in range(0, count, training.batch_size):
+            x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size]))
+            generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
+            total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
+    return total / count
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """The learning rate of a step (from 0), by the training's schedule."""
+    phase = (step // 32) / 100 if training.schedule == "published" else step / training.steps
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+def batch_numbers(slices: int, training: Training, step: int) -> list[int]:
+    """The numbers of the slices of a step's batch: one random permutation after another, all from the seed."""
+    places = range(step * training.batch_size, (step + 1) * training.batch_size)
+    return [int(_permutation(slices, training.seed, place // slices)[place % slices]) for place in places]
+
+
+def resolve_precision(precision: str) -> Any:
+    """``auto`` as the precision that this machine computes fastest in: bfloat16 where the hardware has it."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    # Without such instructions bfloat16 is emulated, several times slower than float32.
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+
+
+def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> list[Case]:
+    """Give each case its split; raises `AnomriError` if a patient would be trained on and held out.
+
+    ``splits`` (case -> split) overrules the cases' own. Where no case is for validation, a tenth of the training
+    patients, at least one, is drawn; where no case has a split at all, every case is a training case first.
+    """
+    cases = assign_splits(cases, splits)
+    if not any(case.split for case in cases):
+        cases = [replace(case, split="train") for case in cases]
+    if not any(case.split == "val" for case in cases):
+        patients = sorted({case.patient for case in cases if case.split == "train"})
+        drawn = set(random.Random(seed).sample(patients, max(1, round(len(patients) / 10))) if patients else ())
+        cases = [replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases]
+    sides = {side: {case.patient for case in cases if case.split == side} for side in ("train", "val", "test")}
+    if not sides["train"]:
+        raise AnomriError("no case is left to train on; at least one patient for training and one for validation is needed.")
+    for held_out in ("val", "test"):
+        both = sorted(sides["train"] & sides[held_out])
+        if both:
+            raise AnomriError(f"patient {both[0]} is in the splits train and {held_out}; give all of a patient's scans one split.")
+    return cases
+
+
+@lru_cache(maxsize=2)
+def _permutation(slices: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(slices)
+
+
+def _finite_mean(losses: list[Tensor], step: int) -> float:
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise AnomriError(
+            f"the loss is {mean} within the {len(losses)} steps before step {step}; the state before them is kept. "
+            f"Try a lower learning rate or --precision 32-true with --resume."
+        )
+    return mean
+
+
+def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, progress: Report) -> Packed:
+    used = [case for case in cases if case.split in ("train", "val")]
+    done = itertools.count(1)
+    packed = pack_cohort(
+        used, spec.channels, spec.grid, spec.scaling, cache, lambda case: progress(Progress("pack", next(done), len(used)))
+    )
+    sides: Packed = {"train": [], "val": []}
+    for case, pack in zip(used, packed, strict=True):
+        sides[str(case.split)].append(pack)
+    for side, packs in sides.items():
+        if not any(pack.healthy for pack in packs):
+            raise AnomriError(f"none of the {len(packs)} {side} cases has a slice without a labelled lesion.")
+    return sides
+
+
+def _describe(packed: Packed) -> Cohort:
+    train, val = packed["train"], packed["val"]
+    used = sum(len(case.healthy) for case in train)
+    return Cohort(
+        cohort_fingerprint([*train, *val]), len(train), len(val), used, sum(case.slices for case in train) - used
+    )
+
+
+def _common_box(packed: Packed, spec: ModelSpec) -> Box:
+    boxes = [case.box for side in packed.values() for case in side]
+    return functools.reduce(lambda a, b: join_boxes(a, b, 8, spec.grid.size), boxes)

@@ -1,0 +1,123 @@
+"""What lets a training stop and go on: its state on disk, its log, and being asked to stop."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anomri.files import whole_file
+from anomri.spec import AnomriError
+
+
+class Interrupted(KeyboardInterrupt):
+    """A training was asked to stop; its state is saved, and the message says how to go on."""
+
+
+@dataclass
+class TrainingState:
+    """All that a training needs to go on as if it had not stopped: random numbers follow from seed and step."""
+
+    NAME: ClassVar[str] = "training.pt"
+    step: int = 0
+    best_loss: float = float("inf")
+    best: dict[str, Tensor] = field(default_factory=dict)
+    network: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    """Losses of the steps since the last validation."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Settings and cohort, to refuse going on with others."""
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a model folder, whole or not at all."""
+        with whole_file(folder / self.NAME) as partial:
+            torch.save(vars(self), partial)
+
+    @classmethod
+    def load(cls, folder: Path, task: Mapping[str, Any]) -> TrainingState:
+        """The state in a model folder, a fresh one if there is none; raises `AnomriError` if it is another task's."""
+        path = folder / cls.NAME
+        if not path.exists():
+            return cls(task=dict(task))
+        try:
+            state = cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            raise AnomriError(f"{path}: is damaged ({error}); delete it to train from the start.") from error
+        changed = [name for name in task if state.task.get(name) != task[name]]
+        if changed:
+            raise AnomriError(
+                f"{path}: was begun with another {', '.join(changed)}; resume with the same command and cohort, "
+                f"or name another folder."
+            )
+        return state
+
+
+class Log:
+    """``log.csv`` of a training, and the same for TensorBoard; rows after the step resumed from are dropped."""
+
+    COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "seconds")
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._path = folder / "log.csv"
+        rows = []
+        if step and self._path.exists():
+            with self._path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        with whole_file(self._path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
+        self.seconds = float(rows[-1][-1]) if rows else 0.0
+        """What the training had taken when it was last logged."""
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float) -> None:
+        """Append one row."""
+        with self._path.open("a", newline="") as file:
+            row = (step, f"{loss:.8g}", f"{validation_loss:.8g}", f"{learning_rate:.6g}", f"{seconds:.1f}")
+            csv.writer(file, lineterminator="\n").writerow(row)
+        for name, value in (("loss", loss), ("validation_loss", validation_loss), ("learning_rate", learning_rate)):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard has not yet."""
+        self._board.close()
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM asked to stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @classmethod
+    @contextmanager
+    def listen(cls) -> Iterator[StopRequest]:
+        """Listen while the block runs (signals reach the main thread only; elsewhere nothing is caught)."""
+        request = cls()
+        if threading.current_thread() is not threading.main_thread():
+            yield request
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if request.signal is not None:
+                raise KeyboardInterrupt
+            request.signal = number
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield request
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

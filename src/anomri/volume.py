@@ -1,0 +1,249 @@
+"""Scans in memory and on disk: reading NIfTI with care, one orientation inside, the input's own grid outside."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from numpy.typing import NDArray
+
+from anomri.cases import Case
+from anomri.files import whole_file
+from anomri.spec import AnomriError, Grid
+
+MAX_VOXELS = 1024**3
+"""Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
+HEADER_BYTES = 1024**2
+AFFINE_TOLERANCE_MM = 1e-2
+_NIBABEL_ERRORS = (
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+    nib.spatialimages.HeaderTypeError,
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a scan lie, and how to write an image that lies on them.
+
+    ``shape`` is that of the file, ``to_canonical`` the nibabel orientation transform into the working
+    orientation, ``header`` the file's own, ``affine`` voxel indices of the file -> scanner mm (RAS+).
+    """
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    to_canonical: NDArray[np.float64]
+    header: nib.Nifti1Header
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the axes of the working orientation."""
+        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        spacing = np.empty(3)
+        spacing[self.to_canonical[:, 0].astype(int)] = sizes
+        return float(spacing[0]), float(spacing[1]), float(spacing[2])
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int]:
+        """The shape in the working orientation."""
+        shape = np.empty(3, int)
+        shape[self.to_canonical[:, 0].astype(int)] = self.shape
+        return int(shape[0]), int(shape[1]), int(shape[2])
+
+    @property
+    def canonical_affine(self) -> NDArray[np.float64]:
+        """Voxel indices in the working orientation -> scanner mm (RAS+)."""
+        return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel in mm3."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
+        """An array on the file's axes turned into the working orientation."""
+        return np.ascontiguousarray(orientations.apply_orientation(data, self.to_canonical))
+
+    def native(self, data: NDArray[Any]) -> NDArray[Any]:
+        """An array in the working orientation turned back onto the file's axes."""
+        order = self.to_canonical[:, 0].astype(int)
+        flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
+        return np.ascontiguousarray(np.flip(np.transpose(data, order), flip))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan in the working orientation: ``data`` (channels, x, y, z) float32, zero outside the brain.
+
+    ``label`` (x, y, z) bool is the lesion mask, if there is one.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    data: NDArray[np.float32]
+    label: NDArray[np.bool_] | None
+    geometry: Geometry
+
+    @property
+    def in_plane_mm(self) -> tuple[float, float]:
+        """Pixel size of an axial slice in mm."""
+        return self.geometry.spacing_mm[:2]
+
+
+def read_image(path: Path) -> nib.Nifti1Image:
+    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong with it.
+
+    Nothing larger than `MAX_VOXELS` is unpacked, and the checksum of a ``.nii.gz`` is verified, which nibabel
+    alone does not do. A fourth axis of length one is dropped.
+    """
+    try:
+        header = _header(path)
+        image = type_of(header).from_bytes(_unpack(path, _expected_bytes(path, header)))
+        image = nib.funcs.squeeze_image(image)
+        if image.ndim != 3:
+            raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
+        np.asanyarray(image.dataobj)
+        return image
+    except (OSError, EOFError, ValueError, zlib.error, *_NIBABEL_ERRORS) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
+
+
+def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
+    """The image class that reads a header's format (NIfTI-1 or NIfTI-2)."""
+    return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+
+
+def read_volume(case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True) -> Volume:
+    """Read ``channels`` of a case, checked against each other, in the grid's orientation.
+
+    Voxels outside the case's brain mask, if it has one, are set to zero. Raises `AnomriError` naming the file
+    that is missing, empty, not finite, or on another grid than the first channel.
+    """
+    files = case.files(channels)
+    first: Geometry | None = None
+    data: NDArray[np.float32] | None = None
+    for number, path in enumerate(files):
+        image = read_image(path)
+        if first is None:
+            first = _geometry(path, image, grid)
+            data = np.empty((len(files), *first.canonical_shape), dtype=np.float32)
+        _check_grid(path, image, files[0], first)
+        assert data is not None
+        data[number] = first.canonical(_finite(path, image))
+    assert first is not None and data is not None
+    if case.mask is not None:
+        data *= _read_mask(case.mask, files[0], first)
+    for path, channel in zip(files, data, strict=True):
+        if not (channel > 0).any():
+            raise AnomriError(f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask).")
+    label = _read_mask(case.label, files[0], first) if case.label is not None and with_label else None
+    return Volume(case.name, tuple(channels), data, label, first)
+
+
+def write_image(
+    path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None
+) -> None:
+    """Write an array in the working orientation as NIfTI on the input's own grid, whole or not at all.
+
+    ``data`` is (x, y, z), or (channels, x, y, z), which becomes a 4D file with the channels last. Both header forms and their codes are the input's; the data type is that of ``data`` and ``display`` sets
+    ``cal_min`` and ``cal_max``, the range viewers open with.
+    """
+    header = geometry.header.copy()
+    header.set_data_dtype(data.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"] = display or (0, 0)
+    header["descrip"] = b"anomri"
+    # No affine is given: nibabel would rewrite the codes of a header whose sform and qform differ.
+    native = geometry.native(data) if data.ndim == 3 else np.stack([geometry.native(c) for c in data], axis=-1)
+    image = type_of(header)(native, None, header)
+    with whole_file(path) as partial, partial.open("wb") as raw:
+        if path.name.endswith(".gz"):
+            # Level 1: maps are mostly zero, so higher levels take several times longer for a few percent.
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
+                packed.write(image.to_bytes())
+        else:
+            raw.write(image.to_bytes())
+
+
+def _header(path: Path) -> nib.Nifti1Header:
+    start = _unpack(path, HEADER_BYTES, whole=False)
+    if not start:
+        raise AnomriError(f"{path}: the file is empty.")
+    for image_class in (nib.Nifti1Image, nib.Nifti2Image):
+        header_class = image_class.header_class
+        if header_class.may_contain_header(start[: header_class.sizeof_hdr]):
+            return header_class.from_fileobj(io.BytesIO(start), check=True)
+    raise AnomriError(f"{path}: is not a NIfTI image.")
+
+
+def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
+    shape = header.get_data_shape()
+    voxels = int(np.prod(shape, dtype=object)) if shape else 0
+    if voxels <= 0 or min(shape) <= 0:
+        raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
+    if voxels > MAX_VOXELS:
+        raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
+    return int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
+
+
+def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
+    """The first ``size`` bytes of a file, unpacked; all of them, to a verified end, if ``whole``."""
+    opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    with opened as file:
+        content = file.read(size)
+        if whole and len(content) < size:
+            raise AnomriError(f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again.")
+        # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
+        if whole and file.read(HEADER_BYTES) and file.read(1):
+            raise AnomriError(f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused.")
+    return content
+
+
+def _geometry(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
+    target = orientations.axcodes2ornt(tuple(grid.orientation))
+    transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
+    return Geometry(image.shape, affine, transform, image.header)
+
+
+def _check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
+    if image.shape != first.shape:
+        raise AnomriError(
+            f"{path}: has {image.shape} voxels, but {first_path.name} has {first.shape}. All images of a case "
+            f"lie on one grid; resample this one to that one's."
+        )
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
+    apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
+    if not apart <= AFFINE_TOLERANCE_MM:
+        raise AnomriError(
+            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
+            f"case lie on one grid; register or resample this one to that one's."
+        )
+
+
+def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[np.float32]:
+    data = np.asanyarray(image.dataobj)
+    if data.dtype.kind not in "iuf":
+        raise AnomriError(f"{path}: holds values of type {data.dtype}; an image of real numbers is expected.")
+    data = data.astype(np.float32)
+    bad = int(data.size - np.isfinite(data).sum())
+    if bad:
+        raise AnomriError(f"{path}: {bad:,} of its {data.size:,} voxels are NaN or infinite; replace them, by 0 outside the brain.")
+    return data
+
+
+def _read_mask(path: Path, first_path: Path, first: Geometry) -> NDArray[np.bool_]:
+    image = read_image(path)
+    _check_grid(path, image, first_path, first)
+    return first.canonical(_finite(path, image) > 0)
