@@ -93,7 +93,7 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
 
 def read_splits(path: Path) -> dict[str, str]:
     """Read a table (.csv or .tsv) with the columns ``case`` and ``split`` (train, val or test)."""
-    splits = {}
+    splits: dict[str, str] = {}
     for line, row in enumerate(_rows(path, ("case", "split")), start=2):
         if row["split"] not in SPLITS:
             raise AnomriError(f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}.")

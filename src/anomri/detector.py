@@ -24,7 +24,7 @@ from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.residual import anomaly_score
-from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
+from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import Geometry, Volume, read_volume, write_image
 
@@ -134,7 +134,9 @@ class Detector:
         """
         folder = Path(folder)
         if not (folder / "model.json").is_file():
-            raise AnomriError(f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote.")
+            raise AnomriError(
+                f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
+            )
         spec = ModelSpec.read(folder / "model.json")
         method = methods.build(spec)
         weights = folder / "weights.safetensors"
@@ -154,10 +156,12 @@ class Detector:
         scores, reconstructed = self.score(stack)
         shape, mm = volume.geometry.canonical_shape, volume.in_plane_mm
         anomaly_map = from_slices(torch.from_numpy(scores), shape, mm, self.spec.grid, stack.index)
-        mask, lesions = None, ()
+        mask: NDArray[np.bool_] | None = None
+        lesions: tuple[Lesion, ...] = ()
         if self.spec.thresholds is not None:
             mask = anomaly_map > self.spec.thresholds.threshold
-            mask = drop_small_components(mask, self._max_dropped(volume.geometry))
+            per_voxel = pixels_per_voxel(volume.geometry, self.spec.grid)
+            mask = drop_small_components(mask, self.spec.score.max_dropped_voxels * per_voxel)
             lesions = find_lesions(mask, anomaly_map, volume.geometry)
         return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
 
@@ -201,16 +205,10 @@ class Detector:
             return None
         return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), 8, self.spec.grid.size)
 
-    def _max_dropped(self, geometry: Geometry) -> float:
-        """The paper's 20 voxels of the working grid, in voxels of the scan."""
-        grid = self.spec.grid
-        if grid.field_of_view_mm is None:
-            pixels = geometry.canonical_shape[0] * geometry.canonical_shape[1] / (grid.size[0] * grid.size[1])
-        else:
-            spacing = geometry.spacing_mm
-            pixel_mm2 = grid.field_of_view_mm[0] * grid.field_of_view_mm[1] / (grid.size[0] * grid.size[1])
-            pixels = pixel_mm2 / (spacing[0] * spacing[1])
-        return self.spec.score.max_dropped_voxels * pixels
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Detector:
+    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote; see `Detector.load`."""
+    return Detector.load(folder, device)
 
 
 def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
@@ -221,9 +219,7 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     write_text(folder / "model.json", spec.to_json())
 
 
-def find_lesions(
-    mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geometry: Geometry
-) -> tuple[Lesion, ...]:
+def find_lesions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geometry: Geometry) -> tuple[Lesion, ...]:
     """The 26-connected components of a mask (x, y, z) in the working orientation, largest first."""
     components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
     inside = components[mask].astype(np.int64)

@@ -20,9 +20,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
-        raise AnomriError(f"{path}: cannot write ({error.strerror or error}); free some room or name another folder.") from error
+        raise AnomriError(
+            f"{path}: cannot write ({error.strerror or error}); free some room or name another folder."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -40,5 +42,7 @@ def output_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise AnomriError(f"{path}: cannot write to this folder ({error.strerror or error}); name another with -o.") from error
+        raise AnomriError(
+            f"{path}: cannot write to this folder ({error.strerror or error}); name another with -o."
+        ) from error
     return path

@@ -72,9 +72,7 @@ def count_at(scores: NDArray[np.float32], thresholds: NDArray[np.float32]) -> Co
     return np.bincount(place, minlength=len(thresholds) + 1)[1:]
 
 
-def curve_of(
-    thresholds: NDArray[np.float32], lesion: Counts, healthy: Counts, positives: int, negatives: int
-) -> Curve:
+def curve_of(thresholds: NDArray[np.float32], lesion: Counts, healthy: Counts, positives: int, negatives: int) -> Curve:
     """The `Curve` from counts per rising threshold, as `lesion_thresholds` and `count_at` give them."""
     return Curve(
         thresholds=thresholds[::-1],

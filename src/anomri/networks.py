@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class WeightStandardisedConv2d(nn.Conv2d):
     standardised = False  # True once `fold_weight_standardisation` has done it for good
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolution of (n, in, h, w)."""
         weight = self.weight if self.standardised else standardise_weight(self.weight)
         return self._conv_forward(x, weight, self.bias)
 
@@ -47,6 +49,7 @@ class ConvBlock(nn.Module):
         self.norm2 = nn.GroupNorm(group_count(channels_out), channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, in, h, w) -> (n, out, h, w)."""
         x = self.norm1(functional.silu(self.conv1(x)))
         x = self.norm2(functional.silu(self.conv2(x)))
         return x
@@ -61,7 +64,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels: int, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.encoder = nn.ModuleList(
             [ConvBlock(channels, widths[0])] + [ConvBlock(fine, coarse) for fine, coarse in pairs]
         )
@@ -70,6 +73,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> the same shape."""
         skips = []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else functional.avg_pool2d(x, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.spec import AnomriError, Grid, Scaling
-from anomri.volume import Volume
+from anomri.volume import Geometry, Volume
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,13 @@ def from_slices(
     volume = np.zeros(shape, dtype=np.float32)
     volume[..., index.start : index.stop] = np.moveaxis(native[:, 0].numpy(), 0, -1)
     return volume
+
+
+def pixels_per_voxel(geometry: Geometry, grid: Grid) -> float:
+    """How many in-plane pixels of a scan one pixel of the working grid covers."""
+    shape, spacing = geometry.canonical_shape[:2], geometry.spacing_mm[:2]
+    field = field_of_view(shape, spacing, grid)
+    return field[0] * field[1] / (grid.size[0] * grid.size[1])
 
 
 def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:

@@ -17,6 +17,14 @@ class AnomriError(Exception):
     """Something in the input that the user can put right; its message says what, where and how."""
 
 
+class Interrupted(Exception):
+    """A training was asked to stop by ``signal``; its state is saved, and the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 @dataclass(frozen=True)
 class Grid:
     """The working grid: axial slices of one size, whatever the scan.

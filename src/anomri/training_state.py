@@ -20,10 +20,6 @@ from anomri.files import whole_file
 from anomri.spec import AnomriError
 
 
-class Interrupted(KeyboardInterrupt):
-    """A training was asked to stop; its state is saved, and the message says how to go on."""
-
-
 @dataclass
 class TrainingState:
     """All that a training needs to go on as if it had not stopped: random numbers follow from seed and step."""

@@ -76,7 +76,7 @@ class Geometry:
         """An array in the working orientation turned back onto the file's axes."""
         order = self.to_canonical[:, 0].astype(int)
         flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
-        return np.ascontiguousarray(np.flip(np.transpose(data, order), flip))
+        return np.ascontiguousarray(np.flip(np.transpose(data, order), tuple(flip)))
 
 
 @dataclass(frozen=True)
@@ -139,23 +139,40 @@ def read_volume(case: Case, channels: Sequence[str], grid: Grid = Grid(), *, wit
         _check_grid(path, image, files[0], first)
         assert data is not None
         data[number] = first.canonical(_finite(path, image))
-    assert first is not None and data is not None
+    if first is None or data is None:
+        raise AnomriError(f"{case.name}: no channel is asked for.")
     if case.mask is not None:
         data *= _read_mask(case.mask, files[0], first)
     for path, channel in zip(files, data, strict=True):
         if not (channel > 0).any():
-            raise AnomriError(f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask).")
+            raise AnomriError(
+                f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask)."
+            )
     label = _read_mask(case.label, files[0], first) if case.label is not None and with_label else None
     return Volume(case.name, tuple(channels), data, label, first)
 
 
-def write_image(
-    path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None
-) -> None:
+def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
+    """The lesion label (x, y, z) of a case in the grid's orientation, and where it lies."""
+    assert case.label is not None
+    image = read_image(case.label)
+    geometry = _geometry(case.label, image, grid)
+    return geometry.canonical(_finite(case.label, image) > 0), geometry
+
+
+def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
+    """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``."""
+    image = read_image(path)
+    _check_grid(path, image, label, geometry)
+    return geometry.canonical(_finite(path, image))
+
+
+def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:
     """Write an array in the working orientation as NIfTI on the input's own grid, whole or not at all.
 
-    ``data`` is (x, y, z), or (channels, x, y, z), which becomes a 4D file with the channels last. Both header forms and their codes are the input's; the data type is that of ``data`` and ``display`` sets
-    ``cal_min`` and ``cal_max``, the range viewers open with.
+    ``data`` is (x, y, z), or (channels, x, y, z), which becomes a 4D file with the channels last. Both header
+    forms and their codes are the input's; the data type is that of ``data`` and ``display`` sets ``cal_min`` and
+    ``cal_max``, the range viewers open with.
     """
     header = geometry.header.copy()
     header.set_data_dtype(data.dtype)
@@ -197,11 +214,13 @@ def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
 
 def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
     """The first ``size`` bytes of a file, unpacked; all of them, to a verified end, if ``whole``."""
-    opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-    with opened as file:
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
         content = file.read(size)
         if whole and len(content) < size:
-            raise AnomriError(f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again.")
+            raise AnomriError(
+                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again."
+            )
         # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
         if whole and file.read(HEADER_BYTES) and file.read(1):
             raise AnomriError(f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused.")
@@ -214,7 +233,8 @@ def _geometry(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
         raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
     target = orientations.axcodes2ornt(tuple(grid.orientation))
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
-    return Geometry(image.shape, affine, transform, image.header)
+    rows, columns, slices = image.shape
+    return Geometry((rows, columns, slices), affine, transform, image.header)
 
 
 def _check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
@@ -239,7 +259,9 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[np.float32]:
     data = data.astype(np.float32)
     bad = int(data.size - np.isfinite(data).sum())
     if bad:
-        raise AnomriError(f"{path}: {bad:,} of its {data.size:,} voxels are NaN or infinite; replace them, by 0 outside the brain.")
+        raise AnomriError(
+            f"{path}: {bad:,} of its {data.size:,} voxels are NaN or infinite; replace them, by 0 outside the brain."
+        )
     return data
 
 

@@ -24,6 +24,18 @@ class DAE(nn.Module):
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
+        "demo": Preset(
+            {"widths": [16, 32, 64, 128]},
+            Training(
+                steps=400,
+                learning_rate=2e-3,
+                schedule="cosine",
+                precision="auto",
+                crop_to_brain=True,
+                validate_every=100,
+                validation_slices=64,
+            ),
+        ),
         "small": Preset(
             {"widths": [16, 32, 64, 128]},
             Training(

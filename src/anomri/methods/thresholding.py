@@ -18,7 +18,7 @@ class Thresholding(nn.Module):
     ``channel`` names another channel in which lesions are bright; FLAIR is taken if there is one, else the first.
     """
 
-    PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset()}
+    PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset(), "demo": Preset()}
 
     def __init__(self, channels: Sequence[str], channel: str | None = None) -> None:
         super().__init__()

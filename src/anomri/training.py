@@ -27,7 +27,7 @@ from anomri.files import output_folder
 from anomri.methods import Box
 from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
 from anomri.slices import foreground_of, join_boxes
-from anomri.spec import AnomriError, Cohort, ModelSpec, Training
+from anomri.spec import AnomriError, Cohort, Interrupted, ModelSpec, Training
 from anomri.thresholds import healthy_thresholds
 from anomri.training_state import Log, StopRequest, TrainingState
 
@@ -74,8 +74,8 @@ def train(
     patient is in two splits. ``cache`` holds the packed slices (default: the user's cache folder). ``resume``
     continues a training that was interrupted, at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
-    Raises `AnomriError` for what the user can put right, and `training_state.Interrupted` (a
-    ``KeyboardInterrupt``), with all saved, when asked to stop by Ctrl-C or SIGTERM.
+    Raises `AnomriError` for what the user can put right, and `spec.Interrupted`, with all saved, when Ctrl-C or
+    SIGTERM asks to stop.
     """
     folder = Path(model)
     if (folder / "model.json").exists():
@@ -107,7 +107,7 @@ def train(
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
     if spec.training:
-        fabric = Fabric(accelerator=device, devices=1, precision=spec.training.precision)
+        fabric = Fabric(accelerator=device, devices=1, precision=resolve_precision(spec.training.precision))
         network.load_state_dict(fit(fabric, network, spec, packed, folder, progress))
     progress(Progress("score", 0, 1))
     detector = Detector(spec, network.cpu())
@@ -161,12 +161,15 @@ def fit(
                     state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
                 log.add(state.step, loss_mean, loss_held_out, learning_rate(training, step), time.monotonic() - start)
                 state.losses = []
-            if validate or stop.signal:
+            stopping = stop.signal if state.step < training.steps else None
+            if validate or stopping:
                 state.network, state.optimizer = network.state_dict(), optimizer.state_dict()
                 state.save(folder)
             progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out))
-            if stop.signal and state.step < training.steps:
-                raise Interrupted(f"stopped at step {state.step} of {training.steps}; continue with --resume.", stop.signal)
+            if stopping:
+                raise Interrupted(
+                    f"stopped at step {state.step} of {training.steps}; continue with --resume.", stopping
+                )
     log.close()
     return state.best
 
@@ -180,7 +183,7 @@ def validation_loss(fabric: Fabric, model: Any, spec: ModelSpec, held_out: Healt
     total = 0.0
     with torch.no_grad():
         for number in range(0, count, training.batch_size):
-            x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size]))
+            x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size].tolist()))
             generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
             total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
     return total / count
@@ -221,14 +224,20 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
     if not any(case.split == "val" for case in cases):
         patients = sorted({case.patient for case in cases if case.split == "train"})
         drawn = set(random.Random(seed).sample(patients, max(1, round(len(patients) / 10))) if patients else ())
-        cases = [replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases]
+        cases = [
+            replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases
+        ]
     sides = {side: {case.patient for case in cases if case.split == side} for side in ("train", "val", "test")}
     if not sides["train"]:
-        raise AnomriError("no case is left to train on; at least one patient for training and one for validation is needed.")
+        raise AnomriError(
+            "no case is left to train on; at least one patient for training and one for validation is needed."
+        )
     for held_out in ("val", "test"):
         both = sorted(sides["train"] & sides[held_out])
         if both:
-            raise AnomriError(f"patient {both[0]} is in the splits train and {held_out}; give all of a patient's scans one split.")
+            raise AnomriError(
+                f"patient {both[0]} is in the splits train and {held_out}; give all of a patient's scans one split."
+            )
     return cases
 
 
@@ -251,7 +260,12 @@ def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, progress: Report)
     used = [case for case in cases if case.split in ("train", "val")]
     done = itertools.count(1)
     packed = pack_cohort(
-        used, spec.channels, spec.grid, spec.scaling, cache, lambda case: progress(Progress("pack", next(done), len(used)))
+        used,
+        spec.channels,
+        spec.grid,
+        spec.scaling,
+        cache,
+        lambda case: progress(Progress("pack", next(done), len(used))),
     )
     sides: Packed = {"train": [], "val": []}
     for case, pack in zip(used, packed, strict=True):

@@ -1,0 +1,7 @@
+"""``python -m anomri``."""
+
+import sys
+
+from anomri.cli import main
+
+sys.exit(main())

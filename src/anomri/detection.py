@@ -1,0 +1,156 @@
+"""Detection over a cohort: one model, many scans, every file whole, one bad scan no reason to stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+
+from anomri.cases import Case, find_cases
+from anomri.detector import Detection, Detector
+from anomri.files import output_folder, write_text
+from anomri.pictures import preview, write_png
+from anomri.reporting import report
+from anomri.spec import AnomriError
+from anomri.volume import Volume
+
+CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error")
+LESION_COLUMNS = ("case", "lesion", "volume_mm3", "x_mm", "y_mm", "z_mm", "peak", "mean")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case: its `Detection.summary`, or the error that kept it from having one."""
+
+    case: str
+    seconds: float
+    summary: dict[str, object] | None = None
+    error: str | None = None
+
+
+def detect_cohort(
+    cohort: str | Path | Sequence[Case],
+    out: str | Path,
+    model: Detector | str | Path,
+    *,
+    reconstruction: bool = False,
+    progress: Callable[[CaseResult, int], None] = lambda result, total: None,
+) -> list[CaseResult]:
+    """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
+
+    A case that fails is noted in ``cases.tsv`` and the run goes on. The next scan is read while the network
+    works on this one; no more than two scans are in memory. Raises `AnomriError` if there is no case or model,
+    or ``out`` cannot be written.
+    """
+    folder = output_folder(Path(out))
+    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    detector = model if isinstance(model, Detector) else Detector.load(model)
+    started, results = time.time(), list[CaseResult]()
+    try:
+        for case, volume, begun in read_ahead(cases, detector.read):
+            results.append(_detect_case(detector, case, volume, begun, folder, reconstruction))
+            progress(results[-1], len(cases))
+    finally:
+        # Also after Ctrl-C: what is done is listed.
+        _write_tables(folder, results)
+        _write_run(folder, detector, len(cases), started)
+        report(folder)
+    return results
+
+
+def read_ahead(
+    cases: Sequence[Case], read: Callable[[Case], Volume]
+) -> Iterator[tuple[Case, Volume | AnomriError, float]]:
+    """Each case with its volume (or why there is none) and when work on it began; one is read ahead."""
+
+    def attempt(case: Case) -> tuple[Case, Volume | AnomriError, float]:
+        begun = time.monotonic()
+        try:
+            return case, read(case), begun
+        except AnomriError as error:
+            return case, error, begun
+        except MemoryError:
+            return case, AnomriError(f"{case.name}: does not fit into memory."), begun
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        for case in cases:
+            upcoming = pool.submit(attempt, case)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = upcoming
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _detect_case(
+    detector: Detector, case: Case, volume: Volume | AnomriError, begun: float, folder: Path, reconstruction: bool
+) -> CaseResult:
+    try:
+        if isinstance(volume, AnomriError):
+            raise volume
+        detection = detector.detect(volume)
+        detection.save(folder, reconstruction=reconstruction)
+        save_preview(detection, folder)
+        return CaseResult(case.name, time.monotonic() - begun, detection.summary())
+    except AnomriError as error:
+        return CaseResult(case.name, time.monotonic() - begun, error=str(error))
+
+
+def save_preview(detection: Detection, folder: Path) -> None:
+    """Write the case's picture to ``previews/<case>.png``, where `report` looks for it."""
+    write_png(output_folder(folder / "previews") / f"{detection.name}.png", preview(detection))
+
+
+def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table as tab-separated text."""
+    text = StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return text.getvalue()
+
+
+def _write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
+    case_rows: list[tuple[object, ...]] = []
+    lesion_rows: list[tuple[object, ...]] = []
+    for result in results:
+        seconds = f"{result.seconds:.2f}"
+        if result.summary is None:
+            case_rows.append((result.case, "failed", "", "", "", seconds, " ".join((result.error or "").split())))
+            continue
+        summary = result.summary
+        lesions: list[dict[str, object]] = summary["lesions"]  # type: ignore[assignment]
+        volume, peak = f"{summary['lesion_volume_mm3']:.1f}", f"{summary['peak']:.5g}"
+        case_rows.append((result.case, "done", len(lesions), volume, peak, seconds, ""))
+        for lesion in lesions:
+            centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
+            scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")
+            lesion_rows.append((result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores))
+    write_text(folder / "cases.tsv", tsv(CASE_COLUMNS, case_rows))
+    write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
+
+
+def _write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
+    spec = detector.spec
+    facts = {
+        "anomri": version("anomri"),
+        "command": "detection",
+        "cases": cases,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "method": spec.method,
+        "channels": spec.channels,
+        "score": asdict(spec.score),
+        "thresholds": spec.thresholds and asdict(spec.thresholds),
+        "model_cohort": spec.cohort and asdict(spec.cohort),
+        "citation": spec.citation,
+    }
+    write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")

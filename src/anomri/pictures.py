@@ -1,0 +1,77 @@
+"""Pictures a person looks at: slices of a scan beside what was made of them, as RGB arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.detector import Detection
+from anomri.files import whole_file
+
+Rgb = NDArray[np.uint8]
+
+COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "truth")
+MASK_COLOUR = (230, 90, 40)
+TRUTH_COLOUR = (40, 190, 90)
+
+
+def preview(detection: Detection, size: int = 192) -> Rgb:
+    """One row of square pictures of a scan's most telling slice, in the order of `COLUMNS`.
+
+    The slice is the one with the most labelled lesion, else the one with the highest summed score. The last
+    picture is left out where there is no label. (size, size * columns, 3) uint8, patient's right on the left.
+    """
+    label = detection.stack.label
+    weight = detection.scores.sum(axis=(1, 2)) if label is None or not label.any() else label.sum(dim=(1, 2)).numpy()
+    z = int(np.argmax(weight))
+    channels = detection.volume.channels
+    shown = channels.index("flair") if "flair" in channels else 0
+    _, high = detection.display_range
+    scan = grey(detection.stack.x[z, shown].numpy())
+    healthy = grey(detection.reconstructed[z, shown].numpy())
+    score = detection.scores[z]
+    panels = [scan, healthy, heat(score, high)]
+    if detection.spec.thresholds:
+        panels.append(outline(scan, score > detection.spec.thresholds.threshold, MASK_COLOUR))
+    if label is not None:
+        panels.append(outline(scan, label[z].numpy(), TRUTH_COLOUR))
+    return np.concatenate([_upright(panel, size) for panel in panels], axis=1)
+
+
+def grey(image: NDArray[np.float32], white: float = 1.2) -> Rgb:
+    """A scaled slice (h, w) in grey; ``white`` is the brightness shown as white."""
+    scaled = np.clip(image / white, 0, 1) * 255
+    return np.repeat(scaled.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def heat(score: NDArray[np.float32], high: float) -> Rgb:
+    """A score map (h, w) in colour, from 0 (black) to ``high``."""
+    colours = np.asarray(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256)))[:, :3] * 255
+    levels = (np.clip(score / max(high, 1e-6), 0, 1) * 255).astype(np.uint8)
+    return colours.astype(np.uint8)[levels]
+
+
+def outline(image: Rgb, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> Rgb:
+    """``image`` with ``mask`` tinted and its edge drawn in ``colour``."""
+    inside = mask.astype(np.uint8)
+    edge = (inside - cv2.erode(inside, np.ones((3, 3), np.uint8))).astype(bool)
+    drawn = image.copy()
+    drawn[mask] = (0.65 * drawn[mask] + 0.35 * np.array(colour)).astype(np.uint8)
+    drawn[edge] = colour
+    return drawn
+
+
+def write_png(path: Path, picture: Rgb) -> None:
+    """Write a picture, whole or not at all."""
+    _, encoded = cv2.imencode(".png", picture[..., ::-1])
+    with whole_file(path) as partial:
+        partial.write_bytes(encoded.tobytes())
+
+
+def _upright(panel: Rgb, size: int) -> Rgb:
+    # (x, y) in LPS: rows of the picture are y, anterior first, and its columns x, the patient's right first.
+    return cv2.resize(np.ascontiguousarray(panel.transpose(1, 0, 2)), (size, size), interpolation=cv2.INTER_LINEAR)

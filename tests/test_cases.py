@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+
+from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
+from anomri.spec import AnomriError
+from anomri.training import split_cases
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_brats_layout(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "B/B_t1.nii.gz", "A_1/A_1_FLAIR.nii.gz", "A_1/A_1_t1.nii", "A_1/A_1_seg.nii.gz", "A_1/A_1_mask.nii.gz"
+    )
+    touch(tmp_path, ".cache/x_t1.nii.gz", "A_1/.A_1_t2.nii.gz", "A_1/notes.txt")
+    first, second = find_cases(tmp_path)
+    assert (first.name, list(first.channels), second.name) == ("A_1", ["flair", "t1"], "B")
+    assert first.label == tmp_path / "A_1/A_1_seg.nii.gz"
+    assert first.mask == tmp_path / "A_1/A_1_mask.nii.gz"
+
+
+def test_flat_folder_a_single_case_and_a_single_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a_flair.nii.gz", "a_t1.nii.gz", "b_flair.nii.gz")
+    assert [(case.name, len(case.channels)) for case in find_cases(tmp_path)] == [("a", 2), ("b", 1)]
+    one = touch(tmp_path / "subject", "FLAIR.nii.gz", "T1.nii.gz")
+    (case,) = find_cases(one)
+    assert (case.name, sorted(case.channels)) == ("subject", ["flair", "t1"])
+    (case,) = find_cases(tmp_path / "a_t1.nii.gz")
+    assert case == Case("a", {"t1": tmp_path / "a_t1.nii.gz"})
+
+
+def test_table(tmp_path: Path) -> None:
+    touch(tmp_path, "x.nii.gz", "y.nii.gz", "l.nii.gz")
+    table = tmp_path / "cohort.tsv"
+    table.write_text(
+        "case\tFLAIR\tlabel\tmask\tsplit\tsubject\np1\tx.nii.gz\tl.nii.gz\t\ttest\ts\np2\ty.nii.gz\t\t\t\t\n"
+    )
+    first, second = find_cases(table)
+    assert first == Case("p1", {"flair": tmp_path / "x.nii.gz"}, tmp_path / "l.nii.gz", None, "test", "s")
+    assert (second.label, second.split, second.patient) == (None, None, "p2")
+
+
+def test_splits_are_found_and_come_back(tmp_path: Path) -> None:
+    touch(tmp_path, "a_t1.nii.gz", "b_t1.nii.gz")
+    (tmp_path / "splits.csv").write_text("case,split\na,train\nb,val\n")
+    cases = find_cases(tmp_path)
+    assert [case.split for case in cases] == ["train", "val"]
+    write_splits(tmp_path / "again.csv", cases)
+    assert read_splits(tmp_path / "again.csv") == {"a": "train", "b": "val"}
+    assert [case.split for case in assign_splits(cases, {"a": "test"})] == ["test", "val"]
+
+
+def test_channels_are_those_that_most_cases_have() -> None:
+    def case(*names: str) -> Case:
+        return Case("c", dict.fromkeys(names, Path("x")))
+
+    assert channels_of([case("t2", "flair"), case("t1"), case("flair", "t2")]) == ("flair", "t2")
+    with pytest.raises(AnomriError, match="no case"):
+        channels_of([])
+
+
+def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
+    (case,) = find_cases(touch(tmp_path, "p_flair.nii.gz", "p_t1gd.nii.gz"))
+    with pytest.raises(AnomriError, match=r"p: no file for channel t1ce in .*channels found: flair, t1gd"):
+        case.files(("flair", "t1ce"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name\tflair\na\tx.nii.gz\n", "no column case .*name, flair"),
+        ("case\tflair\na\tgone.nii.gz\n", r"line 2, column flair: no such file: .*gone.nii.gz"),
+        ("case\tflair\n\tx.nii.gz\n", "line 2: case '' is empty"),
+        ("case\tflair\na\tx.nii.gz\na\tx.nii.gz\n", "line 3: case 'a' is empty, named twice"),
+        ("case\tflair\n../a\tx.nii.gz\n", "holds a '/'"),
+        ("case\tflair\tsplit\na\tx.nii.gz\ttraining\n", "split 'training' is none of train, val, test"),
+        ("case\tflair\n", "no scans found"),
+    ],
+)
+def test_bad_tables_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+    touch(tmp_path, "x.nii.gz")
+    (tmp_path / "cohort.tsv").write_text(content)
+    with pytest.raises(AnomriError, match=message):
+        find_cases(tmp_path / "cohort.tsv")
+
+
+def test_other_bad_cohorts(tmp_path: Path) -> None:
+    with pytest.raises(AnomriError, match="no such file"):
+        find_cases(tmp_path / "gone")
+    with pytest.raises(AnomriError, match="no scans found"):
+        find_cases(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(AnomriError, match="not a folder"):
+        find_cases(tmp_path / "notes.txt")
+    touch(tmp_path, "a_t1.nii.gz", "a_t1.nii")
+    with pytest.raises(AnomriError, match=r"both t1 of case a"):
+        find_cases(tmp_path)
+    (tmp_path / "bytes.tsv").write_bytes(b"\xff\xfe\x00case")
+    with pytest.raises(AnomriError, match="cannot read the table"):
+        find_cases(tmp_path / "bytes.tsv")
+
+
+def _cases(*names: str) -> list[Case]:
+    return [Case(name, {}) for name in names]
+
+
+def test_random_split_keeps_patients_whole() -> None:
+    cases = _cases(*[f"sub-{k:02d}_ses-{s}" for k in range(20) for s in "ab"])
+    split = split_cases(cases, {}, seed=0)
+    held_out = {case.patient for case in split if case.split == "val"}
+    assert len(held_out) == 2
+    assert not held_out & {case.patient for case in split if case.split == "train"}
+    assert [case.split for case in split] == [case.split for case in split_cases(cases, {}, seed=0)]
+    assert [case.split for case in split] != [case.split for case in split_cases(cases, {}, seed=1)]
+
+
+def test_given_splits_are_honoured_and_checked() -> None:
+    cases = split_cases(_cases("a", "b", "c", "d"), {"a": "train", "b": "val", "c": "test"}, seed=0)
+    assert [case.split for case in cases] == ["train", "val", "test", None]
+    with pytest.raises(AnomriError, match="patient sub-1 is in the splits train and val"):
+        split_cases(_cases("sub-1_ses-1", "sub-1_ses-2"), {"sub-1_ses-1": "train", "sub-1_ses-2": "val"}, seed=0)
+    with pytest.raises(AnomriError, match="no case is left to train on"):
+        split_cases(_cases("a"), {}, seed=0)

@@ -1,0 +1,188 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+import anomri
+from anomri.cases import Case, find_cases
+from anomri.detection import detect_cohort
+from anomri.detector import Detector
+from anomri.spec import AnomriError, ModelSpec
+from conftest import AFFINE, write
+
+
+@pytest.fixture
+def lesioned(cohort: Path) -> Case:
+    return find_cases(cohort)[7]
+
+
+def test_the_lesion_is_found_in_the_scans_own_grid(model: Path, lesioned: Case, tmp_path: Path) -> None:
+    detection = anomri.load(model).detect(lesioned)
+    written = detection.save(tmp_path, reconstruction=True)
+    assert [path.name for path in written] == [
+        f"case7_{name}" for name in ("anomaly.nii.gz", "mask.nii.gz", "reconstruction.nii.gz")
+    ] + ["case7.json"]
+    source = nib.load(lesioned.channels["flair"])
+    label = np.asarray(nib.load(lesioned.label).dataobj) > 0
+    anomaly, mask, healthy = (nib.load(path) for path in written[:3])
+    for image, dtype in ((anomaly, np.float32), (mask, np.uint8), (healthy, np.float32)):
+        assert image.shape[:3] == source.shape
+        assert image.get_data_dtype() == dtype
+        np.testing.assert_array_equal(image.affine, source.affine)
+    assert healthy.shape[3] == 2
+    scores = anomaly.get_fdata()
+    summary = json.loads(written[3].read_text())
+    assert scores[label].mean() > 3 * scores[~label].mean()
+    assert anomaly.header["cal_max"] > anomaly.header["cal_min"] > 0
+    found = np.asarray(mask.dataobj) > 0
+    assert 0 < found.sum() <= (scores > summary["threshold"]).sum()
+    assert (scores[found] > summary["threshold"]).all()
+    # The reconstruction is in the scan's own intensities.
+    inside = source.get_fdata() > 0
+    assert np.corrcoef(healthy.get_fdata()[..., 0][inside & ~label], source.get_fdata()[inside & ~label])[0, 1] > 0.8
+    assert summary["lesions"][0]["volume_mm3"] == pytest.approx(
+        np.bincount(ndimage.label(found, np.ones((3, 3, 3)))[0][found])[1:].max() * 3.75 * 3.75 * 8
+    )
+
+
+def test_lesion_rows_say_where_in_scanner_mm(model: Path, lesioned: Case) -> None:
+    detection = Detector.load(model).detect(lesioned)
+    assert detection.mask is not None
+    components, _ = ndimage.label(detection.mask, np.ones((3, 3, 3)))
+    first = detection.lesions[0]
+    inside = components == np.argmax(np.bincount(components[detection.mask]))
+    centre = nib.affines.apply_affine(detection.volume.geometry.canonical_affine, ndimage.center_of_mass(inside))
+    np.testing.assert_allclose(first.centroid_mm, centre, atol=0.01)
+    assert first.peak == pytest.approx(float(detection.anomaly_map[inside].max()))
+    assert first.mean == pytest.approx(float(detection.anomaly_map[inside].mean()), rel=1e-5)
+    volumes = [lesion.volume_mm3 for lesion in detection.lesions]
+    assert volumes == sorted(volumes, reverse=True)
+
+
+def test_saving_and_loading_gives_the_same_map_bit_for_bit(model: Path, lesioned: Case, tmp_path: Path) -> None:
+    detector = Detector.load(model)
+    before = detector.detect(lesioned)
+    detector.save(tmp_path / "copy")
+    after = anomri.load(tmp_path / "copy").detect(lesioned)
+    np.testing.assert_array_equal(before.anomaly_map, after.anomaly_map)
+    assert ModelSpec.read(tmp_path / "copy" / "model.json") == detector.spec
+
+
+def test_maps_are_not_rescaled_per_image(model: Path, lesioned: Case, tmp_path: Path) -> None:
+    brighter = {}
+    for channel, path in lesioned.channels.items():
+        image = nib.load(path)
+        brighter[channel] = write(tmp_path / f"b_{channel}.nii.gz", (7 * image.get_fdata()).astype(np.float32), AFFINE)
+    detector = Detector.load(model)
+    first, second = detector.detect(lesioned), detector.detect(Case("b", brighter))
+    np.testing.assert_allclose(first.anomaly_map, second.anomaly_map, atol=1e-4)
+    assert first.display_range == second.display_range
+
+
+def test_a_brain_beyond_the_trained_box_is_still_seen(model: Path, lesioned: Case) -> None:
+    detector = Detector.load(model)
+    assert detector.spec.crop is not None
+    narrow = Detector(replace(detector.spec, crop=(56, 72, 56, 72)), detector.method)
+    whole = Detector(replace(detector.spec, crop=None), detector.method)
+    outside = narrow.detect(lesioned).reconstructed[:, :, 40:50, 40:90]
+    assert float(outside.abs().max()) > 0
+    assert whole.detect(lesioned).reconstructed.shape == (*whole.detect(lesioned).stack.x.shape,)
+
+
+def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = {"preset": "tiny", "training": {"steps": 2}, "channels": ["flair"]}
+    detector = anomri.train(cohort, tmp_path / "m", cache=cache, **arguments)
+    scan = shutil.copy(cohort / "case7" / "case7_flair.nii.gz", tmp_path / "any-name.nii.gz")
+    assert detector.detect(scan).anomaly_map.max() > 0
+
+
+def test_other_channels_are_refused_with_what_to_do(model: Path, cohort: Path, tmp_path: Path) -> None:
+    only = Case("p", {"t2": cohort / "case7" / "case7_flair.nii.gz", "flair": cohort / "case7" / "case7_flair.nii.gz"})
+    with pytest.raises(AnomriError, match="p: this model was trained on flair, t1, but the scan has .*t1 is missing"):
+        Detector.load(model).detect(only)
+    with pytest.raises(AnomriError, match="holds 9 cases; name one"):
+        Detector.load(model).detect(cohort)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.json", None, "holds no model.json"),
+        ("model.json", b"{", "model.json: not a model description"),
+        ("model.json", b'{"method": "dae"}', "model.json: .*channels: Field required"),
+        ("weights.safetensors", None, "weights.safetensors: does not hold the weights"),
+        ("weights.safetensors", b"\x80\x04pickle", "weights.safetensors: does not hold the weights"),
+    ],
+)
+def test_a_damaged_model_is_named(model: Path, tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / file).unlink()
+    if content is not None:
+        (tmp_path / "m" / file).write_bytes(content)
+    with pytest.raises(AnomriError, match=message):
+        Detector.load(tmp_path / "m")
+
+
+def test_weights_of_another_network_are_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    description = json.loads((model / "model.json").read_text())
+    description["settings"]["widths"] = [8, 16, 32, 64]
+    (tmp_path / "m" / "model.json").write_text(json.dumps(description))
+    with pytest.raises(AnomriError, match="does not hold the weights that model.json describes"):
+        Detector.load(tmp_path / "m")
+
+
+def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    for name in ("case6", "case7", "case8"):
+        shutil.copytree(cohort / name, folder / name)
+    broken = folder / "case7" / "case7_t1.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:500])
+    results = detect_cohort(folder, tmp_path / "out", model)
+    assert [result.error is None for result in results] == [True, False, True]
+    assert "case7_t1.nii.gz" in (results[1].error or "")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "case6_anomaly.nii.gz",
+        "case8_mask.nii.gz",
+        "cases.tsv",
+        "lesions.tsv",
+        "run.json",
+        "report.html",
+    } <= written
+    assert not {name for name in written if name.startswith(("case7", ".partial"))}
+    rows = [line.split("\t") for line in (tmp_path / "out" / "cases.tsv").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [["case", "status"], ["case6", "done"], ["case7", "failed"], ["case8", "done"]]
+    lesions = (tmp_path / "out" / "lesions.tsv").read_text().splitlines()
+    assert lesions[0].split("\t")[:3] == ["case", "lesion", "volume_mm3"]
+    assert sum(line.startswith("case8") for line in lesions) == int(rows[3][2])
+
+
+def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cases there are, only a few volumes live at once."""
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[object]] = []
+    most = 0
+    read = Detector.read
+
+    def watched(self: Detector, scan: object) -> object:
+        nonlocal most
+        volume = read(self, scan)  # type: ignore[arg-type]
+        alive.append(weakref.ref(volume.data))
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return volume
+
+    monkeypatch.setattr(Detector, "read", watched)
+    case = find_cases(cohort)[7]
+    cases = [Case(f"c{k}", case.channels) for k in range(6)]
+    assert all(result.error is None for result in detect_cohort(cases, tmp_path, model))
+    assert len(alive) == 6
+    assert most <= 4

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from anomri.noise import coarse_noise
+from anomri.residual import anomaly_score, erode_foreground, median_filter
+from anomri.slices import brain_box, centre_pad, from_slices, join_boxes, percentile_scale, slice_range, to_slices
+from anomri.spec import Grid, Score
+
+SIZE = st.integers(1, 40)
+
+
+@given(SIZE, SIZE, SIZE, SIZE)
+def test_padding_is_undone_by_the_old_size(h: int, w: int, rows: int, columns: int) -> None:
+    x = torch.arange(h * w, dtype=torch.float32).reshape(1, 1, h, w)
+    there = centre_pad(x, (rows, columns))
+    assert there.shape[-2:] == (rows, columns)
+    back = centre_pad(there, (h, w))
+    kept = centre_pad(centre_pad(torch.ones_like(x), (rows, columns)), (h, w)) > 0
+    assert torch.equal(back[kept], x[kept])
+    assert int(kept.sum()) == min(h, rows) * min(w, columns)
+
+
+@given(st.lists(st.integers(0, 63), min_size=4, max_size=4), st.sampled_from([1, 8, 16]))
+def test_boxes_hold_what_they_must_and_divide(corners: list[int], multiple: int) -> None:
+    a = (min(corners[:2]), max(corners[:2]) + 1, min(corners[2:]), max(corners[2:]) + 1)
+    b = (10, 20, 30, 31)
+    top, bottom, left, right = join_boxes(a, b, multiple, (64, 64))
+    assert (bottom - top) % multiple == 0 and (right - left) % multiple == 0
+    assert 0 <= top <= min(a[0], b[0]) and max(a[1], b[1]) <= bottom <= 64
+    assert 0 <= left <= min(a[2], b[2]) and max(a[3], b[3]) <= right <= 64
+
+
+def test_brain_box_is_tight() -> None:
+    foreground = torch.zeros(3, 64, 64, dtype=torch.bool)
+    foreground[0, 5, 7] = foreground[2, 20, 40] = True
+    assert brain_box(foreground, 1) == (5, 21, 7, 41)
+    assert brain_box(torch.zeros(1, 64, 64, dtype=torch.bool), 8) == (0, 64, 0, 64)
+
+
+@pytest.mark.parametrize("shape", [(240, 240, 5), (124, 160, 5), (300, 200, 4)])
+def test_there_and_back_keeps_a_blob_in_place(shape: tuple[int, int, int]) -> None:
+    data = np.zeros(shape, np.float32)
+    x, y = shape[0] // 2 + 17, shape[1] // 2 - 23
+    data[x - 8 : x + 9, y - 8 : y + 9, 2] = 1
+    slices = to_slices(data[None], (1.0, 1.0), Grid(), range(1, 4))
+    assert slices.shape == (3, 1, 128, 128)
+    back = from_slices(slices[:, 0], shape, (1.0, 1.0), Grid(), range(1, 4))
+    assert back.shape == shape
+    # Shrinking without antialiasing samples an edge up to a third of a voxel off.
+    np.testing.assert_allclose(ndimage.center_of_mass(back), (x, y, 2), atol=0.5)
+
+
+def test_scale_and_range() -> None:
+    data = np.zeros((2, 10, 10, 5), np.float32)
+    data[0, :, :, 1:4] = np.linspace(1, 100, 300).reshape(10, 10, 3)
+    scale = percentile_scale(data, 99)
+    assert scale == (pytest.approx(np.percentile(data[0][data[0] > 0], 99)), 1.0)
+    assert slice_range(data / 50, 0.5) == range(1, 4)
+    assert not slice_range(np.zeros_like(data))
+
+
+def test_median_filter_is_scipys_with_reflection() -> None:
+    score = np.random.default_rng(0).random((3, 40, 33)).astype(np.float32)
+    expected = ndimage.median_filter(score, size=(1, 5, 5), mode="mirror")
+    np.testing.assert_array_equal(median_filter(score, 5), expected)
+
+
+def test_erosion_is_a_mean_above_a_level() -> None:
+    foreground = torch.from_numpy(np.random.default_rng(0).random((2, 30, 30)) < 0.97)
+    mean = ndimage.uniform_filter(foreground.numpy().astype(float), size=(1, 5, 5), mode="constant")
+    np.testing.assert_array_equal(erode_foreground(foreground, 5, 0.95).numpy(), mean > 0.95)
+
+
+def test_score_without_filters_is_the_masked_residual() -> None:
+    raw, foreground = torch.rand(2, 16, 16), torch.rand(2, 16, 16) > 0.5
+    score = anomaly_score(raw, foreground, Score(erosion=0, median=0))
+    np.testing.assert_array_equal(score, (raw * foreground).numpy())
+
+
+def test_noise_has_its_size_and_one_roll_a_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = coarse_noise((64, 2, 128, 128), 16, 0.2, generator)
+    # Bilinear weights average neighbours, so the spread is below that of the drawn values.
+    assert 0.1 < float(noise.std()) < 0.2
+    assert abs(float(noise.mean())) < 0.01
+    again = coarse_noise((64, 2, 128, 128), 16, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(noise, again)
+    full = coarse_noise((64, 2, 32, 32), 32, 0.2, generator)
+    assert float(full.std()) == pytest.approx(0.2, rel=0.02)

@@ -1,0 +1,220 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import anomri
+from anomri.cases import find_cases
+from anomri.detector import Detector
+from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
+from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
+from anomri.training import batch_numbers, learning_rate, train
+from anomri.training_state import StopRequest, TrainingState
+
+
+def log(model: Path) -> list[dict[str, float]]:
+    with (model / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(model: Path) -> bytes:
+    return (model / "weights.safetensors").read_bytes()
+
+
+def test_the_loss_falls_and_the_model_says_what_it_is(model: Path) -> None:
+    rows = log(model)
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert rows[-1]["validation_loss"] < 0.5 * rows[0]["validation_loss"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert list((model / "tensorboard").iterdir())
+    assert not (model / TrainingState.NAME).exists()
+    spec = ModelSpec.read(model / "model.json")
+    assert spec.channels == ("flair", "t1")
+    assert spec.cohort is not None and spec.thresholds is not None
+    assert (spec.cohort.training_cases, spec.cohort.validation_cases) == (5, 2)
+    assert spec.cohort.left_out_slices > 0
+    assert spec.thresholds.value == tuple(sorted(spec.thresholds.value))
+    splits = (model / "splits.csv").read_text()
+    assert "case0,train" in splits and "case6,val" in splits and "case8,test" in splits
+
+
+def test_slices_with_lesion_are_left_out(cohort: Path, cache: Path) -> None:
+    cases = find_cases(cohort)
+    packed = pack_cohort(cases, ("flair", "t1"), Grid(), Scaling(), cache)
+    for case, pack in zip(cases, packed, strict=True):
+        assert (len(pack.healthy) < pack.slices) == (case.label is not None)
+        assert pack.memory_map.shape == (pack.slices, 2, 128, 128)
+    whole = HealthySlices(packed)
+    assert len(whole) == sum(len(pack.healthy) for pack in packed)
+    assert whole.batch([0, len(whole) - 1]).shape == (2, 2, 128, 128)
+
+
+def test_packing_happens_once_and_again_when_a_file_changes(cohort: Path, tmp_path: Path) -> None:
+    cases = find_cases(cohort)[:2]
+    first = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    times = [pack.file.stat().st_mtime_ns for pack in first]
+    second = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    assert [pack.file.stat().st_mtime_ns for pack in second] == times
+    assert cohort_fingerprint(first) == cohort_fingerprint(second[::-1])
+    os.utime(cases[0].channels["flair"])
+    third = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    assert third[0].file != first[0].file
+    assert cohort_fingerprint(third) == cohort_fingerprint(first)  # same content
+
+
+def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> None:
+    cases = find_cases(cohort)
+    with pytest.raises(AnomriError) as caught:
+        pack_cohort(cases, ("flair", "t2"), Grid(), Scaling(), tmp_path)
+    assert str(caught.value).startswith("9 of 9 cases cannot be used")
+    assert all(case.name in str(caught.value) for case in cases)
+
+
+class StopAt:
+    """A progress callback that asks for a stop as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, state: object) -> None:
+        if getattr(state, "stage", "") == "train" and state.done == self.step:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [7, 40, 47])
+def test_resuming_gives_the_model_that_was_never_stopped(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path, step: int
+) -> None:
+    arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
+    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of 60; continue with --resume"):
+        train(cohort, tmp_path / "m", progress=StopAt(step), **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "m" / "model.json").exists()
+    with pytest.raises(AnomriError, match="did not finish; use --resume"):
+        train(cohort, tmp_path / "m", **arguments)  # type: ignore[arg-type]
+    train(cohort, tmp_path / "m", resume=True, **arguments)  # type: ignore[arg-type]
+    assert weights(tmp_path / "m") == weights(model)
+    names = ("step", "loss", "validation_loss", "learning_rate")
+    assert [[row[n] for n in names] for row in log(tmp_path / "m")] == [[row[n] for n in names] for row in log(model)]
+
+
+def test_sigterm_saves_and_exits_cleanly(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anomri", "train", "-i", str(cohort), "-o", str(tmp_path / "m")]
+    command += ["--steps", "100000", "--cache", str(cache), "--device", "cpu", "--precision", "32-true"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "m" / "log.csv").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "continue with --resume" in errors
+    state = TrainingState.load(tmp_path / "m", {})
+    assert state.step >= 1
+
+
+def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(cohort, tmp_path, preset="tiny", cache=cache, progress=StopAt(3))  # type: ignore[arg-type]
+    with pytest.raises(AnomriError, match="begun with another training"):
+        train(cohort, tmp_path, preset="tiny", cache=cache, training={"seed": 1}, resume=True)
+    (tmp_path / TrainingState.NAME).write_bytes(b"no state")
+    with pytest.raises(AnomriError, match=r"training.pt: is damaged"):
+        train(cohort, tmp_path, preset="tiny", cache=cache, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnomriError, match=r"the loss is nan within the 20 steps before step 20"):
+        train(cohort, tmp_path, preset="tiny", cache=cache, settings={"noise_std": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
+        ({"method": "magic"}, "no method 'magic'; the methods are dae, thresholding"),
+        ({"settings": {"depth": 3}}, "settings .* do not fit the method dae"),
+        ({"channels": ["flair", "t2"]}, "no file for channel t2"),
+    ],
+)
+def test_bad_arguments(cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(AnomriError, match=message):
+        train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: Path) -> None:
+    before = weights(model)
+    with pytest.raises(AnomriError, match="already holds a finished model"):
+        train(cohort, model, preset="tiny", cache=cache, resume=True)
+    assert weights(model) == before
+
+
+def test_a_given_split_and_channel_order_are_honoured(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text("case,split\n" + "\n".join(f"case{k},{'val' if k == 0 else 'train'}" for k in range(7)))
+    arguments = {"preset": "tiny", "training": {"steps": 2}, "splits": table, "channels": ["t1", "flair"]}
+    detector = train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
+    assert detector.spec.channels == ("t1", "flair")
+    assert detector.spec.cohort is not None
+    assert (detector.spec.cohort.training_cases, detector.spec.cohort.validation_cases) == (6, 1)
+    assert "case0,val" in (tmp_path / "m" / "splits.csv").read_text()
+
+
+def test_the_published_schedule_rises_again() -> None:
+    schedule = Training(learning_rate=1.0)
+    rates = [learning_rate(schedule, step) for step in (0, 31, 32, 1600, 3200, 4800, 6400)]
+    np.testing.assert_allclose(rates, [1, 1, 0.5 * (1 + np.cos(np.pi / 100)), 0.5, 0, 0.5, 1], atol=1e-12)
+    # The reference: torch's own cosine, stepped once per 32 iterations.
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+    for epoch in range(250):
+        assert learning_rate(schedule, 32 * epoch) == pytest.approx(torchs.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        torchs.step()
+
+
+def test_batches_run_through_every_slice_before_one_comes_again() -> None:
+    schedule = Training(batch_size=4)
+    numbers = [number for step in range(5) for number in batch_numbers(10, schedule, step)]
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10] != numbers[10:]
+    assert batch_numbers(3, schedule, 0)  # fewer slices than a batch holds
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with StopRequest.listen() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_thresholding_needs_no_training_but_has_thresholds(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    detector = train(cohort, tmp_path / "m", method="thresholding", cache=cache)
+    assert detector.spec.thresholds is not None
+    again = anomri.load(tmp_path / "m")
+    assert again.spec == detector.spec
+    case = find_cases(cohort)[7]
+    np.testing.assert_array_equal(again.detect(case).scores, detector.detect(case).scores)
+
+
+def test_thresholds_are_what_they_say(cohort: Path, cache: Path, model: Path) -> None:
+    detector = Detector.load(model)
+    thresholds = detector.spec.thresholds
+    assert thresholds is not None
+    # case5 is healthy and held out; the rates hold over both held-out cases pooled, so roughly over one.
+    detection = detector.detect(find_cases(cohort)[5])
+    inside = detection.scores[detection.stack.foreground.numpy()]
+    for rate, value in zip(thresholds.false_positive_rate, thresholds.value, strict=True):
+        assert float((inside > value).mean()) == pytest.approx(rate, abs=0.6 * rate + 0.002)
+    facts = json.loads((model / "model.json").read_text())
+    assert facts["thresholds"]["healthy_cases"] == 2

@@ -1,0 +1,199 @@
+"""Geometry and bad files: every error names its file, every map lies on its scan's own grid."""
+
+import gzip
+import itertools
+import os
+import struct
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from anomri.cases import Case
+from anomri.spec import AnomriError
+from anomri.volume import MAX_VOXELS, read_image, read_volume, write_image
+from conftest import AFFINE, SHAPE, write
+
+ORIENTATIONS = ["".join(p) for axes in itertools.permutations(("LR", "AP", "SI")) for p in itertools.product(*axes)]
+
+
+def image_of_ones(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_every_orientation_is_turned_and_turned_back(tmp_path: Path, axes: str) -> None:
+    data = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32)
+    affine = np.array([[-2.0, 0, 0, 9], [0, -3, 0, 8], [0, 0, 4, -7], [0, 0, 0, 1]])
+    lps = nib.Nifti1Image(data, affine)
+    to = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    turned = lps.as_reoriented(to)
+    path = tmp_path / "a_t1.nii.gz"
+    nib.save(turned, path)
+    volume = read_volume(Case("a", {"t1": path}), ["t1"])
+    np.testing.assert_array_equal(volume.data[0], data)
+    assert volume.geometry.spacing_mm == pytest.approx((2, 3, 4))
+    np.testing.assert_allclose(volume.geometry.canonical_affine, affine, atol=1e-5)
+    write_image(tmp_path / "out.nii.gz", volume.data[0], volume.geometry)
+    back = nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(back.get_fdata(dtype=np.float32), turned.get_fdata(dtype=np.float32))
+    np.testing.assert_array_equal(back.affine, turned.affine)
+
+
+@pytest.mark.parametrize("codes", [(0, 2), (1, 0), (3, 1), (0, 0)])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+def test_both_header_forms_and_their_codes_are_kept(tmp_path: Path, codes: tuple[int, int], image_class: type) -> None:
+    sform = nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [5, 6, 7])
+    sform[0, 1] = 0.3
+    image = image_class(image_of_ones(), None)
+    image.header["pixdim"][1:4] = 1.5, 2, 2.5
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_qform(nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [1, 2, 3]), code=codes[0])
+    image.header.set_sform(sform, code=codes[1])
+    path = tmp_path / "a_t1.nii.gz"
+    image = image_class(image_of_ones(), None, image.header)
+    nib.save(image, path)
+    volume = read_volume(Case("a", {"t1": path}), ["t1"])
+    write_image(tmp_path / "out.nii.gz", volume.data[0], volume.geometry, (0.1, 0.6))
+    before, after = nib.load(path).header, nib.load(tmp_path / "out.nii.gz").header
+    assert type(before) is type(after)
+    for field in ("dim", "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+                  "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"):  # fmt: skip
+        np.testing.assert_array_equal(before[field], after[field], err_msg=field)
+    assert (float(after["cal_min"]), float(after["cal_max"])) == pytest.approx((0.1, 0.6))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64, np.int32])
+def test_data_types_and_slopes_are_read(tmp_path: Path, dtype: type) -> None:
+    image = nib.Nifti1Image(np.arange(60, dtype=dtype).reshape(5, 4, 3, 1), AFFINE)
+    image.header.set_slope_inter(*((1, 0) if dtype is np.float64 else (0.5, 2)))
+    nib.save(image, tmp_path / "a.nii")
+    expected = nib.load(tmp_path / "a.nii").get_fdata()[..., 0]
+    np.testing.assert_allclose(np.asanyarray(read_image(tmp_path / "a.nii").dataobj), expected)
+
+
+def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
+    path = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    volume = read_volume(Case("a", {"t1": path}), ["t1"])
+    write_image(tmp_path / "out.nii.gz", np.stack([volume.data[0], 2 * volume.data[0]]), volume.geometry)
+    assert nib.load(tmp_path / "out.nii.gz").shape == (*SHAPE, 2)
+
+
+def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
+    volume = read_volume(Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}), ["t1"])
+    for name in ("one.nii.gz", "two.nii.gz"):
+        write_image(tmp_path / name, volume.data[0], volume.geometry)
+    assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
+
+
+def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[20:40, 20:40, 3:9] = 1
+    case = Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "m.nii.gz", mask))
+    np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
+
+
+# Bad input: each names the file, what was found and what to do.
+
+
+def expect(case: Case, message: str, channels: tuple[str, ...] = ("t1",)) -> None:
+    with pytest.raises(AnomriError, match=message) as caught:
+        read_volume(case, channels)
+    assert "a_" in str(caught.value)
+
+
+def single(path: Path) -> Case:
+    return Case("a", {"t1": path})
+
+
+def test_empty_zero_and_not_finite(tmp_path: Path) -> None:
+    expect(single(write(tmp_path / "a_t1.nii.gz", 0 * image_of_ones())), "no voxel is above zero")
+    data = image_of_ones()
+    data[3, 3, 3], data[4, 4, 4] = np.nan, np.inf
+    expect(single(write(tmp_path / "a_t1.nii.gz", data)), r"2 of its 53,760 voxels are NaN or infinite")
+    (tmp_path / "a_empty.nii.gz").touch()
+    expect(single(tmp_path / "a_empty.nii.gz"), "the file is empty")
+    expect(single(tmp_path / "a_gone.nii.gz"), "No such file")
+    (tmp_path / "a_text.nii").write_text("no image " * 100)
+    expect(single(tmp_path / "a_text.nii"), "is not a NIfTI image")
+    (tmp_path / "a_text.nii.gz").write_text("no image " * 100)
+    expect(single(tmp_path / "a_text.nii.gz"), "damaged or cut short .*[Nn]ot a gzipped file")
+
+
+def test_truncated_and_flipped_bits(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    path = write(tmp_path / "a_t1.nii.gz", noise)
+    whole = path.read_bytes()
+    for length in (1, 20, 400, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        expect(single(path), "cut short")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    path.write_bytes(bytes(flipped))
+    expect(single(path), "damaged")
+    plain = write(tmp_path / "a_t1.nii", noise)
+    plain.write_bytes(plain.read_bytes()[:-100])
+    expect(single(plain), "is cut short: 215,292 bytes of image instead of 215,392")
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    path = write(tmp_path / "a_t1.nii", image_of_ones((4, 4, 4)))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<4h", content, 40, 3, 10_000, 10_000, 10_000)
+    path.write_bytes(bytes(content))
+    expect(single(path), rf"claims 1,000,000,000,000 voxels .*more than {MAX_VOXELS:,}")
+    bomb = tmp_path / "a_bomb.nii.gz"
+    small = write(tmp_path / "a_small.nii", image_of_ones((4, 4, 4))).read_bytes()
+    with gzip.open(bomb, "wb", compresslevel=9) as file:
+        file.write(small)
+        for _ in range(64):
+            file.write(bytes(1024**2))
+    expect(single(bomb), "goes on for more than")
+    struct.pack_into("<4h", content, 40, 3, -5, 10, 10)
+    path.write_bytes(bytes(content))
+    expect(single(path), "cannot be read|nothing to read")
+
+
+def test_more_than_one_volume_and_colours(tmp_path: Path) -> None:
+    expect(single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))), r"4 axes \(5, 5, 5, 2\)")
+    colour = np.zeros((5, 5, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    expect(single(write(tmp_path / "a_t1.nii.gz", colour)), "real numbers")
+
+
+def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:
+    t1 = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    smaller = write(tmp_path / "a_t2.nii.gz", image_of_ones((10, 10, 10)))
+    moved_affine = AFFINE.copy()
+    moved_affine[2, 3] += 3
+    moved = write(tmp_path / "a_flair.nii.gz", image_of_ones(), moved_affine)
+    both = ("t1", "other")
+    expect(Case("a", {"t1": t1, "other": smaller}), r"a_t2.nii.gz: has \(10, 10, 10\) voxels, but a_t1.nii.gz", both)
+    expect(Case("a", {"t1": t1, "other": moved}), r"a_flair.nii.gz: its header places it up to 3 mm away", both)
+    expect(Case("a", {"t1": t1}, label=moved), "3 mm away")
+    expect(Case("a", {"t1": t1}, mask=smaller), "resample")
+
+
+def test_an_affine_that_places_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "a_t1.nii", image_of_ones())
+    content = bytearray(path.read_bytes())
+    for row in ([0, 0, 0, 0], [np.nan, 0, 0, 0]):
+        struct.pack_into("<4f", content, 280, *row)  # srow_x
+        path.write_bytes(bytes(content))
+        expect(single(path), "no usable position")
+
+
+def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = read_volume(single(write(tmp_path / "a_t1.nii.gz", image_of_ones())), ["t1"])
+    out = tmp_path / "out"
+    out.mkdir()
+    for failure in (KeyboardInterrupt, MemoryError):
+
+        def fail(*args: object, failure: type[BaseException] = failure) -> None:
+            raise failure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gzip.GzipFile, "write", fail)
+            with pytest.raises(failure):
+                write_image(out / "map.nii.gz", volume.data[0], volume.geometry)
+        assert os.listdir(out) == []
