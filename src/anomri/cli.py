@@ -115,7 +115,7 @@ def detect(
                 err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
         results = detect_cohort(
-            input, output, Detector.load(model, _device(device)), reconstruction=reconstruction, progress=told
+            input, output, Detector.load(model, device), reconstruction=reconstruction, progress=told
         )
     failed = sum(result.error is not None for result in results)
     out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
@@ -148,7 +148,7 @@ def evaluate(
         evaluation = run(
             input,
             output,
-            model=None if model is None else Detector.load(model, _device(device)),
+            model=None if model is None else Detector.load(model, device),
             maps=maps,
             grid=grid,
             split=split,
@@ -222,14 +222,6 @@ def main(args: list[str] | None = None) -> int:
 
 def _names(channels: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip().lower() for name in channels.split(",") if name.strip()) if channels else None
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

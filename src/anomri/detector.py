@@ -127,8 +127,10 @@ class Detector:
         self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Detector:
+    def load(cls, folder: str | Path, device: str = "auto") -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
+
+        ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
@@ -144,7 +146,7 @@ class Detector:
             method.load_state_dict(load_tensors(weights.read_bytes()))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
-        return cls(spec, method, device)
+        return cls(spec, method, resolve_device(device))
 
     def detect(self, scan: Case | Volume | str | Path) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, or a path that `find_cases` takes for one case.
@@ -194,6 +196,8 @@ class Detector:
                 part = slice(start, start + INFERENCE_BATCH)
                 reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
             raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
+        # Outside the brain a method is free to make up anything; nobody should see it.
+        reconstructed *= stack.foreground[:, None]
         return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
 
     def save(self, folder: str | Path) -> None:
@@ -206,7 +210,19 @@ class Detector:
         return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), 8, self.spec.grid.size)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Detector:
+def resolve_device(device: str) -> torch.device:
+    """The device of that name, ``auto`` being the fastest one here; raises `AnomriError` if it is not here."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
+
+
+def load(folder: str | Path, device: str = "auto") -> Detector:
     """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote; see `Detector.load`."""
     return Detector.load(folder, device)
 

@@ -36,6 +36,10 @@ from anomri.volume import read_label, read_map
 
 BOOTSTRAP_STEPS = 2048
 CURVE_POINTS = 512
+GRIDS = {
+    "model": "every pixel of the slices with brain, on the model's working grid",
+    "input": "every voxel of the scan's own grid",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class PatientScores:
                 counts = value or dict.fromkeys(("lesions", "detected", "false_positives"), "")
                 row |= {column + ending: count for column, count in counts.items()}
             else:
-                row[name] = "" if value is None else f"{value:.6f}" if isinstance(value, float) else value
+                known = value is not None and value == value  # neither missing nor NaN
+                row[name] = "" if not known else f"{value:.6f}" if isinstance(value, float) else value
         return row
 
 
@@ -134,6 +139,8 @@ def evaluate(
     """
     if (model is None) == (maps is None):
         raise AnomriError("give either a model or a folder of maps to evaluate.")
+    if grid not in GRIDS:
+        raise AnomriError(f"there is no grid {grid!r}; the grids are {' and '.join(GRIDS)}.")
     folder = None if out is None else output_folder(Path(out))
     cases, chosen = choose_cases(find_cases(cohort) if isinstance(cohort, str | Path) else cohort, split)
     if model is not None:
@@ -244,6 +251,8 @@ class _Pool:
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
         """All figures, from two more readings of the spool."""
         thresholds, _ = lesion_thresholds(self._lesion_scores)
+        if not thresholds.size:
+            raise AnomriError(f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find.")
         lesion, healthy = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
         steps = _coarse_steps(self._lesion_scores)
         per_case = np.zeros((2, len(self.cases), len(steps)))
@@ -333,7 +342,7 @@ def _figures(
         for suffix, column in (("components filtered", "lesions"), ("unfiltered", "lesions_unfiltered")):
             dices = [getattr(patient, column.replace("lesions", "dice")) for patient in at_threshold]
             counts = [getattr(patient, column) for patient in at_threshold]
-            found = [c.detected / c.lesions for c in counts if c.lesions]
+            found = [c.detected / c.lesions if c.lesions else float("nan") for c in counts]
             figures += [
                 _mean(f"Dice at the threshold, {suffix}, mean of patients", dices),
                 _mean(f"lesion-wise sensitivity, {suffix}, mean of patients", found),
@@ -343,18 +352,16 @@ def _figures(
 
 
 def _mean(name: str, values: Sequence[float]) -> Figure:
-    return Figure(name, float(np.mean(values)), *mean_interval(values)) if values else Figure(name, float("nan"))
+    # A patient without a lesion has no average precision and no lesion to find.
+    known = [value for value in values if np.isfinite(value)]
+    return Figure(name, float(np.mean(known)), *mean_interval(known))
 
 
 def _protocol(what: str, chosen: str, grid: str, threshold: float | None, pool: _Pool) -> dict[str, str]:
-    where = {
-        "model": "every pixel of the slices with brain, on the model's working grid",
-        "input": "every voxel of the scan's own grid",
-    }
     return {
         "scored": what,
         "cases": f"{len(pool.cases)} ({chosen})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
-        "voxels": f"{where[grid]}, background counted: {pool.voxels:,}",
+        "voxels": f"{GRIDS[grid]}, background counted: {pool.voxels:,}",
         "lesion": "every label above zero is one class",
         "AUPRC": "average precision over all voxels, every distinct score a threshold",
         "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",
@@ -368,14 +375,10 @@ def _protocol(what: str, chosen: str, grid: str, threshold: float | None, pool: 
 def _coarse_steps(lesion_scores: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these recalls.
     pooled = np.sort(np.concatenate(lesion_scores))
-    if not pooled.size:
-        return pooled
     return np.unique(pooled[np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled))).astype(int)])
 
 
 def _thinned(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
-    if not curve.thresholds.size:
-        return ()
     # Even in recall; the best threshold is among them.
     chosen = np.searchsorted(curve.recall, np.linspace(0, 1, CURVE_POINTS)).clip(max=len(curve.recall) - 1)
     chosen = np.unique([*chosen, int(np.argmax(curve.dice))])

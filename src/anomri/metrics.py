@@ -44,18 +44,20 @@ class Curve:
 
     @property
     def average_precision(self) -> float:
-        """Area under the precision-recall curve as scikit-learn's ``average_precision_score`` defines it."""
+        """Area under the precision-recall curve as scikit-learn's ``average_precision_score``; NaN without a lesion."""
+        if not self.positives:
+            return float("nan")
         return float(np.sum(np.diff(self.recall, prepend=0.0) * self.precision))
 
     @property
     def ceil_dice(self) -> float:
-        """The best Dice over all thresholds, chosen on the labels themselves (an upper bound, not a result)."""
-        return float(self.dice.max(initial=0.0))
+        """The best Dice over all thresholds, chosen on the labels themselves: an upper bound; NaN without a lesion."""
+        return float(self.dice.max()) if self.positives else float("nan")
 
     @property
     def best_threshold(self) -> float:
-        """The (highest) threshold that gives `ceil_dice`; infinite if there is no lesion."""
-        return float(self.thresholds[np.argmax(self.dice)]) if self.thresholds.size else float("inf")
+        """The (highest) threshold that gives `ceil_dice`; infinite without a lesion."""
+        return float(self.thresholds[np.argmax(self.dice)]) if self.positives else float("inf")
 
 
 def lesion_thresholds(lesion_scores: Iterable[NDArray[np.float32]]) -> tuple[NDArray[np.float32], Counts]:

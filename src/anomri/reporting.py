@@ -156,7 +156,7 @@ def _evaluation_page(folder: Path, note: str) -> Page:
     facts: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     columns, rows = read_tsv(folder / "patients.tsv")
     place = {name: k for k, name in enumerate(columns)}
-    captions = {row[0]: f"AUPRC {float(row[place['average_precision']]):.3f}" for row in rows}
+    captions = {row[0]: f"AUPRC {row[place['average_precision']] or 'undefined, no lesion'}" for row in rows}
     _, curve = read_tsv(folder / "curve.tsv")
     points = [[float(value) for value in row] for row in curve]
     failed = [("failed", f"{name}: {error}") for name, error in facts["failed"].items()]

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
-from anomri.detector import Detector
+from anomri.detector import Detector, resolve_device
 from anomri.files import output_folder
 from anomri.methods import Box
 from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
@@ -94,7 +94,9 @@ def train(
         training=schedule and replace(schedule, precision=resolve_precision(schedule.precision)),
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
-    methods.build(spec)  # settings that do not fit are told before a cohort is packed
+    # What does not fit is told before a cohort is packed.
+    methods.build(spec)
+    resolve_device(device)
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
     write_splits(folder / "splits.csv", cases)
     packed = _pack(cases, spec, Path(cache) if cache else default_cache(), progress)
@@ -107,7 +109,9 @@ def train(
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
     if spec.training:
-        fabric = Fabric(accelerator=device, devices=1, precision=resolve_precision(spec.training.precision))
+        fabric = Fabric(
+            accelerator=resolve_device(device).type, devices=1, precision=resolve_precision(spec.training.precision)
+        )
         network.load_state_dict(fit(fabric, network, spec, packed, folder, progress))
     progress(Progress("score", 0, 1))
     detector = Detector(spec, network.cpu())

@@ -19,7 +19,8 @@ class DAE(nn.Module):
     """A U-Net that learns to remove coarse noise from healthy slices, and then removes lesions.
 
     ``widths`` are the network's channels per level; the noise is N(0, ``noise_std``^2) drawn at
-    ``noise_resolution`` x ``noise_resolution`` for the whole grid. No noise is added at test.
+    ``noise_resolution`` x ``noise_resolution`` for what the network sees: the whole grid, or the box of the brain
+    if training is cropped to it. No noise is added at test.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {
@@ -64,9 +65,12 @@ class DAE(nn.Module):
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Squared error on the foreground, then the mean over all pixels."""
+        if box is not None:
+            top, bottom, left, right = box
+            x, foreground = x[..., top:bottom, left:right], foreground[..., top:bottom, left:right]
         n, c, h, w = x.shape
         noise = coarse_noise((n, c, h, w), self.noise_resolution, self.noise_std, generator)
-        reconstruction = self.reconstruct(add_on_foreground(x, noise, foreground[:, None]), box)
+        reconstruction = self.reconstruct(add_on_foreground(x, noise, foreground[:, None]))
         return ((reconstruction - x) * foreground[:, None]).square().mean()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:

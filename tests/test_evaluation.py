@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+import anomri
+from anomri.cases import Case, find_cases
+from anomri.detector import Detector
+from anomri.evaluation import evaluate
+from anomri.metrics import dice, drop_small_components
+from anomri.spec import AnomriError
+from conftest import AFFINE, SHAPE, write
+
+
+def test_pooled_figures_are_those_of_all_voxels_at_once(model: Path, cohort: Path, tmp_path: Path) -> None:
+    evaluation = evaluate(cohort, tmp_path / "out", model=model)
+    detector = Detector.load(model)
+    detections = [detector.detect(case) for case in find_cases(cohort) if case.split == "test"]
+    scores = [detection.scores for detection in detections]
+    labels = [detection.stack.label.numpy() for detection in detections if detection.stack.label is not None]
+    pooled, truth = np.concatenate([s.ravel() for s in scores]), np.concatenate([label.ravel() for label in labels])
+    assert evaluation["AUPRC, pooled"] == pytest.approx(average_precision_score(truth, pooled), abs=1e-9)
+    tried = np.unique(pooled[truth])[::7]
+    best = max(dice(pooled >= t, truth) for t in tried)
+    assert best <= evaluation["ceil-Dice, pooled"] + 1e-12
+    assert evaluation["ceil-Dice, pooled"] < best + 0.02
+    threshold = detector.spec.thresholds.threshold if detector.spec.thresholds else 0
+    for patient, score, label in zip(evaluation.patients, scores, labels, strict=True):
+        assert patient.average_precision == pytest.approx(average_precision_score(label.ravel(), score.ravel()))
+        assert patient.dice_unfiltered == pytest.approx(dice(score > threshold, label))
+        assert patient.dice == pytest.approx(dice(drop_small_components(score > threshold, 20), label))
+    figure = evaluation.figures[0]
+    assert figure.low is not None
+    assert figure.high is not None
+    assert figure.low <= figure.value <= figure.high
+    # What was computed is what was written.
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert facts["figures"][0]["value"] == evaluation["AUPRC, pooled"]
+    assert facts["protocol"]["cases"] == "2 (split test)"
+    assert len((tmp_path / "out" / "patients.tsv").read_text().splitlines()) == 3
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not list((tmp_path / "out").glob(".scores-*"))
+
+
+def test_maps_of_the_model_score_as_the_model_on_the_input_grid(model: Path, cohort: Path, tmp_path: Path) -> None:
+    anomri.detect_cohort([case for case in find_cases(cohort) if case.split == "test"], tmp_path / "maps", model)
+    by_maps = evaluate(cohort, maps=tmp_path / "maps", threshold=0.1)
+    by_model = evaluate(cohort, model=model, grid="input", threshold=0.1)
+    assert by_maps.figures == by_model.figures
+    assert "every voxel of the scan's own grid" in by_maps.protocol["voxels"]
+
+
+def synthetic_maps(folder: Path, count: int = 4) -> tuple[list[Case], list[np.ndarray], list[np.ndarray]]:
+    """Cases with random scores, negative ones and ties among them, and labels."""
+    cases, scores, labels = [], [], []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        label = np.zeros(SHAPE, bool)
+        label[20 + number : 30, 20:30, 4:8] = True
+        score = np.round(rng.normal(0, 1, SHAPE) + 2 * label, 1).astype(np.float32)
+        score[:10] = 0
+        write(folder / f"c{number}.nii.gz", score)
+        cases.append(Case(f"c{number}", {}, write(folder / "labels" / f"c{number}_seg.nii.gz", label.astype(np.uint8))))
+        scores.append(score)
+        labels.append(label)
+    return cases, scores, labels
+
+
+def test_anyones_maps_with_ties_and_negative_scores(tmp_path: Path) -> None:
+    cases, scores, labels = synthetic_maps(tmp_path)
+    evaluation = evaluate(cases, maps=tmp_path)
+    expected = average_precision_score(np.ravel(labels), np.ravel(scores))
+    assert evaluation["AUPRC, pooled"] == pytest.approx(expected, abs=1e-12)
+    assert evaluation.patients[0].dice is None
+    assert evaluation.protocol["threshold"] == "none"
+
+
+def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_path: Path) -> None:
+    cases, scores, labels = synthetic_maps(tmp_path, 6)
+    figure = evaluate(cases, maps=tmp_path).figures[0]
+    rng = np.random.default_rng(1)
+    resampled = []
+    for _ in range(60):
+        drawn = rng.integers(0, 6, 6)
+        truth, pooled = (np.concatenate([array[k].ravel() for k in drawn]) for array in (labels, scores))
+        resampled.append(average_precision_score(truth, pooled))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    width = high - low
+    assert figure.low == pytest.approx(low, abs=0.35 * width)
+    assert figure.high == pytest.approx(high, abs=0.35 * width)
+
+
+def test_a_case_that_fails_is_told_and_the_others_count(tmp_path: Path) -> None:
+    cases, _, _ = synthetic_maps(tmp_path)
+    (tmp_path / "c1.nii.gz").unlink()
+    write(tmp_path / "c2.nii.gz", np.zeros((4, 4, 4), np.float32))
+    evaluation = evaluate(cases, tmp_path / "out", maps=tmp_path)
+    assert [patient.case for patient in evaluation.patients] == ["c0", "c3"]
+    assert "holds no c1_anomaly.nii.gz" in evaluation.failed["c1"]
+    assert "has (4, 4, 4) voxels" in evaluation.failed["c2"]
+    assert evaluation.protocol["cases"].endswith("; 2 failed")
+    assert "c2.nii.gz" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_cannot_be_evaluated(cohort: Path, model: Path, tmp_path: Path) -> None:
+    cases = find_cases(cohort)
+    with pytest.raises(AnomriError, match="either a model or a folder of maps"):
+        evaluate(cases)
+    with pytest.raises(AnomriError, match=r"no case of the split 'train' has a label"):
+        evaluate([case for case in cases if case.label is None], model=model, split="train")
+    with pytest.raises(AnomriError, match="no case could be evaluated"):
+        evaluate(cases, maps=tmp_path)
+    moved = AFFINE.copy()
+    moved[0, 3] += 5
+    label = write(tmp_path / "x_seg.nii.gz", np.ones(SHAPE, np.uint8), moved)
+    with pytest.raises(AnomriError, match=r"x_seg.nii.gz: its header places it up to 5 mm away"):
+        evaluate([Case("x", cases[7].channels, label)], model=model)
+
+
+def test_cases_without_label_are_left_out_and_said(cohort: Path, model: Path) -> None:
+    evaluation = evaluate(cohort, model=model, split="val")
+    assert evaluation.protocol["cases"] == "1 (split val, without 1 that have no label)"
+
+
+def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: Path) -> None:
+    cases, _, _ = synthetic_maps(tmp_path, 2)
+    write(tmp_path / "healthy.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
+    healthy = Case("healthy", {}, write(tmp_path / "labels" / "healthy_seg.nii.gz", np.zeros(SHAPE, np.uint8)))
+    evaluation = evaluate([*cases, healthy], tmp_path / "out", maps=tmp_path, threshold=0.5)
+    assert np.isnan(evaluation.patients[2].average_precision)
+    mean = np.mean([patient.average_precision for patient in evaluation.patients[:2]])
+    assert evaluation["AUPRC, mean of patients"] == pytest.approx(mean)
+    assert evaluation.patients[2].dice == 0.0
+    assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
+    with pytest.raises(AnomriError, match="none of the 1 cases has a labelled lesion"):
+        evaluate([healthy], maps=tmp_path)
