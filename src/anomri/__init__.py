@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from anomri.cases import Case, find_cases
     from anomri.detection import detect_cohort
     from anomri.detector import Detection, Detector
-    from anomri.evaluation import Evaluation, evaluate
+    from anomri.evaluation import evaluate
+    from anomri.pooling import Evaluation
     from anomri.reporting import report
     from anomri.spec import AnomriError
     from anomri.training import train
@@ -28,7 +29,7 @@ _HOMES = {
     "Case": "cases",
     "Detection": "detector",
     "Detector": "detector",
-    "Evaluation": "evaluation",
+    "Evaluation": "pooling",
     "detect_cohort": "detection",
     "evaluate": "evaluation",
     "find_cases": "cases",

@@ -13,7 +13,7 @@ from rich.console import Console
 from anomri.spec import AnomriError, Interrupted
 
 if TYPE_CHECKING:
-    from anomri.evaluation import Evaluation
+    from anomri.pooling import Evaluation
 
 app = typer.Typer(
     help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from anomri.cases import find_cases
 from anomri.detection import detect_cohort
-from anomri.evaluation import Evaluation, evaluate
+from anomri.evaluation import evaluate
 from anomri.files import output_folder, write_text
+from anomri.pooling import Evaluation
 from anomri.reporting import Page, Table, curves_plot, previews, write_page
 from anomri.spec import AnomriError
 from anomri.synthetic import make_cohort

@@ -1,0 +1,276 @@
+"""Scores of many cases, pooled exactly in bounded memory, and the figures that come of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.detection import tsv
+from anomri.files import output_folder, write_text
+from anomri.metrics import (
+    Counts,
+    Curve,
+    LesionCounts,
+    bootstrap_interval,
+    count_at,
+    count_lesions,
+    curve_of,
+    dice,
+    drop_small_components,
+    lesion_thresholds,
+    mean_interval,
+    precision_recall,
+)
+from anomri.spec import AnomriError
+
+BOOTSTRAP_STEPS = 2048
+CURVE_POINTS = 512
+
+
+@dataclass(frozen=True)
+class PatientScores:
+    """One patient's row; Dice and lesions are those at the label-free threshold, with and without the filter."""
+
+    case: str
+    lesion_voxels: int
+    average_precision: float
+    ceil_dice: float
+    dice: float | None = None
+    lesions: LesionCounts | None = None
+    dice_unfiltered: float | None = None
+    lesions_unfiltered: LesionCounts | None = None
+
+    def row(self) -> dict[str, object]:
+        """The same as flat columns, empty where there is no threshold."""
+        row: dict[str, object] = {}
+        for name, value in asdict(self).items():
+            if name.startswith("lesions"):
+                ending = name.removeprefix("lesions")
+                counts = value or dict.fromkeys(("lesions", "detected", "false_positives"), "")
+                row |= {column + ending: count for column, count in counts.items()}
+            else:
+                known = value is not None and value == value  # neither missing nor NaN
+                row[name] = "" if not known else f"{value:.6f}" if isinstance(value, float) else value
+        return row
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % bootstrap interval by patient, where one was computed."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """The value to three digits, with its interval."""
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`: what was compared (``protocol``), the table, a row per patient, and the curve.
+
+    ``curve`` holds (threshold, recall, precision, Dice) at up to 512 thresholds, for plots; the figures come from all
+    thresholds. ``failed`` names the cases that could not be used and why.
+    """
+
+    protocol: dict[str, str]
+    figures: tuple[Figure, ...]
+    patients: tuple[PatientScores, ...]
+    curve: tuple[tuple[float, float, float, float], ...]
+    threshold: float | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        """The value of the figure ``name``."""
+        return next(figure.value for figure in self.figures if figure.name == name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``metrics.json``, ``patients.tsv`` and ``curve.tsv``."""
+        folder = output_folder(Path(folder))
+        rows = [patient.row() for patient in self.patients]
+        write_text(folder / "patients.tsv", tsv(list(rows[0]), [list(row.values()) for row in rows]))
+        write_text(folder / "curve.tsv", tsv(("threshold", "recall", "precision", "dice"), self.curve))
+        facts = {
+            "protocol": self.protocol,
+            "figures": [asdict(figure) for figure in self.figures],
+            "threshold": self.threshold,
+            "failed": self.failed,
+        }
+        write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
+
+
+@dataclass
+class Scored:
+    """Scores and labels of one case, of the same three axes, or the error that kept it from having them."""
+
+    case: str
+    scores: NDArray[np.float32] | None = None
+    label: NDArray[np.bool_] | None = None
+    max_dropped: float = 0.0
+    error: str | None = None
+
+
+class Pool:
+    """Scores of many cases, spooled to disk; lesion voxels' scores alone stay in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cases: list[tuple[str, float, int]] = []
+        self.failed: dict[str, str] = {}
+        self.voxels = 0
+        self._lesion_scores: list[NDArray[np.float32]] = []
+
+    def add(self, scored: Scored) -> None:
+        """Spool one case, without the margin in which every score is zero and nothing is labelled."""
+        if scored.scores is None or scored.label is None:
+            self.failed[scored.case] = scored.error or "no label"
+            return
+        inside = _box_around((scored.scores != 0) | scored.label)
+        scores, label = np.ascontiguousarray(scored.scores[inside]), np.ascontiguousarray(scored.label[inside])
+        np.savez(self.folder / f"{len(self.cases)}.npz", scores=scores, label=label)
+        self._lesion_scores.append(scores[label])
+        self.cases.append((scored.case, scored.max_dropped, scored.scores.size - scores.size))
+        self.voxels += scored.scores.size
+
+    def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
+        """All figures, from two more readings of the spool."""
+        thresholds, _ = lesion_thresholds(self._lesion_scores)
+        if not thresholds.size:
+            raise AnomriError(f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find.")
+        lesion, healthy = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
+        steps = _coarse_steps(self._lesion_scores)
+        per_case = np.zeros((2, len(self.cases), len(steps)))
+        curves = []
+        for number, (scores, label, outside) in enumerate(self._read()):
+            counts = self._counts(scores, label, outside, thresholds)
+            lesion += counts[0]
+            healthy += counts[1]
+            per_case[:, number] = self._counts(scores, label, outside, steps)
+            curves.append(precision_recall(scores, label))
+        curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
+
+        patients, best, ceil_filtered = [], curve.best_threshold, np.zeros(2, np.int64)
+        for (scores, label, _), (case, dropped, _), own in zip(self._read(), self.cases, curves, strict=True):
+            ceil_filtered += _overlap(drop_small_components(scores >= best, dropped), label)
+            patients.append(_patient(case, scores, label, dropped, own, threshold))
+        figures = _figures(curve, per_case, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
+        return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
+
+    def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], int]]:
+        for number, (_, _, outside) in enumerate(self.cases):
+            with np.load(self.folder / f"{number}.npz") as spooled:
+                yield spooled["scores"], spooled["label"], outside
+
+    @staticmethod
+    def _counts(
+        scores: NDArray[np.float32], label: NDArray[np.bool_], outside: int, thresholds: NDArray[np.float32]
+    ) -> tuple[Counts, Counts]:
+        healthy = count_at(scores[~label], thresholds)
+        zero = int(np.searchsorted(thresholds, 0.0, side="right"))
+        if zero:
+            healthy[zero - 1] += outside
+        return count_at(scores[label], thresholds), healthy
+
+
+def _patient(
+    case: str,
+    scores: NDArray[np.float32],
+    label: NDArray[np.bool_],
+    dropped: float,
+    curve: Curve,
+    threshold: float | None,
+) -> PatientScores:
+    patient = PatientScores(case, curve.positives, curve.average_precision, curve.ceil_dice)
+    if threshold is None:
+        return patient
+    mask = scores > threshold
+    filtered = drop_small_components(mask, dropped)
+    return replace(
+        patient,
+        dice=dice(filtered, label),
+        dice_unfiltered=dice(mask, label),
+        lesions=count_lesions(filtered, label),
+        lesions_unfiltered=count_lesions(mask, label),
+    )
+
+
+def _figures(
+    curve: Curve, per_case: NDArray[np.float64], ceil_filtered: float, patients: Sequence[PatientScores]
+) -> tuple[Figure, ...]:
+    lesion, healthy = per_case
+
+    def pooled(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        true = np.cumsum((weights @ lesion)[:, ::-1], axis=1)
+        false = np.cumsum((weights @ healthy)[:, ::-1], axis=1)
+        return true, false, true[:, -1:]
+
+    def pooled_precision(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        true, false, positives = pooled(weights)
+        steps = np.diff(true, prepend=0.0, axis=1) * true / np.maximum(true + false, 1)
+        return steps.sum(axis=1) / np.maximum(positives[:, 0], 1)
+
+    def pooled_dice(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        true, false, positives = pooled(weights)
+        return (2 * true / np.maximum(true + false + positives, 1)).max(axis=1)
+
+    count = len(patients)
+    figures = [
+        Figure("AUPRC, pooled", curve.average_precision, *bootstrap_interval(pooled_precision, count)),
+        Figure("ceil-Dice, pooled", curve.ceil_dice, *bootstrap_interval(pooled_dice, count)),
+        Figure("ceil-Dice, pooled, components filtered", float(ceil_filtered)),
+        _mean("AUPRC, mean of patients", [patient.average_precision for patient in patients]),
+        _mean("ceil-Dice, mean of patients", [patient.ceil_dice for patient in patients]),
+    ]
+    at_threshold = [patient for patient in patients if patient.dice is not None]
+    if at_threshold:
+        for suffix, column in (("components filtered", "lesions"), ("unfiltered", "lesions_unfiltered")):
+            dices = [getattr(patient, column.replace("lesions", "dice")) for patient in at_threshold]
+            counts = [getattr(patient, column) for patient in at_threshold]
+            found = [c.detected / c.lesions if c.lesions else float("nan") for c in counts]
+            figures += [
+                _mean(f"Dice at the threshold, {suffix}, mean of patients", dices),
+                _mean(f"lesion-wise sensitivity, {suffix}, mean of patients", found),
+                _mean(f"false positive components per scan, {suffix}", [c.false_positives for c in counts]),
+            ]
+    return tuple(figures)
+
+
+def _mean(name: str, values: Sequence[float]) -> Figure:
+    # A patient without a lesion has no average precision and no lesion to find.
+    known = [value for value in values if np.isfinite(value)]
+    return Figure(name, float(np.mean(known)), *mean_interval(known))
+
+
+def _coarse_steps(lesion_scores: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these recalls.
+    pooled = np.sort(np.concatenate(lesion_scores))
+    return np.unique(pooled[np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled))).astype(int)])
+
+
+def _thinned(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
+    # Even in recall; the best threshold is among them.
+    chosen = np.searchsorted(curve.recall, np.linspace(0, 1, CURVE_POINTS)).clip(max=len(curve.recall) - 1)
+    chosen = np.unique([*chosen, int(np.argmax(curve.dice))])
+    columns = (curve.thresholds, curve.recall, curve.precision, curve.dice)
+    return tuple(zip(*(column[chosen].astype(float).tolist() for column in columns), strict=True))
+
+
+def _overlap(mask: NDArray[np.bool_], label: NDArray[np.bool_]) -> Counts:
+    return np.array([(mask & label).sum(), mask.sum() + label.sum()], dtype=np.int64)
+
+
+def _box_around(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    box = []
+    for axis in range(mask.ndim):
+        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0))
+    return tuple(box)
