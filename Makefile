@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test clean
 
 demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in under four minutes
 	$(BIN)/anomri demo -o demo

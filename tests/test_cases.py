@@ -106,6 +106,20 @@ def test_other_bad_cohorts(tmp_path: Path) -> None:
         find_cases(tmp_path / "bytes.tsv")
 
 
+def test_what_detect_wrote_beside_the_scans_is_not_read_as_input(tmp_path: Path) -> None:
+    touch(tmp_path, "p_flair.nii.gz", "p_t1.nii.gz", "p_anomaly.nii.gz", "p_mask.nii.gz", "p_reconstruction.nii.gz")
+    touch(tmp_path / "out", "p_anomaly.nii.gz", "q_anomaly.nii.gz", "q_mask.nii.gz")
+    (tmp_path / "out" / "p_anomaly.nii.gz").unlink()
+    (case,) = find_cases(tmp_path)
+    assert (case.name, list(case.channels), case.mask) == ("p", ["flair", "t1"], None)
+
+
+def test_splits_of_another_cohort_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AnomriError, match="the splits name x, y, ... but no case of the cohort, which has a, b"):
+        split_cases(_cases("a", "b"), {"x": "train", "y": "test"}, seed=0)
+    assert [case.split for case in assign_splits(_cases("a", "b"), {"a": "train", "y": "test"})] == ["train", None]
+
+
 def _cases(*names: str) -> list[Case]:
     return [Case(name, {}) for name in names]
 

@@ -123,6 +123,7 @@ def released(tmp_path: Path) -> Path:
     """A checkpoint as the released program writes it, of the golden network."""
     golden = np.load(GOLDEN / "network.npz")
     state = {name.removeprefix("param:"): torch.from_numpy(golden[name]) for name in golden if ":" in name}
+    state = {f"module.{name}": value for name, value in state.items()}  # as after training on several GPUs
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "released.pt")
     return tmp_path / "released.pt"
 
@@ -181,7 +182,9 @@ def test_the_demo_runs_end_to_end(
     assert page.count("data:image/png;base64,") == 2
     assert (out / "maps" / "synthetic_lesion_001_anomaly.nii.gz").is_file()
     assert (out / "cohort" / "synthetic_lesion_001").is_dir()
+    (out / "my-results").mkdir()
     assert main(["demo", "-o", str(out)]) == 0  # an earlier demo's folder is used again
+    assert (out / "my-results").is_dir()
     assert not (out / "cohort").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()

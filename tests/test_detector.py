@@ -6,12 +6,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 import anomri
 from anomri.cases import Case, find_cases
 from anomri.detection import detect_cohort
 from anomri.detector import Detector
+from anomri.pictures import COLUMNS, preview
 from anomri.spec import AnomriError, ModelSpec
 from conftest import AFFINE, write
 
@@ -88,11 +90,10 @@ def test_maps_are_not_rescaled_per_image(model: Path, lesioned: Case, tmp_path: 
 def test_a_brain_beyond_the_trained_box_is_still_seen(model: Path, lesioned: Case) -> None:
     detector = Detector.load(model)
     assert detector.spec.crop is not None
-    narrow = Detector(replace(detector.spec, crop=(56, 72, 56, 72)), detector.method)
-    whole = Detector(replace(detector.spec, crop=None), detector.method)
-    outside = narrow.detect(lesioned).reconstructed[:, :, 40:50, 40:90]
-    assert float(outside.abs().max()) > 0
-    assert whole.detect(lesioned).reconstructed.shape == (*whole.detect(lesioned).stack.x.shape,)
+    detector.spec = replace(detector.spec, crop=(56, 72, 56, 72))
+    detection = detector.detect(lesioned)
+    seen = detection.reconstructed.abs().sum(dim=1) > 0
+    assert torch.equal(seen, detection.stack.foreground)
 
 
 def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path: Path) -> None:
@@ -100,6 +101,13 @@ def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path
     detector = anomri.train(cohort, tmp_path / "m", cache=cache, **arguments)
     scan = shutil.copy(cohort / "case7" / "case7_flair.nii.gz", tmp_path / "any-name.nii.gz")
     assert detector.detect(scan).anomaly_map.max() > 0
+    assert detect_cohort(scan, tmp_path / "out", detector)[0].error is None
+    # A name that says another channel is no longer one file without a name: folders and tables name theirs.
+    folder = tmp_path / "p"
+    folder.mkdir()
+    shutil.copy(scan, folder / "p_t1.nii.gz")
+    with pytest.raises(AnomriError, match="flair is missing"):
+        detector.detect(folder)
 
 
 def test_other_channels_are_refused_with_what_to_do(model: Path, cohort: Path, tmp_path: Path) -> None:
@@ -162,6 +170,48 @@ def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_pa
     lesions = (tmp_path / "out" / "lesions.tsv").read_text().splitlines()
     assert lesions[0].split("\t")[:3] == ["case", "lesion", "volume_mm3"]
     assert sum(line.startswith("case8") for line in lesions) == int(rows[3][2])
+
+
+def test_detecting_twice_into_the_scans_folder_changes_nothing(model: Path, cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort / "case7", tmp_path / "case7")
+    first = detect_cohort(tmp_path / "case7", tmp_path / "case7", model)
+    second = detect_cohort(tmp_path / "case7", tmp_path / "case7", model)
+    assert first[0].summary == second[0].summary
+    assert len(second) == 1
+
+
+def test_a_case_that_upsets_torch_does_not_end_the_run(
+    model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Detector.score
+
+    def out_of_memory(self: Detector, stack: object) -> object:
+        if len(calls) == 0:
+            calls.append(1)
+            raise RuntimeError("can't allocate memory: you tried to allocate\n99 bytes")
+        return score(self, stack)  # type: ignore[arg-type]
+
+    calls: list[int] = []
+    monkeypatch.setattr(Detector, "score", out_of_memory)
+    cases = [case for case in find_cases(cohort) if case.split == "test"]
+    results = detect_cohort(cases, tmp_path, model)
+    assert results[0].error == "case7: RuntimeError: can't allocate memory: you tried to allocate 99 bytes"
+    assert results[1].error is None
+
+
+def test_pictures_without_a_threshold_keep_their_titles(model: Path, lesioned: Case) -> None:
+    detector = Detector.load(model)
+    detector.spec = replace(detector.spec, thresholds=None)
+    picture = preview(detector.detect(lesioned), size=32)
+    assert picture.shape == (32, 32 * len(COLUMNS), 3)
+
+
+def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    text = (model / "model.json").read_text()
+    (tmp_path / "m" / "model.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(AnomriError, match="written by a newer anomri"):
+        Detector.load(tmp_path / "m")
 
 
 def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import anomri
 from anomri.cases import Case, find_cases
 from anomri.detector import Detector
 from anomri.evaluation import evaluate
-from anomri.metrics import dice, drop_small_components
+from anomri.metrics import count_lesions, dice, drop_small_components
 from anomri.spec import AnomriError
 from conftest import AFFINE, SHAPE, write
 
@@ -77,6 +78,48 @@ def test_anyones_maps_with_ties_and_negative_scores(tmp_path: Path) -> None:
     assert evaluation.protocol["threshold"] == "none"
 
 
+def test_lesion_voxels_that_score_zero_count_for_every_patient(tmp_path: Path) -> None:
+    """Erosion leaves lesion voxels at the brain's edge without a score; nothing may be left out for it."""
+    cases, scores, labels = synthetic_maps(tmp_path, 2)
+    scores[0][labels[0]] = np.where(np.arange(labels[0].sum()) % 2, 0, scores[0][labels[0]])
+    scores[0] = np.abs(scores[0]) * (np.indices(SHAPE)[0] > 20)
+    write(tmp_path / "c0.nii.gz", scores[0])
+    patient = evaluate(cases, maps=tmp_path, threshold=-1).patients[0]
+    assert patient.average_precision == pytest.approx(average_precision_score(labels[0].ravel(), scores[0].ravel()))
+    assert patient.dice == pytest.approx(2 * labels[0].sum() / (labels[0].sum() + labels[0].size))
+
+
+def test_lesion_figures_and_filtered_ceil_dice(tmp_path: Path) -> None:
+    cases, scores, labels = synthetic_maps(tmp_path, 2)
+    evaluation = evaluate(cases, maps=tmp_path, threshold=0.9)
+    best = max(
+        np.unique(np.array(scores)[np.array(labels)]), key=lambda t: dice(np.array(scores) >= t, np.array(labels))
+    )
+    limit = 20 * 3.515625 / 3.75**2
+    filtered = np.array([drop_small_components(score >= best, limit) for score in scores])
+    assert evaluation["ceil-Dice, pooled, components filtered"] == pytest.approx(dice(filtered, np.array(labels)))
+    counts = [count_lesions(score > np.float32(0.9), label) for score, label in zip(scores, labels, strict=True)]
+    sensitivity = np.mean([c.detected / c.lesions for c in counts])
+    assert evaluation["lesion-wise sensitivity, unfiltered, mean of patients"] == pytest.approx(sensitivity)
+    false = np.mean([c.false_positives for c in counts])
+    assert evaluation["false positive components per scan, unfiltered"] == pytest.approx(false)
+
+
+def test_patients_the_model_knows_are_left_out_unless_asked_for(model: Path, cohort: Path, tmp_path: Path) -> None:
+    cases = [replace(case, split=None) for case in find_cases(cohort)]
+    evaluation = evaluate(cases, model=model)
+    assert [patient.case for patient in evaluation.patients] == ["case7", "case8"]
+    assert "without 7 that the model was trained or validated on" in evaluation.protocol["cases"]
+    with pytest.raises(AnomriError, match="trained or validated on all 7 cases"):
+        evaluate(cases[:7], model=model)
+    assert evaluation.protocol["threshold"].endswith("the model's, without labels")
+    given = evaluate(cases, tmp_path, model=model, threshold=0.3)
+    assert given.protocol["threshold"] == "0.3, given by the user"
+    anomri.detect_cohort([case for case in cases if case.name == "case7"], tmp_path, model)
+    assert "Anomalies found" in (tmp_path / "report.html").read_text()
+    assert "Anomalies found" in anomri.report(tmp_path).read_text()
+
+
 def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path, 6)
     figure = evaluate(cases, maps=tmp_path).figures[0]
@@ -132,6 +175,8 @@ def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: 
     assert np.isnan(evaluation.patients[2].average_precision)
     mean = np.mean([patient.average_precision for patient in evaluation.patients[:2]])
     assert evaluation["AUPRC, mean of patients"] == pytest.approx(mean)
+    assert evaluation.figures[0].low is not None
+    assert evaluation.figures[0].low > 0.5 * evaluation.figures[0].value  # resamples without a lesion say nothing
     assert evaluation.patients[2].dice == 0.0
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
     with pytest.raises(AnomriError, match="none of the 1 cases has a labelled lesion"):

@@ -7,21 +7,49 @@ from scipy import ndimage
 
 from anomri.noise import coarse_noise
 from anomri.residual import anomaly_score, erode_foreground, median_filter
-from anomri.slices import brain_box, centre_pad, from_slices, join_boxes, percentile_scale, slice_range, to_slices
-from anomri.spec import Grid, Score
+from anomri.slices import (
+    Window,
+    brain_box,
+    from_slices,
+    join_boxes,
+    percentile_scale,
+    slice_range,
+    to_slices,
+    window_of,
+)
+from anomri.spec import AnomriError, Grid, Score
 
 SIZE = st.integers(1, 40)
+SHARE = st.floats(0, 1)
 
 
-@given(SIZE, SIZE, SIZE, SIZE)
-def test_padding_is_undone_by_the_old_size(h: int, w: int, rows: int, columns: int) -> None:
-    x = torch.arange(h * w, dtype=torch.float32).reshape(1, 1, h, w)
-    there = centre_pad(x, (rows, columns))
+@given(SIZE, SIZE, SIZE, SIZE, SHARE, SHARE)
+def test_what_a_window_cuts_is_pasted_back_in_place(
+    h: int, w: int, rows: int, columns: int, down: float, right: float
+) -> None:
+    # Anywhere between the slice's first and last rows, or the slice anywhere within the window.
+    top, left = round(down * (h - rows)), round(right * (w - columns))
+    window = Window(top, left, rows, columns)
+    x = 1 + torch.arange(h * w, dtype=torch.float32).reshape(1, 1, h, w)
+    there = window.cut(x)
     assert there.shape[-2:] == (rows, columns)
-    back = centre_pad(there, (h, w))
-    kept = centre_pad(centre_pad(torch.ones_like(x), (rows, columns)), (h, w)) > 0
-    assert torch.equal(back[kept], x[kept])
-    assert int(kept.sum()) == min(h, rows) * min(w, columns)
+    back = window.paste(there, (h, w))
+    seen = torch.zeros(h, w, dtype=torch.bool)
+    seen[max(top, 0) : max(top + rows, 0), max(left, 0) : max(left + columns, 0)] = True
+    assert torch.equal(back[0, 0], x[0, 0] * seen)
+
+
+def test_the_window_follows_a_brain_that_lies_off_the_middle() -> None:
+    data = np.zeros((1, 320, 300, 4), np.float32)
+    data[0, 120:200, 100:200] = 1
+    assert window_of(data, (1.0, 1.0), Grid()) == Window(40, 30, 240, 240)
+    data = np.roll(data, 100, axis=1)
+    assert window_of(data, (1.0, 1.0), Grid()) == Window(140, 30, 240, 240)
+    assert window_of(data[:, :60, :60], (1.0, 1.0), Grid()) == Window(-90, -90, 240, 240)
+    assert window_of(data, (1.0, 1.0), Grid(field_of_view_mm=None)) == Window(0, 0, 320, 300)
+    data[:] = 1
+    with pytest.raises(AnomriError, match="above zero over 320 mm, more than the 240 mm"):
+        window_of(data, (1.0, 1.0), Grid())
 
 
 @given(st.lists(st.integers(0, 63), min_size=4, max_size=4), st.sampled_from([1, 8, 16]))
@@ -46,9 +74,10 @@ def test_there_and_back_keeps_a_blob_in_place(shape: tuple[int, int, int]) -> No
     data = np.zeros(shape, np.float32)
     x, y = shape[0] // 2 + 17, shape[1] // 2 - 23
     data[x - 8 : x + 9, y - 8 : y + 9, 2] = 1
-    slices = to_slices(data[None], (1.0, 1.0), Grid(), range(1, 4))
+    window = window_of(data[None], (1.0, 1.0), Grid())
+    slices = to_slices(data[None], window, Grid(), range(1, 4))
     assert slices.shape == (3, 1, 128, 128)
-    back = from_slices(slices[:, 0], shape, (1.0, 1.0), Grid(), range(1, 4))
+    back = from_slices(slices[:, 0], shape, window, range(1, 4))
     assert back.shape == shape
     # Shrinking without antialiasing samples an edge up to a third of a voxel off.
     np.testing.assert_allclose(ndimage.center_of_mass(back), (x, y, 2), atol=0.5)
@@ -89,5 +118,10 @@ def test_noise_has_its_size_and_one_roll_a_batch() -> None:
     assert abs(float(noise.mean())) < 0.01
     again = coarse_noise((64, 2, 128, 128), 16, 0.2, torch.Generator().manual_seed(0))
     assert torch.equal(noise, again)
+    # One roll a batch: undone, the corners of every noise are the drawn values themselves.
+    low = 0.2 * torch.randn((64, 2, 16, 16), generator=generator.manual_seed(0))
+    rows, columns = (torch.randint(0, 2**31, (2,), generator=generator) % 128).tolist()
+    unrolled = torch.roll(noise, (-rows, -columns), dims=(2, 3))
+    assert torch.equal(unrolled[:, :, ::127, ::127], low[:, :, ::15, ::15])
     full = coarse_noise((64, 2, 32, 32), 32, 0.2, generator)
     assert float(full.std()) == pytest.approx(0.2, rel=0.02)

@@ -14,6 +14,7 @@ import torch
 import anomri
 from anomri.cases import find_cases
 from anomri.detector import Detector
+from anomri.methods.dae import DAE
 from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
 from anomri.training import batch_numbers, learning_rate, train
@@ -127,6 +128,13 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
         train(cohort, tmp_path, preset="tiny", cache=cache, progress=StopAt(3))  # type: ignore[arg-type]
     with pytest.raises(AnomriError, match="begun with another training"):
         train(cohort, tmp_path, preset="tiny", cache=cache, training={"seed": 1}, resume=True)
+    swapped = tmp_path / "swapped.csv"
+    swapped.write_text("case,split\ncase0,val\ncase1,train\ncase2,train\ncase3,train\ncase4,train\ncase5,train\n")
+    with pytest.raises(AnomriError, match="begun with another training cases, validation cases"):
+        train(cohort, tmp_path, preset="tiny", cache=cache, splits=swapped, resume=True)
+    assert "case0,train" in (tmp_path / "splits.csv").read_text()
+    with pytest.raises(AnomriError, match="begun with another method"):
+        train(cohort, tmp_path, method="thresholding", cache=cache, resume=True)
     (tmp_path / TrainingState.NAME).write_bytes(b"no state")
     with pytest.raises(AnomriError, match=r"training.pt: is damaged"):
         train(cohort, tmp_path, preset="tiny", cache=cache, resume=True)
@@ -143,6 +151,10 @@ def test_a_loss_that_is_not_finite_stops(cohort: Path, cache: Path, tmp_path: Pa
         ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
         ({"method": "magic"}, "no method 'magic'; the methods are dae, thresholding"),
         ({"settings": {"depth": 3}}, "settings .* do not fit the method dae"),
+        ({"training": {"depth": 3}}, "training settings .* do not fit"),
+        ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),
+        ({"method": "thresholding", "training": {"steps": 3}}, "is not trained; steps would change nothing"),
+        ({"device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"channels": ["flair", "t2"]}, "no file for channel t2"),
     ],
 )
@@ -190,6 +202,46 @@ def test_batches_run_through_every_slice_before_one_comes_again() -> None:
     assert batch_numbers(3, schedule, 0)  # fewer slices than a batch holds
 
 
+def test_the_paper_preset_is_the_published_one() -> None:
+    paper = DAE.PRESETS["paper"]
+    network = DAE(("flair", "t1", "t1ce", "t2"), **paper.settings)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 7_703_748
+    assert (network.noise_resolution, network.noise_std) == (16, 0.2)
+    training = paper.training
+    assert training is not None
+    assert (training.steps, training.batch_size, training.learning_rate) == (67_200, 16, 1e-4)
+    assert (training.weight_decay, training.gradient_clip, training.schedule) == (1e-5, 0.5, "published")
+    assert (training.precision, training.crop_to_brain) == ("32-true", False)
+
+
+@pytest.mark.parametrize("box", [None, (16, 112, 8, 104)])
+def test_the_loss_is_the_squared_error_on_the_foreground(box: tuple[int, int, int, int] | None) -> None:
+    method = DAE(("flair",), widths=[4, 8, 16, 32])
+    method.reconstruct = lambda x, box=None: torch.full_like(x, 2.0)  # type: ignore[method-assign]
+    x, foreground = torch.zeros(2, 1, 128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
+    foreground[:, 32:64, 32:64] = True
+    pixels = 128 * 128 if box is None else 96 * 96
+    loss = method(x, foreground, torch.Generator(), box)
+    assert float(loss) == pytest.approx(4 * 32 * 32 / pixels)
+
+
+def test_a_deeper_network_gets_a_box_it_can_halve(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = {"preset": "tiny", "training": {"steps": 1}, "settings": {"widths": [4, 4, 4, 4, 4]}}
+    detector = train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
+    assert detector.spec.crop is not None
+    top, bottom, left, right = detector.spec.crop
+    assert (bottom - top) % 16 == (right - left) % 16 == 0
+
+
+def test_more_cases_than_files_may_be_open(cohort: Path, cache: Path) -> None:
+    packed = pack_cohort(find_cases(cohort)[:1], ("flair", "t1"), Grid(), Scaling(), cache) * 400
+    slices = HealthySlices(packed)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    slices.batch(range(0, len(slices), 10))
+    after = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    assert after - before < 150
+
+
 def test_a_second_signal_stops_at_once() -> None:
     with StopRequest.listen() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -215,6 +267,6 @@ def test_thresholds_are_what_they_say(cohort: Path, cache: Path, model: Path) ->
     detection = detector.detect(find_cases(cohort)[5])
     inside = detection.scores[detection.stack.foreground.numpy()]
     for rate, value in zip(thresholds.false_positive_rate, thresholds.value, strict=True):
-        assert float((inside > value).mean()) == pytest.approx(rate, abs=0.6 * rate + 0.002)
+        assert 0.2 * rate < float((inside > value).mean()) < 2 * rate
     facts = json.loads((model / "model.json").read_text())
     assert facts["thresholds"]["healthy_cases"] == 2

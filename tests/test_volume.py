@@ -4,6 +4,7 @@ import gzip
 import itertools
 import os
 import struct
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -172,6 +173,41 @@ def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:
     expect(Case("a", {"t1": t1, "other": moved}), r"a_flair.nii.gz: its header places it up to 3 mm away", both)
     expect(Case("a", {"t1": t1}, label=moved), "3 mm away")
     expect(Case("a", {"t1": t1}, mask=smaller), "resample")
+
+
+def test_damaged_headers_never_end_in_anything_but_a_clear_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a_t1.nii", image_of_ones((6, 6, 6)))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for place in rng.integers(0, 348, rng.integers(1, 4)):
+            content[place] = rng.integers(0, 256)
+        path.write_bytes(bytes(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read_volume(single(path), ["t1"])
+            except AnomriError as error:
+                assert "a_t1.nii" in str(error)
+                refused += 1
+    assert 40 < refused < 400
+    content = bytearray(whole)
+    for offset in (1e12, float("inf"), -5.0):
+        struct.pack_into("<f", content, 108, offset)  # vox_offset
+        path.write_bytes(bytes(content))
+        expect(single(path), "places the image|cannot be read")
+
+
+def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(image_of_ones(), AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Patient John Doe"))
+    image.header["db_name"] = image.header["intent_name"] = b"John Doe"
+    nib.save(image, tmp_path / "a_t1.nii.gz")
+    volume = read_volume(single(tmp_path / "a_t1.nii.gz"), ["t1"])
+    write_image(tmp_path / "out.nii", volume.data[0], volume.geometry)
+    assert b"John" not in (tmp_path / "out.nii").read_bytes()
 
 
 def test_an_affine_that_places_nothing(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
+from anomri.files import write_text
 from anomri.spec import AnomriError
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -87,7 +89,7 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names of the channels that most cases have, in alphabetical order (that of the paper: FLAIR, T1, T1ce, T2)."""
     sets = [tuple(sorted(case.channels)) for case in cases if case.channels]
     if not sets:
-        raise AnomriError("no case of the cohort has an image.")
+        raise AnomriError("no case of the cohort has an image; files are named <case>_<channel>.nii.gz.")
     return max(sorted(set(sets)), key=sets.count)
 
 
@@ -103,16 +105,24 @@ def read_splits(path: Path) -> dict[str, str]:
 
 
 def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
-    """The cases with their split from a table; those that the table does not name keep theirs."""
+    """The cases with their split from a table; those that the table does not name keep theirs.
+
+    Raises `AnomriError` if the table names none of the cases: it is another cohort's.
+    """
+    if splits and not any(case.name in splits for case in cases):
+        raise AnomriError(
+            f"the splits name {', '.join(sorted(splits)[:3])}, ... but no case of the cohort, which has "
+            f"{', '.join(case.name for case in cases[:3])}, ...; write the cases' names as their files have them."
+        )
     return [replace(case, split=splits.get(case.name, case.split)) for case in cases]
 
 
 def write_splits(path: Path, cases: Sequence[Case]) -> None:
     """Write the table that `read_splits` reads."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("case", "split"))
-        writer.writerows((case.name, case.split) for case in cases if case.split)
+    text = StringIO()
+    rows = [(case.name, case.split) for case in cases if case.split]
+    csv.writer(text, lineterminator="\n").writerows([("case", "split"), *rows])
+    write_text(path, text.getvalue())
 
 
 def _split_name(path: Path) -> tuple[str, str]:
@@ -137,7 +147,8 @@ def _cases_in_folder(folder: Path) -> list[Case]:
             if kind in files:
                 raise AnomriError(f"{path} and {files[kind]} are both {kind} of case {stem}; keep one of them.")
             files[kind] = path
-    return [_case(name, files) for name, files in found.items()]
+    cases = [_case(name, files) for name, files in found.items()]
+    return [case for case in cases if case.channels or case.label or case.mask]
 
 
 def _cases_in_table(path: Path) -> list[Case]:
@@ -158,6 +169,9 @@ def _cases_in_table(path: Path) -> list[Case]:
 
 
 def _case(name: str, files: dict[str, Path]) -> Case:
+    if "anomaly" in files:
+        # What `anomri detect` wrote beside the scan is no input of it: its mask is not a brain's.
+        files = {kind: path for kind, path in files.items() if kind not in ("anomaly", "mask", "reconstruction")}
     label = next((files[kind] for kind in LABEL_NAMES if kind in files), None)
     mask = next((files[kind] for kind in MASK_NAMES if kind in files), None)
     known = (*LABEL_NAMES, *MASK_NAMES)

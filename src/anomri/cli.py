@@ -49,7 +49,9 @@ def train(
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
     precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Of weights, order, noise and random split.")] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split.")
+    ] = None,
     noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
     noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
@@ -89,7 +91,9 @@ def train(
         out.print(
             f"Trained on {cohort.training_slices:,} healthy slices of {cohort.training_cases} cases "
             f"({cohort.left_out_slices:,} slices with a labelled lesion were left out), "
-            f"{cohort.validation_cases} cases held out. Model: {output}",
+            f"{cohort.validation_cases} cases held out"
+            + (f", {cohort.unused_cases} unused (test, or in no split)" if cohort.unused_cases else "")
+            + f". Model: {output}",
             highlight=False,
         )
 
@@ -207,6 +211,10 @@ def main(args: list[str] | None = None) -> int:
     except AnomriError as error:
         err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(f"error: {where}{error.strerror or error}", style="red", highlight=False, markup=False)
+        return 2
     except Interrupted as stopped:
         err.print(str(stopped), highlight=False)
         # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
@@ -229,8 +237,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 
     table = Table("figure", "value", "95 % interval", title=evaluation.protocol["scored"])
     for figure in evaluation.figures:
-        interval = "" if figure.low is None else f"{figure.low:.3f} - {figure.high:.3f}"
-        table.add_row(figure.name, f"{figure.value:.3f}", interval)
+        table.add_row(figure.name, f"{figure.value:.3f}", figure.interval)
     out.print(table)
     for what, how in evaluation.protocol.items():
         out.print(f"{what}: {how}", highlight=False, markup=False)

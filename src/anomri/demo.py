@@ -25,6 +25,7 @@ NOTE = (
 )
 HEALTHY, LESIONED = 12, 6
 MARKER = "SYNTHETIC.txt"
+OWN = ("cohort", "maps", "model-dae", "model-thresholding", "evaluation-dae", "evaluation-thresholding")
 SHOWN = (
     "AUPRC, pooled",
     "ceil-Dice, pooled",
@@ -104,7 +105,7 @@ def _page(folder: Path, evaluations: dict[str, Evaluation]) -> Page:
     captions = {
         p.case: f"AUPRC {p.average_precision:.3f}, Dice {p.dice:.3f}" for p in dae.patients if p.dice is not None
     }
-    spec = json.loads((folder / "model-dae" / "model.json").read_text())
+    spec = json.loads((folder / "model-dae" / "model.json").read_text(encoding="utf-8"))
     cohort = spec["cohort"]
     return Page(
         title="anomri demo: a synthetic cohort",
@@ -141,5 +142,6 @@ def _clear(folder: Path) -> None:
     if present and not (folder / MARKER).is_file():
         raise AnomriError(f"{folder}: holds files that are not an earlier demo's; name an empty folder with -o.")
     for path in present:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir() and (path.name in OWN or path.name.startswith(".cache-")):
+            shutil.rmtree(path)
     write_text(folder / MARKER, NOTE + "\n")

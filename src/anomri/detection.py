@@ -13,14 +13,16 @@ from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
 from anomri.pictures import preview, write_png
-from anomri.reporting import report
+from anomri.reporting import detection_report
 from anomri.spec import AnomriError
 from anomri.volume import Volume
 
+CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
+"""What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
 CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error")
 LESION_COLUMNS = ("case", "lesion", "volume_mm3", "x_mm", "y_mm", "z_mm", "peak", "mean")
 
@@ -46,12 +48,12 @@ def detect_cohort(
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
 
     A case that fails is noted in ``cases.tsv`` and the run goes on. The next scan is read while the network
-    works on this one; no more than two scans are in memory. Raises `AnomriError` if there is no case or model,
+    works on this one, so memory holds a few scans, however many there are. Raises `AnomriError` if there is no case or model,
     or ``out`` cannot be written.
     """
     folder = output_folder(Path(out))
-    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     detector = model if isinstance(model, Detector) else Detector.load(model)
+    cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     started, results = time.time(), list[CaseResult]()
     try:
         for case, volume, begun in read_ahead(cases, detector.read):
@@ -61,7 +63,7 @@ def detect_cohort(
         # Also after Ctrl-C: what is done is listed.
         _write_tables(folder, results)
         _write_run(folder, detector, len(cases), started)
-        report(folder)
+        detection_report(folder)
     return results
 
 
@@ -74,10 +76,8 @@ def read_ahead(
         begun = time.monotonic()
         try:
             return case, read(case), begun
-        except AnomriError as error:
-            return case, error, begun
-        except MemoryError:
-            return case, AnomriError(f"{case.name}: does not fit into memory."), begun
+        except CASE_ERRORS as error:
+            return case, AnomriError(problem(case, error)), begun
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
@@ -100,8 +100,15 @@ def _detect_case(
         detection.save(folder, reconstruction=reconstruction)
         save_preview(detection, folder)
         return CaseResult(case.name, time.monotonic() - begun, detection.summary())
-    except AnomriError as error:
-        return CaseResult(case.name, time.monotonic() - begun, error=str(error))
+    except CASE_ERRORS as error:
+        return CaseResult(case.name, time.monotonic() - begun, error=problem(case, error))
+
+
+def problem(case: Case, error: BaseException) -> str:
+    """An error of one case in words that name the case or its file."""
+    if isinstance(error, AnomriError):
+        return str(error)
+    return f"{case.name}: {type(error).__name__}: {' '.join(str(error).split()) or 'not enough memory'}"
 
 
 def save_preview(detection: Detection, folder: Path) -> None:

@@ -19,13 +19,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, find_cases
+from anomri.cases import Case, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.residual import anomaly_score
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
-from anomri.spec import AnomriError, ModelSpec
+from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
 from anomri.volume import Geometry, Volume, read_volume, write_image
 
 INFERENCE_BATCH = 8
@@ -66,9 +66,9 @@ class Detection:
     @property
     def reconstruction(self) -> NDArray[np.float32]:
         """The reconstruction (channels, x, y, z) in the input's intensities."""
-        shape, mm, grid = self.volume.geometry.canonical_shape, self.volume.in_plane_mm, self.spec.grid
+        shape, window = self.volume.geometry.canonical_shape, self.stack.window
         channels = [
-            from_slices(self.reconstructed[:, number], shape, mm, grid, self.stack.index) * scale
+            from_slices(self.reconstructed[:, number], shape, window, self.stack.index) * scale
             for number, scale in enumerate(self.stack.scale)
         ]
         return np.stack(channels)
@@ -77,7 +77,7 @@ class Detection:
     def display_range(self) -> tuple[float, float]:
         """Scores between which a viewer shows colour: the same for all scans of a model."""
         thresholds = self.spec.thresholds
-        return (thresholds.value[0], 3 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
+        return (thresholds.value[0], 2 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
 
     def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
         """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
@@ -122,6 +122,8 @@ class Detector:
     def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
+        self.splits: dict[str, str] = {}
+        """Which cases the model was trained on and held out, if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
         self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
@@ -140,13 +142,18 @@ class Detector:
                 f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
             )
         spec = ModelSpec.read(folder / "model.json")
+        if spec.format_version > FORMAT_VERSION:
+            raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
         method = methods.build(spec)
         weights = folder / "weights.safetensors"
         try:
             method.load_state_dict(load_tensors(weights.read_bytes()))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
-        return cls(spec, method, resolve_device(device))
+        detector = cls(spec, method, resolve_device(device))
+        if (folder / "splits.csv").is_file():
+            detector.splits = read_splits(folder / "splits.csv")
+        return detector
 
     def detect(self, scan: Case | Volume | str | Path) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, or a path that `find_cases` takes for one case.
@@ -156,8 +163,8 @@ class Detector:
         volume = scan if isinstance(scan, Volume) else self.read(scan)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
         scores, reconstructed = self.score(stack)
-        shape, mm = volume.geometry.canonical_shape, volume.in_plane_mm
-        anomaly_map = from_slices(torch.from_numpy(scores), shape, mm, self.spec.grid, stack.index)
+        shape = volume.geometry.canonical_shape
+        anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
         if self.spec.thresholds is not None:
@@ -167,17 +174,22 @@ class Detector:
             lesions = find_lesions(mask, anomaly_map, volume.geometry)
         return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
 
+    def find_cases(self, cohort: str | Path) -> list[Case]:
+        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name."""
+        cases = find_cases(cohort)
+        if Path(cohort).is_file() and len(self.spec.channels) == len(cases) == len(cases[0].channels) == 1:
+            (path,) = cases[0].channels.values()
+            return [Case(cases[0].name, {self.spec.channels[0]: path})]
+        return cases
+
     def read(self, scan: Case | str | Path) -> Volume:
         """Read the model's channels of one scan."""
         if not isinstance(scan, Case):
-            cases = find_cases(scan)
+            cases = self.find_cases(scan)
             if len(cases) > 1:
                 raise AnomriError(f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases.")
             scan = cases[0]
         channels = self.spec.channels
-        if len(channels) == 1 and len(scan.channels) == 1 and channels[0] not in scan.channels:
-            # One image for a model of one channel: its name need not end in the channel's.
-            scan = Case(scan.name, {channels[0]: next(iter(scan.channels.values()))}, scan.label, scan.mask)
         missing = [channel for channel in channels if channel not in scan.channels]
         if missing:
             raise AnomriError(
@@ -207,13 +219,15 @@ class Detector:
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:
             return None
-        return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), 8, self.spec.grid.size)
+        return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
 
 
 def resolve_device(device: str) -> torch.device:
     """The device of that name, ``auto`` being the fastest one here; raises `AnomriError` if it is not here."""
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.device(
+            torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
+        )
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises `AnomriError` naming the file if the disk is full or the folder cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
         yield partial
         partial.replace(path)
@@ -42,7 +42,5 @@ def output_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise AnomriError(
-            f"{path}: cannot write to this folder ({error.strerror or error}); name another with -o."
-        ) from error
+        raise AnomriError(f"{path}: cannot write to this folder ({error.strerror or error}); name another.") from error
     return path

@@ -13,6 +13,25 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % bootstrap interval by patient, where one was computed."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def interval(self) -> str:
+        """The interval in words, empty if there is none."""
+        return "" if self.low is None else f"{self.low:.3f} - {self.high:.3f}"
+
+    def __str__(self) -> str:
+        """The value to three digits, with its interval."""
+        return f"{self.value:.3f}" + (f" [{self.interval}]" if self.interval else "")
+
+
+@dataclass(frozen=True)
 class Curve:
     """True and false positives at every threshold that matters, pooled over what was counted.
 

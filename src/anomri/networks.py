@@ -99,11 +99,12 @@ def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ``KeyError`` naming the parameter that is not one of that program's U-Net.
     """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
     levels = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("down_path.")), default=0)
     in_block = {"1": "conv1", "3": "norm1", "5": "conv2", "7": "norm2"}
     renamed = {}
     for name, value in state.items():
-        part, *rest = name.removeprefix("module.").split(".")
+        part, *rest = name.split(".")
         match part, rest:
             case "down_path", [level, "block", index, kind] if index in in_block:
                 new = f"encoder.{level}.{in_block[index]}.{kind}"

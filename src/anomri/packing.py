@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,10 @@ class PackedCase:
     box: tuple[int, int, int, int]
     fingerprint: str
 
-    @cached_property
+    @property
     def memory_map(self) -> NDArray[np.float16]:
         """The slices, mapped and not read."""
-        return np.load(self.file, mmap_mode="r")
+        return _memory_map(self.file)
 
 
 class HealthySlices:
@@ -109,12 +109,18 @@ def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
     return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()
 
 
+@lru_cache(maxsize=128)
+def _memory_map(file: Path) -> NDArray[np.float16]:
+    # A map holds a file open, and a process may not hold one per case of a large cohort.
+    return np.load(file, mmap_mode="r")
+
+
 def _pack_case(case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling, folder: Path) -> PackedCase:
     sources = [*case.files(channels), case.mask, case.label]
     key = _key(sources, channels, grid, scaling)
     file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
     if file.is_file() and sidecar.is_file():
-        facts = json.loads(sidecar.read_text())
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
     else:
         stack = slice_volume(read_volume(case, channels, grid), grid, scaling)
         with whole_file(file) as partial, partial.open("wb") as target:

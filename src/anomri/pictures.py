@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anomri.detector import Detection
 from anomri.files import whole_file
+from anomri.metrics import drop_small_components
 from anomri.slices import brain_box
 
 Rgb = NDArray[np.uint8]
@@ -39,8 +40,7 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
     healthy = grey(detection.reconstructed[z, shown].numpy())
     score = detection.scores[z]
     panels = [scan, healthy, heat(score, high)]
-    if detection.spec.thresholds:
-        panels.append(outline(scan, score > detection.spec.thresholds.threshold, MASK_COLOUR))
+    panels.append(outline(scan, _mask(detection)[z], MASK_COLOUR))
     if label is not None:
         panels.append(outline(scan, label[z].numpy(), TRUTH_COLOUR))
     cut = _square_around(detection.stack.foreground)
@@ -74,6 +74,13 @@ def write_png(path: Path, picture: Rgb) -> None:
     _, encoded = cv2.imencode(".png", picture[..., ::-1])
     with whole_file(path) as partial:
         partial.write_bytes(encoded.tobytes())
+
+
+def _mask(detection: Detection) -> NDArray[np.bool_]:
+    """The mask on the working grid (n, h, w), as its components are filtered there; empty without a threshold."""
+    thresholds = detection.spec.thresholds
+    above = detection.scores > (thresholds.threshold if thresholds else np.inf)
+    return drop_small_components(above, detection.spec.score.max_dropped_voxels)
 
 
 def _square_around(foreground: Tensor) -> tuple[slice, slice]:

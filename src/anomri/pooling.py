@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.detection import tsv
-from anomri.files import output_folder, write_text
+from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import (
     Counts,
     Curve,
+    Figure,
     LesionCounts,
     bootstrap_interval,
     count_at,
@@ -57,21 +58,6 @@ class PatientScores:
                 known = value is not None and value == value  # neither missing nor NaN
                 row[name] = "" if not known else f"{value:.6f}" if isinstance(value, float) else value
         return row
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value with its 95 % bootstrap interval by patient, where one was computed."""
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        """The value to three digits, with its interval."""
-        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
-        return f"{self.value:.3f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,7 @@ class Pool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cases: list[tuple[str, float, int]] = []
+        self.cases: list[tuple[str, float]] = []
         self.failed: dict[str, str] = {}
         self.voxels = 0
         self._lesion_scores: list[NDArray[np.float32]] = []
@@ -135,10 +121,12 @@ class Pool:
             self.failed[scored.case] = scored.error or "no label"
             return
         inside = _box_around((scored.scores != 0) | scored.label)
-        scores, label = np.ascontiguousarray(scored.scores[inside]), np.ascontiguousarray(scored.label[inside])
-        np.savez(self.folder / f"{len(self.cases)}.npz", scores=scores, label=label)
-        self._lesion_scores.append(scores[label])
-        self.cases.append((scored.case, scored.max_dropped, scored.scores.size - scores.size))
+        path = self.folder / f"{len(self.cases)}.npz"
+        box = np.array([(side.start, side.stop) for side in inside])
+        with whole_file(path) as partial, partial.open("wb") as file:
+            np.savez(file, scores=scored.scores[inside], label=scored.label[inside], box=box, shape=scored.scores.shape)
+        self._lesion_scores.append(scored.scores[scored.label])
+        self.cases.append((scored.case, scored.max_dropped))
         self.voxels += scored.scores.size
 
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
@@ -149,46 +137,34 @@ class Pool:
         lesion, healthy = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
         steps = _coarse_steps(self._lesion_scores)
         per_case = np.zeros((2, len(self.cases), len(steps)))
-        curves = []
-        for number, (scores, label, outside) in enumerate(self._read()):
-            counts = self._counts(scores, label, outside, thresholds)
-            lesion += counts[0]
-            healthy += counts[1]
-            per_case[:, number] = self._counts(scores, label, outside, steps)
-            curves.append(precision_recall(scores, label))
+        patients = []
+        for number, (scores, label) in enumerate(self._read()):
+            lesion += count_at(scores[label], thresholds)
+            healthy += count_at(scores[~label], thresholds)
+            per_case[:, number] = count_at(scores[label], steps), count_at(scores[~label], steps)
+            patients.append(_patient(*self.cases[number], scores, label, threshold))
         curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
 
-        patients, best, ceil_filtered = [], curve.best_threshold, np.zeros(2, np.int64)
-        for (scores, label, _), (case, dropped, _), own in zip(self._read(), self.cases, curves, strict=True):
-            ceil_filtered += _overlap(drop_small_components(scores >= best, dropped), label)
-            patients.append(_patient(case, scores, label, dropped, own, threshold))
+        ceil_filtered = np.zeros(2, np.int64)
+        for (scores, label), (_, dropped) in zip(self._read(), self.cases, strict=True):
+            ceil_filtered += _overlap(drop_small_components(scores >= curve.best_threshold, dropped), label)
         figures = _figures(curve, per_case, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
         return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
 
-    def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], int]]:
-        for number, (_, _, outside) in enumerate(self.cases):
+    def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        for number in range(len(self.cases)):
             with np.load(self.folder / f"{number}.npz") as spooled:
-                yield spooled["scores"], spooled["label"], outside
-
-    @staticmethod
-    def _counts(
-        scores: NDArray[np.float32], label: NDArray[np.bool_], outside: int, thresholds: NDArray[np.float32]
-    ) -> tuple[Counts, Counts]:
-        healthy = count_at(scores[~label], thresholds)
-        zero = int(np.searchsorted(thresholds, 0.0, side="right"))
-        if zero:
-            healthy[zero - 1] += outside
-        return count_at(scores[label], thresholds), healthy
+                inside = tuple(slice(*side) for side in spooled["box"])
+                scores = np.zeros(spooled["shape"], dtype=np.float32)
+                label = np.zeros(spooled["shape"], dtype=bool)
+                scores[inside], label[inside] = spooled["scores"], spooled["label"]
+            yield scores, label
 
 
 def _patient(
-    case: str,
-    scores: NDArray[np.float32],
-    label: NDArray[np.bool_],
-    dropped: float,
-    curve: Curve,
-    threshold: float | None,
+    case: str, dropped: float, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float | None
 ) -> PatientScores:
+    curve = precision_recall(scores, label)
     patient = PatientScores(case, curve.positives, curve.average_precision, curve.ceil_dice)
     if threshold is None:
         return patient
@@ -216,11 +192,13 @@ def _figures(
     def pooled_precision(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         true, false, positives = pooled(weights)
         steps = np.diff(true, prepend=0.0, axis=1) * true / np.maximum(true + false, 1)
-        return steps.sum(axis=1) / np.maximum(positives[:, 0], 1)
+        # Patients without a lesion alone have no average precision.
+        return np.where(positives[:, 0] > 0, steps.sum(axis=1) / np.maximum(positives[:, 0], 1), np.nan)
 
     def pooled_dice(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         true, false, positives = pooled(weights)
-        return (2 * true / np.maximum(true + false + positives, 1)).max(axis=1)
+        best = (2 * true / np.maximum(true + false + positives, 1)).max(axis=1)
+        return np.where(positives[:, 0] > 0, best, np.nan)
 
     count = len(patients)
     figures = [

@@ -20,7 +20,7 @@ from rich.progress import (
 if TYPE_CHECKING:
     from anomri.training import Progress as TrainingProgress
 
-STAGES = {"make": "making scans", "pack": "packing", "train": "training", "score": "thresholds", "detect": "detecting"}
+STAGES = {"make": "making scans", "pack": "packing", "train": "training", "score": "thresholds"}
 
 
 @contextmanager

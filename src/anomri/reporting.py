@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri.files import write_text
+from anomri.metrics import Figure
 from anomri.spec import AnomriError
 
 MAX_PICTURES = 60
@@ -60,16 +61,24 @@ class Page:
 def report(folder: str | Path, note: str = "") -> Path:
     """Write ``report.html`` from the files that `detect_cohort` or `evaluate` left in ``folder``; returns its path.
 
-    Raises `AnomriError` if the folder holds neither ``cases.tsv`` nor ``metrics.json``.
+    A folder that holds both gets the page of the later one. Raises `AnomriError` if it holds neither.
     """
     folder = Path(folder)
-    if (folder / "metrics.json").is_file():
-        page = _evaluation_page(folder, note)
-    elif (folder / "cases.tsv").is_file():
-        page = _detection_page(folder, note)
-    else:
+    pages = {folder / "metrics.json": evaluation_report, folder / "cases.tsv": detection_report}
+    present = [path for path in pages if path.is_file()]
+    if not present:
         raise AnomriError(f"{folder}: holds neither cases.tsv nor metrics.json; there is nothing to report.")
-    return write_page(folder / "report.html", page)
+    return pages[max(present, key=lambda path: path.stat().st_mtime_ns)](folder, note)
+
+
+def detection_report(folder: Path, note: str = "") -> Path:
+    """Write the report of a detection run."""
+    return write_page(folder / "report.html", _detection_page(folder, note))
+
+
+def evaluation_report(folder: Path, note: str = "") -> Path:
+    """Write the report of an evaluation."""
+    return write_page(folder / "report.html", _evaluation_page(folder, note))
 
 
 def write_page(path: Path, page: Page) -> Path:
@@ -126,14 +135,14 @@ def read_tsv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of a table; nothing if there is no such file."""
     if not path.is_file():
         return [], []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         columns, *rows = csv.reader(file, delimiter="\t")
     return columns, rows
 
 
 def _detection_page(folder: Path, note: str) -> Page:
     columns, rows = read_tsv(folder / "cases.tsv")
-    run: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     place = {name: k for k, name in enumerate(columns)}
     done = [row for row in rows if row[place["status"]] == "done"]
     done.sort(key=lambda row: -float(row[place["lesion_volume_mm3"]]))
@@ -153,12 +162,13 @@ def _detection_page(folder: Path, note: str) -> Page:
 
 
 def _evaluation_page(folder: Path, note: str) -> Page:
-    facts: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    facts: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     columns, rows = read_tsv(folder / "patients.tsv")
     place = {name: k for k, name in enumerate(columns)}
     captions = {row[0]: f"AUPRC {row[place['average_precision']] or 'undefined, no lesion'}" for row in rows}
     _, curve = read_tsv(folder / "curve.tsv")
     points = [[float(value) for value in row] for row in curve]
+    figures = [(f.name, f"{f.value:.3f}", f.interval) for f in (Figure(**fields) for fields in facts["figures"])]
     failed = [("failed", f"{name}: {error}") for name, error in facts["failed"].items()]
     return Page(
         title="Maps against labels",
@@ -166,18 +176,12 @@ def _evaluation_page(folder: Path, note: str) -> Page:
         note=note,
         pictures=previews(folder, [row[0] for row in rows], captions),
         tables=[
-            Table("Result", ("figure", "value", "95 % interval"), [figure_row(figure) for figure in facts["figures"]]),
+            Table("Result", ("figure", "value", "95 % interval"), figures),
             Table("Patients", columns, rows),
             Table("Protocol", ("what", "how"), [*facts["protocol"].items(), *failed]),
         ],
         plots=[curves_plot({"pooled": points}, {"pooled": facts["threshold"]})],
     )
-
-
-def figure_row(figure: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Name, value and interval of a figure of ``metrics.json``, for a table."""
-    interval = "" if figure["low"] is None else f"{figure['low']:.3f} - {figure['high']:.3f}"
-    return figure["name"], f"{figure['value']:.3f}", interval
 
 
 def _is_number(value: object) -> bool:

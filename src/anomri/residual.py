@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -49,8 +48,3 @@ def anomaly_score(raw: Tensor, foreground: Tensor, score: Score) -> NDArray[np.f
         foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
     masked = (raw.float() * foreground).cpu().numpy()
     return median_filter(masked, score.median) if score.median else masked
-
-
-def as_tensor(array: NDArray[np.float32]) -> Tensor:
-    """``array`` as a float32 tensor that shares its memory where it can."""
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

@@ -15,11 +15,32 @@ from anomri.volume import Geometry, Volume
 
 
 @dataclass(frozen=True)
+class Window:
+    """The part of an axial slice that is resized to the grid, in voxels; it may reach beyond the slice."""
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(..., h, w) -> (..., rows, columns), zero beyond the slice."""
+        h, w = x.shape[-2:]
+        return functional.pad(x, (-self.left, self.left + self.columns - w, -self.top, self.top + self.rows - h))
+
+    def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(..., rows, columns) -> (..., *size), zero beyond the window: what `cut` took, back in its place."""
+        h, w = size
+        return functional.pad(x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows))
+
+
+@dataclass(frozen=True)
 class SliceStack:
     """The axial slices of one scan on the working grid.
 
     ``x`` (n, c, h, w) float32, scaled; ``foreground`` (n, h, w) bool; ``index`` their place along z; ``scale``
-    what each channel was divided by; ``label`` (n, h, w) bool, if the scan has one.
+    what each channel was divided by; ``label`` (n, h, w) bool, if the scan has one. ``window`` is what the grid
+    shows of the scan.
     """
 
     x: Tensor
@@ -27,6 +48,7 @@ class SliceStack:
     index: range
     scale: tuple[float, ...]
     label: Tensor | None
+    window: Window
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
@@ -36,9 +58,13 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     index = slice_range(scaled, scaling.slice_sum)
     if not index:
         raise AnomriError(f"{volume.name}: no slice holds enough brain; is the image nearly empty?")
-    x = to_slices(scaled, volume.in_plane_mm, grid, index)
-    label = None if volume.label is None else label_slices(volume.label, volume.in_plane_mm, grid, index)
-    return SliceStack(x, foreground_of(x, scaling), index, scale, label)
+    try:
+        window = window_of(volume.data, volume.in_plane_mm, grid)
+    except AnomriError as error:
+        raise AnomriError(f"{volume.name}: {error}") from error
+    x = to_slices(scaled, window, grid, index)
+    label = None if volume.label is None else label_slices(volume.label, window, grid, index)
+    return SliceStack(x, foreground_of(x, scaling), index, scale, label, window)
 
 
 def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tuple[float, ...]:
@@ -54,21 +80,31 @@ def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
     return range(int(above[0]), int(above[-1]) + 1) if above.size else range(0)
 
 
-def field_of_view(shape: tuple[int, int], spacing_mm: tuple[float, float], grid: Grid) -> tuple[int, int]:
-    """Size in voxels of the field that is resized to the grid, for slices of ``shape`` and ``spacing_mm``."""
+def window_of(data: NDArray[np.float32], spacing_mm: tuple[float, float], grid: Grid) -> Window:
+    """The grid's field of view on a scan (c, x, y, z): in the middle, or around a brain that lies off it.
+
+    Raises `AnomriError` if the brain is larger than the field of view.
+    """
+    h, w = data.shape[1:3]
     if grid.field_of_view_mm is None:
-        return shape
-    rows, columns = (round(mm / spacing) for mm, spacing in zip(grid.field_of_view_mm, spacing_mm, strict=True))
-    return max(rows, 1), max(columns, 1)
-
-
-def centre_pad(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut or zero-pad the last two axes of ``x`` around their middle to ``size``; undone by the old size."""
-    padding: list[int] = []
-    for have, want in zip(x.shape[:-3:-1], size[::-1], strict=True):
-        before = (want - have) // 2 if want >= have else -((have - want) // 2)
-        padding += [before, want - have - before]
-    return functional.pad(x, padding) if any(padding) else x
+        return Window(0, 0, h, w)
+    starts, sizes = [], []
+    for axis, (mm, spacing) in enumerate(zip(grid.field_of_view_mm, spacing_mm, strict=True)):
+        have, size = data.shape[1 + axis], max(round(mm / spacing), 1)
+        start = (have - size) // 2 if have > size else -((size - have) // 2)
+        if have > size:
+            (inside,) = np.nonzero((data > 0).any(axis=(0, 2 - axis, 3)))
+            first, stop = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (start, start)
+            if stop - first > size:
+                raise AnomriError(
+                    f"the image is above zero over {(stop - first) * spacing:.0f} mm, more than the {mm:.0f} mm that "
+                    f"the model sees; take the skull and the neck off first."
+                )
+            if first < start or stop > start + size:
+                start = (first + stop - size) // 2
+        starts.append(start)
+        sizes.append(size)
+    return Window(*starts, *sizes)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -76,24 +112,20 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def to_slices(data: NDArray[np.float32], spacing_mm: tuple[float, float], grid: Grid, index: range) -> Tensor:
+def to_slices(data: NDArray[np.float32], window: Window, grid: Grid, index: range) -> Tensor:
     """Axial slices ``index`` of (c, x, y, z) on the working grid: (n, c, *grid.size) float32."""
     chosen = np.ascontiguousarray(np.moveaxis(data[..., index.start : index.stop], -1, 0))
-    field = field_of_view(data.shape[1:3], spacing_mm, grid)
-    return resize(centre_pad(torch.from_numpy(chosen), field), grid.size)
+    return resize(window.cut(torch.from_numpy(chosen)), grid.size)
 
 
-def label_slices(label: NDArray[np.bool_], spacing_mm: tuple[float, float], grid: Grid, index: range) -> Tensor:
+def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: range) -> Tensor:
     """A lesion mask (x, y, z) on the working grid, resized like an image and cut at 0.5: (n, *grid.size) bool."""
-    return to_slices(label[None].astype(np.float32), spacing_mm, grid, index)[:, 0] > 0.5
+    return to_slices(label[None].astype(np.float32), window, grid, index)[:, 0] > 0.5
 
 
-def from_slices(
-    slices: Tensor, shape: tuple[int, int, int], spacing_mm: tuple[float, float], grid: Grid, index: range
-) -> NDArray[np.float32]:
-    """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``; other slices are zero."""
-    field = field_of_view(shape[:2], spacing_mm, grid)
-    native = centre_pad(resize(slices[:, None].float(), field), shape[:2])
+def from_slices(slices: Tensor, shape: tuple[int, int, int], window: Window, index: range) -> NDArray[np.float32]:
+    """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``; what the grid did not see is zero."""
+    native = window.paste(resize(slices[:, None].float(), (window.rows, window.columns)), shape[:2])
     volume = np.zeros(shape, dtype=np.float32)
     volume[..., index.start : index.stop] = np.moveaxis(native[:, 0].numpy(), 0, -1)
     return volume
@@ -101,9 +133,11 @@ def from_slices(
 
 def pixels_per_voxel(geometry: Geometry, grid: Grid) -> float:
     """How many in-plane pixels of a scan one pixel of the working grid covers."""
-    shape, spacing = geometry.canonical_shape[:2], geometry.spacing_mm[:2]
-    field = field_of_view(shape, spacing, grid)
-    return field[0] * field[1] / (grid.size[0] * grid.size[1])
+    if grid.field_of_view_mm is None:
+        field_mm2 = float(np.prod(geometry.canonical_shape[:2]) * np.prod(geometry.spacing_mm[:2]))
+    else:
+        field_mm2 = grid.field_of_view_mm[0] * grid.field_of_view_mm[1]
+    return field_mm2 / (grid.size[0] * grid.size[1]) / float(np.prod(geometry.spacing_mm[:2]))
 
 
 def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 FORMAT_VERSION = 1
 CITATION = (
@@ -112,6 +115,8 @@ class Cohort:
     training_slices: int
     left_out_slices: int
     """Slices of training cases that were not used because a lesion is labelled on them."""
+    unused_cases: int = 0
+    """Cases of the cohort for testing, or in no split."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,15 @@ class ModelSpec:
 
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    def checked(self) -> ModelSpec:
+        """The same, as it would be read back; raises `AnomriError` naming a value that would not be."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(ModelSpec).validate_json(self.to_json())
+        except ValidationError as error:
+            raise AnomriError(_first_problem(error)) from error
+
     @classmethod
     def read(cls, path: Path) -> ModelSpec:
         """Read ``model.json``; raises `AnomriError` that names the file and the entry that does not fit."""
@@ -153,6 +167,10 @@ class ModelSpec:
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise AnomriError(f"{path}: not a model description of anomri: {where}: {first['msg']}") from error
+            raise AnomriError(f"{path}: not a model description of anomri: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{where}: {first['msg']} (found {first['input']!r:.60})"

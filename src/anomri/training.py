@@ -86,7 +86,7 @@ def train(
 
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     chosen = methods.preset(method, preset)
-    schedule = None if chosen.training is None else replace(chosen.training, **(training or {}))
+    schedule = _changed(chosen.training, training or {})
     spec = ModelSpec(
         channels=tuple(channels or channels_of(cases)),
         method=method,
@@ -95,27 +95,32 @@ def train(
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
     # What does not fit is told before a cohort is packed.
+    spec.checked()
     methods.build(spec)
     resolve_device(device)
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
-    write_splits(folder / "splits.csv", cases)
     packed = _pack(cases, spec, Path(cache) if cache else default_cache(), progress)
     spec = replace(
         spec,
-        cohort=_describe(packed),
-        crop=_common_box(packed, spec) if schedule and schedule.crop_to_brain else None,
+        cohort=_describe(packed, len(cases)),
+        crop=_common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
         data_licence=data_licence or spec.data_licence,
     )
+    state = TrainingState.load(folder, _task(spec, packed))
+    write_splits(folder / "splits.csv", cases)
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
     if spec.training:
         fabric = Fabric(
             accelerator=resolve_device(device).type, devices=1, precision=resolve_precision(spec.training.precision)
         )
-        network.load_state_dict(fit(fabric, network, spec, packed, folder, progress))
-    progress(Progress("score", 0, 1))
-    detector = Detector(spec, network.cpu())
-    detector.spec = replace(spec, thresholds=healthy_thresholds(detector, packed["val"]))
+        network.load_state_dict(fit(fabric, network, spec, packed, state, folder, progress))
+    detector = Detector(spec, network, resolve_device(device))
+    thresholds = healthy_thresholds(
+        detector, packed["val"], lambda done, total: progress(Progress("score", done, total))
+    )
+    detector.spec = replace(spec, thresholds=thresholds)
+    detector.splits = {case.name: case.split for case in cases if case.split}
     detector.save(folder)
     (folder / TrainingState.NAME).unlink(missing_ok=True)
     progress(Progress("score", 1, 1))
@@ -123,14 +128,12 @@ def train(
 
 
 def fit(
-    fabric: Fabric, network: Any, spec: ModelSpec, packed: Packed, folder: Path, progress: Report
+    fabric: Fabric, network: Any, spec: ModelSpec, packed: Packed, state: TrainingState, folder: Path, progress: Report
 ) -> dict[str, Tensor]:
     """The training loop; returns the weights with the lowest validation loss. What is random follows the step."""
     training = spec.training
     assert training is not None
     slices, held_out = HealthySlices(packed["train"]), HealthySlices(packed["val"])
-    task = {"settings": spec.settings, "training": asdict(training), "cohort": asdict(spec)["cohort"]}
-    state = TrainingState.load(folder, task)
     if state.step:
         network.load_state_dict(state.network)
     optimizer = torch.optim.Adam(
@@ -236,11 +239,11 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
         raise AnomriError(
             "no case is left to train on; at least one patient for training and one for validation is needed."
         )
-    for held_out in ("val", "test"):
-        both = sorted(sides["train"] & sides[held_out])
+    for one, other in itertools.combinations(sides, 2):
+        both = sorted(sides[one] & sides[other])
         if both:
             raise AnomriError(
-                f"patient {both[0]} is in the splits train and {held_out}; give all of a patient's scans one split."
+                f"patient {both[0]} is in the splits {one} and {other}; give all of a patient's scans one split."
             )
     return cases
 
@@ -251,11 +254,11 @@ def _permutation(slices: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def _finite_mean(losses: list[Tensor], step: int) -> float:
-    mean = float(torch.stack(losses).mean())
+    mean = sum(float(loss) for loss in losses) / len(losses)
     if not math.isfinite(mean):
         raise AnomriError(
-            f"the loss is {mean} within the {len(losses)} steps before step {step}; the state before them is kept. "
-            f"Try a lower learning rate or --precision 32-true with --resume."
+            f"the loss is {mean} within the {len(losses)} steps before step {step}. Train anew in another folder, "
+            f"with a lower --learning-rate or --precision 32-true."
         )
     return mean
 
@@ -276,18 +279,48 @@ def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, progress: Report)
         sides[str(case.split)].append(pack)
     for side, packs in sides.items():
         if not any(pack.healthy for pack in packs):
-            raise AnomriError(f"none of the {len(packs)} {side} cases has a slice without a labelled lesion.")
+            raise AnomriError(
+                f"none of the {len(packs)} {side} cases has a slice without a labelled lesion; add healthy scans."
+            )
     return sides
 
 
-def _describe(packed: Packed) -> Cohort:
+def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | None:
+    if schedule is None:
+        if changes:
+            raise AnomriError(f"this method is not trained; {', '.join(changes)} would change nothing.")
+        return None
+    try:
+        return replace(schedule, **changes)
+    except TypeError as error:
+        raise AnomriError(f"the training settings {changes} do not fit: {error}") from error
+
+
+def _task(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
+    """All that decides what a training does; resuming with anything else is another training."""
+    return {
+        "method": spec.method,
+        "channels": list(spec.channels),
+        "settings": spec.settings,
+        "training": spec.training and asdict(spec.training),
+        "training cases": [case.fingerprint for case in packed["train"]],
+        "validation cases": [case.fingerprint for case in packed["val"]],
+    }
+
+
+def _describe(packed: Packed, cases: int) -> Cohort:
     train, val = packed["train"], packed["val"]
     used = sum(len(case.healthy) for case in train)
     return Cohort(
-        cohort_fingerprint([*train, *val]), len(train), len(val), used, sum(case.slices for case in train) - used
+        fingerprint=cohort_fingerprint([*train, *val]),
+        training_cases=len(train),
+        validation_cases=len(val),
+        training_slices=used,
+        left_out_slices=sum(case.slices for case in train) - used,
+        unused_cases=cases - len(train) - len(val),
     )
 
 
-def _common_box(packed: Packed, spec: ModelSpec) -> Box:
+def _common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
     boxes = [case.box for side in packed.values() for case in side]
-    return functools.reduce(lambda a, b: join_boxes(a, b, 8, spec.grid.size), boxes)
+    return functools.reduce(lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import pickle
 import signal
 import threading
@@ -38,7 +39,10 @@ class TrainingState:
     def save(self, folder: Path) -> None:
         """Write the state into a model folder, whole or not at all."""
         with whole_file(folder / self.NAME) as partial:
-            torch.save(vars(self), partial)
+            # Into memory first: torch hides a full disk in a RuntimeError of its own.
+            content = io.BytesIO()
+            torch.save(vars(self), content)
+            partial.write_bytes(content.getbuffer())
 
     @classmethod
     def load(cls, folder: Path, task: Mapping[str, Any]) -> TrainingState:

@@ -107,12 +107,13 @@ def read_image(path: Path) -> nib.Nifti1Image:
     try:
         header = _header(path)
         image = type_of(header).from_bytes(_unpack(path, _expected_bytes(path, header)))
-        image = nib.funcs.squeeze_image(image)
+        if image.ndim > 3:
+            image = nib.funcs.squeeze_image(image)
         if image.ndim != 3:
             raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
         np.asanyarray(image.dataobj)
         return image
-    except (OSError, EOFError, ValueError, zlib.error, *_NIBABEL_ERRORS) as error:
+    except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, *_NIBABEL_ERRORS) as error:
         reason = getattr(error, "strerror", None) or error
         raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
 
@@ -179,6 +180,10 @@ def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tup
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = display or (0, 0)
     header["descrip"] = b"anomri"
+    # Free text may hold the patient's name.
+    header.extensions.clear()
+    for field in ("aux_file", "intent_name", *(name for name in ("db_name", "data_type") if name in header)):
+        header[field] = b""
     # No affine is given: nibabel would rewrite the codes of a header whose sform and qform differ.
     native = geometry.native(data) if data.ndim == 3 else np.stack([geometry.native(c) for c in data], axis=-1)
     image = type_of(header)(native, None, header)
@@ -209,7 +214,10 @@ def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
         raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
     if voxels > MAX_VOXELS:
         raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
-    return int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
+    offset = float(header["vox_offset"])
+    if not 0 <= offset <= HEADER_BYTES:
+        raise AnomriError(f"{path}: its header places the image {offset:g} bytes into the file; it is damaged.")
+    return int(offset) + voxels * header.get_data_dtype().itemsize
 
 
 def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
@@ -229,10 +237,13 @@ def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
 
 def _geometry(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
     affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    i, j, k = affine[:3, :3].T
+    if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
         raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
-    target = orientations.axcodes2ornt(tuple(grid.orientation))
-    transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
+    axes = orientations.io_orientation(affine)
+    if np.isnan(axes).any():
+        raise AnomriError(f"{path}: its header gives two axes of the image the same direction; it is damaged.")
+    transform = orientations.ornt_transform(axes, orientations.axcodes2ornt(tuple(grid.orientation)))
     rows, columns, slices = image.shape
     return Geometry((rows, columns, slices), affine, transform, image.header)
 

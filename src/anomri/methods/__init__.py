@@ -40,6 +40,8 @@ class Method(Protocol):
 
     PRESETS: ClassVar[dict[str, Preset]]
     """At least ``paper`` (as published) and ``small`` (a laptop's); without training, `forward` is never called."""
+    box_multiple: int
+    """What the sides of a box must be divisible by."""
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Training loss of a batch, a scalar; what is random comes from ``generator``."""

@@ -40,12 +40,12 @@ class DAE(nn.Module):
         "small": Preset(
             {"widths": [16, 32, 64, 128]},
             Training(
-                steps=2400,
+                steps=600,
                 learning_rate=1e-3,
                 schedule="cosine",
                 precision="auto",
                 crop_to_brain=True,
-                validate_every=200,
+                validate_every=100,
                 validation_slices=128,
             ),
         ),
@@ -60,6 +60,7 @@ class DAE(nn.Module):
     ) -> None:
         super().__init__()
         self.network = UNet(len(channels), widths)
+        self.box_multiple = 2 ** (len(widths) - 1)
         self.noise_resolution = noise_resolution
         self.noise_std = noise_std
 

@@ -20,6 +20,8 @@ class Thresholding(nn.Module):
 
     PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset(), "demo": Preset()}
 
+    box_multiple = 1
+
     def __init__(self, channels: Sequence[str], channel: str | None = None) -> None:
         super().__init__()
         name = channel or ("flair" if "flair" in channels else channels[0])

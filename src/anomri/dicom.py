@@ -1,0 +1,464 @@
+"""DICOM in: the MR series of a folder, which channel each one is, and their images as NIfTI without a name.
+
+A NIfTI file written here holds voxels and a position, nothing else of the headers; file names and case names hold
+a hash of the study's UID. Only ``keep_identifiers=True`` lets the PatientID out, as part of the case's name.
+Messages name files and SeriesDescription, free text which a scanner's user may have written anything into.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.cases import LABEL_NAMES, MASK_NAMES, Case
+from anomri.files import output_folder
+from anomri.spec import AnomriError
+from anomri.volume import Geometry, write_image
+
+MIN_SLICES = 10
+"""Series with fewer slices are taken for localizers."""
+STEP_TOLERANCE = 0.05
+"""How much the distance between two slices may differ from the others, as a share of it."""
+MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
+REASONS = {
+    "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
+    "1.2.840.10008.1.3.10": "a DICOMDIR, an index only; the images it lists are looked for in this folder itself",
+}
+"""Why an object of this SOP class is left out, where its name does not say it."""
+_TAGS = ["SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription"]
+_TAGS += ["ProtocolName", "ImageType", "ContrastBolusAgent", "EchoTime", "InversionTime", "ScanningSequence"]
+
+# Things that are no T1, T2 or FLAIR image of the whole brain, and words that leave it open which one it is.
+_OTHER = re.compile(
+    r"(?<![a-z0-9])(?:dwi|adc|dti|swi|swan|asl|dsc|dce|dyn|mra|mrv|tof|bold|fmri|m?mip|minip|phase|pha|(?:t[12])?map(?:ping)?|"
+    r"scout|survey|locali[sz]er|sub|stir|dir|pd|mp2rage|t1rho|spine|neck|orbits?|fieldmap)(?![a-z0-9])|"
+    r"t2[ _-]?(?:\*|star)|perfusion|diffusion|subtract|angio"
+)
+_FLAIR = re.compile(r"flair|tirm|dark[ _-]?fl|da-fl")
+_T1 = re.compile(r"(?<![a-z0-9])t1(?!\d)|mp[ _-]?rage|bravo|spgr")
+_T2 = re.compile(r"(?<![a-z0-9])t2(?!\d)")
+_AGENT = r"(?:gd|gad\w*|contrast|km)(?![a-z])"
+_WITH_AGENT = re.compile(
+    rf"(?<![a-z])(?:post(?!\w|[ -]?op)|ce(?![a-z])|{_AGENT})|t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
+)
+_WITHOUT_AGENT = re.compile(
+    rf"(?<![a-z])(?:(?:pre(?!\w|[ -]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
+    rf"non?[ _-]*{_AGENT})|-c\b"
+)
+_NO_AGENT = {"no", "none", "n", "no contrast", "without", "nil", "0"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the headers of one MR series say, without anything about the patient; times in ms."""
+
+    uid: str
+    study: str
+    description: str
+    protocol: str
+    modality: str
+    files: tuple[Path, ...]
+    agent: str | None = None
+    """The contrast agent; ``None`` if the headers do not mention one."""
+    echo_time: float | None = None
+    inversion_time: float | None = None
+    gradient_echo: bool = False
+
+    @property
+    def slices(self) -> int:
+        """The number of slices, one a file."""
+        return len(self.files)
+
+    def __str__(self) -> str:
+        return f"{self.description or 'without description'!r} ({self.slices} slices, {self.uid})"
+
+
+def find_series(folder: str | Path, skipped: Callable[[str], None] = lambda what: None) -> list[Series]:
+    """The MR series in ``folder`` and below it, sorted by description; headers are read, pixels are not.
+
+    File names do not matter. Objects that are no MR image, localizers and files that are not DICOM are left out;
+    ``skipped`` is called with one sentence for each kind. Raises `AnomriError` naming the folder and what it holds
+    if there is no MR series, and the file if one is damaged.
+    """
+    folder, left_out = Path(folder), list[str]()
+    groups: dict[tuple[str, str], dict[str, tuple[Path, Any]]] = {}
+    strangers, copies = list[str](), 0
+    for path in _files(folder):
+        header = _header(path)
+        if header is None:
+            strangers.append(path.name)
+            continue
+        series, kind, instance = (_text(header, tag) for tag in ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"))
+        members = groups.setdefault((series, kind), {})
+        # A copy of a file in another folder is the same slice, not a second one.
+        copies += instance in members
+        members.setdefault(instance or str(path), (path, header))
+    if copies:
+        left_out.append(f"{copies} files that are copies of others (the same SOPInstanceUID)")
+    if strangers:
+        left_out.append(f"{len(strangers)} files that are not DICOM ({', '.join(strangers[:3])})")
+    found = []
+    for (_, kind), members in sorted(groups.items()):
+        series_found = _series(list(members.values()))
+        reason = _why_not(kind, series_found, next(iter(members.values()))[1])
+        if reason:
+            left_out.append(f"{series_found.description or series_found.files[0].name!r}: {reason}")
+        else:
+            found.append(series_found)
+    for what in left_out:
+        skipped(what)
+    if not found:
+        holds = "; ".join(left_out) or "no file at all"
+        raise AnomriError(f"{folder}: no MR image series found. It holds: {holds}. Name a folder that holds MR series.")
+    return sorted(found, key=lambda series: (series.description, series.uid))
+
+
+def guess_channel(series: Series) -> str | None:
+    """The channel that a series most likely is, ``flair``, ``t1``, ``t1ce`` or ``t2``; ``None`` when unsure.
+
+    The words of SeriesDescription (ProtocolName where it is empty) propose a weighting; exactly one has to come
+    out, and no word of another kind of image (diffusion, T2*, angiography, ...). The headers may only contradict:
+    T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms, FLAIR inverts at 1400 ms or later and T2
+    not at all, and a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if its words or ContrastBolusAgent speak of
+    contrast, and ``None`` if they disagree. Where neither says a word it is ``t1``; two such series of a study are
+    an error of `choose_series`.
+    """
+    # Not both: on some scanners ProtocolName is that of the whole examination, all weightings and contrast in it.
+    text = (series.description or series.protocol).lower()
+    if _OTHER.search(text):
+        return None
+    echo, inversion = series.echo_time, series.inversion_time
+    if _T1.search(text):
+        if _FLAIR.search(text) or _T2.search(text) or (echo is not None and echo > 30):
+            return None
+        return _t1_or_t1ce(series, text)
+    if echo is not None and echo < 60:
+        return None
+    if _FLAIR.search(text):
+        return None if inversion is not None and 0 < inversion < 1400 else "flair"
+    if _T2.search(text) and not inversion and not series.gradient_echo:
+        return "t2"
+    return None
+
+
+def choose_series(
+    folder: str | Path,
+    channels: Mapping[str, str] | None = None,
+    skipped: Callable[[str], None] = lambda what: None,
+) -> dict[str, Series]:
+    """The series of each channel: those that ``channels`` names by SeriesDescription or UID, else the guessed ones.
+
+    Series without a guess are left out and told to ``skipped``. Raises `AnomriError` listing the series if two are
+    the same channel, if none is known, or if they are not all of one study.
+    """
+    left_out: list[str] = []
+    found = find_series(folder, left_out.append)
+    chosen: dict[str, list[Series]] = {}
+    if channels is None:
+        for series in found:
+            channel = guess_channel(series)
+            if channel is None:
+                left_out.append(f"{series}: its channel is not known")
+            else:
+                chosen.setdefault(channel, []).append(series)
+    for channel, name in (channels or {}).items():
+        if not re.fullmatch(r"[a-z0-9]+", channel) or channel in (*LABEL_NAMES, *MASK_NAMES):
+            raise AnomriError(f"channel {channel!r}: name it in lower-case letters and digits, such as flair.")
+        same = [s for s in found if name == s.uid or name.strip().lower() == s.description.lower()]
+        chosen[channel] = same
+    doubtful = [f"{channel} is {len(members)} series" for channel, members in chosen.items() if len(members) != 1]
+    if not chosen:
+        doubtful = ["no series is known by its description to be flair, t1, t1ce or t2"]
+    elif not doubtful and len({members[0].study for members in chosen.values()}) > 1:
+        doubtful = ["the series belong to several studies; name a folder, or series, of one"]
+    if doubtful:
+        listing = "".join(f"\n  {series}: {guess_channel(series) or 'channel not known'}" for series in found)
+        raise AnomriError(
+            f"{folder}: {', '.join(doubtful)}. Say which series is which channel by its description or UID, as in "
+            f"flair={found[0].description or found[0].uid!r}. MR series found:{listing}"
+        )
+    for what in left_out:
+        skipped(what)
+    return {channel: members[0] for channel, members in sorted(chosen.items())}
+
+
+def convert(
+    folder: str | Path,
+    out: str | Path,
+    channels: Mapping[str, str] | None = None,
+    *,
+    keep_identifiers: bool = False,
+    skipped: Callable[[str], None] = lambda what: None,
+) -> Case:
+    """Write ``<case>_<channel>.nii.gz`` to ``out`` for the series that `choose_series` chooses.
+
+    All series are read before the first file is written. The case is called ``case`` and twelve digits of the hash
+    of its StudyInstanceUID; with ``keep_identifiers`` its PatientID stands before them and is the case's ``subject``.
+    Series are not registered to each other. Raises `AnomriError` naming the folder or file that is not MR, damaged
+    or incomplete, and ``pip install 'anomri[dicom]'`` if the libraries are missing.
+    """
+    chosen = choose_series(folder, channels, skipped)
+    first = next(iter(chosen.values()))
+    name, subject = f"case{sha256(first.study.encode()).hexdigest()[:12]}", None
+    if keep_identifiers:
+        with quiet():
+            subject = _text(optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]), "PatientID")
+        # The hash stays: two visits of a patient are two cases, and one must not overwrite the other.
+        name = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', subject).strip('.-') or 'unnamed'}-{name[4:]}"
+    images = {channel: read_series(series) for channel, series in chosen.items()}
+    out = output_folder(Path(out))
+    files = {channel: out / f"{name}_{channel}.nii.gz" for channel in chosen}
+    for channel, image in images.items():
+        data = np.asanyarray(image.dataobj)
+        as_stored = np.array([[0, 1], [1, 1], [2, 1]])
+        rows, columns, slices = data.shape
+        write_image(files[channel], data, Geometry((rows, columns, slices), image.affine, as_stored, image.header))
+    return Case(name, files, subject=subject or None)
+
+
+def read_series(series: Series) -> nib.Nifti1Image:
+    """The image (column, row, slice) of a series in scanner mm (RAS+), decoded and rescaled by dicom2nifti.
+
+    Integers stay as they are, values rescaled by the headers are float32. Raises `AnomriError` naming the file or
+    the series' folder that cannot be decoded or does not fit.
+    """
+    library = optional("dicom2nifti.convert_dicom")
+    where = f"{series.files[0].parent}, series {series}"
+    with quiet():
+        slices = [_whole(path) for path in series.files]
+        ordered, affine = stack(series, slices)
+        for number, one in enumerate(ordered, start=1):
+            # dicom2nifti takes slices that were numbered in the order of acquisition for several volumes.
+            one.InstanceNumber = number
+        try:
+            # Not reoriented: `volume` does that, and the slices stay slices.
+            image = library.dicom_array_to_nifti(ordered, None, reorient_nifti=False)["NII"]
+        except Exception as error:  # whatever a decoder or dicom2nifti raises; the first bad file is named
+            for one in slices:
+                _check_pixels(one)
+            raise AnomriError(f"{where}: dicom2nifti cannot convert it ({reason_of(error)}).") from error
+    data = np.asanyarray(image.dataobj)
+    if data.shape != (ordered[0].Columns, ordered[0].Rows, len(ordered)):
+        raise AnomriError(f"{where}: an image of {data.shape} came out of {len(ordered)} grey slices; convert by hand.")
+    if not np.allclose(image.affine, affine, atol=1e-3):
+        raise AnomriError(f"{where}: dicom2nifti places it elsewhere than its headers say; convert it by hand.")
+    data = data.astype(np.float32) if data.dtype.kind == "f" else data
+    clean = nib.Nifti1Image(data, affine)
+    clean.header.set_xyzt_units("mm")
+    clean.set_sform(affine, 1)
+    clean.set_qform(affine, 1)
+    return clean
+
+
+def stack(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np.float64]]:
+    """The slices sorted along the axis they are stacked on, and (column, row, slice) -> scanner mm (RAS+).
+
+    The order is that of dicom2nifti: upwards along the axis on which they lie farthest apart. Raises `AnomriError`
+    if orientation, pixel size or matrix differ, if a slice is missing or there twice, or is shifted sideways.
+    """
+    where = f"{series.files[0].parent}, series {series}"
+    no_place = "a file gives no usable position, orientation or pixel size; it is no slice of a scan"
+    try:
+        planes = [(*one.ImageOrientationPatient, *one.PixelSpacing, one.Rows, one.Columns) for one in headers]
+        plane = np.array(planes, dtype=np.float64)
+        position = np.array([one.ImagePositionPatient for one in headers], dtype=np.float64)
+    except Exception as error:  # values are parsed when asked for, so anything can come out
+        raise AnomriError(f"{where}: {no_place} ({reason_of(error)}).") from error
+    if plane.shape[1:] != (10,) or position.shape[1:] != (3,) or not np.isfinite(np.hstack([plane, position])).all():
+        raise AnomriError(f"{where}: {no_place}.")
+    odd = np.abs(plane - plane[0]).max(axis=1)
+    if odd.max() > 1e-3:
+        raise AnomriError(
+            f"{where}: its slices differ in orientation, pixel size or matrix ({series.files[int(odd.argmax())].name} "
+            f"and {series.files[0].name}); several scans are mixed in it. Hand in one of them in its own folder."
+        )
+    along, down = plane[0, :3], plane[0, 3:6]
+    if not np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-2) or plane[0, 6:8].min() <= 0:
+        raise AnomriError(f"{where}: {no_place}.")
+    order = np.argsort(position[:, np.abs(np.ptp(position, axis=0)).argmax()], kind="stable")
+    position, files = position[order], [series.files[number] for number in order]
+    _check_steps(where, position, np.cross(along, down), files)
+    step = (position[-1] - position[0]) / (len(position) - 1)
+    lps = np.eye(4)
+    # PixelSpacing gives the distance between rows first, and a column index runs along a row.
+    lps[:3] = np.stack([along * plane[0, 7], down * plane[0, 6], step, position[0]], axis=1)
+    return [headers[number] for number in order], np.diag([-1.0, -1, 1, 1]) @ lps
+
+
+def optional(module: str) -> Any:
+    """Import a library of the ``dicom`` extra; raises `AnomriError` that says how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise AnomriError(
+            f"DICOM needs libraries that are not installed ({error}): pip install 'anomri[dicom]'"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of the DICOM libraries, which quote header values that may be a patient's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise AnomriError(f"{folder}: {what}; name the folder that holds the DICOM series (not a DICOMDIR).")
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            # Nothing else can be read without waiting: a pipe would block.
+            if path.is_file():
+                yield path
+
+
+def _header(path: Path) -> Any:
+    """The tags of `_TAGS` in a file; ``None`` if it is not DICOM."""
+    pydicom = optional("pydicom")
+    if not path.stat().st_size:
+        raise AnomriError(f"{path}: the file is empty; copy it again, or delete it.")
+    try:
+        with quiet():
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+            if header.file_meta.get("MediaStorageSOPClassUID") in REASONS:
+                header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID
+    except pydicom.errors.InvalidDicomError:
+        return None
+    except Exception as error:  # damaged bytes make pydicom raise about anything
+        raise _cut_short(path, error) from error
+    if not _text(header, "SOPClassUID"):
+        raise _cut_short(path, "it does not say what it is")
+    return header
+
+
+def _series(members: Sequence[tuple[Path, Any]]) -> Series:
+    header = members[0][1]
+    return Series(
+        uid=_text(header, "SeriesInstanceUID"),
+        study=_text(header, "StudyInstanceUID"),
+        description=_text(header, "SeriesDescription"),
+        protocol=_text(header, "ProtocolName"),
+        modality=_text(header, "Modality"),
+        files=tuple(sorted(path for path, _ in members)),
+        agent=_text(header, "ContrastBolusAgent") if "ContrastBolusAgent" in header else None,
+        echo_time=_number(header, "EchoTime"),
+        inversion_time=_number(header, "InversionTime"),
+        gradient_echo="GR" in _text(header, "ScanningSequence").split(),
+    )
+
+
+def _why_not(kind: str, series: Series, header: Any) -> str | None:
+    """Why a series is left out: what kind of object it holds, or that it is a localizer."""
+    if kind in REASONS:
+        return REASONS[kind]
+    if kind != MR_IMAGE or series.modality != "MR":
+        name = optional("pydicom").uid.UID(kind).name
+        return f"{series.slices} files of {name} (modality {series.modality or 'not given'}), no MR images"
+    if not series.uid or not series.study:
+        return f"{series.slices} files without SeriesInstanceUID or StudyInstanceUID"
+    if series.slices < MIN_SLICES or "LOCALIZER" in _text(header, "ImageType").split():
+        return f"{series.slices} slices, a localizer or less than the {MIN_SLICES} slices that a scan has"
+    return None
+
+
+def _t1_or_t1ce(series: Series, text: str) -> str | None:
+    votes = set()
+    if _WITHOUT_AGENT.search(text):
+        votes.add(False)
+    if _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", text)):
+        votes.add(True)
+    # Many scanners leave the tag empty whatever was given; only a value says something.
+    if series.agent:
+        votes.add(series.agent.lower() not in _NO_AGENT)
+    if len(votes) > 1:
+        return None
+    return "t1ce" if True in votes else "t1"
+
+
+def _whole(path: Path) -> Any:
+    try:
+        one = optional("pydicom").dcmread(path)
+    except Exception as error:  # damaged bytes make pydicom raise about anything
+        raise _cut_short(path, error) from error
+    if "PixelData" not in one:
+        raise _cut_short(path, "it holds no pixels")
+    return one
+
+
+def _check_pixels(one: Any) -> None:
+    try:
+        one.pixel_array  # noqa: B018 - decodes
+    except Exception as error:  # each decoder has its own errors
+        syntax = one.file_meta.TransferSyntaxUID
+        if not syntax.is_compressed:
+            raise _cut_short(Path(one.filename), error) from error
+        reason = reason_of(error)
+        raise AnomriError(
+            f"{one.filename}: its pixels are compressed as {syntax.name} and cannot be decoded ({reason}). Decompress "
+            f"the series (gdcmconv --raw, or dcmdjpeg), or copy it again if the file is damaged."
+        ) from error
+
+
+def _check_steps(where: str, position: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]) -> None:
+    """See that slices sorted by ``position`` (n, 3) in mm follow each other at one distance along ``normal``."""
+    steps = np.diff(position, axis=0)
+    distance = np.abs(steps @ normal)
+    usual = float(np.median(distance))
+    if (distance < 1e-3).any():
+        number = int(distance.argmin())
+        raise AnomriError(
+            f"{where}: {files[number].name} and {files[number + 1].name} lie at one position; it holds several volumes "
+            f"(echoes, time points, magnitude and phase). Hand in one volume in its own folder."
+        )
+    wide = int(np.abs(distance - usual).argmax())
+    if abs(distance[wide] - usual) > STEP_TOLERANCE * usual:
+        raise AnomriError(
+            f"{where}: {distance[wide]:.2f} mm lie between {files[wide].name} and {files[wide + 1].name}, elsewhere "
+            f"{usual:.2f} mm; about {max(round(distance[wide] / usual) - 1, 1)} slices are missing. Copy the series again."
+        )
+    sideways = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1)
+    if sideways.max() > STEP_TOLERANCE * usual:
+        raise AnomriError(f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample it.")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of a DICOM library says, without the header values it quotes: they may be a patient's."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    # The quotes of an attribute error hold the name of the attribute.
+    return text if isinstance(error, AttributeError) else re.sub(r"(['\"]).*\1", "'...'", text)
+
+
+def _cut_short(path: Path, error: Exception | str) -> AnomriError:
+    reason = error if isinstance(error, str) else reason_of(error)
+    return AnomriError(f"{path}: cannot be read as DICOM, it is damaged or cut short ({reason}); copy it again.")
+
+
+def _text(header: Any, keyword: str) -> str:
+    try:
+        value = header.get(keyword)
+    except Exception:  # a value is parsed when asked for; one that cannot be says nothing
+        return ""
+    many = isinstance(value, Sequence) and not isinstance(value, str)
+    return " ".join(str(part) for part in value).strip() if many else str(value or "").strip()
+
+
+def _number(header: Any, keyword: str) -> float | None:
+    try:
+        return float(_text(header, keyword))
+    except ValueError:
+        return None

@@ -1,0 +1,568 @@
+"""DICOM in and out: series built here slice by slice, checked in scanner mm, and every damaged folder named."""
+
+import gzip
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine
+
+from anomri.dicom import MIN_SLICES, Series, choose_series, convert, find_series, guess_channel
+from anomri.dicom_seg import write_segmentation
+from anomri.spec import AnomriError
+from anomri.volume import Volume, read_volume
+
+pydicom = pytest.importorskip("pydicom", reason="needs anomri[dicom]")
+pytest.importorskip("dicom2nifti", reason="needs anomri[dicom]")
+from pydicom.dataset import FileDataset, FileMetaDataset  # noqa: E402 - only where the extra is installed
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid  # noqa: E402
+
+MR = "1.2.840.10008.5.1.4.1.1.4"
+STUDY = generate_uid(entropy_srcs=["study"])
+SECRETS = {
+    "PatientName": "MARKERNAME^GIVEN",
+    "PatientID": "MARKERID77",
+    "PatientBirthDate": "19010203",
+    "PatientAddress": "MARKERSTREET",
+    "OtherPatientIDs": "MARKEROTHER",
+    "AccessionNumber": "MARKERACC",
+    "InstitutionName": "MARKERINST",
+    "ReferringPhysicianName": "MARKERDOC",
+    "PatientComments": "MARKERCOMMENT",
+    "StudyDate": "19990807",
+}
+# Pixels a slice in eights: GDCM leaves the last pixels of a binary SEG undefined where they fill no whole byte.
+COLUMNS, ROWS, SLICES = 8, 7, 12
+
+
+def rotation(x: float, y: float, z: float) -> np.ndarray:
+    out = np.eye(3)
+    for axis, degrees in enumerate((x, y, z)):
+        (c, s), (i, j) = (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))), [a for a in range(3) if a != axis]
+        turn = np.eye(3)
+        turn[i, i], turn[j, j], turn[i, j], turn[j, i] = c, c, -s, s
+        out = turn @ out
+    return out
+
+
+# Directions in LPS of a row (rising column), a column (rising row) and the slices.
+AXIAL = np.eye(3)
+SAGITTAL = np.array([[0, 0, 1], [1, 0, 0], [0, -1, 0]], float)
+CORONAL = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], float)
+PLANES = {
+    "axial": AXIAL,
+    "axial from the top": AXIAL * [1, 1, -1],
+    "sagittal": SAGITTAL,
+    "sagittal from the left": SAGITTAL * [1, 1, -1],
+    "coronal": CORONAL,
+    "oblique": rotation(20, -15, 10) @ AXIAL,
+    "oblique sagittal": rotation(12, 25, -30) @ SAGITTAL,
+    "feet first": AXIAL * [-1, 1, -1],
+}
+
+
+def lps_affine(directions: np.ndarray = AXIAL, spacing: tuple[float, float, float] = (0.9, 1.1, 5.0)) -> np.ndarray:
+    return nib.affines.from_matvec(directions * spacing, [-31.5, -22.25, 14.75])
+
+
+def voxels(seed: int = 0, slices: int = SLICES) -> np.ndarray:
+    """Stored values (column, row, slice)."""
+    return np.random.default_rng(seed).integers(-100, 3000, (COLUMNS, ROWS, slices)).astype(np.int16)
+
+
+def one_slice(data: np.ndarray, affine: np.ndarray, number: int, series: str, **tags: Any) -> FileDataset:
+    """Slice ``number`` of ``data`` (column, row, slice) as an MR image."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = tags.get("SOPClassUID", MR), ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[series, str(number)])
+    one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    one.SOPClassUID, one.SOPInstanceUID = MR, meta.MediaStorageSOPInstanceUID
+    one.Modality, one.StudyInstanceUID, one.SeriesInstanceUID = "MR", STUDY, generate_uid(entropy_srcs=[series])
+    one.FrameOfReferenceUID, one.SeriesDescription = generate_uid(entropy_srcs=["frame"]), series
+    one.PatientSex, one.StudyTime, one.StudyID, one.SeriesNumber, one.Manufacturer = "O", "120000", "1", 4, "Maker"
+    one.PositionReferenceIndicator, one.Laterality = "", ""
+    one.InstanceNumber, one.ImageType = number + 1, ["ORIGINAL", "PRIMARY", "M"]
+    one.RepetitionTime, one.ScanningSequence = 9000, "SE"
+    one.ImageOrientationPatient = [f"{v:.10g}" for a in (0, 1) for v in affine[:3, a] / np.linalg.norm(affine[:3, a])]
+    one.ImagePositionPatient = [f"{v:.10g}" for v in apply_affine(affine, [0, 0, number])]
+    columns, rows, slices = np.linalg.norm(affine[:3, :3], axis=0)
+    one.PixelSpacing, one.SliceThickness = [f"{rows:.10g}", f"{columns:.10g}"], f"{slices:.10g}"
+    one.Columns, one.Rows, one.SamplesPerPixel, one.PhotometricInterpretation = *data.shape[:2], 1, "MONOCHROME2"
+    one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 1
+    one.PixelData = np.ascontiguousarray(data[:, :, number].T).tobytes()
+    for keyword, value in {**SECRETS, **tags}.items():
+        setattr(one, keyword, value)
+    return one
+
+
+def save(one: FileDataset, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    one.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_series(
+    folder: Path,
+    series: str = "Ax FLAIR",
+    data: np.ndarray | None = None,
+    affine: np.ndarray | None = None,
+    **tags: Any,
+) -> list[Path]:
+    """Write a series with names that say nothing about the order of its slices; returns them in that order."""
+    data, affine = voxels() if data is None else data, lps_affine() if affine is None else affine
+    names = np.random.default_rng(1).permutation(data.shape[2])
+    return [
+        save(one_slice(data, affine, k, series, **tags), folder / f"{series[:2]}{names[k]:03d}")
+        for k in range(data.shape[2])
+    ]
+
+
+def by_position(image: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+    """Voxel centres in LPS mm (n, 3) and their values."""
+    centres = apply_affine(image.affine, np.indices(image.shape).reshape(3, -1).T) * [-1, -1, 1]
+    return centres, image.get_fdata(dtype=np.float64).ravel()
+
+
+@pytest.mark.parametrize("maker", ["Maker", "SIEMENS", "GE MEDICAL SYSTEMS", "Philips"])
+@pytest.mark.parametrize("plane", PLANES)
+def test_every_voxel_lies_where_it_was_scanned(tmp_path: Path, plane: str, maker: str) -> None:
+    data, affine = voxels(), lps_affine(PLANES[plane])
+    write_series(tmp_path / "in", data=data, affine=affine, Manufacturer=maker)
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["flair"])
+    assert image.get_data_dtype() == np.int16
+    where, values = by_position(image)
+    index = apply_affine(np.linalg.inv(affine), where)
+    np.testing.assert_allclose(index, np.rint(index), atol=1e-3)
+    assert len({tuple(i) for i in np.rint(index)}) == data.size
+    np.testing.assert_array_equal(values, data[tuple(np.rint(index).astype(int).T)])
+    np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-4)
+    assert image.header["qform_code"] == image.header["sform_code"] == 1
+
+
+def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: Path) -> None:
+    flair, t1 = voxels(1), voxels(2, 14)
+    write_series(tmp_path, "Ax FLAIR", flair, RescaleSlope="0.37", RescaleIntercept="-12.5", EchoTime=90)
+    for k, path in enumerate(write_series(tmp_path, "T1 MPRAGE", t1, EchoTime=3)):
+        one = pydicom.dcmread(path)
+        one.InstanceNumber = (k * 5) % 14 + 1  # interleaved, as acquired
+        save(one, path)
+    (tmp_path / "notes.txt").write_text("not DICOM")
+    told: list[str] = []
+    series = find_series(tmp_path, told.append)
+    assert [(s.description, s.slices, s.modality) for s in series] == [("Ax FLAIR", 12, "MR"), ("T1 MPRAGE", 14, "MR")]
+    assert len(told) == 1 and "notes.txt" in told[0]
+    case = convert(tmp_path, tmp_path / "out")
+    assert sorted(case.channels) == ["flair", "t1"]
+    image = nib.load(case.channels["flair"])
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_allclose(image.get_fdata(), flair * 0.37 - 12.5, rtol=1e-6, atol=1e-4)
+    np.testing.assert_array_equal(nib.load(case.channels["t1"]).get_fdata(), t1)
+    # Written as a case that the rest of the package reads: DICOM's own axes are the working orientation.
+    np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0], t1)
+
+
+def test_unsigned_and_compressed_values_are_read(tmp_path: Path) -> None:
+    data = np.random.default_rng(3).integers(0, 65536, (COLUMNS, ROWS, SLICES)).astype(np.uint16)
+    for path in write_series(tmp_path / "in", data=data, PixelRepresentation=0):
+        one = pydicom.dcmread(path)
+        one.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        save(one, path)
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["flair"])
+    assert image.get_data_dtype() == np.uint16
+    np.testing.assert_array_equal(image.get_fdata(), data)
+
+
+def test_the_image_agrees_with_a_reader_of_another_family(tmp_path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    affine = lps_affine(PLANES["oblique"])
+    files = write_series(tmp_path / "in", affine=affine)
+    itk = sitk.ReadImage([str(path) for path in files])
+    case = convert(tmp_path / "in", tmp_path / "out")
+    image = nib.load(case.channels["flair"])
+    for index in [(0, 0, 0), (7, 0, 3), (2, 6, 11)]:
+        place = apply_affine(image.affine, index) * [-1, -1, 1]
+        there = itk.TransformPhysicalPointToIndex(place.tolist())
+        assert itk.GetPixel(there) == image.get_fdata()[index]
+
+
+def series(text: str, **kwargs: Any) -> Series:
+    files = tuple(Path(str(k)) for k in range(20))
+    return Series("1.2", "1.1", text, kwargs.pop("protocol", ""), "MR", files, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("text", "headers", "channel"),
+    [
+        ("Ax T2 FLAIR", {}, "flair"),
+        ("t2_tirm_tra_dark-fluid", {"inversion_time": 2500, "echo_time": 85}, "flair"),
+        ("t2_spc_da-fl_sag_p2_iso", {}, "flair"),
+        ("FLAIR 3D", {"inversion_time": 750}, None),
+        ("Ax T1 FLAIR", {}, None),
+        ("t1_mprage_sag", {"echo_time": 2.5, "inversion_time": 900, "gradient_echo": True}, "t1"),
+        ("Sag 3D BRAVO", {"agent": ""}, "t1"),
+        ("t1_mprage_sag_post", {}, "t1ce"),
+        ("AX T1 POST GD", {"agent": "GADAVIST"}, "t1ce"),
+        ("AX T1 +C", {}, "t1ce"),
+        ("t1ce", {}, "t1ce"),
+        ("T1 MPRAGE", {"agent": "Dotarem"}, "t1ce"),
+        ("T1 MPRAGE", {"agent": "NONE"}, "t1"),
+        ("T1 pre", {"agent": "Dotarem"}, None),
+        ("T1 pre contrast", {}, "t1"),
+        ("T1 non-contrast", {}, "t1"),
+        ("T1 w/o contrast", {}, "t1"),
+        ("T1 pre and post contrast", {}, None),
+        ("T1 post-op", {}, "t1"),
+        ("T1 cor", {"echo_time": 95}, None),
+        ("t1_tse_dark", {"protocol": "BRAIN T2 FLAIR WITH CONTRAST"}, "t1"),
+        ("", {"protocol": "t2_tse_tra"}, "t2"),
+        ("t2_tse_tra", {"echo_time": 100}, "t2"),
+        ("AX T2 FSE", {"echo_time": 15}, None),
+        ("t2_tse", {"inversion_time": 2500}, None),
+        ("t2_fl2d_hemo", {"gradient_echo": True}, None),
+        ("AX T2* GRE", {}, None),
+        ("T2 star", {}, None),
+        ("PD T2 TSE", {}, None),
+        ("ep2d_dwi_t2", {}, None),
+        ("t2 spine sag", {}, None),
+        ("T1 T2 mapping", {}, None),
+        ("MP2RAGE UNI t1", {}, None),
+        ("3-plane", {}, None),
+        ("", {}, None),
+        ("st12", {}, None),
+    ],
+)
+def test_a_channel_is_guessed_only_where_nothing_speaks_against_it(text: str, headers: dict, channel: str) -> None:
+    assert guess_channel(series(text, **headers)) == channel
+
+
+def test_the_user_names_series_and_doubtful_ones_are_listed(tmp_path: Path) -> None:
+    first, second = tmp_path / "1", tmp_path / "2"
+    write_series(first, "T1 MPRAGE"), write_series(second, "T1 SPACE"), write_series(tmp_path / "3", "T1 SPACE again")
+    with pytest.raises(AnomriError, match=r"t1 is 3 series(.|\n)*'T1 SPACE' \(12 slices, [\d.]+\): t1"):
+        convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    uid = next(s.uid for s in find_series(tmp_path) if s.description == "T1 SPACE")
+    for name in ("t1 space", uid):
+        assert choose_series(tmp_path, {"t2": name})["t2"].uid == uid
+    with pytest.raises(AnomriError, match="flair is 0 series"):
+        choose_series(tmp_path, {"flair": "T9"})
+    for bad in ("FLAIR", "a_b", "../x", "seg", ""):
+        with pytest.raises(AnomriError, match="name it in lower-case"):
+            choose_series(tmp_path, {bad: uid})
+    write_series(tmp_path / "4", "DWI b1000")
+    with pytest.raises(AnomriError, match=r"no series is known(.|\n)*DWI b1000.*channel not known"):
+        convert(tmp_path / "4", tmp_path / "out")
+    told: list[str] = []
+    write_series(second, "DWI b1000")
+    assert list(choose_series(second, skipped=told.append)) == ["t1"]
+    assert "DWI b1000" in told[0]
+
+
+def test_studies_are_not_mixed(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "T1"), write_series(tmp_path / "2", "FLAIR", StudyInstanceUID=generate_uid())
+    with pytest.raises(AnomriError, match="several studies"):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_copies_and_localizers_are_left_out(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "copy").write_bytes(files[3].read_bytes())
+    write_series(tmp_path / "c", "3-plane", voxels(slices=MIN_SLICES - 1))
+    write_series(tmp_path / "d", "T2 survey", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    save(
+        one_slice(voxels(), lps_affine(), 0, "Report", SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1", Modality="DOC"),
+        tmp_path / "pdf.dcm",
+    )
+    told: list[str] = []
+    assert [s.slices for s in find_series(tmp_path, told.append)] == [SLICES]
+    assert len(told) == 4 and told[0].startswith("1 files that are copies")
+    assert any("Report" in text and "Encapsulated PDF Storage" in text for text in told)
+
+
+def spoil(folder: Path, what: str) -> None:
+    """Write a folder with one thing wrong."""
+    folder.mkdir()
+    if what == "no DICOM":
+        (folder / "a.dcm").write_bytes(b"nothing of the kind" * 20)
+    elif what == "empty file":
+        write_series(folder)[2].write_bytes(b"")
+    elif what == "CT":
+        write_series(folder, "Thorax", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT")
+    elif what == "PDF":
+        save(one_slice(voxels(), lps_affine(), 0, "Report", SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"), folder / "r")
+    elif what == "enhanced":
+        write_series(folder, SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1")
+    elif what == "DICOMDIR":
+        one = one_slice(voxels(), lps_affine(), 0, "x", SOPClassUID="1.2.840.10008.1.3.10")
+        for keyword in [e.keyword for e in one]:
+            delattr(one, keyword)
+        one.FileSetID = "DISC"
+        save(one, folder / "DICOMDIR")
+    elif what in ("gap", "twice", "tilted", "matrix", "no direction"):
+        spoil_geometry(write_series(folder), what)
+    elif what == "sideways":
+        write_series(folder, affine=lps_affine() @ np.array([[1, 0, 0.8, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    elif what == "no position":
+        for path in write_series(folder):
+            one = pydicom.dcmread(path)
+            del one.ImagePositionPatient
+            save(one, path)
+    elif what == "cut":
+        path = write_series(folder)[4]
+        path.write_bytes(path.read_bytes()[:-40])
+    elif what == "no pixels":
+        path = write_series(folder)[4]
+        one = pydicom.dcmread(path)
+        del one.PixelData
+        save(one, path)
+    elif what in ("JPEG 2000", "MPEG2"):
+        for path in write_series(folder):
+            one = pydicom.dcmread(path)
+            one.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51 no such image "])
+            one["PixelData"].VR, one["PixelData"].is_undefined_length = "OB", True
+            uid = {"JPEG 2000": "1.2.840.10008.1.2.4.90", "MPEG2": "1.2.840.10008.1.2.4.100"}[what]
+            one.file_meta.TransferSyntaxUID = UID(uid)
+            save(one, path)
+
+
+def spoil_geometry(files: list[Path], what: str) -> None:
+    if what == "gap":
+        files[5].unlink()
+        return
+    one = pydicom.dcmread(files[5])
+    if what == "twice":
+        one.ImagePositionPatient = pydicom.dcmread(files[4]).ImagePositionPatient
+    elif what == "tilted":
+        one.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    elif what == "no direction":
+        for path in files:
+            one = pydicom.dcmread(path)
+            one.ImageOrientationPatient = [0, 0, 0, 0, 0, 0]
+            save(one, path)
+        return
+    else:
+        one.Rows, one.Columns = COLUMNS, ROWS
+    save(one, files[5])
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("empty folder", "no file at all"),
+        ("no DICOM", r"1 files that are not DICOM \(a.dcm\)"),
+        ("empty file", "the file is empty; copy it again"),
+        ("CT", "'Thorax': 12 files of CT Image Storage"),
+        ("PDF", "'Report': 1 files of Encapsulated PDF Storage"),
+        ("enhanced", "'Ax FLAIR': enhanced multi-frame MR; convert it to NIfTI with dcm2niix"),
+        ("DICOMDIR", "a DICOMDIR, an index only"),
+        ("gap", r"10.00 mm lie between Ax\d+ and Ax\d+, elsewhere 5.00 mm; about 1 slices are missing"),
+        ("twice", r"Ax\d+ and Ax\d+ lie at one position; it holds several volumes"),
+        ("tilted", "differ in orientation, pixel size or matrix"),
+        ("matrix", "differ in orientation, pixel size or matrix"),
+        ("sideways", "shifted sideways by 0.72 mm"),
+        ("no position", "no usable position"),
+        ("no direction", "no usable position"),
+        ("cut", r"Ax\d+: cannot be read as DICOM, it is damaged or cut short"),
+        ("no pixels", r"Ax\d+: cannot be read as DICOM.*it holds no pixels"),
+        ("JPEG 2000", r"Ax\d+: its pixels are compressed as JPEG 2000.*cannot be decoded.*Decompress"),
+        ("MPEG2", r"Ax\d+: its pixels are compressed as MPEG2.*cannot be decoded.*Decompress"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_folder_or_file(tmp_path: Path, what: str, says: str) -> None:
+    spoil(tmp_path / "in", what)
+    with pytest.raises(AnomriError, match=says) as error:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert str(error.value).startswith(str(tmp_path / "in"))
+    assert "MARKER" not in str(error.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_that_is_none_and_a_dicomdir_file(tmp_path: Path) -> None:
+    (tmp_path / "DICOMDIR").touch()
+    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path / "DICOMDIR", "is a file; name the folder")):
+        with pytest.raises(AnomriError, match=says):
+            find_series(path)
+
+
+def test_a_file_cut_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "in", data=voxels(slices=MIN_SLICES))
+    whole = files[0].read_bytes()
+    for length in range(1, len(whole), 29):
+        files[0].write_bytes(whole[:length])
+        with pytest.raises(AnomriError):
+            convert(tmp_path / "in", tmp_path / "out", {"flair": "Ax FLAIR"})
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_without_the_extra_the_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_series(tmp_path / "in")
+    case = convert(tmp_path / "in", tmp_path / "out")
+    volume, source = read_volume(case, ["flair"]), find_series(tmp_path / "in")[0]
+    for module in ("dicom2nifti.convert_dicom", "highdicom", "pydicom"):
+        monkeypatch.setitem(sys.modules, module, None)
+        arguments = (tmp_path / "s.dcm", volume.data[0] > 9, volume.geometry, source)
+        with pytest.raises(AnomriError, match=r"pip install 'anomri\[dicom\]'"):
+            write_segmentation(*arguments) if module == "highdicom" else convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_no_identifier_leaves_the_headers(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    write_series(tmp_path / "in", "Ax FLAIR", ProtocolName="FLAIR", OperatorsName="MARKEROP")
+    case = convert(tmp_path / "in", tmp_path / "out")
+    assert case.subject is None and case.name.startswith("case") and len(case.name) == 16
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == f"{case.name}_flair.nii.gz"
+    packed, content = path.read_bytes(), gzip.decompress(path.read_bytes())
+    printed = "".join(capfd.readouterr())
+    uids = [
+        str(pydicom.dcmread(next((tmp_path / "in").iterdir()))[f"{k}InstanceUID"].value) for k in ("Study", "Series")
+    ]
+    for marker in ("MARKER", "19010203", "19990807", *uids):
+        for what in (
+            packed,
+            content,
+            path.name.encode(),
+            printed.encode(),
+            repr(find_series(tmp_path / "in")).encode(),
+        ):
+            if marker not in uids:
+                assert marker.encode() not in what
+        assert marker.encode() not in packed + content
+    # Nothing of the file's name or time in the gzip header either.
+    assert packed[3:8] == b"\0" * 5
+    named = convert(tmp_path / "in", tmp_path / "named", keep_identifiers=True)
+    assert named.subject == "MARKERID77" and named.name == f"MARKERID77-{case.name[4:]}"
+
+
+def test_a_patient_id_makes_a_file_name_that_stays_in_its_folder(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", PatientID="../../a b/c")
+    case = convert(tmp_path / "in", tmp_path / "out", keep_identifiers=True)
+    assert case.channels["flair"].parent == tmp_path / "out" and case.name.startswith("a-b-c-")
+
+
+@pytest.fixture
+def scanned(tmp_path: Path) -> Any:
+    """Make a series, convert it and read it as a volume."""
+    pytest.importorskip("highdicom", reason="needs anomri[dicom]")
+
+    def make(plane: str, **tags: Any) -> tuple[Series, Volume, np.ndarray]:
+        affine = lps_affine(PLANES[plane], (0.9, 1.1, 3.0))
+        write_series(tmp_path / "in", data=np.abs(voxels()) + 1, affine=affine, **tags)
+        case = convert(tmp_path / "in", tmp_path / "out")
+        return find_series(tmp_path / "in")[0], read_volume(case, ["flair"]), affine
+
+    return make
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_a_mask_comes_back_where_it_was(tmp_path: Path, plane: str, scanned: Any) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    source, volume, _ = scanned(plane)
+    geometry = volume.geometry
+    mask = np.zeros(geometry.canonical_shape, bool)
+    corner = tuple(slice(n // 3, n // 3 + 3) for n in mask.shape)
+    mask[corner] = True
+    mask[tuple(n // 3 for n in mask.shape)] = False  # so that no flip leaves it as it is
+    write_segmentation(tmp_path / "seg.dcm", mask, geometry, source, parameters={"threshold": 0.25, "method": "dae"})
+    expected = apply_affine(geometry.canonical_affine, np.argwhere(mask)) * [-1, -1, 1]
+    itk = sitk.ReadImage(str(tmp_path / "seg.dcm"))
+    found = [itk.TransformIndexToPhysicalPoint(i[::-1].tolist()) for i in np.argwhere(sitk.GetArrayFromImage(itk))]
+    np.testing.assert_allclose(np.mean(found, axis=0), expected.mean(axis=0), atol=0.9)
+    np.testing.assert_allclose(sorted(np.round(found, 2).tolist()), sorted(np.round(expected, 2).tolist()), atol=0.02)
+    check_frames(tmp_path, mask, geometry.canonical_affine, source)
+
+
+def check_frames(folder: Path, mask: np.ndarray, affine: np.ndarray, source: Series) -> None:
+    """Each frame of the SEG lies on the slice it refers to and shows the mask there."""
+    seg, pixels = pydicom.dcmread(folder / "seg.dcm"), pydicom.dcmread(folder / "seg.dcm").pixel_array
+    slices = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, source.files)}
+    assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == source.uid
+    assert seg.StudyInstanceUID == STUDY and seg.FrameOfReferenceUID == next(iter(slices.values())).FrameOfReferenceUID
+    assert pixels.sum() == mask.sum()
+    to_mask = np.linalg.inv(affine)
+    for frame, image in zip(seg.PerFrameFunctionalGroupsSequence, np.atleast_3d(pixels), strict=True):
+        of = slices[frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
+        position = np.array(of.ImagePositionPatient, float)
+        assert np.allclose(np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float), position)
+        across, down = np.array(of.ImageOrientationPatient, float).reshape(2, 3)
+        row, column = np.indices(image.shape).reshape(2, -1)
+        lps = position + np.outer(column, across * of.PixelSpacing[1]) + np.outer(row, down * of.PixelSpacing[0])
+        index = np.rint(apply_affine(to_mask, lps * [-1, -1, 1])).astype(int)
+        np.testing.assert_array_equal(image.ravel().astype(bool), mask[tuple(index.T)])
+
+
+def test_a_segmentation_says_what_it_is_and_whose(tmp_path: Path, scanned: Any) -> None:
+    source, volume, _ = scanned("axial")
+    mask = volume.data[0] > 1500
+    write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source, parameters={"threshold": 0.25})
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.SOPClassUID == "1.2.840.10008.5.1.4.1.1.66.4" and seg.SegmentationType == "BINARY"
+    (segment,) = seg.SegmentSequence
+    assert (segment.SegmentLabel, segment.SegmentAlgorithmType) == ("Anomaly", "AUTOMATIC")
+    assert segment.SegmentAlgorithmName == "anomri"
+    category, kind = segment.SegmentedPropertyCategoryCodeSequence[0], segment.SegmentedPropertyTypeCodeSequence[0]
+    assert (category.CodeValue, category.CodingSchemeDesignator) == ("49755003", "SCT")
+    assert (kind.CodeValue, kind.CodeMeaning) == ("52988006", "Lesion")
+    algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
+    assert algorithm.AlgorithmParameters == "threshold=0.25"
+    # A SEG is part of the source's study: the standard has it carry the patient module.
+    assert (seg.PatientID, seg.PatientBirthDate, seg.StudyDate) == ("MARKERID77", "19010203", "19990807")
+    assert seg.PatientName == "MARKERNAME^GIVEN"
+    referred = {i.ReferencedSOPInstanceUID for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert referred == {pydicom.dcmread(path).SOPInstanceUID for path in source.files}
+
+
+def test_an_empty_mask_is_written_with_all_its_slices(tmp_path: Path, scanned: Any) -> None:
+    source, volume, _ = scanned("sagittal")
+    write_segmentation(tmp_path / "seg.dcm", np.zeros(volume.data.shape[1:], bool), volume.geometry, source)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.NumberOfFrames == SLICES and not seg.pixel_array.any()
+
+
+def test_a_mask_of_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, scanned: Any) -> None:
+    source, volume, affine = scanned("axial")
+    mask = volume.data[0] > 1500
+    moved = np.diag([1.0, 1, 1, 1])
+    moved[0, 3] = 2
+    write_series(tmp_path / "other", affine=moved @ affine)
+    with pytest.raises(AnomriError, match="the mask lies on another grid"):
+        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "other")[0])
+    write_series(tmp_path / "shorter", data=voxels(slices=SLICES - 1), affine=affine)
+    with pytest.raises(AnomriError, match="the mask lies on another grid"):
+        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "shorter")[0])
+    for path in source.files:
+        one = pydicom.dcmread(path)
+        del one.FrameOfReferenceUID
+        save(one, path)
+    with pytest.raises(AnomriError, match="do not do for a DICOM SEG"):
+        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source)
+    source.files[0].unlink()
+    with pytest.raises(AnomriError, match="cannot be read as DICOM"):
+        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source)
+    assert not list(tmp_path.glob("*.dcm")) and not list(tmp_path.glob(".partial*"))
+
+
+def test_an_error_quotes_no_patient(tmp_path: Path, scanned: Any) -> None:
+    source, volume, _ = scanned("axial")
+    for path in source.files:
+        path.write_bytes(path.read_bytes().replace(b"19010203", b"MARKBORN"))
+    with pytest.raises(AnomriError, match="do not do for a DICOM SEG") as error:
+        write_segmentation(tmp_path / "seg.dcm", volume.data[0] > 9, volume.geometry, source)
+    assert "MARK" not in str(error.value) and not list(tmp_path.glob("*.dcm"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, scanned: Any) -> None:
+    source, volume, _ = scanned("axial")
+    with pytest.raises(AnomriError, match=r"none/seg.dcm: cannot write"):
+        write_segmentation(tmp_path / "none" / "seg.dcm", volume.data[0] > 9, volume.geometry, source)
+
+
+def test_odd_header_values_neither_warn_nor_leak(tmp_path: Path) -> None:
+    for path in write_series(tmp_path / "in", EchoTime="11111111", InversionTime="22222222"):
+        path.write_bytes(path.read_bytes().replace(b"11111111", b"MARKER??").replace(b"22222222", b"MARKER??"))
+    (found,) = find_series(tmp_path / "in")
+    assert found.echo_time is None and found.inversion_time is None
+    assert convert(tmp_path / "in", tmp_path / "out").channels
