@@ -165,6 +165,27 @@ def evaluate(
 
 
 @app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")],
+    scans: Annotated[
+        Optional[Path], typer.Option(metavar="COHORT", help="The scans the maps were made from, to show behind them.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show maps, masks and scans in a page on this machine, to scroll through; Ctrl-C ends it."""
+    from anomri.viewer import view as run
+
+    run(
+        folder,
+        port=port,
+        scans=scans,
+        open_browser=browser,
+        announce=lambda url: out.print(f"{url} (Ctrl-C to stop)", highlight=False, soft_wrap=True, markup=False),
+    )
+
+
+@app.command()
 def demo(
     output: OutFolder = Path("anomri-demo"),
     keep: Annotated[

@@ -16,7 +16,8 @@ from nibabel import orientations
 from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 
-from anomri.dicom import Series, optional, quiet, reason_of, stack
+from anomri.dicom import optional, quiet, reason_of, stack
+from anomri.dicom_channels import Series
 from anomri.files import whole_file
 from anomri.spec import AnomriError
 from anomri.volume import Geometry

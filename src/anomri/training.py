@@ -188,11 +188,13 @@ def validation_loss(fabric: Fabric, model: Any, spec: ModelSpec, held_out: Healt
     count = min(len(held_out), training.validation_slices)
     chosen = np.linspace(0, len(held_out) - 1, count).astype(int)
     total = 0.0
+    model.eval()
     with torch.no_grad():
         for number in range(0, count, training.batch_size):
             x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size].tolist()))
             generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
             total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
+    model.train()
     return total / count
 
 

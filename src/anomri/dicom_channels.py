@@ -1,0 +1,93 @@
+"""Which channel an MR series is, from what its headers say about it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# Things that are no T1, T2 or FLAIR image of the whole brain, and words that leave it open which one it is.
+_OTHER = re.compile(
+    r"(?<![a-z0-9])(?:dwi|adc|dti|swi|swan|asl|dsc|dce|dyn|mra|mrv|tof|bold|fmri|m?mip|minip|phase|pha|(?:t[12])?map(?:ping)?|"
+    r"scout|survey|locali[sz]er|sub|stir|dir|pd|mp2rage|t1rho|spine|neck|orbits?|fieldmap)(?![a-z0-9])|"
+    r"t2[ _-]?(?:\*|star)|perfusion|diffusion|subtract|angio"
+)
+_FLAIR = re.compile(r"flair|tirm|dark[ _-]?fl|da-fl")
+_T1 = re.compile(r"(?<![a-z0-9])t1(?!\d)|mp[ _-]?rage|bravo|spgr")
+_T2 = re.compile(r"(?<![a-z0-9])t2(?!\d)")
+_AGENT = r"(?:gd|gad\w*|contrast|km)(?![a-z])"
+_WITH_AGENT = re.compile(
+    rf"(?<![a-z])(?:post(?!\w|[ -]?op)|ce(?![a-z])|{_AGENT})|t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
+)
+_WITHOUT_AGENT = re.compile(
+    rf"(?<![a-z])(?:(?:pre(?!\w|[ -]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
+    rf"non?[ _-]*{_AGENT})|-c\b"
+)
+_NO_AGENT = {"no", "none", "n", "no contrast", "without", "nil", "0"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the headers of one MR series say, without anything about the patient; times in ms."""
+
+    uid: str
+    study: str
+    description: str
+    protocol: str
+    modality: str
+    files: tuple[Path, ...]
+    agent: str | None = None
+    """The contrast agent; ``None`` if the headers do not mention one."""
+    echo_time: float | None = None
+    inversion_time: float | None = None
+    gradient_echo: bool = False
+
+    @property
+    def slices(self) -> int:
+        """The number of slices, one a file."""
+        return len(self.files)
+
+    def __str__(self) -> str:
+        return f"{self.description or 'without description'!r} ({self.slices} slices, {self.uid})"
+
+
+def guess_channel(series: Series) -> str | None:
+    """The channel that a series most likely is, ``flair``, ``t1``, ``t1ce`` or ``t2``; ``None`` when unsure.
+
+    The words of SeriesDescription (ProtocolName where it is empty) propose a weighting; exactly one has to come
+    out, and no word of another kind of image (diffusion, T2*, angiography, ...). The headers may only contradict:
+    T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms, FLAIR inverts at 1400 ms or later and T2
+    not at all, and a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if its words or ContrastBolusAgent speak of
+    contrast, and ``None`` if they disagree. Where neither says a word it is ``t1``; two such series of a study are
+    an error of `choose_series`.
+    """
+    # Not both: on some scanners ProtocolName is that of the whole examination, all weightings and contrast in it.
+    text = (series.description or series.protocol).lower()
+    if _OTHER.search(text):
+        return None
+    echo, inversion = series.echo_time, series.inversion_time
+    if _T1.search(text):
+        if _FLAIR.search(text) or _T2.search(text) or (echo is not None and echo > 30):
+            return None
+        return _t1_or_t1ce(series, text)
+    if echo is not None and echo < 60:
+        return None
+    if _FLAIR.search(text):
+        return None if inversion is not None and 0 < inversion < 1400 else "flair"
+    if _T2.search(text) and not inversion and not series.gradient_echo:
+        return "t2"
+    return None
+
+
+def _t1_or_t1ce(series: Series, text: str) -> str | None:
+    votes = set()
+    if _WITHOUT_AGENT.search(text):
+        votes.add(False)
+    if _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", text)):
+        votes.add(True)
+    # Many scanners leave the tag empty whatever was given; only a value says something.
+    if series.agent:
+        votes.add(series.agent.lower() not in _NO_AGENT)
+    if len(votes) > 1:
+        return None
+    return "t1ce" if True in votes else "t1"
