@@ -57,7 +57,19 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
         "cpu",
     ]
     options = ["--steps", "4", "--batch-size", "4", "--learning-rate", "0.002", "--seed", "3", "--precision", "32-true"]
-    options += ["--noise-resolution", "8", "--noise-std", "0.3", "--channels", "t1,flair", "--data-licence", "ours"]
+    options += [
+        "--noise-resolution",
+        "8",
+        "--noise-std",
+        "0.3",
+        "--gain-jitter",
+        "0.2",
+        "--flip",
+        "--channels",
+        "t1,flair",
+        "--data-licence",
+        "ours",
+    ]
     assert main([*command, *options]) == 0
     assert "slices with a labelled lesion were left out" in " ".join(capsys.readouterr().out.split())
     spec = anomri.load(model).spec
@@ -66,6 +78,7 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
     assert (spec.training.steps, spec.training.batch_size, spec.training.seed) == (4, 4, 3)
     assert spec.training.learning_rate == 0.002
     assert (spec.settings["noise_resolution"], spec.settings["noise_std"]) == (8, 0.3)
+    assert (spec.settings["gain_jitter"], spec.settings["flip"]) == (0.2, True)
 
     assert main(["detect", "-i", str(cohort / "case7"), "-o", str(out), "-m", str(model), "--reconstruction"]) == 0
     assert (out / "case7_reconstruction.nii.gz").is_file()

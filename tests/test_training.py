@@ -225,6 +225,30 @@ def test_the_loss_is_the_squared_error_on_the_foreground(box: tuple[int, int, in
     assert float(loss) == pytest.approx(4 * 32 * 32 / pixels)
 
 
+def test_flips_and_gains_change_training_and_its_target_alike() -> None:
+    method = DAE(("a", "b"), widths=[4, 8, 16, 32], noise_std=0.0, flip=True, gain_jitter=0.5)
+    seen = []
+
+    def perfect(x: torch.Tensor, box: object = None) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    method.reconstruct = perfect  # type: ignore[method-assign, assignment]
+    x = torch.zeros(64, 2, 32, 32)
+    x[:, :, :10] = torch.tensor([1.0, 2.0])[:, None, None]
+    foreground = x.sum(dim=1) > 0
+    generator = torch.Generator().manual_seed(0)
+    assert float(method(x, foreground, generator)) == 0  # no noise, a perfect reconstruction: the target follows
+    mirrored = (seen[0][:, 0, 0] == 0).all(dim=1)
+    assert 16 < int(mirrored.sum()) < 48
+    gains = seen[0].amax(dim=(2, 3)) / torch.tensor([1.0, 2.0])
+    assert 0.5 <= float(gains.min()) < 0.6 and 1.4 < float(gains.max()) <= 1.5
+    assert not torch.equal(gains[:, 0], gains[:, 1])
+    method.eval()
+    method(x, foreground, generator)
+    assert torch.equal(seen[1], x)  # validation sets the same task each time
+
+
 def test_a_deeper_network_gets_a_box_it_can_halve(cohort: Path, cache: Path, tmp_path: Path) -> None:
     arguments = {"preset": "tiny", "training": {"steps": 1}, "settings": {"widths": [4, 4, 4, 4, 4]}}
     detector = train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]

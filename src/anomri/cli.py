@@ -54,6 +54,11 @@ def train(
     ] = None,
     noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
     noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
+    gain_jitter: Annotated[
+        Optional[float],
+        typer.Option(min=0.0, max=0.9, help="Multiply channels of training slices by 1 +- this; 0: not."),
+    ] = None,
+    flip: Annotated[Optional[bool], typer.Option(help="Mirror half of the training slices left to right.")] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
     data_licence: Annotated[Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")] = None,
     device: Device = "auto",
@@ -69,7 +74,12 @@ def train(
         "precision": precision,
         "seed": seed,
     }
-    settings = {"noise_resolution": noise_resolution, "noise_std": noise_std}
+    settings = {
+        "noise_resolution": noise_resolution,
+        "noise_std": noise_std,
+        "gain_jitter": gain_jitter,
+        "flip": flip,
+    }
     with training_progress(err) as progress:
         detector = run(
             input,

@@ -42,14 +42,14 @@ class DAE(nn.Module):
             ),
         ),
         "small": Preset(
-            {"widths": [16, 32, 64, 128]},
+            {"widths": [16, 32, 64, 128], "flip": True, "gain_jitter": 0.4},
             Training(
-                steps=600,
+                steps=1600,
                 learning_rate=1e-3,
                 schedule="cosine",
                 precision="auto",
                 crop_to_brain=True,
-                validate_every=100,
+                validate_every=200,
                 validation_slices=128,
             ),
         ),
