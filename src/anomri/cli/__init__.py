@@ -1,0 +1,41 @@
+"""The command line: parse, one call, exit code. Torch is imported inside a command only."""
+
+from __future__ import annotations
+
+import signal
+
+import typer
+
+# isort: off
+from anomri.cli import training, detection, evaluation  # noqa: F401  # they register their commands, in the order of --help
+
+# isort: on
+from anomri.cli.options import app, err
+from anomri.spec import AnomriError, Interrupted
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line with ``args`` (default: the process's); returns the exit code.
+
+    0: all done. 1: some case failed, the others are written. 2: the input or the command does not fit.
+    """
+    try:
+        return int(app(args=args, standalone_mode=False) or 0)
+    except AnomriError as error:
+        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(f"error: {where}{error.strerror or error}", style="red", highlight=False, markup=False)
+        return 2
+    except Interrupted as stopped:
+        err.print(str(stopped), highlight=False)
+        # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
+        return 0 if stopped.signal == signal.SIGTERM else 130
+    except typer.Exit as leaving:
+        return int(leaving.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own: a wrong option
+            err.print(f"error: {error.format_message()}", style="red", highlight=False, markup=False)
+            return 2
+        raise

@@ -1,0 +1,104 @@
+"""Commands that find anomalies and show them: `detect`, `bids`, `view`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from anomri.cli.options import Device, Model, OutFolder, Scans, app, err, out
+from anomri.spec import AnomriError
+
+
+@app.command()
+def detect(
+    input: Scans,
+    output: OutFolder,
+    model: Model,
+    reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report."""
+    from anomri.detection import CaseResult, detect_cohort
+    from anomri.detector import Detector
+    from anomri.progress import case_progress
+
+    with case_progress(err) as advance:
+
+        def told(result: CaseResult, total: int) -> None:
+            advance(result.case, total)
+            if result.error:
+                err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
+
+        results = detect_cohort(
+            input, output, Detector.load(model, device), reconstruction=reconstruction, progress=told
+        )
+    failed = sum(result.error is not None for result in results)
+    out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def bids(
+    bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS data set.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the derivatives.")],
+    level: Annotated[str, typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report.")],
+    model: Annotated[
+        Optional[Path], typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")
+    ] = None,
+    participant_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
+    session_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
+    skip_bids_validation: Annotated[
+        bool, typer.Option("--skip-bids-validation", help="Take the data set as it is.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Detect in a BIDS data set and write BIDS derivatives."""
+    from anomri.bids import run_group, run_participant
+    from anomri.detector import Detector
+    from anomri.progress import case_progress
+
+    if level == "group":
+        out.print(f"Look at {run_group(out_dir)}", highlight=False)
+        return
+    if level != "participant":
+        raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
+    if model is None:
+        raise AnomriError("the level participant needs a model; name its folder with -m.")
+    with case_progress(err) as advance:
+        results = run_participant(
+            bids_dir,
+            out_dir,
+            Detector.load(model, device),
+            participant_labels=participant_label,
+            session_labels=session_label,
+            skip_bids_validation=skip_bids_validation,
+            warn=lambda text: err.print(f"note: {text}", highlight=False, soft_wrap=True, markup=False),
+            progress=lambda result, total: advance(result.case, total),
+        )
+    for result in results:
+        if result.error:
+            err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
+    raise typer.Exit(1 if any(result.error for result in results) else 0)
+
+
+@app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")],
+    scans: Annotated[
+        Optional[Path], typer.Option(metavar="COHORT", help="The scans the maps were made from, to show behind them.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show maps, masks and scans in a page on this machine, to scroll through; Ctrl-C ends it."""
+    from anomri.viewer import view as run
+
+    run(
+        folder,
+        port=port,
+        scans=scans,
+        open_browser=browser,
+        announce=lambda url: out.print(f"{url} (Ctrl-C to stop)", highlight=False, soft_wrap=True, markup=False),
+    )

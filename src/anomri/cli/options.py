@@ -1,0 +1,34 @@
+"""What the commands share: their application, the two consoles, and options that several of them have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Cohort = Annotated[
+    Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")
+]
+Scans = Annotated[Path, typer.Option("-i", "--input", metavar="SCAN|FOLDER|TSV", help="One scan, a folder, or a .tsv.")]
+NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
+Model = Annotated[Path, typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")]
+OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Channels = Annotated[
+    Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
+]
+
+
+def names_of(channels: str | None) -> tuple[str, ...] | None:
+    """The names in a list with commas, in lower case; ``None`` if nothing is given."""
+    return tuple(name.strip().lower() for name in channels.split(",") if name.strip()) if channels else None

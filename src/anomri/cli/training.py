@@ -1,0 +1,119 @@
+"""Commands that make a model: `train`, `import-checkpoint`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from anomri.cli.options import Channels, Cohort, Device, NewModel, OutFolder, app, err, names_of, out
+
+
+@app.command()
+def train(
+    input: Cohort,
+    output: NewModel,
+    preset: Annotated[str, typer.Option(help="paper: as published; small: ten minutes on two cores.")] = "small",
+    method: Annotated[str, typer.Option(help="dae or thresholding.")] = "dae",
+    channels: Channels = None,
+    splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the preset's.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
+    precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split.")
+    ] = None,
+    noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
+    noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
+    gain_jitter: Annotated[
+        Optional[float],
+        typer.Option(min=0.0, max=0.9, help="Multiply channels of training slices by 1 +- this; 0: not."),
+    ] = None,
+    flip: Annotated[Optional[bool], typer.Option(help="Mirror half of the training slices left to right.")] = None,
+    cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
+    data_licence: Annotated[Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train on the healthy slices of a cohort; slices with a labelled lesion are left out."""
+    from anomri.progress import training_progress
+    from anomri.training import train as run
+
+    changed = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "seed": seed,
+    }
+    settings = {
+        "noise_resolution": noise_resolution,
+        "noise_std": noise_std,
+        "gain_jitter": gain_jitter,
+        "flip": flip,
+    }
+    with training_progress(err) as progress:
+        detector = run(
+            input,
+            output,
+            method=method,
+            preset=preset,
+            channels=names_of(channels),
+            settings={name: value for name, value in settings.items() if value is not None},
+            training={name: value for name, value in changed.items() if value is not None},
+            splits=splits,
+            cache=cache,
+            resume=resume,
+            device=device,
+            data_licence=data_licence,
+            progress=progress,
+        )
+    cohort = detector.spec.cohort
+    if cohort:
+        out.print(
+            f"Trained on {cohort.training_slices:,} healthy slices of {cohort.training_cases} cases "
+            f"({cohort.left_out_slices:,} slices with a labelled lesion were left out), "
+            f"{cohort.validation_cases} cases held out"
+            + (f", {cohort.unused_cases} unused (test, or in no split)" if cohort.unused_cases else "")
+            + f". Model: {output}",
+            highlight=False,
+        )
+
+
+@app.command()
+def demo(
+    output: OutFolder = Path("anomri-demo"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the synthetic cohort, to try the other commands on.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a synthetic cohort, train on its healthy brains, detect, compare with thresholding, write a report."""
+    from anomri.demo import run_demo
+    from anomri.progress import training_progress
+
+    with training_progress(err) as progress:
+        result = run_demo(output, keep=keep, seed=seed, progress=progress)
+    out.print(result.table(), highlight=False)
+    out.print(f"Look at {result.report}", highlight=False)
+    if keep:
+        out.print(
+            f"The cohort is in {result.cohort}; try: anomri detect -i {result.cohort} -o out -m {result.model}",
+            highlight=False,
+        )
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of the program released with the paper.")],
+    output: NewModel,
+    channels: Channels = None,
+) -> None:
+    """Turn a checkpoint of the released program into a model folder; no code in it is run."""
+    from anomri.checkpoint import RELEASED_CHANNELS
+    from anomri.checkpoint import import_checkpoint as run
+
+    detector = run(file, output, names_of(channels) or RELEASED_CHANNELS)
+    out.print(f"Model: {output} (channels {', '.join(detector.spec.channels)})", highlight=False)
