@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CASE_ERRORS, CaseResult, _write_run, _write_tables, problem, read_ahead, save_preview, tsv
+from anomri.detection import CASE_ERRORS, CaseResult, _write_run, _write_tables, problem, read_ahead, tsv
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
+from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import CITATION, AnomriError
 from anomri.volume import Volume, write_image

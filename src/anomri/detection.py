@@ -14,9 +14,9 @@ from io import StringIO
 from pathlib import Path
 
 from anomri.cases import Case
-from anomri.detector import Detection, Detector
+from anomri.detector import Detector
 from anomri.files import output_folder, write_text
-from anomri.pictures import preview, write_png
+from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import AnomriError
 from anomri.volume import Volume
@@ -137,11 +137,6 @@ def problem(case: Case, error: BaseException) -> str:
     return f"{case.name}: {type(error).__name__}: {' '.join(str(error).split()) or 'not enough memory'}"
 
 
-def save_preview(detection: Detection, folder: Path) -> None:
-    """Write the case's picture to ``previews/<case>.png``, where `report` looks for it."""
-    write_png(output_folder(folder / "previews") / f"{detection.name}.png", preview(detection))
-
-
 def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table as tab-separated text."""
     text = StringIO()
@@ -185,7 +180,7 @@ def _write_run(folder: Path, detector: Detector, cases: int, started: float) -> 
         "method": spec.method,
         "channels": spec.channels,
         "score": asdict(spec.score),
-        "thresholds": spec.thresholds and asdict(spec.thresholds),
+        "thresholds": spec.thresholds and asdict(spec.thresholds) | {"threshold": spec.thresholds.threshold},
         "model_cohort": spec.cohort and asdict(spec.cohort),
         "citation": spec.citation,
     }

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from anomri.cases import SUFFIXES, Case, find_cases
-from anomri.detection import CASE_ERRORS, problem, read_ahead, save_preview
+from anomri.detection import CASE_ERRORS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder
 from anomri.pooling import Evaluation, Pool, Scored
+from anomri.previews import save_preview
 from anomri.reporting import evaluation_report
 from anomri.slices import pixels_per_voxel
 from anomri.spec import AnomriError, Grid, Score
