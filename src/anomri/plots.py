@@ -94,7 +94,7 @@ def histogram(
     ]
     highest = max((float(d.max()) for d in densities if d.size), default=1.0) or 1.0
     outlines = [_outline(d / highest, 100 * t / top) for d, t in zip(densities, tops, strict=True)]
-    return Histogram(*outlines, None if threshold is None else round(100 * threshold / top, 2), top)
+    return Histogram(outlines[0], outlines[1], None if threshold is None else round(100 * threshold / top, 2), top)
 
 
 def _outline(share: np.ndarray[Any, Any], width: float) -> str:

@@ -236,11 +236,21 @@ def _pictured(shown: int, cases: int, order: str) -> str:
 def _lesions_by_case(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Table]:
     found: dict[str, list[Sequence[str]]] = {}
     for row in rows:
-        found.setdefault(row[0], []).append(row[1:])
+        one = dict(zip(columns, row, strict=True))
+        place = ", ".join(f"{float(one[axis]):.0f}" for axis in ("x_mm", "y_mm", "z_mm"))
+        scores = [f"{float(one[name]):.3f}" for name in ("peak", "mean")]
+        # Tables of an earlier run lack the last two.
+        known = [
+            f"{float(one[name]):.{digits}f}" if one.get(name) else ""
+            for name, digits in (("confidence", 2), ("edge_distance_mm", 1))
+        ]
+        found.setdefault(row[0], []).append(
+            [one["lesion"], f"{float(one['volume_mm3']) / 1000:.2f}", place, *scores, *known]
+        )
     return {
         name: Table(
             "Findings",
-            columns[1:],
+            ("#", "ml", "x, y, z (mm)", "peak", "mean", "confidence", "from edge (mm)"),
             lesions[:MAX_LESIONS_BY_PICTURE],
             f"and {len(lesions) - MAX_LESIONS_BY_PICTURE} smaller ones"
             if len(lesions) > MAX_LESIONS_BY_PICTURE
