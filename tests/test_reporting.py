@@ -18,21 +18,9 @@ from anomri.plots import curves_plot, histogram, patients_plot
 from anomri.previews import Picture, Preview, read_preview, save_preview
 from anomri.reporting import CaseView, Page, Table, report, write_page
 from anomri.spec import AnomriError
+from conftest import CHROMIUM, CHROMIUM_FLAGS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert(1)</script>"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=5000",
-    "--dump-dom",
-]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +76,8 @@ document.body.dataset.wide = document.documentElement.scrollWidth - document.doc
 
 
 def browse(page: Path, profile: Path) -> dict[str, str]:
-    command = [str(CHROMIUM), *FLAGS, "--window-size=500,800", f"--user-data-dir={profile}", page.as_uri()]
+    options = ("--virtual-time-budget=5000", "--window-size=500,800", f"--user-data-dir={profile}")
+    command = [str(CHROMIUM), *CHROMIUM_FLAGS, *options, page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
     body = re.search(r"<body[^>]*>", dom)
     assert body is not None, dom[:500]

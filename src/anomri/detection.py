@@ -180,7 +180,8 @@ def _write_run(folder: Path, detector: Detector, cases: int, started: float) -> 
         "method": spec.method,
         "channels": spec.channels,
         "score": asdict(spec.score),
-        "thresholds": spec.thresholds and asdict(spec.thresholds) | {"threshold": spec.thresholds.threshold},
+        "thresholds": spec.thresholds and asdict(spec.thresholds),
+        "threshold": spec.thresholds and spec.thresholds.threshold,
         "model_cohort": spec.cohort and asdict(spec.cohort),
         "citation": spec.citation,
     }

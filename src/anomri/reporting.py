@@ -161,7 +161,7 @@ def _detection_page(folder: Path, note: str) -> Page:
     more = f"The first {MAX_LESIONS} of {len(lesions)}; all are in lesions.tsv." if len(lesions) > MAX_LESIONS else ""
     return Page(
         title="Anomalies found",
-        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run['thresholds'])}.",
+        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run)}.",
         note=note,
         facts=facts,
         summary=[table],
@@ -260,18 +260,14 @@ def _lesions_by_case(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> d
     }
 
 
-def _threshold(facts: dict[str, Any] | None) -> str:
+def _threshold(run: Mapping[str, Any]) -> str:
+    facts = run["thresholds"]
     if not facts:
         return "none"
-    known = {
-        name: facts[name] for name in ("false_positive_rate", "value", "chosen", "healthy_slices", "healthy_cases")
-    }
-    thresholds = Thresholds(**known, chosen_ml=facts.get("chosen_ml"))
-    value = facts.get("threshold", None)
-    scans = f"{thresholds.healthy_cases} healthy held-out scans"
-    return (
-        f"{value:.4g}; {describe(thresholds)} ({scans})" if value is not None else f"{describe(thresholds)} ({scans})"
-    )
+    names = ("false_positive_rate", "value", "chosen", "healthy_slices", "healthy_cases")
+    thresholds = Thresholds(**{name: facts[name] for name in names}, chosen_ml=facts.get("chosen_ml"))
+    value = f"{run['threshold']:.4g}; " if run.get("threshold") is not None else ""
+    return f"{value}{describe(thresholds)} ({thresholds.healthy_cases} healthy held-out scans)"
 
 
 def _is_number(value: object) -> bool:
