@@ -17,7 +17,7 @@ from anomri.pictures import COLUMNS
 
 
 def main(result: str, target: str, *cases: str) -> None:
-    rows = [matplotlib.image.imread(Path(result) / "previews" / f"{case}.png")[..., :3] for case in cases]
+    rows = [matplotlib.image.imread(Path(result) / "previews" / f"{case}.row.jpg")[..., :3] for case in cases]
     picture = np.concatenate(rows)
     height, width = picture.shape[:2]
     figure = plt.figure(figsize=(width / 100, height / 100 + 0.3), dpi=100, facecolor="black")

@@ -7,7 +7,6 @@ import html
 import http.client
 import json
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -22,8 +21,8 @@ import pytest
 from anomri import viewer as module
 from anomri.spec import AnomriError
 from anomri.viewer import Page, Viewer, serve, view
+from conftest import CHROMIUM, CHROMIUM_FLAGS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAME = "b<i>&'2"  # a name that is markup
 SHAPE = (20, 24, 16)
 CENTRES = ((6, 10, 9), (14, 16, 5))
@@ -284,20 +283,12 @@ run().catch((error) => (results.error = String(error))).finally(() => {
 })
 """
 FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *CHROMIUM_FLAGS,
     "--use-gl=angle",
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
     "--window-size=900,500",
     "--virtual-time-budget=30000",
-    "--dump-dom",
 ]
 
 

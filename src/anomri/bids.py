@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CASE_ERRORS, CaseResult, _write_run, _write_tables, problem, read_ahead, save_preview, tsv
+from anomri.detection import CASE_ERRORS, CaseResult, _write_run, _write_tables, problem, read_ahead, tsv
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
+from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import CITATION, AnomriError
 from anomri.volume import Volume, write_image
@@ -38,6 +39,8 @@ LESION_FIELDS = {
     **{f"{axis}_mm": f"Centroid in scanner coordinates (RAS+) in mm, axis {axis}." for axis in "xyz"},
     "peak": "Highest anomaly score.",
     "mean": "Mean anomaly score.",
+    "confidence": "k / (n + 1), where the highest score of k of n held-out healthy scans lies below the peak.",
+    "edge_distance_mm": "Smallest distance of a voxel from the brain's edge in mm.",
 }
 SCORE = "Anomaly score: 0 outside the brain, higher the less a scan looks like healthy ones; one scale for all; no probability."
 MASK = "1 where the anomaly score exceeds Threshold, as the share VoxelFalsePositiveRate of healthy voxels does."
@@ -283,10 +286,11 @@ def _save(detection: Detection, case: Case, root: Path, out: Path) -> None:
     about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
     about |= {"Description": "The connected components of the mask, numbered from the largest down.", "Manual": False}
     write("dseg", lesion_labels(detection.mask), max(1, len(detection.lesions)), made, about)
-    rows = [
-        (one.lesion, f"lesion {one.lesion}", one.volume_mm3, *one.centroid_mm, f"{one.peak:.5g}", f"{one.mean:.5g}")
-        for one in detection.lesions
-    ]
+    rows = []
+    for one in detection.lesions:
+        scores = (one.peak, one.mean, one.confidence, one.edge_distance_mm)
+        known = ("n/a" if score is None else f"{score:.5g}" for score in scores)
+        rows.append((one.lesion, f"lesion {one.lesion}", one.volume_mm3, *one.centroid_mm, *known))
     write_text(folder / f"{stem}_dseg.tsv", tsv(("index", "name", *LESION_FIELDS), rows))
 
 

@@ -13,8 +13,9 @@ from anomri.cases import find_cases
 from anomri.detection import detect_cohort
 from anomri.evaluation import evaluate
 from anomri.files import output_folder, write_text
+from anomri.plots import curves_plot
 from anomri.pooling import Evaluation
-from anomri.reporting import Page, Table, curves_plot, previews, write_page
+from anomri.reporting import Page, Table, case_views, write_page
 from anomri.spec import AnomriError
 from anomri.synthetic import make_cohort
 from anomri.training import Progress, train
@@ -114,7 +115,7 @@ def _page(folder: Path, evaluations: dict[str, Evaluation]) -> Page:
             f"synthetic brains. Below is what it finds in {len(dae.patients)} others with lesions."
         ),
         note=NOTE,
-        pictures=previews(folder / "evaluation-dae", [patient.case for patient in dae.patients], captions),
+        cases=case_views(folder / "evaluation-dae", [patient.case for patient in dae.patients], captions),
         tables=[
             Table(
                 "Against thresholding of FLAIR",

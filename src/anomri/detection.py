@@ -14,9 +14,9 @@ from io import StringIO
 from pathlib import Path
 
 from anomri.cases import Case
-from anomri.detector import Detection, Detector
+from anomri.detector import Detector
 from anomri.files import output_folder, write_text
-from anomri.pictures import preview, write_png
+from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import AnomriError
 from anomri.volume import Volume
@@ -24,7 +24,18 @@ from anomri.volume import Volume
 CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
 CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error")
-LESION_COLUMNS = ("case", "lesion", "volume_mm3", "x_mm", "y_mm", "z_mm", "peak", "mean")
+LESION_COLUMNS = (
+    "case",
+    "lesion",
+    "volume_mm3",
+    "x_mm",
+    "y_mm",
+    "z_mm",
+    "peak",
+    "mean",
+    "confidence",
+    "edge_distance_mm",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,17 @@ class CaseResult:
     seconds: float
     summary: dict[str, object] | None = None
     error: str | None = None
+    files: tuple[Path, ...] = ()
+    """What `Detection.save` wrote of it."""
+
+    def to_json(self) -> dict[str, object]:
+        """Status, summary and absolute paths of the files, as plain numbers and strings."""
+        facts: dict[str, object] = {"case": self.case, "status": "failed" if self.error else "done"}
+        facts |= {"seconds": round(self.seconds, 2)} | (self.summary or {})
+        if self.error:
+            return facts | {"error": self.error}
+        kinds = ((file, file.name.removeprefix(self.case).split(".")[0]) for file in self.files)
+        return facts | {"files": {kind.strip("_") or "summary": str(file.resolve()) for file, kind in kinds}}
 
 
 def detect_cohort(
@@ -43,16 +65,20 @@ def detect_cohort(
     model: Detector | str | Path,
     *,
     reconstruction: bool = False,
+    sensitivity: str | float | None = None,
+    false_positive_ml: float | None = None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
 
     A case that fails is noted in ``cases.tsv`` and the run goes on. The next scan is read while the network
-    works on this one, so memory holds a few scans, however many there are. Raises `AnomriError` if there is no case or model,
-    or ``out`` cannot be written.
+    works on this one, so memory holds a few scans, however many there are. ``sensitivity`` or ``false_positive_ml``
+    choose another of the model's thresholds, as `sensitivity.choose_threshold` says. Raises `AnomriError` if there is
+    no case, model or such threshold, or ``out`` cannot be written.
     """
     folder = output_folder(Path(out))
     detector = model if isinstance(model, Detector) else Detector.load(model)
+    detector = detector.with_threshold(sensitivity, false_positive_ml)
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     started, results = time.time(), list[CaseResult]()
     try:
@@ -97,9 +123,9 @@ def _detect_case(
         if isinstance(volume, AnomriError):
             raise volume
         detection = detector.detect(volume)
-        detection.save(folder, reconstruction=reconstruction)
+        files = tuple(detection.save(folder, reconstruction=reconstruction))
         save_preview(detection, folder)
-        return CaseResult(case.name, time.monotonic() - begun, detection.summary())
+        return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
     except CASE_ERRORS as error:
         return CaseResult(case.name, time.monotonic() - begun, error=problem(case, error))
 
@@ -109,11 +135,6 @@ def problem(case: Case, error: BaseException) -> str:
     if isinstance(error, AnomriError):
         return str(error)
     return f"{case.name}: {type(error).__name__}: {' '.join(str(error).split()) or 'not enough memory'}"
-
-
-def save_preview(detection: Detection, folder: Path) -> None:
-    """Write the case's picture to ``previews/<case>.png``, where `report` looks for it."""
-    write_png(output_folder(folder / "previews") / f"{detection.name}.png", preview(detection))
 
 
 def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -139,7 +160,10 @@ def _write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
         for lesion in lesions:
             centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
             scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")
-            lesion_rows.append((result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores))
+            known = (
+                "" if lesion.get(name) is None else f"{lesion[name]:.4g}" for name in ("confidence", "edge_distance_mm")
+            )
+            lesion_rows.append((result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores, *known))
     write_text(folder / "cases.tsv", tsv(CASE_COLUMNS, case_rows))
     write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
 
@@ -157,6 +181,7 @@ def _write_run(folder: Path, detector: Detector, cases: int, started: float) -> 
         "channels": spec.channels,
         "score": asdict(spec.score),
         "thresholds": spec.thresholds and asdict(spec.thresholds),
+        "threshold": spec.thresholds and spec.thresholds.threshold,
         "model_cohort": spec.cohort and asdict(spec.cohort),
         "citation": spec.citation,
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cc3d
+import edt
 import numpy as np
 import torch
 from nibabel.affines import apply_affine
@@ -24,8 +26,9 @@ from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.residual import anomaly_score
+from anomri.sensitivity import choose_threshold, confidence
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
-from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
+from anomri.spec import FORMAT_VERSION, AnomriError, HealthyScores, ModelSpec
 from anomri.volume import Geometry, Volume, read_volume, write_image
 
 INFERENCE_BATCH = 8
@@ -41,6 +44,10 @@ class Lesion:
     centroid_mm: tuple[float, float, float]
     peak: float
     mean: float
+    confidence: float | None = None
+    """Share of healthy held-out scans whose peak lies below this one; see `sensitivity.confidence`."""
+    edge_distance_mm: float | None = None
+    """The smallest distance of a voxel of the lesion from a voxel outside the brain, between their centres."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ class Detection:
             "channels": list(self.volume.channels),
             "method": self.spec.method,
             "threshold": self.spec.thresholds.threshold if self.spec.thresholds else None,
-            "voxel_false_positive_rate": self.spec.thresholds.chosen if self.spec.thresholds else None,
+            "voxel_false_positive_rate": self.spec.thresholds.voxel_rate if self.spec.thresholds else None,
+            "false_positive_ml": self.spec.thresholds.chosen_ml if self.spec.thresholds else None,
             "peak": float(self.anomaly_map.max()),
             "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
             "lesions": [asdict(lesion) for lesion in self.lesions],
@@ -171,8 +179,17 @@ class Detector:
             mask = anomaly_map > self.spec.thresholds.threshold
             per_voxel = pixels_per_voxel(volume.geometry, self.spec.grid)
             mask = drop_small_components(mask, self.spec.score.max_dropped_voxels * per_voxel)
-            lesions = find_lesions(mask, anomaly_map, volume.geometry)
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, self.spec.thresholds.healthy)
         return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
+
+    def with_threshold(
+        self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
+    ) -> Detector:
+        """The same model with another of its label-free thresholds; see `sensitivity.choose_threshold`."""
+        detector = copy(self)
+        thresholds = choose_threshold(self.spec.thresholds, sensitivity, false_positive_ml)
+        detector.spec = replace(self.spec, thresholds=thresholds)
+        return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
         """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name."""
@@ -249,8 +266,18 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     write_text(folder / "model.json", spec.to_json())
 
 
-def find_lesions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geometry: Geometry) -> tuple[Lesion, ...]:
-    """The 26-connected components of a mask (x, y, z) in the working orientation, largest first."""
+def find_lesions(
+    mask: NDArray[np.bool_],
+    anomaly_map: NDArray[np.float32],
+    geometry: Geometry,
+    data: NDArray[np.float32] | None = None,
+    healthy: HealthyScores | None = None,
+) -> tuple[Lesion, ...]:
+    """The 26-connected components of a mask (x, y, z) in the working orientation, largest first.
+
+    The scan's ``data`` (channels, x, y, z), zero outside the brain, gives their distance from its edge, and what the
+    model knows of ``healthy`` scans their confidence; without, these are ``None``.
+    """
     components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
     inside = components[mask].astype(np.int64)
     if not inside.size:
@@ -260,6 +287,7 @@ def find_lesions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geom
     means = np.bincount(inside, weights=scores)[1:] / counts
     peaks = np.zeros(len(counts) + 1)
     np.maximum.at(peaks, inside, scores)
+    distances = None if data is None else smallest_edge_distances(components, data, geometry.spacing_mm)
     centroids = cc3d.statistics(components)["centroids"][1:]
     centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
     largest_first = np.argsort(-counts, kind="stable")
@@ -270,6 +298,28 @@ def find_lesions(mask: NDArray[np.bool_], anomaly_map: NDArray[np.float32], geom
             tuple(centroids_mm[k].tolist()),
             float(peaks[k + 1]),
             float(means[k]),
+            confidence(float(peaks[k + 1]), healthy),
+            None if distances is None else round(float(distances[k]), 2),
         )
         for number, k in enumerate(largest_first, start=1)
     )
+
+
+def smallest_edge_distances(
+    components: NDArray[np.integer[Any]], data: NDArray[np.float32], spacing_mm: tuple[float, float, float]
+) -> NDArray[np.float64]:
+    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside the brain.
+
+    Distances are those between centres of voxels. The brain is where any channel of ``data`` is above zero, with its
+    holes; what lies beyond the image is outside.
+    """
+    brain = np.zeros(np.add(data.shape[1:], 2), dtype=bool)
+    brain[1:-1, 1:-1, 1:-1] = (data > 0).any(axis=0) | (components > 0)
+    sides = [np.nonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))[0] for axis in range(3)]
+    box = tuple(slice(side[0] - 1, side[-1] + 2) for side in sides)
+    air = cc3d.connected_components((~brain[box]).astype(np.uint8), connectivity=6)
+    distance = edt.edt(np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=1)
+    inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]
+    smallest = np.full(int(components.max()) + 1, np.inf)
+    np.minimum.at(smallest, inner[inner > 0], distance[1:-1, 1:-1, 1:-1][inner > 0])
+    return smallest[1:]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from anomri.cases import SUFFIXES, Case, find_cases
-from anomri.detection import CASE_ERRORS, problem, read_ahead, save_preview
+from anomri.detection import CASE_ERRORS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder
 from anomri.pooling import Evaluation, Pool, Scored
+from anomri.previews import save_preview
 from anomri.reporting import evaluation_report
 from anomri.slices import pixels_per_voxel
 from anomri.spec import AnomriError, Grid, Score
@@ -31,6 +32,8 @@ def evaluate(
     grid: str = "model",
     split: str | None = None,
     threshold: float | None = None,
+    sensitivity: str | float | None = None,
+    false_positive_ml: float | None = None,
     progress: Callable[[str, int, int], None] = lambda case, done, total: None,
 ) -> Evaluation:
     """Compare anomaly maps with lesion labels, of a ``model`` or of the folder ``maps``; exact, in bounded memory.
@@ -39,11 +42,14 @@ def evaluate(
     maps, ``<case>_anomaly.nii.gz`` or ``<case>.nii.gz``, are always scored on the input's. Cases are those of
     ``split``; without it, those of the split ``test`` if there are any, else all that have a label, but none that
     the model was trained or validated on. ``threshold``
-    replaces the label-free one of the model. Scores are spooled to disk; memory holds one case and the scores of
+    replaces the label-free one of the model; ``sensitivity`` or ``false_positive_ml`` choose another of its own.
+    Scores are spooled to disk; memory holds one case and the scores of
     lesion voxels. With ``out``, tables and ``report.html`` are written there. Raises `AnomriError`.
     """
     if (model is None) == (maps is None):
         raise AnomriError("give either a model or a folder of maps to evaluate.")
+    if (sensitivity, false_positive_ml) != (None, None) and (maps is not None or threshold is not None):
+        raise AnomriError("a sensitivity or false positive volume is the model's; give no threshold or maps beside it.")
     if grid not in GRIDS:
         raise AnomriError(f"there is no grid {grid!r}; the grids are {' and '.join(GRIDS)}.")
     folder = None if out is None else output_folder(Path(out))
@@ -51,6 +57,7 @@ def evaluate(
     given = threshold is not None
     if model is not None:
         detector = model if isinstance(model, Detector) else Detector.load(model)
+        detector = detector.with_threshold(sensitivity, false_positive_ml)
         cases, chosen = choose_cases(cases, split, detector.splits)
         if threshold is None and detector.spec.thresholds is not None:
             threshold = detector.spec.thresholds.threshold

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from anomri.cases import Case
 from anomri.files import output_folder, whole_file, write_text
-from anomri.slices import SliceStack, brain_box, slice_volume
+from anomri.slices import SliceStack, brain_box, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PackedCase:
     """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
 
     ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
-    brain; ``fingerprint`` is a SHA-256 of the source files' content.
+    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a pixel.
     """
 
     name: str
@@ -40,6 +40,7 @@ class PackedCase:
     healthy: tuple[int, ...]
     box: tuple[int, int, int, int]
     fingerprint: str
+    pixel_mm3: float
 
     @property
     def memory_map(self) -> NDArray[np.float16]:
@@ -122,15 +123,16 @@ def _pack_case(case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling
     if file.is_file() and sidecar.is_file():
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
     else:
-        stack = slice_volume(read_volume(case, channels, grid), grid, scaling)
+        volume = read_volume(case, channels, grid)
+        stack = slice_volume(volume, grid, scaling)
         with whole_file(file) as partial, partial.open("wb") as target:
             np.save(target, stack.x.numpy().astype(np.float16))
         facts = _facts(stack, [path for path in sources if path is not None])
+        facts["pixel_mm3"] = pixels_per_voxel(volume.geometry, grid) * volume.geometry.voxel_mm3
         # Written last: a packed case counts from the moment its sidecar is there.
         write_text(sidecar, json.dumps(facts))
-    return PackedCase(
-        case.name, file, facts["slices"], tuple(facts["healthy"]), tuple(facts["box"]), facts["fingerprint"]
-    )
+    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"])}
+    return PackedCase(case.name, file, **facts)
 
 
 def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, object]:

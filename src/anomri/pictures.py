@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -19,8 +20,10 @@ Rgb = NDArray[np.uint8]
 
 COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "truth")
 PALETTE = np.array([matplotlib.colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=np.uint8)
-MASK_COLOUR = (230, 90, 40)
-TRUTH_COLOUR = (40, 190, 90)
+MASK_COLOUR = (60, 220, 255)
+TRUTH_COLOUR = (150, 255, 70)
+SIDE = 960
+"""Width of the composed pictures in pixels."""
 
 
 def preview(detection: Detection, size: int = 192) -> Rgb:
@@ -33,8 +36,7 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
     label = detection.stack.label
     weight = detection.scores.sum(axis=(1, 2)) if label is None or not label.any() else label.sum(dim=(1, 2)).numpy()
     z = int(np.argmax(weight))
-    channels = detection.volume.channels
-    shown = channels.index("flair") if "flair" in channels else 0
+    shown = shown_channel(detection)
     _, high = detection.display_range
     scan = grey(detection.stack.x[z, shown].numpy())
     healthy = grey(detection.reconstructed[z, shown].numpy())
@@ -45,6 +47,90 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
         panels.append(outline(scan, label[z].numpy(), TRUTH_COLOUR))
     cut = _square_around(detection.stack.foreground)
     return np.concatenate([_upright(panel[cut], size) for panel in panels], axis=1)
+
+
+def columns_of(detection: Detection) -> tuple[str, ...]:
+    """What the panels of `preview` show."""
+    return COLUMNS if detection.stack.label is not None else COLUMNS[:-1]
+
+
+def shown_channel(detection: Detection) -> int:
+    """The channel that pictures show: FLAIR, on which most lesions are seen best, else the first."""
+    channels = detection.volume.channels
+    return channels.index("flair") if "flair" in channels else 0
+
+
+def planes(detection: Detection, width: int = SIDE) -> Rgb:
+    """Axial, coronal and sagittal slices through the highest score of the mask (or map), side by side in one scale.
+
+    The scan is under the map, with the outlines of mask and label. (height, ``width``, 3) uint8; the sides are
+    marked R, L, A, P, S, I.
+    """
+    x, y, z = (slice(*side) for side in brain_sides(detection.volume.data))
+    score = detection.anomaly_map
+    weight = score if detection.mask is None or not detection.mask.any() else np.where(detection.mask, score, -1)
+    peak = np.unravel_index(int(np.argmax(weight)), score.shape)
+    sizes = np.multiply([s.stop - s.start for s in (x, y, z)], detection.volume.geometry.spacing_mm)
+    scale = width / (2 * sizes[0] + sizes[1])
+    w, d, h = (max(round(float(size * scale)), 1) for size in sizes)
+    views: list[tuple[tuple[int | slice, ...], tuple[int, int], str]] = [
+        ((x, y, int(peak[2])), (w, d), "RLAP"),
+        ((x, int(peak[1]), z), (w, h), "RLSI"),
+        ((int(peak[0]), y, z), (width - 2 * w, h), "APSI"),
+    ]
+    panels = []
+    for place, size, marks in views:
+        panel = _marked(_layered(detection, place, size, upward=marks[2] == "S"), marks)
+        panels.append(np.pad(panel, ((0, max(d, h) - size[1]), (0, 0), (0, 0))))
+    return np.concatenate(panels, axis=1)
+
+
+def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: int = 3) -> Rgb:
+    """Axial slices at equal steps through the brain, lowest first, each under its map and outlines.
+
+    (height, ``width``, 3) uint8; the first slice is marked R and L, each with its height in mm (scanner).
+    """
+    x, y, _ = (slice(*side) for side in brain_sides(detection.volume.data))
+    geometry, index = detection.volume.geometry, detection.stack.index
+    chosen = np.unique(np.linspace(index.start, index.stop - 1, columns * rows + 2)[1:-1].round().astype(int))
+    across, down, _ = geometry.spacing_mm
+    w = width // columns
+    h = round(w * (y.stop - y.start) * down / ((x.stop - x.start) * across))
+    middle = ((x.start + x.stop) / 2, (y.start + y.stop) / 2)
+    cells = []
+    for number, z in enumerate(chosen.tolist()):
+        cell = _layered(detection, (x, y, z), (w, h))
+        height_mm = float((geometry.canonical_affine @ (*middle, z, 1))[2])
+        _text(cell, f"{height_mm:.0f}", (3, h - 4), 0.33)
+        cells.append(_marked(cell, "RL") if number == 0 else cell)
+    cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
+    bands = [np.concatenate(cells[k : k + columns], axis=1) for k in range(0, len(cells), columns)]
+    return np.concatenate(bands)
+
+
+def score_counts(detection: Detection, bins: int) -> tuple[list[int], float]:
+    """How many foreground pixels have a score in each bin of equal width from 0 to the highest; and the highest."""
+    scores = detection.scores[detection.stack.foreground.numpy()]
+    top = float(scores.max(initial=0)) or 1.0
+    return np.histogram(scores, bins, (0, top))[0].tolist(), top
+
+
+def brain_sides(data: NDArray[np.float32], margin: int = 2) -> list[tuple[int, int]]:
+    """First and last + 1 voxel of the brain in (channels, x, y, z) along x, y and z, with a margin."""
+    sides = []
+    for axis, length in enumerate(data.shape[1:], start=1):
+        (inside,) = np.nonzero((data > 0).any(axis=tuple({0, 1, 2, 3} - {axis})))
+        first, last = (int(inside[0]), int(inside[-1])) if inside.size else (0, length - 1)
+        sides.append((max(first - margin, 0), min(last + 1 + margin, length)))
+    return sides
+
+
+def overlay(image: Rgb, score: NDArray[np.float32], low: float, high: float) -> Rgb:
+    """``image`` under the colours of a score map; scores up to ``low`` leave it as it is."""
+    level = np.clip((score - low) / max(high - low, 1e-6), 0, 1)
+    opacity = 0.6 * np.clip(4 * level, 0, 1)[..., None]
+    colours = PALETTE[(90 + 165 * level).astype(np.intp)]
+    return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
 
 
 def grey(image: NDArray[np.float32], white: float = 1.2) -> Rgb:
@@ -69,9 +155,10 @@ def outline(image: Rgb, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -
     return drawn
 
 
-def write_png(path: Path, picture: Rgb) -> None:
-    """Write a picture, whole or not at all."""
-    _, encoded = cv2.imencode(".png", picture[..., ::-1])
+def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
+    """Write a picture, whole or not at all; thin coloured lines keep their colour."""
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
     with whole_file(path) as partial:
         partial.write_bytes(encoded.tobytes())
 
@@ -81,6 +168,41 @@ def _mask(detection: Detection) -> NDArray[np.bool_]:
     thresholds = detection.spec.thresholds
     above = detection.scores > (thresholds.threshold if thresholds else np.inf)
     return drop_small_components(above, detection.spec.score.max_dropped_voxels)
+
+
+def _layered(
+    detection: Detection, place: tuple[int | slice, ...], size: tuple[int, int], *, upward: bool = False
+) -> Rgb:
+    """One plane of a scan on its own grid, ``size`` = (width, height), under the map and the outlines."""
+
+    def plane(data: NDArray[Any]) -> NDArray[np.float32]:
+        turned = data[place].T[::-1] if upward else data[place].T
+        resized = cv2.resize(np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR)
+        return np.asarray(resized, np.float32)
+
+    shown = shown_channel(detection)
+    low, high = detection.display_range
+    drawn = grey(plane(detection.volume.data[shown]) / detection.stack.scale[shown])
+    drawn = overlay(drawn, plane(detection.anomaly_map), low, high)
+    for mask, colour in ((detection.mask, MASK_COLOUR), (detection.volume.label, TRUTH_COLOUR)):
+        if mask is not None and mask[place].any():
+            inside = (plane(mask) > 0.5).astype(np.uint8)
+            drawn[(inside - cv2.erode(inside, np.ones((3, 3), np.uint8))).astype(bool)] = colour
+    return drawn
+
+
+def _marked(panel: Rgb, marks: str) -> Rgb:
+    """``panel`` with letters in the middle of its left, right, upper and lower side."""
+    h, w = panel.shape[:2]
+    places = ((4, h // 2 + 5), (w - 15, h // 2 + 5), (w // 2 - 5, 15), (w // 2 - 5, h - 6))
+    for mark, place in zip(marks, places, strict=False):
+        _text(panel, mark, place, 0.45)
+    return panel
+
+
+def _text(panel: Rgb, text: str, place: tuple[int, int], size: float) -> None:
+    for colour, thickness in (((0, 0, 0), 3), ((235, 235, 235), 1)):
+        cv2.putText(panel, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
 
 
 def _square_around(foreground: Tensor) -> tuple[slice, slice]:

@@ -85,6 +85,23 @@ class Training:
 
 
 @dataclass(frozen=True)
+class HealthyScores:
+    """What maps of held-out healthy slices look like, on the working grid: a table, peaks and a histogram.
+
+    ``threshold`` rises, and ``false_positive_ml`` is the volume above the same position's value in a mean held-out
+    scan, small components dropped. Only a scan's healthy slices are looked at, and their volume is divided by their
+    share of its slices. ``scan_peaks`` holds each scan's highest score on those slices, rising.
+    ``histogram`` counts the foreground voxels' scores in bins of equal width from 0 to ``histogram_top``.
+    """
+
+    threshold: tuple[float, ...]
+    false_positive_ml: tuple[float, ...]
+    scan_peaks: tuple[float, ...]
+    histogram: tuple[int, ...]
+    histogram_top: float
+
+
+@dataclass(frozen=True)
 class Thresholds:
     """Scores that healthy foreground voxels exceed at given rates, from held-out healthy slices.
 
@@ -98,10 +115,20 @@ class Thresholds:
     """The false positive rate whose value makes the mask."""
     healthy_slices: int
     healthy_cases: int
+    healthy: HealthyScores | None = None
+    chosen_ml: float | None = None
+    """A false positive volume per scan (an entry of ``healthy.false_positive_ml``) that makes the mask instead."""
+
+    @property
+    def voxel_rate(self) -> float | None:
+        """The false positive rate that makes the mask; ``None`` where a volume does."""
+        return self.chosen if self.chosen_ml is None else None
 
     @property
     def threshold(self) -> float:
         """The score above which a voxel is part of the mask."""
+        if self.chosen_ml is not None and self.healthy is not None:
+            return self.healthy.threshold[self.healthy.false_positive_ml.index(self.chosen_ml)]
         return self.value[self.false_positive_rate.index(self.chosen)]
 
 

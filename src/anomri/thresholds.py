@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anomri.detector import Detector
+from anomri.metrics import drop_small_components
 from anomri.packing import PackedCase
-from anomri.slices import SliceStack, Window, foreground_of
-from anomri.spec import Thresholds
+from anomri.slices import SliceStack, Window, brain_box, foreground_of
+from anomri.spec import HealthyScores, Thresholds
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.001)
 DEFAULT_RATE = 0.01
 MAX_CASES = 64
-"""More held-out cases than this do not move the quantiles; their scores are held in memory at once."""
+"""More held-out cases than this do not move the quantiles; their scores are held in memory at once (5 MB a case)."""
+TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
+"""Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
+BINS = 64
+
+
+@dataclass(frozen=True)
+class _Healthy:
+    """Scores (n, h, w) of one case cut to its brain, zero on slices that are not healthy, and where they count."""
+
+    scores: NDArray[np.float32]
+    counted: NDArray[np.bool_]
+    ml_per_pixel: float
+    """Volume of a pixel, divided by the share of the scan's slices that are healthy."""
 
 
 def healthy_thresholds(
     detector: Detector, held_out: Sequence[PackedCase], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Thresholds | None:
-    """Quantiles of the scores of healthy slices' foreground voxels, pooled over ``held_out`` cases.
+    """Quantiles of the scores of healthy slices' foreground voxels, pooled over ``held_out`` cases; `HealthyScores`.
 
     ``None`` if they have no healthy slice. ``progress`` is told how many cases are done, and of how many.
     """
@@ -29,22 +45,48 @@ def healthy_thresholds(
     usable = [usable[k] for k in np.linspace(0, len(usable) - 1, min(len(usable), MAX_CASES)).astype(int)]
     if not usable:
         return None
-    pooled = []
+    scored = []
     for done, case in enumerate(usable):
         progress(done, len(usable))
-        # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-        x = torch.from_numpy(case.memory_map.astype(np.float32))
-        stack = SliceStack(
-            x, foreground_of(x, detector.spec.scaling), range(len(x)), (), None, Window(0, 0, *x.shape[2:])
-        )
-        scores, _ = detector.score(stack)
-        healthy = list(case.healthy)
-        pooled.append(scores[healthy][stack.foreground.numpy()[healthy]])
-    quantiles = np.quantile(np.concatenate(pooled), [1 - rate for rate in FALSE_POSITIVE_RATES])
+        scored.append(_score(detector, case))
+    pooled = np.sort(np.concatenate([one.scores[one.counted] for one in scored]))
+    quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
     return Thresholds(
         false_positive_rate=FALSE_POSITIVE_RATES,
         value=tuple(float(value) for value in quantiles),
         chosen=DEFAULT_RATE,
         healthy_slices=sum(len(case.healthy) for case in usable),
         healthy_cases=len(usable),
+        healthy=_describe(scored, pooled, detector.spec.score.max_dropped_voxels),
+    )
+
+
+def _score(detector: Detector, case: PackedCase) -> _Healthy:
+    # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
+    x = torch.from_numpy(case.memory_map.astype(np.float32))
+    stack = SliceStack(x, foreground_of(x, detector.spec.scaling), range(len(x)), (), None, Window(0, 0, *x.shape[2:]))
+    scores, _ = detector.score(stack)
+    top, bottom, left, right = brain_box(stack.foreground, 1)
+    healthy = np.zeros((len(x), 1, 1), dtype=bool)
+    healthy[list(case.healthy)] = True
+    counted = (stack.foreground.numpy() & healthy)[:, top:bottom, left:right]
+    share = len(case.healthy) / case.slices
+    return _Healthy((scores * healthy)[:, top:bottom, left:right].copy(), counted, case.pixel_mm3 / 1000 / share)
+
+
+def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32], dropped: int) -> HealthyScores:
+    peaks = sorted(float(one.scores.max()) for one in scored)
+    steps = np.unique([*np.quantile(pooled, 1 - TABLE_RATES).astype(np.float32), np.float32(peaks[-1])])
+    steps = steps[steps > 0] if (steps > 0).any() else steps[-1:]
+    volumes = [
+        float(np.mean([drop_small_components(one.scores > step, dropped).sum() * one.ml_per_pixel for one in scored]))
+        for step in steps
+    ]
+    top = peaks[-1] or 1.0
+    return HealthyScores(
+        threshold=tuple(steps.tolist()),
+        false_positive_ml=tuple(round(volume, 4) for volume in volumes),
+        scan_peaks=tuple(peaks),
+        histogram=tuple(np.histogram(pooled, BINS, (0, top))[0].tolist()),
+        histogram_top=top,
     )

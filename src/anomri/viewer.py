@@ -230,7 +230,7 @@ def _lesion(lesion: dict[str, Any]) -> dict[str, Any]:
     centroid = lesion.get("centroid_mm")
     place = [_number(value) for value in centroid] if isinstance(centroid, list) else []
     return {
-        **{key: _number(lesion.get(key)) for key in ("lesion", "volume_mm3", "peak", "mean")},
+        **{key: _number(lesion.get(key)) for key in ("lesion", "volume_mm3", "peak", "mean", "confidence")},
         "centroid_mm": place if len(place) == 3 and None not in place else None,
     }
 

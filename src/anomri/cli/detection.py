@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
-from anomri.cli.options import Device, Model, OutFolder, Scans, app, err, out
+from anomri.cli.options import Device, FalsePositiveMl, Model, OutFolder, Scans, Sensitivity, app, err, out
 from anomri.spec import AnomriError
 
 
@@ -17,6 +18,11 @@ def detect(
     output: OutFolder,
     model: Model,
     reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
+    sensitivity: Sensitivity = None,
+    false_positive_ml: FalsePositiveMl = None,
+    format: Annotated[
+        Literal["text", "json"], typer.Option(help="json: one document with all results and paths, on stdout.")
+    ] = "text",
     device: Device = "auto",
 ) -> None:
     """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report."""
@@ -32,9 +38,19 @@ def detect(
                 err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
         results = detect_cohort(
-            input, output, Detector.load(model, device), reconstruction=reconstruction, progress=told
+            input,
+            output,
+            Detector.load(model, device),
+            reconstruction=reconstruction,
+            sensitivity=sensitivity,
+            false_positive_ml=false_positive_ml,
+            progress=told,
         )
     failed = sum(result.error is not None for result in results)
+    if format == "json":
+        facts = {"report": str((output / "report.html").resolve()), "cases": [result.to_json() for result in results]}
+        typer.echo(json.dumps(facts, indent=2))
+        raise typer.Exit(1 if failed else 0)
     out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
     raise typer.Exit(1 if failed else 0)
 

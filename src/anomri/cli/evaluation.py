@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from anomri.cli.options import Cohort, Device, OutFolder, app, err, out
+from anomri.cli.options import Cohort, Device, FalsePositiveMl, OutFolder, Sensitivity, app, err, out
 
 if TYPE_CHECKING:
     from anomri.pooling import Evaluation
@@ -28,6 +28,8 @@ def evaluate(
     ] = "model",
     split: Annotated[Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")] = None,
     threshold: Annotated[Optional[float], typer.Option(help="Instead of the model's label-free one.")] = None,
+    sensitivity: Sensitivity = None,
+    false_positive_ml: FalsePositiveMl = None,
     device: Device = "auto",
 ) -> None:
     """Compare the maps of a model, or anyone's, with lesion labels: the paper's table, and more."""
@@ -44,6 +46,8 @@ def evaluate(
             grid=grid,
             split=split,
             threshold=threshold,
+            sensitivity=sensitivity,
+            false_positive_ml=false_positive_ml,
             progress=lambda case, done, total: advance(case, total),
         )
     _print_evaluation(evaluation)

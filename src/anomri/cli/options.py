@@ -27,6 +27,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Channels = Annotated[
     Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
 ]
+Sensitivity = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="RATE|NAME",
+        help="Voxel false positive rate of the mask in healthy tissue, one that the model stores (as 0.005 or 0.5%), "
+        "or highest, high, default, low, lowest.",
+    ),
+]
+FalsePositiveMl = Annotated[
+    Optional[float],
+    typer.Option(
+        "--false-positive-ml", min=0.0, help="Instead: the volume above the threshold in a mean healthy scan."
+    ),
+]
 
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:

@@ -152,8 +152,8 @@ function listDetails(item) {
     const button = element('button', fixed(lesion.lesion, 0), element('td', '', row))
     button.type = 'button'
     button.title = 'Move the crosshair there'
-    const centroid = (lesion.centroid_mm ?? []).map((mm) => mm.toFixed(1).replace('-', '\u2212')).join(', ') || '-'
-    const values = [ml(lesion.volume_mm3), centroid, fixed(lesion.peak, 3), fixed(lesion.mean, 3)]
+    const centroid = (lesion.centroid_mm ?? []).map((mm) => mm.toFixed(0).replace('-', '\u2212')).join(', ') || '-'
+    const values = [ml(lesion.volume_mm3), centroid, fixed(lesion.peak, 3), fixed(lesion.mean, 3), fixed(lesion.confidence, 2)]
     for (const value of values) element('td', value, row)
     row.addEventListener('click', () => chooseLesion(index))
   })
