@@ -49,9 +49,9 @@ def detect_cohort(
 ) -> list[CaseResult]:
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
 
-    ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. The next scan is read while the network
-    works on this one, so memory holds a few scans, however many there are. Raises `AnomriError` if there is no case or model,
-    or ``out`` cannot be written.
+    ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. The next
+    scan is read while the network works on this one, so memory holds a few scans, however many there are. Raises
+    `AnomriError` if there is no case or model, or ``out`` cannot be written.
     """
     folder = output_folder(Path(out))
     detector = model if isinstance(model, Detector) else Detector.load(model)

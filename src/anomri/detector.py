@@ -163,7 +163,8 @@ class Detector:
     ) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
-        ``preparation`` says what is done to files before (a `Volume` is taken as it is). Raises `AnomriError` if the scan lacks a channel of the model or cannot be read.
+        ``preparation`` says what is done to files before (a `Volume` is taken as it is). Raises `AnomriError` if
+        the scan lacks a channel of the model or cannot be read.
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)

@@ -68,8 +68,8 @@ def take_in(
     """The cases in ``source``, or the one case of ``files`` (channel -> file).
 
     A folder that holds DICOM and no NIfTI is converted to ``out/nifti``; ``series`` says which series is which channel
-    and ``note`` is told what is left out. Raises `AnomriError` if both or none of the two are given, nothing fits, or what is for DICOM
-    only (``series``, ``keep_identifiers``, ``dicom_seg``) is asked of other scans.
+    and ``note`` is told what is left out. Raises `AnomriError` if both or none of the two are given, nothing fits, or what is for
+    DICOM only (``series``, ``keep_identifiers``, ``dicom_seg``) is asked of other scans.
     """
     if (source is None) == (not files):
         raise AnomriError("name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...).")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anomri.extras import optional
 from anomri.spec import AnomriError
-from anomri.volume import Volume
+from anomri.volume import Volume, read_image
 
 MAX_BRAIN_ML = 2200.0
 """No brain is larger, with all its fluid; 28 patients with tumours reach 1,750 ml, a head has 3,000 to 6,000."""
@@ -103,7 +103,7 @@ def _by_program(tool: str, head: nib.Nifti1Image, name: str) -> NDArray[np.bool_
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             # HD-BET names its mask differently from version to version; the brain itself is the same in all.
-            return np.asanyarray(nib.load(mask if mask.exists() else brain).dataobj) != 0
+            return np.asanyarray(read_image(mask if mask.exists() else brain).dataobj) != 0
         except (OSError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise AnomriError(

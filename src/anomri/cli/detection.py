@@ -41,7 +41,7 @@ def detect(
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
-    files = {**named(channel or [], "--channel"), **given}
+    files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
     detector = Detector.load(model, device)
     parameters = seg_parameters(detector.spec) if dicom_seg else {}
     intake = take_in(
