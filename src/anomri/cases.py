@@ -102,9 +102,12 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
     images = [channel for channel in paths if channel not in (*LABEL_NAMES, *MASK_NAMES)]
     if not images:
         raise AnomriError("no channel is given; name a file for each, such as flair.")
-    stem, kind = _split_name(paths[images[0]])
-    # Names such as FLAIR.nii.gz say nothing of the case; its folder may.
-    whole = f"{stem}_{kind}" if stem and kind != images[0] else stem or paths[images[0]].resolve().parent.name
+    first = paths[images[0]]
+    whole = first.name[: -len(next(suffix for suffix in SUFFIXES if first.name.lower().endswith(suffix)))]
+    stem, kind = _split_name(first)
+    if kind == images[0]:
+        # Names such as FLAIR.nii.gz say nothing of the case; its folder may.
+        whole = stem or first.resolve().parent.name
     return _case(name or whole, paths)
 
 

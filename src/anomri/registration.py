@@ -21,8 +21,10 @@ from anomri.spec import AnomriError
 from anomri.volume import Volume
 
 TEMPLATE_MM = 2
-SHAPE, CENTRE = (240, 240, 155), (118.7, 129.0, 70.7)
-"""The grid of BraTS (1 mm, axes L, P, S), and where on it the middle of the brain's box lies, the mean of 28 patients."""
+SHAPE, CENTRE, PITCH = (240, 240, 155), (118.2, 128.1, 69.5), 10.6
+"""The grid of BraTS (1 mm, axes L, P, S), and how the template lies on it: the voxel on which the middle of its
+brain's box comes to lie, and by how many degrees its head is tilted against it, both the means of ten patients of BraTS
+registered to it (standard deviations 0.6, 1.5, 1.5 mm and 3.3 degrees)."""
 MAX_DEGREES, MIN_OVERLAP = 75.0, 0.6
 """A turn further than this, or less of the template's brain inside the scan's, is a registration that went astray."""
 SAMPLED = [0.6, 0.3, 0.05]
@@ -43,7 +45,8 @@ def template() -> tuple[nib.Nifti1Image, Lattice]:
     image = nib.Nifti1Image(np.asanyarray(image.dataobj, dtype=np.float32) * brain, image.affine)
     inside = np.argwhere(np.asanyarray(image.dataobj) > 0)
     middle = nib.affines.apply_affine(image.affine, (inside.min(axis=0) + inside.max(axis=0)) / 2)
-    turn = LPS[:3, :3]
+    cos, sin = np.cos(np.radians(PITCH)), np.sin(np.radians(PITCH))
+    turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ LPS[:3, :3]
     return image, Lattice(SHAPE, from_matvec(turn, middle - turn @ np.array(CENTRE)))
 
 
@@ -63,7 +66,7 @@ def register(volume: Volume) -> tuple[Volume, NDArray[np.float64]]:
     data = np.stack([resample(channel, here, working) for channel in volume.data])
     label = None if volume.label is None else resample(volume.label, here, working)
     moved = replace(volume, data=data, label=label, geometry=replace(volume.geometry, working=working))
-    return replace(moved, notes=(*volume.notes, _words(transform))), transform
+    return replace(moved, notes=(*volume.notes, _words(here, working))), transform
 
 
 def _rigid(fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice, name: str) -> NDArray[np.float64]:
@@ -135,9 +138,12 @@ def degrees_of(transform: NDArray[np.float64]) -> float:
     return float(np.degrees(np.arccos(np.clip((np.trace(transform[:3, :3]) - 1) / 2, -1, 1))))
 
 
-def _words(transform: NDArray[np.float64]) -> str:
-    shift = float(np.linalg.norm(transform[:3, 3]))
+def _words(here: Lattice, working: Lattice) -> str:
+    turn = np.eye(4)
+    turn[:3, :3] = (working.affine[:3, :3] / working.spacing_mm) @ np.linalg.pinv(here.affine[:3, :3] / here.spacing_mm)
+    middles = [nib.affines.apply_affine(one.affine, (np.array(one.shape) - 1) / 2) for one in (here, working)]
     return (
-        f"registered rigidly to the template: turned by {degrees_of(transform):.1f} degrees and moved by {shift:.1f} mm; the "
-        f"map was brought back onto the scan's own grid."
+        f"turned into the model's space by a rigid registration: {degrees_of(turn):.1f} degrees against the scan's own "
+        f"axes, {np.linalg.norm(middles[1] - middles[0]):.1f} mm between the middles of the two fields; the map was brought "
+        f"back onto the scan's own grid."
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from anomri.cli import inputs
-from anomri.cli.options import Device, Model, OutFolder, Scans, app, err, out
+from anomri.cli.options import Device, Model, OutFolder, app, err, out
 from anomri.spec import AnomriError
 
 
@@ -16,7 +16,7 @@ from anomri.spec import AnomriError
 def detect(
     output: OutFolder,
     model: Model,
-    input: Optional[Scans] = None,
+    input: inputs.Scans = None,
     flair: inputs.Channel = None,
     t1: inputs.Channel = None,
     t1ce: inputs.Channel = None,
