@@ -55,7 +55,8 @@ KEPT += ["qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"]
 def test_a_lesion_comes_back_where_it_is_under_any_header(tmp_path: Path, name: str, suffix: str) -> None:
     directions, spacing, shape, dtype, slope, codes = HEADERS[name]
     affine = grid(directions, spacing, shape[:3])
-    image = nib.Nifti1Image(scan(shape[:3], affine).reshape(shape), None)
+    # nibabel writes values as they are where the header gives a slope.
+    image = nib.Nifti1Image(scan(shape[:3], affine).reshape(shape) / slope, None)
     image.header.set_data_dtype(dtype)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, codes[0])
@@ -96,9 +97,7 @@ def two_grids(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_a_channel_on_another_grid_is_resampled_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = two_grids(tmp_path / "in")
     detector = thresholding("flair", "t1")
     volume = detector.read(paths)
@@ -106,7 +105,9 @@ def test_a_channel_on_another_grid_is_resampled_and_said(
     inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 60).all(-1)
     np.testing.assert_allclose(volume.data[1][inside], x[inside] + 200, atol=1e-2)
     (note,) = volume.notes
-    assert "a_t1.nii.gz lies on another grid than a_flair.nii.gz (80 x 80 x 68 voxels of 3 x 3 x 3 mm instead of" in note
+    assert (
+        "a_t1.nii.gz lies on another grid than a_flair.nii.gz (80 x 80 x 68 voxels of 3 x 3 x 3 mm instead of" in note
+    )
     assert "mm apart" in note
     detector.save(tmp_path / "m")
     out = tmp_path / "out"
@@ -154,7 +155,9 @@ def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
     affine = image.affine.copy()
     affine[0, 3] += 900
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), paths["t1"])
-    with pytest.raises(AnomriError, match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap"):
+    with pytest.raises(
+        AnomriError, match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap"
+    ):
         thresholding("flair", "t1").detect(paths)
 
 

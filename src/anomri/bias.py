@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from anomri.extras import optional
 from anomri.spec import AnomriError
 
-WORKING_MM = 4.0
+WORKING_MM = 6.0
 """The field is fitted to the image shrunk to about this size of voxel; it varies over centimetres."""
-ITERATIONS = [40, 30, 20]
+ITERATIONS = [25, 20, 15]
 
 
 def correct_bias(data: NDArray[np.float32], spacing_mm: tuple[float, float, float], name: str) -> NDArray[np.float32]:

@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 Scans = Annotated[
-    Optional[Path], typer.Option("-i", "--input", metavar="SCAN|FOLDER|TSV", help="One scan, a folder (also DICOM), or a .tsv.")
+    Optional[Path],
+    typer.Option("-i", "--input", metavar="SCAN|FOLDER|TSV", help="One scan, a folder (also DICOM), or a .tsv."),
 ]
 Channel = Annotated[Optional[Path], typer.Option(metavar="FILE", help="This channel of one scan, instead of -i.")]
 Channels = Annotated[
