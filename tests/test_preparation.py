@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from anomri.cases import find_cases
 from anomri.cli import main
-from anomri.preparation import Preparation, prepare
+from anomri.preparation import CEILING, Preparation, prepare
 from anomri.registration import degrees_of, register, template
 from anomri.skull import TOOLS, has_skull
 from anomri.spec import AnomriError
@@ -207,7 +207,20 @@ def test_saturated_and_negative_voxels_do_not_move_the_map(tmp_path: Path, model
         assert other == pytest.approx(one, rel=0.01)
     assert correlation(before.anomaly_map, after.anomaly_map) > 0.9
     assert sum("negative voxels" in note for note in after.volume.notes) == 2
+    assert sum("20 voxels above 6 times" in note for note in after.volume.notes) == 2
     assert before.volume.notes == ()
+
+
+def test_only_spikes_are_replaced_and_a_saturated_patch_is_capped(tmp_path: Path) -> None:
+    data = scan(SHAPE, AFFINE).astype(np.float32)
+    data[30:35, 30:35, 30:35] = 1e6
+    data[20, 36, 28] = 1e6
+    volume = thresholding().read(save(tmp_path / "a_flair.nii.gz", data))
+    changed = volume.geometry.canonical(data) != volume.data[0]
+    np.testing.assert_array_equal(changed, volume.geometry.canonical(data == 1e6))
+    high = CEILING * np.percentile(data[data > 0], 99)
+    assert volume.data.max() == pytest.approx(high)
+    assert volume.geometry.native(volume.data[0])[20, 36, 28] < 700
 
 
 def test_bias_correction_brings_a_shaded_scan_back(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from anomri.skull import brain_mask, has_skull, refusal
 from anomri.spec import AnomriError, Grid
 from anomri.volume import Volume, read_volume
 
+CEILING = 6.0
+"""Voxels above this many times a channel's 99th percentile are taken for faults; 115 clean images reach 3.3."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -50,8 +53,14 @@ def prepare(
         mask, tool = brain_mask(volume)
         note = f"the brain was found by {tool} in channel {channels[0]}: {mask.sum() * volume.geometry.voxel_mm3 / 1000:,.0f} ml."
         volume = replace(volume, data=volume.data * mask, notes=(*volume.notes, note))
+        for name, channel in zip(channels, volume.data, strict=True):
+            if not channel.any():
+                raise AnomriError(
+                    f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
+                )
     elif case.mask is None and (found := has_skull(volume)):
         raise refusal(case.name, case.channels[channels[0]], found)
+    volume = without_spikes(volume)
     if preparation.bias_correction:
         spacing = volume.geometry.spacing_mm
         corrected = [
@@ -62,3 +71,27 @@ def prepare(
     if preparation.register:
         volume, _ = register(volume)
     return volume
+
+
+def without_spikes(volume: Volume) -> Volume:
+    """The scan with voxels above `CEILING` replaced by the median of the 27 around them, with a note; else as it is.
+
+    A saturated voxel is worth hundreds of times what a network has seen, and would fill its surroundings with
+    score. Where the median is no lower, as in a saturated patch, the ceiling itself is taken.
+    """
+    notes, data = list(volume.notes), volume.data
+    for number, channel in enumerate(volume.data):
+        ceiling = CEILING * float(np.percentile(channel[channel > 0], 99))
+        places = np.argwhere(channel > ceiling)
+        if not len(places):
+            continue
+        if data is volume.data:
+            data = volume.data.copy()
+        around = np.pad(channel, 1, mode="edge")
+        for x, y, z in places:
+            data[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
+        notes.append(
+            f"channel {volume.channels[number]} has {len(places):,} voxels above {CEILING:g} times its 99th percentile (up "
+            f"to {channel.max():.4g}), saturated or faulty; they were given the values around them."
+        )
+    return replace(volume, data=data, notes=tuple(notes))
