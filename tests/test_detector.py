@@ -223,9 +223,9 @@ def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: 
     most = 0
     read = Detector.read
 
-    def watched(self: Detector, scan: object) -> object:
+    def watched(self: Detector, *scan: object) -> object:
         nonlocal most
-        volume = read(self, scan)  # type: ignore[arg-type]
+        volume = read(self, *scan)  # type: ignore[arg-type]
         alive.append(weakref.ref(volume.data))
         gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -83,6 +83,32 @@ def find_cases(cohort: str | Path) -> list[Case]:
             f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz or a .tsv."
         )
     return sorted(cases, key=lambda case: case.name)
+
+
+def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> Case:
+    """One case of a file per channel; ``mask`` and ``label`` may be among them.
+
+    It is called ``name``, else what the file of the first channel is called without ``_<channel>``. Raises
+    `AnomriError` naming a file that is not there or is no NIfTI file by its name.
+    """
+    paths = {channel.strip().lower(): Path(path) for channel, path in files.items()}
+    for channel, path in paths.items():
+        if not re.fullmatch(r"[a-z0-9]+", channel):
+            raise AnomriError(f"channel {channel!r}: name it in letters and digits, such as flair.")
+        if not path.name.lower().endswith(SUFFIXES):
+            raise AnomriError(f"{path}: channel {channel} has to be a .nii or .nii.gz file.")
+        if not path.is_file():
+            raise AnomriError(f"{path}: no such file (channel {channel}).")
+    images = [channel for channel in paths if channel not in (*LABEL_NAMES, *MASK_NAMES)]
+    if not images:
+        raise AnomriError("no channel is given; name a file for each, such as flair.")
+    first = paths[images[0]]
+    whole = first.name[: -len(next(suffix for suffix in SUFFIXES if first.name.lower().endswith(suffix)))]
+    stem, kind = _split_name(first)
+    if kind == images[0]:
+        # Names such as FLAIR.nii.gz say nothing of the case; its folder may.
+        whole = stem or first.resolve().parent.name
+    return _case(name or whole, paths)
 
 
 def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from anomri.cases import Case
 from anomri.detector import Detector
 from anomri.files import output_folder, write_text
+from anomri.preparation import Preparation
 from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import AnomriError
@@ -23,7 +24,7 @@ from anomri.volume import Volume
 
 CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
-CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error")
+CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error", "notes")
 LESION_COLUMNS = (
     "case",
     "lesion",
@@ -67,14 +68,15 @@ def detect_cohort(
     reconstruction: bool = False,
     sensitivity: str | float | None = None,
     false_positive_ml: float | None = None,
+    preparation: Preparation = Preparation(),
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
 
-    A case that fails is noted in ``cases.tsv`` and the run goes on. The next scan is read while the network
-    works on this one, so memory holds a few scans, however many there are. ``sensitivity`` or ``false_positive_ml``
-    choose another of the model's thresholds, as `sensitivity.choose_threshold` says. Raises `AnomriError` if there is
-    no case, model or such threshold, or ``out`` cannot be written.
+    ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. The next
+    scan is read while the network works on this one, so memory holds a few scans, however many there are.
+    ``sensitivity`` or ``false_positive_ml`` choose another of the model's thresholds, as `sensitivity.choose_threshold`
+    says. Raises `AnomriError` if there is no case, model or such threshold, or ``out`` cannot be written.
     """
     folder = output_folder(Path(out))
     detector = model if isinstance(model, Detector) else Detector.load(model)
@@ -82,7 +84,7 @@ def detect_cohort(
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     started, results = time.time(), list[CaseResult]()
     try:
-        for case, volume, begun in read_ahead(cases, detector.read):
+        for case, volume, begun in read_ahead(cases, lambda case: detector.read(case, preparation)):
             results.append(_detect_case(detector, case, volume, begun, folder, reconstruction))
             progress(results[-1], len(cases))
     finally:
@@ -151,12 +153,13 @@ def _write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
     for result in results:
         seconds = f"{result.seconds:.2f}"
         if result.summary is None:
-            case_rows.append((result.case, "failed", "", "", "", seconds, " ".join((result.error or "").split())))
+            case_rows.append((result.case, "failed", "", "", "", seconds, " ".join((result.error or "").split()), ""))
             continue
         summary = result.summary
         lesions: list[dict[str, object]] = summary["lesions"]  # type: ignore[assignment]
+        notes: list[str] = summary["notes"]  # type: ignore[assignment]
         volume, peak = f"{summary['lesion_volume_mm3']:.1f}", f"{summary['peak']:.5g}"
-        case_rows.append((result.case, "done", len(lesions), volume, peak, seconds, ""))
+        case_rows.append((result.case, "done", len(lesions), volume, peak, seconds, "", " ".join(notes)))
         for lesion in lesions:
             centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
             scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")

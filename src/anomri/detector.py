@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,15 +22,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, find_cases, read_splits
+from anomri.cases import Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import drop_small_components
 from anomri.networks import fold_weight_standardisation
+from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score
 from anomri.sensitivity import choose_threshold, confidence
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
 from anomri.spec import FORMAT_VERSION, AnomriError, HealthyScores, ModelSpec
-from anomri.volume import Geometry, Volume, read_volume, write_image
+from anomri.volume import Geometry, Volume, write_image
 
 INFERENCE_BATCH = 8
 """Slices a forward pass: larger batches leave the processor's cache and are slower."""
@@ -117,6 +119,7 @@ class Detection:
             "peak": float(self.anomaly_map.max()),
             "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
             "lesions": [asdict(lesion) for lesion in self.lesions],
+            "notes": list(self.volume.notes),
             "anomri": version("anomri"),
         }
 
@@ -163,12 +166,15 @@ class Detector:
             detector.splits = read_splits(folder / "splits.csv")
         return detector
 
-    def detect(self, scan: Case | Volume | str | Path) -> Detection:
-        """Find anomalies in one scan: a `Case`, a `Volume`, or a path that `find_cases` takes for one case.
+    def detect(
+        self, scan: Case | Volume | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
+    ) -> Detection:
+        """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
-        Raises `AnomriError` if the scan lacks a channel of the model or cannot be read.
+        ``preparation`` says what is done to files before (a `Volume` is taken as it is). Raises `AnomriError` if
+        the scan lacks a channel of the model or cannot be read.
         """
-        volume = scan if isinstance(scan, Volume) else self.read(scan)
+        volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
         scores, reconstructed = self.score(stack)
         shape = volume.geometry.canonical_shape
@@ -199,8 +205,12 @@ class Detector:
             return [Case(cases[0].name, {self.spec.channels[0]: path})]
         return cases
 
-    def read(self, scan: Case | str | Path) -> Volume:
-        """Read the model's channels of one scan."""
+    def read(
+        self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
+    ) -> Volume:
+        """Read the model's channels of one scan, prepared."""
+        if isinstance(scan, Mapping):
+            scan = case_of_files(scan)
         if not isinstance(scan, Case):
             cases = self.find_cases(scan)
             if len(cases) > 1:
@@ -214,7 +224,7 @@ class Detector:
                 f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
                 f"<case>_<channel>.nii.gz, or train a model with --channels {','.join(scan.channels)}."
             )
-        return read_volume(scan, channels, self.spec.grid)
+        return prepare(scan, channels, self.spec.grid, preparation)
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from anomri import extras
 from anomri.cases import LABEL_NAMES, MASK_NAMES, Case
 from anomri.dicom_channels import Series, guess_channel
 from anomri.files import output_folder
@@ -227,12 +227,7 @@ def stack(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np
 
 def optional(module: str) -> Any:
     """Import a library of the ``dicom`` extra; raises `AnomriError` that says how to install it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise AnomriError(
-            f"DICOM needs libraries that are not installed ({error}): pip install 'anomri[dicom]'"
-        ) from error
+    return extras.optional(module, "dicom", "DICOM")
 
 
 @contextmanager

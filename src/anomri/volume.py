@@ -6,7 +6,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 
 from anomri.cases import Case
 from anomri.files import whole_file
+from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
 
 MAX_VOXELS = 1024**3
 """Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
 HEADER_BYTES = 1024**2
 AFFINE_TOLERANCE_MM = 1e-2
+MAX_NEGATIVE = 0.1
+"""An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
+MAX_UNDERSHOOT = 0.1
+"""How deep interpolation may undershoot, as a share of the largest value."""
 _NIBABEL_ERRORS = (
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -36,16 +41,26 @@ class Geometry:
 
     ``shape`` is that of the file, ``to_canonical`` the nibabel orientation transform into the working
     orientation, ``header`` the file's own, ``affine`` voxel indices of the file -> scanner mm (RAS+).
+    ``working`` replaces the file's own grid inside, where a scan is turned into the model's space: a grid that lies
+    oblique in the scan; its axes are those of the working orientation.
     """
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     to_canonical: NDArray[np.float64]
     header: nib.Nifti1Header
+    working: Lattice | None = None
+
+    @property
+    def file_lattice(self) -> Lattice:
+        """The grid of the file, on the file's own axes."""
+        return Lattice(self.shape, self.affine)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel size in mm along the axes of the working orientation."""
+        if self.working is not None:
+            return self.working.spacing_mm
         sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
         spacing = np.empty(3)
         spacing[self.to_canonical[:, 0].astype(int)] = sizes
@@ -54,6 +69,8 @@ class Geometry:
     @property
     def canonical_shape(self) -> tuple[int, int, int]:
         """The shape in the working orientation."""
+        if self.working is not None:
+            return self.working.shape
         shape = np.empty(3, int)
         shape[self.to_canonical[:, 0].astype(int)] = self.shape
         return int(shape[0]), int(shape[1]), int(shape[2])
@@ -61,19 +78,25 @@ class Geometry:
     @property
     def canonical_affine(self) -> NDArray[np.float64]:
         """Voxel indices in the working orientation -> scanner mm (RAS+)."""
+        if self.working is not None:
+            return self.working.affine
         return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
 
     @property
     def voxel_mm3(self) -> float:
-        """Volume of a voxel in mm3."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        """Volume of a voxel of the working orientation in mm3."""
+        return float(abs(np.linalg.det(self.canonical_affine[:3, :3])))
 
     def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
         """An array on the file's axes turned into the working orientation."""
+        if self.working is not None:
+            return resample(data, self.file_lattice, self.working)
         return np.ascontiguousarray(orientations.apply_orientation(data, self.to_canonical))
 
     def native(self, data: NDArray[Any]) -> NDArray[Any]:
         """An array in the working orientation turned back onto the file's axes."""
+        if self.working is not None:
+            return resample(data, self.working, self.file_lattice)
         order = self.to_canonical[:, 0].astype(int)
         flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
         return np.ascontiguousarray(np.flip(np.transpose(data, order), tuple(flip)))
@@ -83,7 +106,8 @@ class Geometry:
 class Volume:
     """A scan in the working orientation: ``data`` (channels, x, y, z) float32, zero outside the brain.
 
-    ``label`` (x, y, z) bool is the lesion mask, if there is one.
+    ``label`` (x, y, z) bool is the lesion mask, if there is one; ``notes`` say what was done to the scan that its
+    owner should know.
     """
 
     name: str
@@ -91,6 +115,7 @@ class Volume:
     data: NDArray[np.float32]
     label: NDArray[np.bool_] | None
     geometry: Geometry
+    notes: tuple[str, ...] = ()
 
     @property
     def in_plane_mm(self) -> tuple[float, float]:
@@ -123,13 +148,17 @@ def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
     return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
 
 
-def read_volume(case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True) -> Volume:
+def read_volume(
+    case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True, resampled: bool = False
+) -> Volume:
     """Read ``channels`` of a case, checked against each other, in the grid's orientation.
 
-    Voxels outside the case's brain mask, if it has one, are set to zero. Raises `AnomriError` naming the file
-    that is missing, empty, not finite, or on another grid than the first channel.
+    Voxels outside the case's brain mask, if it has one, are set to zero, and so are negative values, with a note.
+    With ``resampled`` an image on another grid than the first channel is brought onto it by the headers (trilinear;
+    labels and masks by the nearest voxel), with a note. Raises `AnomriError` naming the file that is missing,
+    empty, not finite, standardised, on another grid, or, with ``resampled``, that does not overlap the first at all.
     """
-    files = case.files(channels)
+    files, notes = case.files(channels), list[str]()
     first: Geometry | None = None
     data: NDArray[np.float32] | None = None
     for number, path in enumerate(files):
@@ -137,20 +166,22 @@ def read_volume(case: Case, channels: Sequence[str], grid: Grid = Grid(), *, wit
         if first is None:
             first = _geometry(path, image, grid)
             data = np.empty((len(files), *first.canonical_shape), dtype=np.float32)
-        _check_grid(path, image, files[0], first)
         assert data is not None
-        data[number] = first.canonical(_finite(path, image))
+        values = _without_negatives(path, _finite(path, image), notes)
+        data[number] = _onto(path, image, values, files[0], first, notes if resampled else None)
     if first is None or data is None:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     if case.mask is not None:
-        data *= _read_mask(case.mask, files[0], first)
+        data *= _read_mask(case.mask, files[0], first, notes if resampled else None)
     for path, channel in zip(files, data, strict=True):
         if not (channel > 0).any():
             raise AnomriError(
                 f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask)."
             )
-    label = _read_mask(case.label, files[0], first) if case.label is not None and with_label else None
-    return Volume(case.name, tuple(channels), data, label, first)
+    label: NDArray[np.bool_] | None = None
+    if case.label is not None and with_label:
+        label = _read_mask(case.label, files[0], first, notes if resampled else None)
+    return Volume(case.name, tuple(channels), data, label, first, tuple(notes))
 
 
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
@@ -276,7 +307,64 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[np.float32]:
     return data
 
 
-def _read_mask(path: Path, first_path: Path, first: Geometry) -> NDArray[np.bool_]:
+def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
     image = read_image(path)
-    _check_grid(path, image, first_path, first)
-    return first.canonical(_finite(path, image) > 0)
+    return _onto(path, image, _finite(path, image) > 0, first_path, first, notes)
+
+
+def _onto(
+    path: Path,
+    image: nib.Nifti1Image,
+    values: NDArray[Any],
+    first_path: Path,
+    first: Geometry,
+    notes: list[str] | None,
+) -> NDArray[Any]:
+    """``values`` of an image in the working orientation of ``first``; without ``notes`` it must lie there already."""
+    if notes is None:
+        _check_grid(path, image, first_path, first)
+        return first.canonical(values)
+    axes = orientations.io_orientation(first.canonical_affine)
+    here = _geometry(path, image, Grid())
+    here = replace(here, to_canonical=orientations.ornt_transform(orientations.io_orientation(here.affine), axes))
+    source, target = (
+        Lattice(here.canonical_shape, here.canonical_affine),
+        Lattice(first.canonical_shape, first.canonical_affine),
+    )
+    apart = float(np.abs(source.corners_mm - target.corners_mm).max())
+    turned = here.canonical(values)
+    if source.shape == target.shape and apart <= AFFINE_TOLERANCE_MM:
+        return turned
+    share = covered(source, target)
+    if not share:
+        raise AnomriError(
+            f"{path}: its header places it beside {first_path.name}, they do not overlap at all (corners up to "
+            f"{apart:.4g} mm apart). They are of different scans, or a header is wrong; register one to the other."
+        )
+    part = "" if share > 0.995 else f", {share:.0%} of which it covers"
+    notes.append(
+        f"{path.name} lies on another grid than {first_path.name} ({_size(source)} instead of {_size(target)}, corners "
+        f"up to {apart:.3g} mm apart); it was resampled to that one{part}, by what the headers say."
+    )
+    return resample(turned, source, target)
+
+
+def _size(lattice: Lattice) -> str:
+    spacing = " x ".join(f"{mm:.3g}" for mm in lattice.spacing_mm)
+    return f"{' x '.join(map(str, lattice.shape))} voxels of {spacing} mm"
+
+
+def _without_negatives(path: Path, data: NDArray[np.float32], notes: list[str]) -> NDArray[np.float32]:
+    """The image with negative values, which interpolation leaves behind, set to zero."""
+    negative = int((data < 0).sum())
+    if not negative:
+        return data
+    positive = int((data > 0).sum())
+    if negative > MAX_NEGATIVE * (negative + positive) and float(-data.min()) > MAX_UNDERSHOOT * float(data.max()):
+        raise AnomriError(
+            f"{path}: {negative / (negative + positive):.0%} of its values that are not zero are negative (down to "
+            f"{data.min():.3g}, up to {data.max():.3g}); it looks standardised or is a difference. Hand in the image "
+            f"before that, with intensities from zero up."
+        )
+    notes.append(f"{path.name} has {negative:,} negative voxels (down to {data.min():.3g}); they were set to zero.")
+    return np.maximum(data, 0)

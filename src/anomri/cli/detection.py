@@ -8,15 +8,28 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from anomri.cli.options import Device, FalsePositiveMl, Model, OutFolder, Scans, Sensitivity, app, err, out
+from anomri.cli import inputs
+from anomri.cli.options import Device, FalsePositiveMl, Model, OutFolder, Sensitivity, app, err, out
 from anomri.spec import AnomriError
 
 
 @app.command()
 def detect(
-    input: Scans,
     output: OutFolder,
     model: Model,
+    input: inputs.Scans = None,
+    flair: inputs.Channel = None,
+    t1: inputs.Channel = None,
+    t1ce: inputs.Channel = None,
+    t2: inputs.Channel = None,
+    channel: inputs.Channels = None,
+    brain_mask: inputs.BrainMask = None,
+    skull_strip: inputs.SkullStrip = False,
+    bias_correction: inputs.BiasCorrection = False,
+    register: inputs.Register = False,
+    series: inputs.Series = None,
+    keep_identifiers: inputs.KeepIdentifiers = False,
+    dicom_seg: inputs.DicomSeg = False,
     reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
@@ -28,24 +41,50 @@ def detect(
     """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report."""
     from anomri.detection import CaseResult, detect_cohort
     from anomri.detector import Detector
+    from anomri.intake import named, seg_parameters, take_in, write_dicom_seg
+    from anomri.preparation import Preparation
     from anomri.progress import case_progress
 
+    preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
+    given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
+    files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
+    detector = Detector.load(model, device)
+    parameters = seg_parameters(detector.spec) if dicom_seg else {}
+    intake = take_in(
+        input,
+        files,
+        output,
+        detector.find_cases,
+        series=named(series or [], "--series"),
+        keep_identifiers=keep_identifiers,
+        dicom_seg=dicom_seg,
+        note=_note,
+    )
+    if brain_mask is not None and len(intake.cases) > 1:
+        raise AnomriError(
+            f"--brain-mask is the mask of one scan, but there are {len(intake.cases)}; name masks in a TSV."
+        )
     with case_progress(err) as advance:
 
         def told(result: CaseResult, total: int) -> None:
             advance(result.case, total)
+            for text in (result.summary or {}).get("notes", []):  # type: ignore[attr-defined]
+                _note(f"{result.case}: {text}")
             if result.error:
                 err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
 
         results = detect_cohort(
-            input,
+            intake.cases,
             output,
-            Detector.load(model, device),
+            detector,
             reconstruction=reconstruction,
             sensitivity=sensitivity,
             false_positive_ml=false_positive_ml,
+            preparation=preparation,
             progress=told,
         )
+    if dicom_seg:
+        write_dicom_seg(output, intake, detector.spec.channels[0], parameters)
     failed = sum(result.error is not None for result in results)
     if format == "json":
         facts = {"report": str((output / "report.html").resolve()), "cases": [result.to_json() for result in results]}
@@ -53,6 +92,10 @@ def detect(
         raise typer.Exit(1 if failed else 0)
     out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
     raise typer.Exit(1 if failed else 0)
+
+
+def _note(text: str) -> None:
+    err.print(f"note: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -90,7 +133,7 @@ def bids(
             participant_labels=participant_label,
             session_labels=session_label,
             skip_bids_validation=skip_bids_validation,
-            warn=lambda text: err.print(f"note: {text}", highlight=False, soft_wrap=True, markup=False),
+            warn=_note,
             progress=lambda result, total: advance(result.case, total),
         )
     for result in results:

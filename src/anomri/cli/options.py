@@ -19,7 +19,6 @@ out, err = Console(), Console(stderr=True)
 Cohort = Annotated[
     Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")
 ]
-Scans = Annotated[Path, typer.Option("-i", "--input", metavar="SCAN|FOLDER|TSV", help="One scan, a folder, or a .tsv.")]
 NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
 Model = Annotated[Path, typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")]
 OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]

@@ -1,0 +1,112 @@
+"""What a user hands in, found to be cases: NIfTI, one file per channel, or DICOM; and masks back as DICOM SEG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anomri.cases import SUFFIXES, Case, case_of_files
+from anomri.dicom import choose_series, convert
+from anomri.dicom_channels import Series
+from anomri.dicom_seg import write_segmentation
+from anomri.files import output_folder
+from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import read_label
+
+CONVERTED = "nifti"
+"""The folder in the output where converted scans are kept."""
+LOOKED_AT = 2000
+"""Files of a folder that are looked at, at most, to say whether it holds DICOM."""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The cases of a run; for a DICOM folder also the series that each channel of its one case came from."""
+
+    cases: list[Case]
+    series: dict[str, Series] = field(default_factory=dict)
+
+
+def named(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """``name=value`` options as a dictionary; raises `AnomriError` naming the one that is none, or given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.strip().lower()
+        if not (name and equals and value.strip()):
+            raise AnomriError(f"{option} {pair!r}: write it as name=value, such as {option} flair=...")
+        if name in found:
+            raise AnomriError(f"{option}: {name} is given twice ({found[name]} and {value}).")
+        found[name] = value.strip()
+    return found
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether a folder holds DICOM files, by their content, and no NIfTI file; at any depth."""
+    dicom = False
+    for number, path in enumerate(folder.rglob("*")):
+        if path.name.lower().endswith(SUFFIXES):
+            return False
+        if not dicom and number < LOOKED_AT and path.is_file() and not path.name.startswith("."):
+            with path.open("rb") as file:
+                dicom = file.read(132)[128:] == b"DICM"
+    return dicom
+
+
+def take_in(
+    source: Path | None,
+    files: Mapping[str, str | Path],
+    out: Path,
+    find_cases: Callable[[Path], list[Case]],
+    *,
+    series: Mapping[str, str] | None = None,
+    keep_identifiers: bool = False,
+    dicom_seg: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Intake:
+    """The cases in ``source``, or the one case of ``files`` (channel -> file).
+
+    A folder that holds DICOM and no NIfTI is converted to ``out/nifti``; ``series`` says which series is which channel
+    and ``note`` is told what is left out. Raises `AnomriError` if both or none of the two are given, nothing fits, or what is for
+    DICOM only (``series``, ``keep_identifiers``, ``dicom_seg``) is asked of other scans.
+    """
+    if (source is None) == (not files):
+        raise AnomriError("name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...).")
+    if source is None:
+        return _only_nifti(Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg)
+    if not source.is_dir() or not holds_dicom(source):
+        return _only_nifti(Intake(find_cases(source)), bool(series) or keep_identifiers or dicom_seg)
+    chosen = choose_series(source, series or None)
+    folder = output_folder(out) / CONVERTED
+    case = convert(source, folder, series or None, keep_identifiers=keep_identifiers, skipped=note)
+    for channel, one in chosen.items():
+        note(f"{channel} is the series {one}")
+    return Intake([case], chosen)
+
+
+def _only_nifti(intake: Intake, dicom_options: bool) -> Intake:
+    if dicom_options:
+        raise AnomriError(
+            "--series, --keep-identifiers and --dicom-seg are for a folder of DICOM files without a NIfTI file."
+        )
+    return intake
+
+
+def seg_parameters(spec: ModelSpec) -> dict[str, object]:
+    """What a SEG says about how its mask was made; raises `AnomriError` if the model makes no mask."""
+    if spec.thresholds is None:
+        raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
+    return {"method": spec.method, "threshold": spec.thresholds.threshold}
+
+
+def write_dicom_seg(out: Path, intake: Intake, channel: str, parameters: Mapping[str, object]) -> list[Path]:
+    """Write ``<case>_mask.dcm`` beside every mask in ``out``, on the series of ``channel``; returns the paths."""
+    written: list[Path] = []
+    for case in intake.cases:
+        mask = out / f"{case.name}_mask.nii.gz"
+        if mask.is_file():
+            label, geometry = read_label(Case(case.name, {}, label=mask))
+            written.append(out / f"{case.name}_mask.dcm")
+            write_segmentation(written[-1], label, geometry, intake.series[channel], parameters=parameters)
+    return written

@@ -1,0 +1,118 @@
+"""Scans that still have their skull: telling them from brains, and taking it off with the tools people use."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.extras import optional
+from anomri.spec import AnomriError
+from anomri.volume import Volume, read_image
+
+MAX_BRAIN_ML = 2200.0
+"""No brain is larger, with all its fluid; 28 patients with tumours reach 1,750 ml, a head has 3,000 to 6,000."""
+MAX_SLICE_MM2 = 22_500.0
+"""No axial slice of a brain is larger: those patients reach 19,900 mm2; for a field that shows part of a head."""
+MAX_FILLED = 0.75
+"""No brain fills more of the field: an ellipsoid fills 0.52 of the box around it; where air is not zero, all is filled."""
+MIN_BRAIN_ML = 300.0
+TOOLS = ("mri_synthstrip", "hd-bet")
+"""Programs that are called if they are on the path, the first found; made for scans of any contrast."""
+
+
+def has_skull(volume: Volume) -> str | None:
+    """What about the first channel says that it is a whole head, not a brain alone; ``None`` if nothing does.
+
+    A scan is a head if what is not zero in it has more volume than a brain, a larger axial slice, or fills the field.
+    Where air is noise, not zero, all three hold.
+    """
+    inside = volume.data[0] > 0
+    across, down, _ = volume.geometry.spacing_mm
+    filled = float(inside.mean())
+    millilitres = float(inside.sum()) * volume.geometry.voxel_mm3 / 1000
+    widest = float(inside.sum(axis=(0, 1)).max()) * across * down
+    if millilitres > MAX_BRAIN_ML:
+        return f"{millilitres:,.0f} ml of it are above zero, and no brain has more than {MAX_BRAIN_ML:,.0f} ml"
+    if widest > MAX_SLICE_MM2:
+        return f"a slice of it is above zero over {widest / 100:,.0f} cm2, and a brain's over {MAX_SLICE_MM2 / 100:.0f} at most"
+    if filled > MAX_FILLED and millilitres > MIN_BRAIN_ML:
+        return f"{filled:.0%} of its voxels are above zero: the air around the head is not zero"
+    return None
+
+
+def refusal(name: str, path: Path, found: str) -> AnomriError:
+    """The error for a scan with skull, with the commands that take it off."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    brain, mask = f"{stem}_brain.nii.gz", f"{stem}_mask.nii.gz"
+    return AnomriError(
+        f"{path}: {name} still has its skull ({found}); a model of brains would mark all of it. Give the brain alone, by "
+        f"one of\n  anomri detect ... --skull-strip          (deepbet: pip install 'anomri[bet]')"
+        f"\n  hd-bet -i {path.name} -o {brain}"
+        f"\n  mri_synthstrip -i {path.name} -o {brain} -m {mask}"
+        f"\nor name the mask of its brain with --brain-mask."
+    )
+
+
+def brain_mask(volume: Volume) -> tuple[NDArray[np.bool_], str]:
+    """The brain (x, y, z) in the first channel of a scan, and the tool that found it.
+
+    SynthStrip or HD-BET if one is installed, else deepbet, whose weights come with it. Raises `AnomriError` if none
+    is there, if the tool fails, or if what it finds is no brain by its volume.
+    """
+    geometry = volume.geometry
+    head = nib.Nifti1Image(volume.data[0], geometry.canonical_affine)
+    tool = next((name for name in TOOLS if shutil.which(name)), None)
+    mask = _by_program(tool, head, volume.name) if tool else _by_deepbet(head, volume.name)
+    millilitres = float(mask.sum()) * geometry.voxel_mm3 / 1000
+    if not MIN_BRAIN_ML <= millilitres <= MAX_BRAIN_ML:
+        raise AnomriError(
+            f"{volume.name}: {tool or 'deepbet'} finds a brain of {millilitres:,.0f} ml in channel {volume.channels[0]}, "
+            f"which is none. Strip the skull with another tool, look at the mask, and name it with --brain-mask."
+        )
+    return mask, tool or "deepbet"
+
+
+def _by_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
+    library = optional("deepbet.bet", "bet", "--skull-strip")
+    try:
+        with warnings.catch_warnings():
+            # torch calls the format of its weights deprecated.
+            warnings.simplefilter("ignore")
+            _, mask, _ = library.BrainExtraction(no_gpu=True).run(head)
+    except Exception as error:  # it raises an assertion, or what torch raises, where it sees no brain
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise AnomriError(
+            f"{name}: deepbet finds no brain ({reason}). Name a mask of the brain with --brain-mask."
+        ) from error
+    return np.asanyarray(mask.dataobj) > 0
+
+
+def _by_program(tool: str, head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, brain, mask = (Path(folder) / f"{what}.nii.gz" for what in ("head", "brain", "mask"))
+        nib.save(head, source)
+        command = [tool, "-i", str(source), "-o", str(brain)]
+        command += ["-m", str(mask)] if tool == "mri_synthstrip" else _hd_bet_device()
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            # HD-BET names its mask differently from version to version; the brain itself is the same in all.
+            return np.asanyarray(read_image(mask if mask.exists() else brain).dataobj) != 0
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            raise AnomriError(
+                f"{name}: {tool} failed ({said[-1] if said else 'without a word'}). Run it by hand and name its mask with "
+                f"--brain-mask."
+            ) from error
+
+
+def _hd_bet_device() -> list[str]:
+    import torch
+
+    return [] if torch.cuda.is_available() else ["-device", "cpu"]

@@ -1,0 +1,288 @@
+"""Scans as people have them: any header, channels on their own grids, files by name, DICOM folders."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from anomri.cases import Case, case_of_files, find_cases
+from anomri.cli import main
+from anomri.intake import holds_dicom
+from anomri.spec import AnomriError
+from anomri.volume import read_volume
+from phantom import LESION_MM, RADIUS_MM, found_mm, places, scan, thresholding
+
+TILT = Rotation.from_euler("xyz", [18, -9, 12], degrees=True).as_matrix()
+STEEP = Rotation.from_euler("xyz", [38, 0, 0], degrees=True).as_matrix()
+
+
+def grid(directions: np.ndarray, spacing: tuple[float, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The affine of a grid whose middle lies at the origin, but for 7 mm."""
+    matrix = directions * np.asarray(spacing)
+    return nib.affines.from_matvec(matrix, np.array([4, 5, -3]) - matrix @ ((np.array(shape) - 1) / 2))
+
+
+def flips(*signs: int) -> np.ndarray:
+    return np.diag(signs).astype(float)
+
+
+# name: directions, spacing in mm, shape, data type, slope, (qform code, sform code)
+HEADERS: dict[str, tuple[np.ndarray, tuple[float, ...], tuple[int, ...], type, float, tuple[int, int]]] = {
+    "RAS int16": (flips(1, 1, 1), (3, 3, 3), (64, 72, 56), np.int16, 1, (1, 1)),
+    "LAS uint8 with a slope": (flips(-1, 1, 1), (3, 3, 3), (64, 72, 56), np.uint8, 4.2, (1, 1)),
+    "LPI float64": (flips(-1, -1, -1), (3, 3, 3), (64, 72, 56), np.float64, 1, (1, 1)),
+    "LPS int16 with a slope": (flips(-1, -1, 1), (2, 3, 4), (96, 72, 42), np.int16, 0.25, (1, 1)),
+    "thick slices": (flips(-1, 1, 1), (1.5, 1.5, 5), (128, 136, 30), np.int16, 1, (1, 1)),
+    "sagittal slices": (np.array([[0.0, 0, 1], [-1, 0, 0], [0, 1, 0]]), (3, 3, 5), (72, 56, 36), np.int16, 1, (1, 1)),
+    "coronal slices": (np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), (3, 3, 5), (64, 56, 44), np.int16, 1, (1, 1)),
+    "oblique": (TILT, (3, 3, 3), (72, 76, 64), np.int16, 1, (1, 1)),
+    "oblique, thick slices": (TILT @ flips(-1, 1, 1), (2, 2, 5), (100, 108, 36), np.int16, 1, (1, 1)),
+    "steep": (STEEP, (3, 3, 3), (64, 76, 68), np.float32, 1, (2, 2)),
+    "sform alone": (TILT, (3, 3, 3), (72, 76, 64), np.float32, 1, (0, 2)),
+    "qform alone": (TILT, (3, 3, 3), (72, 76, 64), np.float32, 1, (3, 0)),
+    "one frame of 4D": (flips(1, -1, 1), (3, 3, 3), (64, 72, 56, 1), np.int16, 1, (1, 1)),
+    "small voxels": (flips(-1, -1, 1), (0.9, 0.9, 6), (220, 230, 26), np.uint8, 5, (1, 4)),
+}
+KEPT = ["pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y"]
+KEPT += ["qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_lesion_comes_back_where_it_is_under_any_header(tmp_path: Path, name: str, suffix: str) -> None:
+    directions, spacing, shape, dtype, slope, codes = HEADERS[name]
+    affine = grid(directions, spacing, shape[:3])
+    # nibabel writes values as they are where the header gives a slope.
+    image = nib.Nifti1Image(scan(shape[:3], affine).reshape(shape) / slope, None)
+    image.header.set_data_dtype(dtype)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, codes[0])
+    image.set_sform(affine, codes[1])
+    image.header.set_slope_inter(slope, 0)
+    nib.save(image, tmp_path / f"a_flair{suffix}")
+    source = nib.load(tmp_path / f"a_flair{suffix}")
+    detection = thresholding().detect(tmp_path / f"a_flair{suffix}")
+    anomaly, mask = detection.save(tmp_path / "out")[:2]
+    np.testing.assert_array_less(np.abs((found_mm(mask) - LESION_MM) @ directions), spacing)
+    np.testing.assert_array_less(np.abs((np.array(detection.lesions[0].centroid_mm) - LESION_MM) @ directions), spacing)
+    header = nib.load(anomaly).header
+    assert nib.load(anomaly).shape == shape[:3]
+    for field in KEPT:
+        end = 4 if field == "pixdim" else None
+        before, after = (np.atleast_1d(one[field])[:end] for one in (source.header, header))
+        np.testing.assert_array_equal(after, before, err_msg=field)
+    assert detection.summary()["notes"] == []
+
+
+# Channels of one scan on grids of their own.
+
+
+FLAIR = (flips(-1, -1, 1), (2.0, 2.0, 5.0), (110, 116, 30))
+T1 = (TILT, (3.0, 3.0, 3.0), (80, 80, 68))
+
+
+def two_grids(folder: Path) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, (directions, spacing, shape) in {"flair": FLAIR, "t1": T1}.items():
+        affine = grid(directions, spacing, shape)
+        image = scan(shape, affine).astype(np.float32)
+        if name == "t1":
+            image = places(shape, affine)[..., 0].astype(np.float32) + 200  # says where a voxel lies
+        paths[name] = folder / f"a_{name}.nii.gz"
+        nib.save(nib.Nifti1Image(image, affine), paths[name])
+    return paths
+
+
+def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = two_grids(tmp_path / "in")
+    detector = thresholding("flair", "t1")
+    volume = detector.read(paths)
+    x = places(volume.geometry.canonical_shape, volume.geometry.canonical_affine)[..., 0]
+    inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 60).all(-1)
+    np.testing.assert_allclose(volume.data[1][inside], x[inside] + 200, atol=1e-2)
+    (note,) = volume.notes
+    assert (
+        "a_t1.nii.gz lies on another grid than a_flair.nii.gz (80 x 80 x 68 voxels of 3 x 3 x 3 mm instead of" in note
+    )
+    assert "mm apart" in note
+    detector.save(tmp_path / "m")
+    out = tmp_path / "out"
+    assert main(["detect", *(f"--{k}={v}" for k, v in paths.items()), "-o", str(out), "-m", str(tmp_path / "m")]) == 0
+    assert f"note: a: {note}" in capsys.readouterr().err.replace("\n", " ")
+    assert json.loads((out / "a.json").read_text())["notes"] == [note]
+    assert (out / "cases.tsv").read_text().splitlines()[1].endswith(note)
+    assert nib.load(out / "a_anomaly.nii.gz").shape == FLAIR[2]
+    np.testing.assert_array_less(np.abs(found_mm(out / "a_mask.nii.gz") - LESION_MM), FLAIR[1])
+
+
+def test_labels_and_masks_are_resampled_by_the_nearest_voxel(tmp_path: Path) -> None:
+    paths = two_grids(tmp_path)
+    affine = grid(*T1)
+    where = places(T1[2], affine)
+    label = ((where - np.array(LESION_MM)) ** 2).sum(-1) < RADIUS_MM**2
+    for name, data in {"seg": label, "mask": (where**2).sum(-1) < 60**2}.items():
+        nib.save(nib.Nifti1Image(data.astype(np.uint8), affine), tmp_path / f"a_{name}.nii.gz")
+    (case,) = find_cases(tmp_path)
+    volume = thresholding("flair").read(case)
+    assert volume.label is not None
+    there = places(volume.label.shape, volume.geometry.canonical_affine)
+    np.testing.assert_allclose(there[volume.label].mean(axis=0), LESION_MM, atol=1)
+    assert volume.label.sum() * volume.geometry.voxel_mm3 == pytest.approx(label.sum() * 27, rel=0.1)
+    assert (there[volume.data[0] > 0] ** 2).sum(-1).max() < 63**2
+    assert len(volume.notes) == 2
+    assert paths["flair"].exists()
+    with pytest.raises(AnomriError, match="lies? on one grid"):
+        read_volume(case, ["flair"])  # training takes no scan that it has to resample
+
+
+def test_the_same_grid_in_another_orientation_is_turned_exactly(tmp_path: Path) -> None:
+    affine = grid(flips(-1, -1, 1), (3, 3, 3), (64, 72, 56))
+    image = nib.Nifti1Image(scan((64, 72, 56), affine).astype(np.float32), affine)
+    nib.save(image, tmp_path / "a_flair.nii.gz")
+    nib.save(nib.as_closest_canonical(image), tmp_path / "a_t1.nii.gz")
+    volume = thresholding("flair", "t1").read(tmp_path)
+    np.testing.assert_array_equal(volume.data[0], volume.data[1])
+    assert volume.notes == ()
+
+
+def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
+    paths = two_grids(tmp_path)
+    image = nib.load(paths["t1"])
+    affine = image.affine.copy()
+    affine[0, 3] += 900
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), paths["t1"])
+    with pytest.raises(
+        AnomriError, match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap"
+    ):
+        thresholding("flair", "t1").detect(paths)
+
+
+# Files by name.
+
+
+def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
+    for name in ("p7_flair.nii.gz", "other.nii", "T1.nii.gz"):
+        (tmp_path / name).touch()
+    assert case_of_files({"FLAIR": tmp_path / "p7_flair.nii.gz", "t1": tmp_path / "other.nii"}).name == "p7"
+    assert case_of_files({"t1": str(tmp_path / "other.nii")}).name == "other"
+    assert case_of_files({"t1": tmp_path / "T1.nii.gz"}).name == tmp_path.name
+    assert case_of_files({"t1": tmp_path / "T1.nii.gz", "mask": tmp_path / "other.nii"}).mask == tmp_path / "other.nii"
+    for files, message in (({}, "no channel"), ({"t1": tmp_path}, "has to be"), ({"t1": "gone.nii"}, "no such file")):
+        with pytest.raises(AnomriError, match=message):
+            case_of_files(files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either with -i, or a file for each channel"),
+        (["-i", "IN", "--flair", "FLAIR"], "either with -i"),
+        (["--channel", "flair"], "write it as name=value"),
+        (["--channel", "a=x.nii", "--channel", "a=y.nii"], "a is given twice"),
+        (["--flair", "FLAIR", "--series", "flair=x"], "for a folder of DICOM files"),
+        (["--flair", "FLAIR", "--dicom-seg"], "for a folder of DICOM files"),
+        (["--flair", "FLAIR", "--brain-mask", "FLAIR", "--skull-strip"], "one of the two is enough"),
+        (["--t1", "FLAIR"], "flair is missing"),
+    ],
+)
+def test_wrong_combinations(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flair = two_grids(tmp_path / "in")["flair"]
+    thresholding().save(tmp_path / "m")
+    words = [{"IN": str(tmp_path / "in"), "FLAIR": str(flair)}.get(word, word) for word in arguments]
+    assert main(["detect", *words, "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")]) in (1, 2)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+# DICOM.
+
+
+def dicom_folder(folder: Path, **tags: str) -> np.ndarray:
+    """A phantom as a FLAIR and a T1 series; returns the affine (column, row, slice) -> LPS mm."""
+    pytest.importorskip("highdicom", reason="needs anomri[dicom]")
+    from test_dicom import AXIAL, write_series
+
+    shape = (64, 72, 26)
+    affine = nib.affines.from_matvec(AXIAL * (3.0, 3.0, 5.0), [-94, -106, -62])
+    data = scan(shape, np.diag([-1.0, -1, 1, 1]) @ affine).astype(np.int16)
+    write_series(folder / "1", "Ax FLAIR", data, affine, **tags)
+    write_series(folder / "2", "Sag T1", np.where(data > 0, 400, 0).astype(np.int16), affine, **tags)
+    return affine
+
+
+def test_a_dicom_folder_is_detected_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    affine = dicom_folder(tmp_path / "in")
+    assert holds_dicom(tmp_path / "in")
+    thresholding("flair", "t1").save(tmp_path / "m")
+    out = tmp_path / "out"
+    arguments = ["-i", str(tmp_path / "in"), "-o", str(out), "-m", str(tmp_path / "m")]
+    assert main(["detect", *arguments, "--dicom-seg"]) == 0
+    said = capsys.readouterr().err
+    assert "flair is the series 'Ax FLAIR'" in said
+    (mask,) = out.glob("*_mask.nii.gz")
+    name = mask.name.removesuffix("_mask.nii.gz")
+    assert sorted(path.name for path in (out / "nifti").iterdir()) == [f"{name}_flair.nii.gz", f"{name}_t1.nii.gz"]
+    assert "MARKER" not in name + (out / "cases.tsv").read_text() + (out / f"{name}.json").read_text()
+    np.testing.assert_array_less(np.abs(found_mm(mask) - LESION_MM), (3, 3, 5))
+    # Read by pydicom alone; highdicom wrote it.
+    import pydicom
+
+    seg = pydicom.dcmread(out / f"{name}_mask.dcm")
+    assert seg.SOPClassUID == "1.2.840.10008.5.1.4.1.1.66.4"
+    frames = np.atleast_3d(seg.pixel_array).reshape(-1, seg.Rows, seg.Columns)
+    assert frames.sum() == (np.asanyarray(nib.load(mask).dataobj) > 0).sum() > 0
+    centres = []
+    for frame, about in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        corner = np.array(about.PlanePositionSequence[0].ImagePositionPatient, float)
+        rows, columns = np.nonzero(frame)
+        centres.append(corner + np.stack([columns, rows, 0 * rows], 1) * [3, 3, 0])
+    centre = np.concatenate(centres).mean(axis=0) * [-1, -1, 1]
+    np.testing.assert_array_less(np.abs(centre - LESION_MM), (3, 3, 5))
+    assert affine.shape == (4, 4)
+
+
+def test_dicom_series_are_named_and_identifiers_kept_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dicom_folder(tmp_path / "in")
+    thresholding("flair").save(tmp_path / "m")
+    arguments = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")]
+    assert main(["detect", *arguments, "--series", "flair=Sag T1", "--keep-identifiers"]) == 0
+    (written,) = (tmp_path / "out" / "nifti").iterdir()
+    assert written.name.startswith("MARKERID77-")
+    assert np.asanyarray(nib.load(written).dataobj).max() == 400
+    capsys.readouterr()
+    assert main(["detect", *arguments, "--series", "flair=nothing"]) == 2
+    assert "MR series found" in capsys.readouterr().err
+    (tmp_path / "in" / "stray_flair.nii.gz").touch()
+    assert not holds_dicom(tmp_path / "in")
+
+
+# A real scan on another grid.
+
+
+def test_the_stroke_subject_with_channels_on_grids_of_their_own(real_scans: Path, tmp_path: Path) -> None:
+    (case,) = find_cases(real_scans / "stroke")
+    detector = thresholding("flair", "t1", "t2")
+    exact = detector.detect(case)
+    assert exact.volume.notes == ()
+    t1 = nib.load(case.channels["t1"])
+    other = tmp_path / "T1.nii.gz"
+    moved = t1.affine @ nib.affines.from_matvec(np.diag([1, 1, 2.0]), [0.3, -0.4, 0.5])
+    from anomri.resampling import Lattice, resample
+
+    data = np.asanyarray(t1.dataobj).astype(np.float32)
+    thick = resample(data, Lattice(t1.shape, t1.affine), Lattice((124, 160, 70), moved))
+    nib.save(nib.Nifti1Image(thick, moved), other)
+    mixed = detector.detect(Case("stroke", {**case.channels, "t1": other}))
+    assert "T1.nii.gz lies on another grid than FLAIR.nii.gz" in mixed.volume.notes[0]
+    np.testing.assert_array_equal(mixed.volume.data[0], exact.volume.data[0])
+    assert np.corrcoef(mixed.volume.data[1].ravel(), exact.volume.data[1].ravel())[0, 1] > 0.97
+    assert np.corrcoef(mixed.anomaly_map.ravel(), exact.anomaly_map.ravel())[0, 1] > 0.99
+    anomaly = nib.load(mixed.save(tmp_path / "out")[0])
+    np.testing.assert_array_equal(anomaly.affine, nib.load(case.channels["flair"]).affine)
