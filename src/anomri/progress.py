@@ -34,7 +34,7 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(name, total=state.total, losses="")
             losses = ""
-            if state.validation_loss == state.validation_loss:  # not NaN: there is one
+            if state.loss == state.loss:  # not NaN: there is one
                 losses = f"loss {state.loss:.5f}, validation {state.validation_loss:.5f}"
             bar.update(tasks[state.stage], completed=state.done, total=state.total, losses=losses)
             if not console.is_terminal and losses and losses != shown.get(state.stage):
