@@ -47,11 +47,15 @@ class Decoder(nn.Module):
 class TimedUNet(UNet):
     """The U-Net with every level's features scaled and shifted by a sinusoidal embedding of a time (Ho et al. 2020)."""
 
+    frequencies: Tensor
+
     def __init__(self, channels: int, widths: Sequence[int], embedding: int = 128) -> None:
         super().__init__(channels, widths)
         half = embedding // 2
         self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
-        self.embed = nn.Sequential(nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
         self.modulate_down = nn.ModuleList(nn.Linear(embedding, 2 * width) for width in widths)
         self.modulate_up = nn.ModuleList(nn.Linear(embedding, 2 * width) for width in widths[:-1])
 

@@ -222,6 +222,15 @@ class Detector:
         """Write the model folder that `load` reads."""
         write_model(Path(folder), self.spec, self._state)
 
+    def with_spec(self, spec: ModelSpec) -> Detector:
+        """The same weights with another specification, say another score; raises `AnomriError` if they do not fit."""
+        method = methods.build(spec)
+        try:
+            method.load_state_dict(self._state)
+        except RuntimeError as error:
+            raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
+        return Detector(spec, method, self.device)
+
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:
             return None

@@ -34,12 +34,16 @@ class Downward(nn.Module):
         super().__init__()
         widths = [width * multiple for multiple in MULTIPLES]
         blocks = (ResidualBlock(a, b, up=False) for a, b in pairwise(widths))
-        self.features = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *blocks, nn.Flatten())
+        self.blocks = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), *blocks, nn.Flatten())
         self.end = nn.Linear(widths[-1] * COARSEST**2, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, 128, 128) -> (n, outputs)."""
-        return self.end(self.features(x))
+        return self.end(self.describe(x))
+
+    def describe(self, x: Tensor) -> Tensor:
+        """The features (n, f) that the outputs are made of."""
+        return self.blocks(x)
 
 
 class ResidualBlock(nn.Module):

@@ -36,7 +36,7 @@ VALIDATION_SEED = 2022
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is: ``stage`` is ``pack``, ``train`` or ``score``; losses are NaN until there is one."""
+    """Where a job is: ``stage`` is ``pack``, ``train``, ``score`` or ``evaluate``; losses are NaN until there is one."""
 
     stage: str
     done: int

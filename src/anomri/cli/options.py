@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, TypeVar
 
 import typer
 from rich.console import Console
+
+from anomri.spec import AnomriError
 
 app = typer.Typer(
     help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
@@ -32,3 +35,15 @@ Channels = Annotated[
 def names_of(channels: str | None) -> tuple[str, ...] | None:
     """The names in a list with commas, in lower case; ``None`` if nothing is given."""
     return tuple(name.strip().lower() for name in channels.split(",") if name.strip()) if channels else None
+
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> list[Number]:
+    """The numbers in lists with commas; raises `AnomriError` naming what is none."""
+    parts = [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+    try:
+        return [kind(part) for part in parts]
+    except ValueError as error:
+        raise AnomriError(f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error}).") from error

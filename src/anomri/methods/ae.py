@@ -15,7 +15,7 @@ from anomri.slices import cut_box, paste_box
 from anomri.spec import Training
 
 SMALL = Training(
-    steps=800,
+    steps=900,
     learning_rate=1e-3,
     schedule="cosine",
     precision="auto",

@@ -48,6 +48,7 @@ class Diffusion(nn.Module):
         "small": Preset({"widths": [16, 32, 64, 128]}, SMALL),
         "demo": Preset({"widths": [16, 32, 64, 128], "strides": 5}, replace(SMALL, steps=300, learning_rate=2e-3)),
     }
+    signal: Tensor
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class Diffusion(nn.Module):
         if noise not in ("gaussian", "simplex", "coarse"):
             raise AnomriError(f"diffusion knows no noise {noise!r}; it has gaussian, simplex and coarse.")
         if not 0 <= start <= steps or strides < 1:
-            raise AnomriError(f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and {strides}.")
+            raise AnomriError(
+                f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and {strides}."
+            )
         self.network = TimedUNet(len(channels), widths)
         self.box_multiple = 2 ** (len(widths) - 1)
         self.noise, self.eta = noise, eta

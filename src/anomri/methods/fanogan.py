@@ -19,6 +19,7 @@ PENALTY = 10.0
 FULL = Training(
     steps=67_200, batch_size=32, learning_rate=1e-3, schedule="constant", weight_decay=0.0, gradient_clip=100.0
 )
+SMALL = replace(FULL, steps=600, batch_size=8, validate_every=50, validation_slices=128)
 
 
 class FAnoGAN(nn.Module):
@@ -26,18 +27,19 @@ class FAnoGAN(nn.Module):
 
     The critic has a turn at each step of the first ``gan_share`` of the training, the generator at every fifth; then
     both rest and the encoder learns |x - G(E(x))|^2 + ``kappa`` * |f(x) - f(G(E(x)))|^2, with f the critic's last
-    features. Learning rates are 1e-3 for both, and ``encoder_rate`` times that for the encoder: 1e-5 in the paper, more
-    in ``small``, whose few steps would not move it. The share is ours; so is a linear last layer, since our
-    slices are not confined to (-1, 1). The score is the image residual: the feature residual is one number a
-    slice, and at kappa 1e-8 moves no voxel.
+    features. The rate is 1e-3 for both, and ``encoder_rate`` times that for the encoder: 1e-5 in the paper, more in
+    ``small``, whose few steps would not move it (its batches of 8, too, are what a processor has time for). The share
+    is ours; so is a linear last layer, since our slices are not confined to (-1, 1). The score is the image residual:
+    the feature residual is one number a slice, and at kappa 1e-8 moves no voxel.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({}, FULL),
-        "small": Preset({"width": 8, "encoder_rate": 1.0}, replace(FULL, steps=1200, validate_every=100)),
-        "demo": Preset({"width": 8, "encoder_rate": 1.0}, replace(FULL, steps=300, validate_every=50)),
+        "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),
+        "demo": Preset({"width": 8, "encoder_rate": 1.0}, replace(SMALL, steps=150, validate_every=25)),
     }
     box_multiple = GRID
+    encoder_begun: Tensor
 
     def __init__(
         self,
@@ -77,6 +79,8 @@ class FAnoGAN(nn.Module):
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None, player: str | None = None
     ) -> Tensor:
         """The loss of a player; without one the encoder's on the foreground, NaN before its training has begun."""
+        for network in (self.critic, self.generator, self.encoder):
+            network.requires_grad_(network is getattr(self, player or "encoder"))
         # At rest the generator's batch norm must not go on averaging.
         self.generator.train(self.training and player in ("critic", "generator"))
         if player == "critic":
@@ -86,7 +90,7 @@ class FAnoGAN(nn.Module):
         if player == "encoder":
             self.encoder_begun.fill_(True)
         found = self.generator(self.encoder(x))
-        features = (self.critic.features(found) - self.critic.features(x)).square().mean()
+        features = (self.critic.describe(found) - self.critic.describe(x)).square().mean()
         loss = ((found - x) * foreground[:, None]).square().mean() + self.kappa * features
         return torch.where(self.encoder_begun, loss, torch.nan)
 

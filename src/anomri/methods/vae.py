@@ -16,7 +16,7 @@ from anomri.spec import Training
 
 GRID = 128
 SMALL = Training(
-    steps=800, learning_rate=1e-3, schedule="cosine", precision="auto", validate_every=100, validation_slices=128
+    steps=600, learning_rate=1e-3, schedule="cosine", precision="auto", validate_every=100, validation_slices=128
 )
 PAPER_WIDTHS, SMALL_WIDTHS = [64, 128, 256, 512], [16, 32, 64, 128]
 
@@ -31,8 +31,10 @@ class VAE(nn.Module):
 
     Restoration looks for the healthy slice y near x: ``restoration_steps`` gradient steps from y = x on
     |f(y) - y|^2 + KL + ``restoration_weight`` * TV(x - y), the first two weighed against each other as in training,
-    where TV, total variation, is the price of leaving the image. 0 steps: plain reconstruction. You et al. tune weight and rate by
-    hand; so are ours (see `VAERestoration`).
+    where TV, total variation, is the price of leaving the image. 0 steps: plain reconstruction. You et al. tune rate
+    and weight by hand. Ours: 100 steps of 0.01 take a pixel 1 - 0.98^100 = 87 % of the way to what the network makes
+    of it; and a lone pixel, whose TV grows by 4 a unit, stays where its error is below 2 x 0.1 = 0.2, the spread of
+    healthy tissue, while of a region only the rim is held back.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {
