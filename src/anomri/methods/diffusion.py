@@ -72,7 +72,8 @@ class Diffusion(nn.Module):
         self.box_multiple = 2 ** (len(widths) - 1)
         self.noise, self.eta = noise, eta
         self.register_buffer("signal", signal_share(steps, schedule), persistent=False)
-        self.times = torch.linspace(start, 0, min(strides, start) + 1).round().int().tolist() if start else [0]
+        jumps = max(min(strides, start), 1)
+        self.times = [round(start * (1 - jump / jumps)) for jump in range(jumps + 1)] if start else [0]
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Mean squared error of the noise that the network sees at a random step, on every pixel."""

@@ -87,16 +87,28 @@ class VAE(nn.Module):
         return self.restore(x) if self.restoration_steps else self.decode(self.posterior(x)[0])
 
     def restore(self, x: Tensor) -> Tensor:
-        """The healthy slices near ``x``, of the same shape; every slice of a batch goes its own way."""
+        """The healthy slices near ``x``, of the same shape; every slice of a batch goes its own way.
+
+        A step that would raise a slice's objective is not taken, and its rate is halved.
+        """
         inside = (x != 0).any(dim=1, keepdim=True)
-        restored = x.clone()
+        restored, rate = x, torch.full((len(x), 1, 1, 1), self.restoration_rate, device=x.device)
+        objective, gradient = self._slope(restored, x, inside)
         for _ in range(self.restoration_steps):
-            with torch.enable_grad():
-                restored.requires_grad_()
-                objective = self.restoration_objective(restored, x, inside).sum()
-                (gradient,) = torch.autograd.grad(objective, restored)
-            restored = restored.detach() - self.restoration_rate * gradient * inside
+            tried = restored - rate * gradient
+            tried_objective, tried_gradient = self._slope(tried, x, inside)
+            lower = (tried_objective < objective)[:, None, None, None]
+            objective = torch.where(lower[:, 0, 0, 0], tried_objective, objective)
+            restored, gradient = torch.where(lower, tried, restored), torch.where(lower, tried_gradient, gradient)
+            rate = torch.where(lower, rate, rate / 2)
         return restored
+
+    def _slope(self, restored: Tensor, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            place = restored.detach().requires_grad_()
+            objective = self.restoration_objective(place, x, inside)
+            (gradient,) = torch.autograd.grad(objective.sum(), place)
+        return objective.detach(), gradient * inside
 
     def restoration_objective(self, restored: Tensor, x: Tensor, inside: Tensor) -> Tensor:
         """What restoration lowers, one value a slice (n,); ``inside`` (n, 1, h, w) is where there is brain."""
