@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional, TypeVar
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 from rich.console import Console
@@ -47,3 +48,17 @@ def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> li
         return [kind(part) for part in parts]
     except ValueError as error:
         raise AnomriError(f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error}).") from error
+
+
+def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Settings from NAME=VALUE, the value as JSON if it is that, else as text; raises `AnomriError` without a ``=``."""
+    settings = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise AnomriError(f"{text}: not a setting as NAME=VALUE.")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value
+    return settings
