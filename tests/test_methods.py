@@ -1,8 +1,6 @@
 """Every method on the small cohort: it learns, it is saved and loaded, it goes on after a stop."""
 
 import csv
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from anomri.methods.vae import VAE, total_variation
 from anomri.simplex import simplex_noise
 from anomri.slices import cut_box, paste_box
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
-from anomri.training import train
+from anomri.training import learning_rate, train
+from test_training import StopAt
 
 WIDTHS = [2, 4, 8, 16]
 FAST = {"batch_size": 4, "validate_every": 8, "validation_slices": 8, "precision": "32-true"}
@@ -91,15 +90,6 @@ def test_saving_and_loading_gives_the_same_map_bit_for_bit(trained: Path, cohort
     assert before.anomaly_map.max() > 0
     assert detector.spec.thresholds is not None
     assert "AUPRC, pooled" in [figure.name for figure in anomri.evaluate(cohort, model=detector).figures]
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, state: object) -> None:
-        if getattr(state, "stage", "") == "train" and state.done == self.step:  # type: ignore[attr-defined]
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_resuming_gives_the_model_that_was_never_stopped(
@@ -180,7 +170,7 @@ def test_the_critic_separates_real_from_made_up() -> None:
     optimizer = torch.optim.Adam(critic.parameters(), 1e-2, betas=(0.0, 0.9))
     x, foreground = brains(4), brains(4).sum(dim=1) > 0
     before = [parameter.clone() for parameter in generator.parameters()]
-    for step in range(30):
+    for step in range(15):
         loss = gan(x, foreground, Generator().manual_seed(step), player="critic")
         optimizer.zero_grad()
         loss.backward()
@@ -279,7 +269,5 @@ def test_simplex_noise_is_smooth_and_standard() -> None:
 
 
 def test_a_constant_rate_stays() -> None:
-    from anomri.training import learning_rate
-
     schedule = replace(Training(), schedule="constant", learning_rate=0.5)
     assert {learning_rate(schedule, step) for step in (0, 1000, 67_000)} == {0.5}
