@@ -41,6 +41,7 @@ def test_every_public_name_has_help() -> None:
     # Names stay functions after the modules behind them are imported.
     assert callable(anomri.train)
     assert callable(anomri.report)
+    assert callable(anomri.compare)
 
 
 def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

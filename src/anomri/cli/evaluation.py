@@ -76,7 +76,7 @@ def compare(
 
     Stop it when you like: the same command continues, and reuses what is finished.
     """
-    from anomri.compare import compare as run
+    from anomri.comparison import compare as run
     from anomri.progress import comparison_progress
 
     with comparison_progress(err) as progress:

@@ -11,8 +11,8 @@ from typing import Any
 
 from anomri import methods
 from anomri.cases import Case, channels_of, find_cases, read_splits
-from anomri.compare_jobs import Job, evaluate_job, run_in_process, train_job
-from anomri.compare_report import Row, write_comparison
+from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
+from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, write_text
 from anomri.spec import AnomriError, ModelSpec

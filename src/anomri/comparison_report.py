@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomri.compare_jobs import MEDIAN, Job
+from anomri.comparison_jobs import MEDIAN, Job
 from anomri.detection import tsv
 from anomri.files import whole_file, write_text
 from anomri.pictures import TRUTH_COLOUR, grey, heat, outline

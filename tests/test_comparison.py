@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri import compare_jobs, methods
+from anomri import comparison_jobs, methods
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.cli.options import numbers_of, settings_of
-from anomri.compare import compare, plan
-from anomri.compare_jobs import Job, evaluate_job, run_in_process, train_job
-from anomri.compare_report import Row
+from anomri.comparison import compare, plan
+from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
+from anomri.comparison_report import Row
 from anomri.methods import Preset
 from anomri.methods.vae import VAE, VAERestoration
 from anomri.spec import AnomriError, Interrupted
@@ -38,7 +38,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         ran.append((work.__name__, job.name))
         work(job, tell)
 
-    monkeypatch.setattr("anomri.compare.run_in_process", run)
+    monkeypatch.setattr("anomri.comparison.run_in_process", run)
     return ran
 
 
@@ -157,12 +157,12 @@ def test_the_command_trains_in_processes_of_their_own(
     assert main([*command, "--preset", "huge"]) == 2
 
 
-def wait_for_a_signal(job: Job, tell: compare_jobs.Tell) -> None:
+def wait_for_a_signal(job: Job, tell: comparison_jobs.Tell) -> None:
     tell(Progress("train", 0, 1))
     time.sleep(60)
 
 
-def die(job: Job, tell: compare_jobs.Tell) -> None:
+def die(job: Job, tell: comparison_jobs.Tell) -> None:
     os._exit(3)
 
 
