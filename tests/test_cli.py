@@ -24,7 +24,9 @@ def test_neither_the_import_nor_help_need_torch(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["", "train", "detect", "evaluate", "bids", "view", "demo", "import-checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "detect", "evaluate", "compare", "bids", "view", "demo", "import-checkpoint"]
+)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
@@ -39,6 +41,7 @@ def test_every_public_name_has_help() -> None:
     # Names stay functions after the modules behind them are imported.
     assert callable(anomri.train)
     assert callable(anomri.report)
+    assert callable(anomri.compare)
 
 
 def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

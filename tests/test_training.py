@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops(cohort: Path, cache: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
-        ({"method": "magic"}, "no method 'magic'; the methods are dae, thresholding"),
+        ({"method": "magic"}, "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae"),
         ({"settings": {"depth": 3}}, "settings .* do not fit the method dae"),
         ({"training": {"depth": 3}}, "training settings .* do not fit"),
         ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),

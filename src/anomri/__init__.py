@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomri.cases import Case, find_cases
+    from anomri.comparison import compare
     from anomri.detection import detect_cohort
     from anomri.detector import Detection, Detector
     from anomri.evaluation import evaluate
@@ -30,6 +31,7 @@ _HOMES = {
     "Detection": "detector",
     "Detector": "detector",
     "Evaluation": "pooling",
+    "compare": "comparison",
     "detect_cohort": "detection",
     "evaluate": "evaluation",
     "find_cases": "cases",

@@ -228,20 +228,35 @@ class Detector:
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
+        raw, reconstructed = self.raw_score(stack)
+        return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
+
+    def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
+        """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
         box = self._box(stack)
         reconstructed = torch.empty_like(stack.x)
-        with torch.inference_mode():
+        # Not inference mode: a method may follow gradients to its reconstruction.
+        with torch.no_grad():
             for start in range(0, len(stack.x), INFERENCE_BATCH):
                 part = slice(start, start + INFERENCE_BATCH)
                 reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
             raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
         # Outside the brain a method is free to make up anything; nobody should see it.
         reconstructed *= stack.foreground[:, None]
-        return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
+        return raw, reconstructed
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""
         write_model(Path(folder), self.spec, self._state)
+
+    def with_spec(self, spec: ModelSpec) -> Detector:
+        """The same weights with another specification, say another score; raises `AnomriError` if they do not fit."""
+        method = methods.build(spec)
+        try:
+            method.load_state_dict(self._state)
+        except RuntimeError as error:
+            raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
+        return Detector(spec, method, self.device)
 
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:

@@ -20,7 +20,13 @@ from rich.progress import (
 if TYPE_CHECKING:
     from anomri.training import Progress as TrainingProgress
 
-STAGES = {"make": "making scans", "pack": "packing", "train": "training", "score": "thresholds"}
+STAGES = {
+    "make": "making scans",
+    "pack": "packing",
+    "train": "training",
+    "score": "thresholds",
+    "evaluate": "test scans",
+}
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(name, total=state.total, losses="")
             losses = ""
-            if state.validation_loss == state.validation_loss:  # not NaN: there is one
+            if state.loss == state.loss:  # not NaN: there is one
                 losses = f"loss {state.loss:.5f}, validation {state.validation_loss:.5f}"
             bar.update(tasks[state.stage], completed=state.done, total=state.total, losses=losses)
             if not console.is_terminal and losses and losses != shown.get(state.stage):
@@ -42,6 +48,24 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
                 console.print(f"{name} {state.done}/{state.total}: {losses}", highlight=False)
 
         shown: dict[str, str] = {}
+        yield show
+
+
+@contextmanager
+def comparison_progress(console: Console) -> Iterator[Callable[[str, TrainingProgress], None]]:
+    """Give a function that shows where each job of a comparison is: a bar on a terminal, a line a stage elsewhere."""
+    with _bar(console) as bar:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def show(job: str, state: TrainingProgress) -> None:
+            key = (job, state.stage)
+            if key not in tasks:
+                tasks[key] = bar.add_task(f"{job}: {STAGES[state.stage]}", total=state.total, losses="")
+                if not console.is_terminal:
+                    console.print(f"{job}: {STAGES[state.stage]}", highlight=False)
+            losses = "" if state.loss != state.loss else f"loss {state.loss:.5f}"
+            bar.update(tasks[key], completed=state.done, total=state.total, losses=losses)
+
         yield show
 
 

@@ -59,6 +59,14 @@ class CaseView:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A PNG (base64) with a title."""
+
+    title: str
+    png: str
+
+
+@dataclass(frozen=True)
 class Page:
     """What a report shows, from the top down; ``facts`` are the few values that stand large, with their names."""
 
@@ -68,6 +76,7 @@ class Page:
     facts: Sequence[tuple[str, str]] = ()
     summary: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
+    pictures: Sequence[Picture] = ()
     cases: Sequence[CaseView] = ()
     pictured: str = ""
     tables: Sequence[Table] = ()

@@ -161,6 +161,18 @@ def brain_box(foreground: Tensor, multiple: int) -> tuple[int, int, int, int]:
     )
 
 
+def cut_box(x: Tensor, box: tuple[int, int, int, int] | None) -> Tensor:
+    """The part of (..., h, w) in a box; all of it without one."""
+    return x if box is None else x[..., box[0] : box[1], box[2] : box[3]]
+
+
+def paste_box(part: Tensor, size: tuple[int, int], box: tuple[int, int, int, int] | None) -> Tensor:
+    """Zeros of (..., *size) with ``part`` in the box it was cut from; ``part`` itself without one."""
+    if box is None:
+        return part
+    return functional.pad(part, (box[2], size[1] - box[3], box[0], size[0] - box[1]))
+
+
 def join_boxes(
     a: tuple[int, int, int, int], b: tuple[int, int, int, int], multiple: int, size: tuple[int, int]
 ) -> tuple[int, int, int, int]:

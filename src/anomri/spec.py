@@ -71,7 +71,7 @@ class Training:
     steps: int = 67_200
     batch_size: int = 16
     learning_rate: float = 1e-4
-    schedule: Literal["published", "cosine"] = "published"
+    schedule: Literal["published", "cosine", "constant"] = "published"
     """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again; ``cosine``: one fall."""
     weight_decay: float = 1e-5
     gradient_clip: float = 0.5

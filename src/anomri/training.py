@@ -24,7 +24,7 @@ from anomri import methods
 from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
 from anomri.detector import Detector, resolve_device
 from anomri.files import output_folder
-from anomri.methods import Box
+from anomri.methods import Box, Player
 from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
 from anomri.slices import foreground_of, join_boxes
 from anomri.spec import AnomriError, Cohort, Interrupted, ModelSpec, Training
@@ -36,7 +36,7 @@ VALIDATION_SEED = 2022
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is: ``stage`` is ``pack``, ``train`` or ``score``; losses are NaN until there is one."""
+    """Where a job is: ``stage`` is ``pack``, ``train``, ``score`` or ``evaluate``; losses are NaN until there is one."""
 
     stage: str
     done: int
@@ -136,28 +136,32 @@ def fit(
     slices, held_out = HealthySlices(packed["train"]), HealthySlices(packed["val"])
     if state.step:
         network.load_state_dict(state.network)
-    optimizer = torch.optim.Adam(
-        network.parameters(), training.learning_rate, weight_decay=training.weight_decay, amsgrad=True
-    )
-    model, optimizer = fabric.setup(network, optimizer)
+    players = methods.players(network)
+    model, *optimizers = fabric.setup(network, *(_optimizer(player, training) for player in players))
     if state.step:
-        optimizer.load_state_dict(state.optimizer)
+        for player, optimizer in zip(players, optimizers, strict=True):
+            optimizer.load_state_dict(state.optimizers[player.name])
     log = Log(folder, state.step)
     start = time.monotonic() - log.seconds
     loss_mean = loss_held_out = math.nan
 
     with StopRequest.listen() as stop:
         for step in range(state.step, training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step)
             x = fabric.to_device(slices.batch(batch_numbers(len(slices), training, step)))
             generator = Generator(fabric.device).manual_seed(training.seed * 2**32 + step)
-            loss = model(x, foreground_of(x, spec.scaling), generator, spec.crop)
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
-            optimizer.step()
-            state.step, state.losses = step + 1, [*state.losses, loss.detach()]
+            losses = []
+            for player, optimizer in zip(players, optimizers, strict=True):
+                if not player.plays(step, training.steps):
+                    continue
+                for group in optimizer.param_groups:
+                    group["lr"] = player.rate * learning_rate(training, step)
+                loss = model(x, foreground_of(x, spec.scaling), generator, spec.crop, **player.arguments)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
+                optimizer.step()
+                losses.append(loss.detach())
+            state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
 
             validate = state.step % training.validate_every == 0 or state.step == training.steps
             if validate:
@@ -170,7 +174,8 @@ def fit(
                 state.losses = []
             stopping = stop.signal if state.step < training.steps else None
             if validate or stopping:
-                state.network, state.optimizer = network.state_dict(), optimizer.state_dict()
+                state.network = network.state_dict()
+                state.optimizers = {p.name: o.state_dict() for p, o in zip(players, optimizers, strict=True)}
                 state.save(folder)
             progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out))
             if stopping:
@@ -198,8 +203,15 @@ def validation_loss(fabric: Fabric, model: Any, spec: ModelSpec, held_out: Healt
     return total / count
 
 
+def _optimizer(player: Player, training: Training) -> torch.optim.Optimizer:
+    parameters, decay = player.module.parameters(), training.weight_decay
+    return torch.optim.Adam(parameters, training.learning_rate, player.betas, weight_decay=decay, amsgrad=True)
+
+
 def learning_rate(training: Training, step: int) -> float:
     """The learning rate of a step (from 0), by the training's schedule."""
+    if training.schedule == "constant":
+        return training.learning_rate
     phase = (step // 32) / 100 if training.schedule == "published" else step / training.steps
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
 

@@ -30,7 +30,8 @@ class TrainingState:
     best_loss: float = float("inf")
     best: dict[str, Tensor] = field(default_factory=dict)
     network: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    optimizers: dict[str, Any] = field(default_factory=dict)
+    """By the name of the player whose parameters it moves."""
     losses: list[Tensor] = field(default_factory=list)
     """Losses of the steps since the last validation."""
     task: dict[str, Any] = field(default_factory=dict)

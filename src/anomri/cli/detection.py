@@ -48,7 +48,8 @@ def detect(
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
-    detector = Detector.load(model, device)
+    # The threshold is chosen here, so that a SEG names the one that made it.
+    detector = Detector.load(model, device).with_threshold(sensitivity, false_positive_ml)
     parameters = seg_parameters(detector.spec) if dicom_seg else {}
     intake = take_in(
         input,
@@ -78,8 +79,6 @@ def detect(
             output,
             detector,
             reconstruction=reconstruction,
-            sensitivity=sensitivity,
-            false_positive_ml=false_positive_ml,
             preparation=preparation,
             progress=told,
         )

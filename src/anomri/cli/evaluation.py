@@ -1,4 +1,4 @@
-"""Commands that compare maps with labels: `evaluate`."""
+"""Commands that compare maps with labels: `evaluate`, `compare`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from anomri.cli.options import Cohort, Device, FalsePositiveMl, OutFolder, Sensitivity, app, err, out
+from anomri.cli.options import (
+    Channels,
+    Cohort,
+    Device,
+    FalsePositiveMl,
+    OutFolder,
+    Sensitivity,
+    app,
+    err,
+    names_of,
+    numbers_of,
+    out,
+)
 
 if TYPE_CHECKING:
     from anomri.pooling import Evaluation
@@ -53,6 +65,58 @@ def evaluate(
     _print_evaluation(evaluation)
     out.print(f"Look at {output / 'report.html'}", highlight=False)
     raise typer.Exit(1 if evaluation.failed else 0)
+
+
+@app.command()
+def compare(
+    input: Cohort,
+    output: OutFolder,
+    methods: Annotated[str, typer.Option(metavar="all|LIST", help="Methods, as dae,vae,thresholding.")] = "all",
+    noise_resolution: Annotated[
+        Optional[list[str]], typer.Option(metavar="LIST", help="Also the dae with these, as 1,2,4; may be given again.")
+    ] = None,
+    noise_std: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="LIST", help="Also the dae with these, as .05,.1; may be given again."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each (the paper: 3).")] = 1,
+    preset: Annotated[str, typer.Option(help="Of every method: paper, small or demo.")] = "small",
+    channels: Channels = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the presets'.")] = None,
+    splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
+    split: Annotated[Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")] = None,
+    cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train and evaluate several methods, noise settings and seeds: one table, curves, pictures.
+
+    Stop it when you like: the same command continues, and reuses what is finished.
+    """
+    from anomri.comparison import compare as run
+    from anomri.progress import comparison_progress
+
+    with comparison_progress(err) as progress:
+        comparison = run(
+            input,
+            output,
+            methods=methods,
+            noise_resolution=numbers_of(noise_resolution, int),
+            noise_std=numbers_of(noise_std, float),
+            seeds=seeds,
+            preset=preset,
+            channels=names_of(channels),
+            training={"steps": steps} if steps else None,
+            splits=splits,
+            split=split,
+            cache=cache,
+            device=device,
+            progress=progress,
+        )
+    out.print((output / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+    out.print(f"Look at {comparison.report}", highlight=False)
+    for job, error in comparison.failed.items():
+        err.print(f"failed: {job}: {error}", style="red", highlight=False, markup=False)
+    raise typer.Exit(1 if comparison.failed else 0)
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

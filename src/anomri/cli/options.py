@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 from rich.console import Console
+
+from anomri.spec import AnomriError
 
 app = typer.Typer(
     help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
@@ -45,3 +49,29 @@ FalsePositiveMl = Annotated[
 def names_of(channels: str | None) -> tuple[str, ...] | None:
     """The names in a list with commas, in lower case; ``None`` if nothing is given."""
     return tuple(name.strip().lower() for name in channels.split(",") if name.strip()) if channels else None
+
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> list[Number]:
+    """The numbers in lists with commas; raises `AnomriError` naming what is none."""
+    parts = [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
+    try:
+        return [kind(part) for part in parts]
+    except ValueError as error:
+        raise AnomriError(f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error}).") from error
+
+
+def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Settings from NAME=VALUE, the value as JSON if it is that, else as text; raises `AnomriError` without a ``=``."""
+    settings = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise AnomriError(f"{text}: not a setting as NAME=VALUE.")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value
+    return settings

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from anomri.cli.options import Channels, Cohort, Device, NewModel, OutFolder, app, err, names_of, out
+from anomri.cli.options import Channels, Cohort, Device, NewModel, OutFolder, app, err, names_of, out, settings_of
 
 
 @app.command()
@@ -15,7 +15,9 @@ def train(
     input: Cohort,
     output: NewModel,
     preset: Annotated[str, typer.Option(help="paper: as published; small: ten minutes on two cores.")] = "small",
-    method: Annotated[str, typer.Option(help="dae or thresholding.")] = "dae",
+    method: Annotated[
+        str, typer.Option(help="dae, thresholding, ae, vae, vae-restoration, fanogan or diffusion.")
+    ] = "dae",
     channels: Channels = None,
     splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
@@ -33,6 +35,12 @@ def train(
         typer.Option(min=0.0, max=0.9, help="Multiply channels of training slices by 1 +- this; 0: not."),
     ] = None,
     flip: Annotated[Optional[bool], typer.Option(help="Mirror half of the training slices left to right.")] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A setting of the method, as noise=coarse; may be given again."
+        ),
+    ] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
     data_licence: Annotated[Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")] = None,
     device: Device = "auto",
@@ -61,7 +69,7 @@ def train(
             method=method,
             preset=preset,
             channels=names_of(channels),
-            settings={name: value for name, value in settings.items() if value is not None},
+            settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},
             splits=splits,
             cache=cache,

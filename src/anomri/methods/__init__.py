@@ -5,11 +5,12 @@ A new method is a file with a class that fits `Method`, and a line in `_METHODS`
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from anomri.spec import AnomriError, ModelSpec, Training
 
@@ -22,11 +23,39 @@ class Preset:
 
     settings: dict[str, Any] = field(default_factory=dict)
     training: Training | None = None
+    weights_of: str | None = None
+    """A method whose weights, from its preset of the same name, serve this one too: a comparison trains once."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """One side of a training in which several networks take turns, each with a loss and an optimiser of its own.
+
+    ``module`` holds what it moves; ``rate`` multiplies the training's learning rate; ``betas`` are Adam's;
+    ``plays(step, steps)`` says whether it has a turn at a step (from 0) of so many. Its loss is
+    ``method(x, foreground, generator, box, player=name)``, or the method's plain loss if it has no name.
+    """
+
+    module: nn.Module
+    name: str = ""
+    rate: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    plays: Callable[[int, int], bool] = lambda step, steps: True
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What its loss is called with beside the batch."""
+        return {"player": self.name} if self.name else {}
 
 
 _METHODS = {
+    "ae": "anomri.methods.ae:AE",
     "dae": "anomri.methods.dae:DAE",
+    "diffusion": "anomri.methods.diffusion:Diffusion",
+    "fanogan": "anomri.methods.fanogan:FAnoGAN",
     "thresholding": "anomri.methods.thresholding:Thresholding",
+    "vae": "anomri.methods.vae:VAE",
+    "vae-restoration": "anomri.methods.vae:VAERestoration",
 }
 
 
@@ -36,6 +65,7 @@ class Method(Protocol):
 
     Tensors are (n, c, h, w) float32 slices on the working grid and (n, h, w) bool foregrounds. ``box``
     (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
+    A method whose networks train against each other also has ``players() -> list[Player]``.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]
@@ -72,6 +102,11 @@ def build(spec: ModelSpec) -> Any:
         return _class(spec.method)(spec.channels, **spec.settings)
     except TypeError as error:
         raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
+
+
+def players(method: Any) -> Sequence[Player]:
+    """Who takes turns in the training of a method: one player that moves everything, unless it names several."""
+    return method.players() if hasattr(method, "players") else [Player(method)]
 
 
 def _class(method: str) -> Any:

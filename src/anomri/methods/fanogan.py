@@ -1,0 +1,116 @@
+"""f-AnoGAN: a generator of healthy slices, and an encoder that finds a slice's place in it (Schlegl et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from anomri.gan_networks import GRID, Downward, SliceGenerator
+from anomri.methods import Box, Player, Preset
+from anomri.residual import mean_absolute_residual
+from anomri.spec import Training
+
+CRITIC_TURNS = 5
+PENALTY = 10.0
+FULL = Training(
+    steps=67_200, batch_size=32, learning_rate=1e-3, schedule="constant", weight_decay=0.0, gradient_clip=100.0
+)
+SMALL = replace(FULL, steps=600, batch_size=8, validate_every=50, validation_slices=128)
+
+
+class FAnoGAN(nn.Module):
+    """A Wasserstein GAN with gradient penalty (Gulrajani et al. 2017) and, after it, an encoder (``izi_f``).
+
+    The critic has a turn at each step of the first ``gan_share`` of the training, the generator at every fifth; then
+    both rest and the encoder learns |x - G(E(x))|^2 + ``kappa`` * |f(x) - f(G(E(x)))|^2, with f the critic's last
+    features. The rate is 1e-3 for both, and ``encoder_rate`` times that for the encoder: 1e-5 in the paper, more in
+    ``small``, whose few steps would not move it (its batches of 8, too, are what a processor has time for). The share
+    is ours; so is a linear last layer, since our slices are not confined to (-1, 1). The score is the image residual:
+    the feature residual is one number a slice, and at kappa 1e-8 moves no voxel.
+    """
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset({}, FULL),
+        "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),
+        "demo": Preset({"width": 8, "encoder_rate": 1.0}, replace(SMALL, steps=150, validate_every=25)),
+    }
+    box_multiple = GRID
+    encoder_begun: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[str],
+        width: int = 64,
+        latent: int = 128,
+        kappa: float = 1e-8,
+        gan_share: float = 0.75,
+        encoder_rate: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.generator = SliceGenerator(len(channels), width, latent)
+        self.critic = Downward(len(channels), width, 1)
+        self.encoder = Downward(len(channels), width, latent)
+        self.latent, self.kappa, self.gan_share, self.encoder_rate = latent, kappa, gan_share, encoder_rate
+        self.register_buffer("encoder_begun", torch.zeros((), dtype=torch.bool))
+
+    def players(self) -> list[Player]:
+        """Critic and generator first, then the encoder, which has at least the last step."""
+
+        def encoding(step: int, steps: int) -> bool:
+            return step >= min(round(self.gan_share * steps), steps - 1)
+
+        return [
+            Player(self.critic, "critic", 1.0, (0.0, 0.9), lambda step, steps: not encoding(step, steps)),
+            Player(
+                self.generator,
+                "generator",
+                1.0,
+                (0.0, 0.9),
+                lambda step, steps: not encoding(step, steps) and step % CRITIC_TURNS == CRITIC_TURNS - 1,
+            ),
+            Player(self.encoder, "encoder", self.encoder_rate, plays=encoding),
+        ]
+
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None, player: str | None = None
+    ) -> Tensor:
+        """The loss of a player; without one the encoder's on the foreground, NaN before its training has begun."""
+        for network in (self.critic, self.generator, self.encoder):
+            network.requires_grad_(network is getattr(self, player or "encoder"))
+        # At rest the generator's batch norm must not go on averaging.
+        self.generator.train(self.training and player in ("critic", "generator"))
+        if player == "critic":
+            return self.critic_loss(x, generator)
+        if player == "generator":
+            return -self.critic(self.generator(self._draw(len(x), generator, x.device))).mean()
+        if player == "encoder":
+            self.encoder_begun.fill_(True)
+        found = self.generator(self.encoder(x))
+        features = (self.critic.describe(found) - self.critic.describe(x)).square().mean()
+        loss = ((found - x) * foreground[:, None]).square().mean() + self.kappa * features
+        return torch.where(self.encoder_begun, loss, torch.nan)
+
+    def critic_loss(self, x: Tensor, generator: Generator) -> Tensor:
+        """How little the critic tells real from made-up slices apart, + the penalty on gradients off norm 1."""
+        with torch.no_grad():
+            made_up = self.generator(self._draw(len(x), generator, x.device))
+        share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)
+        between = (share * x + (1 - share) * made_up).requires_grad_()
+        (gradient,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
+        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+        return self.critic(made_up).mean() - self.critic(x).mean() + PENALTY * penalty
+
+    def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
+        """The slice that the generator makes at the place the encoder finds; always of the whole grid."""
+        return self.generator(self.encoder(x)).float()
+
+    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+        """Mean over the channels of the absolute residual."""
+        return mean_absolute_residual(x, reconstruction)
+
+    def _draw(self, count: int, generator: Generator, device: torch.device) -> Tensor:
+        return torch.randn((count, self.latent), generator=generator, device=device)

@@ -1,0 +1,251 @@
+"""Several methods by one command: what is trained, reused, continued, and written."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anomri
+from anomri import comparison_jobs, methods
+from anomri.cases import find_cases
+from anomri.cli import main
+from anomri.cli.options import numbers_of, settings_of
+from anomri.comparison import compare, plan
+from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
+from anomri.comparison_report import Row
+from anomri.methods import Preset
+from anomri.methods.vae import VAE, VAERestoration
+from anomri.spec import AnomriError, Interrupted
+from anomri.training import Progress
+from anomri.training_state import TrainingState
+
+WIDTHS = [2, 4, 8, 16]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Jobs run in this process, which knows the tiny preset and starts at once; says which ran."""
+    ran = []
+
+    def run(work, job, tell):  # type: ignore[no-untyped-def]
+        ran.append((work.__name__, job.name))
+        work(job, tell)
+
+    monkeypatch.setattr("anomri.comparison.run_in_process", run)
+    return ran
+
+
+@pytest.fixture
+def tiny_vae(tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(methods.preset("dae", "tiny").training, steps=4, validate_every=2, crop_to_brain=False)  # type: ignore[type-var]
+    settings = {"widths": WIDTHS, "latent": 4}
+    monkeypatch.setitem(VAE.PRESETS, "tiny", Preset(settings, training))
+    restoring = Preset({**settings, "restoration_steps": 2}, training, weights_of="vae")
+    monkeypatch.setitem(VAERestoration.PRESETS, "tiny", restoring)
+
+
+def first(out: Path, preset: str = "tiny") -> Job:
+    return Job("", "", 0, out, "", [], [], preset, channels=("flair", "t1"))
+
+
+def test_a_table_curves_and_pictures(
+    cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 4, "validate_every": 2}}
+    # Thresholding has no preset "tiny": what is given must fit before anything is trained.
+    with pytest.raises(AnomriError, match="thresholding has no preset 'tiny'"):
+        compare(cohort, tmp_path, methods="dae,thresholding", **given)  # type: ignore[arg-type]
+    assert not here
+    given |= {"methods": ["dae", "vae-restoration", "vae"], "noise_resolution": [8, 16]}
+    comparison = compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
+    assert not comparison.failed
+    trained = [name for work, name in here if work == "train_job"]
+    # One training serves the VAE's two scores, and resolution 16 is the method's own.
+    assert trained == ["dae-seed0", "vae-seed0", "dae-noise_resolution-8-seed0"]
+    assert len([work for work, _ in here if work == "evaluate_job"]) == 4
+
+    titles = [row.title for row in comparison.rows]
+    assert titles[:4] == [
+        "VAE reconstruction",
+        "VAE reconstruction + median",
+        "VAE restoration",
+        "VAE restoration + median",
+    ]
+    assert "DAE, noise resolution 8 + median" in titles
+    by_title = dict(zip(titles, comparison.rows, strict=True))
+    assert by_title["VAE restoration"].values("auprc") != by_title["VAE reconstruction"].values("auprc")
+    # The row with median is what `evaluate` says of the same model.
+    model = tmp_path / "models" / "dae-seed0"
+    evaluation = anomri.evaluate(cohort, model=model)
+    dae = by_title["DAE + median"]
+    assert dae.figures["auprc"][0] == pytest.approx(
+        (evaluation.figures[0].value, evaluation.figures[0].low, evaluation.figures[0].high)
+    )
+    assert dae.values("ceil_dice_components")[0] == pytest.approx(evaluation["ceil-Dice, pooled, components filtered"])
+    assert by_title["DAE"].values("auprc") != dae.values("auprc")
+
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"table.tsv", "table.md", "cost.tsv", "report.html", "examples.png", "noise_resolution.png"} <= written
+    assert "noise_std.png" not in written
+    page = (tmp_path / "report.html").read_text()
+    assert "4 of 4 jobs done" in page and page.count("data:image/png") == 2
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0].startswith("| method | seeds | AUPRC |")
+    costs = [line.split("\t") for line in (tmp_path / "cost.tsv").read_text().splitlines()]
+    assert [row[0] for row in costs[1:]] == ["VAE reconstruction", "VAE restoration", "DAE", "DAE, noise resolution 8"]
+    assert all(row[2] == "4" and float(row[4]) > 0 and float(row[5]) > 50 and float(row[6]) > 50 for row in costs[1:])
+
+    # Given again with a second seed, that seed alone is done; with other settings, the folder is refused.
+    before = list(here)
+    given |= {"methods": "dae", "noise_resolution": (), "seeds": 2}
+    compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
+    assert here[len(before) :] == [("train_job", "dae-seed1"), ("evaluate_job", "dae-seed1")]
+    assert "| DAE + median | 2 | " in (text := (tmp_path / "table.md").read_text()) and "±" in text
+    with pytest.raises(AnomriError, match=r"comparison.json: was begun with another training; give the same"):
+        compare(cohort, tmp_path, **{**given, "training": {"steps": 5}})  # type: ignore[arg-type]
+
+
+def test_a_stopped_comparison_continues(
+    cohort: Path, cache: Path, tiny_preset: None, here: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    given = {"methods": "dae", "preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 6}}
+
+    def stop(job: str, state: Progress) -> None:
+        if state.stage == "train" and state.done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        compare(cohort, tmp_path, progress=stop, **given)  # type: ignore[arg-type]
+    state = TrainingState.load(tmp_path / "models" / "dae-seed0", {})
+    assert state.step in (3, 4)
+    steps = []
+    compare(cohort, tmp_path, progress=lambda job, s: steps.append(s.done) if s.stage == "train" else None, **given)  # type: ignore[arg-type]
+    assert steps == list(range(state.step + 1, 7))
+    assert (tmp_path / "results" / "dae-seed0.json").is_file()
+
+
+def test_a_job_that_fails_is_told_and_the_others_go_on(
+    cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 2, "validate_every": 2}}
+    comparison = compare(cohort, tmp_path, methods="dae,vae", noise_std=[float("nan")], **given)  # type: ignore[arg-type]
+    assert list(comparison.failed) == ["dae-noise_std-nan-seed0"]
+    assert "the loss is nan" in comparison.failed["dae-noise_std-nan-seed0"]
+    assert len(comparison.rows) == 4
+    assert "failed: dae-noise_std-nan-seed0" in comparison.report.read_text()
+
+
+def test_the_command_trains_in_processes_of_their_own(
+    cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "-i", str(cohort), "-o", str(tmp_path), "--methods", "dae", "--noise-std", "much"]
+    command += ["--preset", "demo", "--cache", str(cache), "--device", "cpu", "--steps", "2"]
+    assert main(command) == 2
+    command = [word for word in command if word not in ("--noise-std", "much")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "| DAE + median | 1 |" in out
+    result = json.loads((tmp_path / "results" / "dae-seed0.json").read_text())
+    assert result["peak_memory_mb"] > 50 and result["cases"] == 2 and result["failed"] == {}
+    assert main([*command, "--preset", "huge"]) == 2
+
+
+def wait_for_a_signal(job: Job, tell: comparison_jobs.Tell) -> None:
+    tell(Progress("train", 0, 1))
+    time.sleep(60)
+
+
+def die(job: Job, tell: comparison_jobs.Tell) -> None:
+    os._exit(3)
+
+
+def test_processes_pass_on_signals_and_their_death(tmp_path: Path) -> None:
+    job = replace(first(tmp_path), variant="x")
+    told = []
+
+    def tell(state: Progress) -> None:
+        told.append(state)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped in x-seed0; the same command continues"):
+        run_in_process(wait_for_a_signal, job, tell)
+    assert time.monotonic() - begun < 60
+    assert len(told) == 1
+    assert not multiprocessing.active_children()
+    with pytest.raises(AnomriError, match=r"x-seed0: its process ended with code 3"):
+        run_in_process(die, job, tell)
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    jobs = plan(first(tmp_path, "small"), "all", noise_std=[0.2, 0.4], seeds=3)
+    names = [job.name for job in jobs]
+    assert names[0].endswith("-seed0") and names[-1].endswith("-seed2")
+    assert names.count("dae-noise_std-0.4-seed1") == names.count("dae-seed1") == 1
+    assert "dae-noise_std-0.2-seed0" not in names
+    assert [name for name in names if name.startswith("thresholding")] == ["thresholding-seed0"]
+    restoration = next(job for job in jobs if job.method == "vae-restoration")
+    assert restoration.model == tmp_path / "models" / "vae-seed0"
+    for bad, message in (({"names": "magic"}, "no method 'magic'"), ({"names": ""}, "nothing to compare")):
+        with pytest.raises(AnomriError, match=message):
+            plan(first(tmp_path, "small"), **bad)
+    with pytest.raises(AnomriError, match="at least one seed"):
+        plan(first(tmp_path, "small"), "all", seeds=0)
+
+
+def test_rows_say_mean_deviation_and_interval() -> None:
+    row = Row("dae-noise_std-0.4", True, {"auprc": [(0.5, 0.4, 0.6), (0.7, 0.5, 0.8)]})
+    assert row.title == "DAE, noise std 0.4 + median"
+    assert row.words("auprc") == f"0.600 ± {np.std([0.5, 0.7], ddof=1):.3f}"
+    assert row.interval("auprc") == "0.450 - 0.700"
+    assert Row("x", False, {"auprc": [(0.5, None, None)]}).interval("auprc") == ""
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers_of(["1,2, 4", "8"], int) == [1, 2, 4, 8]
+    assert numbers_of(None, float) == []
+    with pytest.raises(AnomriError, match="1,x: not a list of numbers|1, x: not a list of numbers"):
+        numbers_of(["1,x"], float)
+
+
+def test_a_scan_that_fails_does_not_stop_the_others(
+    cohort: Path, cache: Path, tiny_preset: None, tmp_path: Path
+) -> None:
+    cases = find_cases(cohort)
+    broken = replace(cases[8], channels={**cases[8].channels, "t1": cohort / "none.nii.gz"})
+    job = Job(
+        "dae",
+        "dae",
+        0,
+        tmp_path,
+        "dae",
+        cases,
+        [cases[7], broken],
+        "tiny",
+        training={"steps": 2},
+        cache=cache,
+        device="cpu",
+    )
+    train_job(job, lambda state: None)
+    evaluate_job(job, lambda state: None)
+    result = json.loads(job.result.read_text())
+    assert result["cases"] == 1 and list(result["failed"]) == ["case8"]
+    with np.load(job.result.with_suffix(".npz")) as arrays:
+        assert arrays["map"].shape == arrays["scan"].shape == (1, 128, 128)
+
+
+def test_settings_by_name() -> None:
+    assert settings_of(["noise=coarse", "start=100", "widths=[2,4]"]) == {
+        "noise": "coarse",
+        "start": 100,
+        "widths": [2, 4],
+    }
+    with pytest.raises(AnomriError, match="noise: not a setting"):
+        settings_of(["noise"])
