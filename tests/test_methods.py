@@ -27,7 +27,10 @@ FAST = {"batch_size": 4, "validate_every": 8, "validation_slices": 8, "precision
 TRAINED = {
     "ae": ({"widths": WIDTHS, "bottleneck": 4}, {"steps": 32, "learning_rate": 1e-2}),
     "vae": ({"widths": WIDTHS, "latent": 4}, {"steps": 32, "learning_rate": 1e-2}),
-    "fanogan": ({"width": 1, "latent": 4, "gan_share": 0.4, "encoder_rate": 1.0}, {"steps": 32, "learning_rate": 1e-2}),
+    "fanogan": (
+        {"width": 1, "latent": 4, "gan_share": 0.4, "encoder_rate": 1.0},
+        {"steps": 60, "validate_every": 5, "learning_rate": 1e-2},
+    ),
     "diffusion": ({"widths": WIDTHS, "strides": 2}, {"steps": 32, "learning_rate": 1e-2}),
 }
 

@@ -76,11 +76,11 @@ class Page:
     facts: Sequence[tuple[str, str]] = ()
     summary: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
-    pictures: Sequence[Picture] = ()
     cases: Sequence[CaseView] = ()
     pictured: str = ""
     tables: Sequence[Table] = ()
     footer: str = ""
+    pictures: Sequence[Picture] = ()
 
 
 def report(folder: str | Path, note: str = "") -> Path:

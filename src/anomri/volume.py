@@ -155,8 +155,9 @@ def read_volume(
 
     Voxels outside the case's brain mask, if it has one, are set to zero, and so are negative values, with a note.
     With ``resampled`` an image on another grid than the first channel is brought onto it by the headers (trilinear;
-    labels and masks by the nearest voxel), with a note. Raises `AnomriError` naming the file that is missing,
-    empty, not finite, standardised, on another grid, or, with ``resampled``, that does not overlap the first at all.
+    masks by the nearest voxel), with a note. A label never is: what is measured against it must not depend on how it
+    was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
+    grid, or, with ``resampled``, that does not overlap the first at all.
     """
     files, notes = case.files(channels), list[str]()
     first: Geometry | None = None
@@ -180,7 +181,7 @@ def read_volume(
             )
     label: NDArray[np.bool_] | None = None
     if case.label is not None and with_label:
-        label = _read_mask(case.label, files[0], first, notes if resampled else None)
+        label = _read_mask(case.label, files[0], first, None)
     return Volume(case.name, tuple(channels), data, label, first, tuple(notes))
 
 
