@@ -97,9 +97,9 @@ def test_a_browser_sorts_the_tables_and_runs_no_other_script(tmp_path: Path, mon
     monkeypatch.setattr(module, "files", lambda package: tmp_path)
     path = write_page(tmp_path / "report.html", evil_page())
     text = path.read_text()
-    path.write_text(
-        text.replace("<footer>", "<script>document.title = 'owned'; document.body.dataset.owned = 1</script><footer>")
-    )
+    # Behind the page's own script, which listens for what is refused.
+    planted = "<script>document.title = 'owned'; document.body.dataset.owned = 1</script></body>"
+    path.write_text(text.replace("</body>", planted))
     data = browse(path, tmp_path / "profile")
     assert "owned" not in data
     rising, falling, mixed, names = json.loads(data["seen"])
