@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CASE_ERRORS, CaseResult, _write_run, _write_tables, problem, read_ahead, tsv
+from anomri.detection import CaseResult, detect_case, read_ahead, tsv, write_run, write_tables
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
-from anomri.previews import save_preview
 from anomri.reporting import detection_report
 from anomri.spec import CITATION, AnomriError
 from anomri.volume import Volume, write_image
@@ -150,24 +150,15 @@ def run_participant(
         validate(root, warn)
     _start(root, out, detector)
     logs, started, results = output_folder(out / "logs"), time.time(), list[CaseResult]()
-    _write_run(out, detector, len(cases), started)
+    write_run(out, detector, len(cases), started)
     try:
         for case, volume, begun in read_ahead(cases, lambda case: _read(detector, root, case)):
-            summary, error = None, None
-            try:
-                if isinstance(volume, AnomriError):
-                    raise volume
-                detection = detector.detect(volume)
-                _save(detection, case, root, out)
-                save_preview(detection, out)
-                summary = detection.summary()
-            except CASE_ERRORS as failure:
-                error = problem(case, failure)
-            results.append(CaseResult(case.name, time.monotonic() - begun, summary, error))
+            save = partial(_save, case=case, root=root, out=out)
+            results.append(detect_case(detector, case, volume, begun, out, save))
             write_text(logs / f"{case.name}.json", json.dumps(asdict(results[-1]), indent=2) + "\n")
             progress(results[-1], len(cases))
     finally:
-        _write_run(out, detector, len(cases), started)
+        write_run(out, detector, len(cases), started)
     return results
 
 
@@ -177,7 +168,7 @@ def run_group(out_dir: str | Path) -> Path:
     results = [CaseResult(**_json(path)) for path in sorted((out / "logs").glob("sub-*.json"))]
     if not results:
         raise AnomriError(f"{out}: holds no participant's results (logs/sub-*.json); run the level participant first.")
-    _write_tables(out, results)
+    write_tables(out, results)
     return detection_report(out)
 
 

@@ -119,6 +119,11 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     return max(sorted(set(sets)), key=sets.count)
 
 
+def shown_channel(channels: Sequence[str]) -> int:
+    """The place of the channel that pictures show: FLAIR, on which most lesions are seen best, else the first."""
+    return channels.index("flair") if "flair" in channels else 0
+
+
 def read_splits(path: Path) -> dict[str, str]:
     """Read a table (.csv or .tsv) with the columns ``case`` and ``split`` (train, val or test)."""
     splits: dict[str, str] = {}

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from anomri import methods
-from anomri.cases import Case
+from anomri.cases import Case, shown_channel
 from anomri.detection import CASE_ERRORS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder, whole_file, write_text
@@ -248,10 +248,9 @@ class _Examples:
     def add(self, name: str, detector: Detector, stack: SliceStack, scores: NDArray[np.float32]) -> None:
         if len(self.names) == EXAMPLES or stack.label is None:
             return
-        channels = detector.spec.channels
         z = int(stack.label.sum(dim=(1, 2)).argmax())
         self.names.append(name)
-        self._panels["scan"].append(stack.x[z, channels.index("flair") if "flair" in channels else 0].numpy())
+        self._panels["scan"].append(stack.x[z, shown_channel(detector.spec.channels)].numpy())
         self._panels["truth"].append(stack.label[z].numpy())
         self._panels["map"].append(scores[z])
 

@@ -17,7 +17,8 @@ from anomri.comparison_jobs import MEDIAN, Job
 from anomri.detection import tsv
 from anomri.files import whole_file, write_text
 from anomri.pictures import TRUTH_COLOUR, grey, heat, outline
-from anomri.reporting import Page, Picture, Table, write_page
+from anomri.previews import Picture
+from anomri.reporting import Page, Table, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -279,4 +280,4 @@ def _saved(figure: Figure, path: Path, title: str) -> Picture:
     figure.savefig(target, format="png", dpi=150)
     with whole_file(path) as partial:
         partial.write_bytes(target.getvalue())
-    return Picture(title, base64.b64encode(target.getvalue()).decode())
+    return Picture(title, base64.b64encode(target.getvalue()).decode(), format="png")

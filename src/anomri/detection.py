@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
 from anomri.cases import Case
-from anomri.detector import Detector
+from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
@@ -83,14 +84,15 @@ def detect_cohort(
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     started, results = time.time(), list[CaseResult]()
+    save = partial(Detection.save, folder=folder, reconstruction=reconstruction)
     try:
         for case, volume, begun in read_ahead(cases, lambda case: detector.read(case, preparation)):
-            results.append(_detect_case(detector, case, volume, begun, folder, reconstruction))
+            results.append(detect_case(detector, case, volume, begun, folder, save))
             progress(results[-1], len(cases))
     finally:
         # Also after Ctrl-C: what is done is listed.
-        _write_tables(folder, results)
-        _write_run(folder, detector, len(cases), started)
+        write_tables(folder, results)
+        write_run(folder, detector, len(cases), started)
         detection_report(folder)
     return results
 
@@ -118,14 +120,20 @@ def read_ahead(
             yield waiting.result()
 
 
-def _detect_case(
-    detector: Detector, case: Case, volume: Volume | AnomriError, begun: float, folder: Path, reconstruction: bool
+def detect_case(
+    detector: Detector,
+    case: Case,
+    volume: Volume | AnomriError,
+    begun: float,
+    folder: Path,
+    save: Callable[[Detection], Sequence[Path] | None],
 ) -> CaseResult:
+    """Detect in what `read_ahead` gave of a case, ``save`` it and its preview; an error becomes the result's."""
     try:
         if isinstance(volume, AnomriError):
             raise volume
         detection = detector.detect(volume)
-        files = tuple(detection.save(folder, reconstruction=reconstruction))
+        files = tuple(save(detection) or ())
         save_preview(detection, folder)
         return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
     except CASE_ERRORS as error:
@@ -147,7 +155,8 @@ def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
+def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
+    """Write ``cases.tsv`` and ``lesions.tsv``."""
     case_rows: list[tuple[object, ...]] = []
     lesion_rows: list[tuple[object, ...]] = []
     for result in results:
@@ -171,7 +180,8 @@ def _write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
     write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
 
 
-def _write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
+def write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
+    """Write ``run.json``; ``started`` is in seconds since the epoch."""
     spec = detector.spec
     facts = {
         "anomri": version("anomri"),

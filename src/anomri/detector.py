@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from anomri import methods
 from anomri.cases import Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
-from anomri.metrics import drop_small_components
+from anomri.metrics import box_around, drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score
@@ -340,8 +340,7 @@ def smallest_edge_distances(
     """
     brain = np.zeros(np.add(data.shape[1:], 2), dtype=bool)
     brain[1:-1, 1:-1, 1:-1] = (data > 0).any(axis=0) | (components > 0)
-    sides = [np.nonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))[0] for axis in range(3)]
-    box = tuple(slice(side[0] - 1, side[-1] + 2) for side in sides)
+    box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(brain))
     air = cc3d.connected_components((~brain[box]).astype(np.uint8), connectivity=6)
     distance = edt.edt(np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=1)
     inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]

@@ -137,7 +137,11 @@ def convert(
     Series are not registered to each other. Raises `AnomriError` naming the folder or file that is not MR, damaged
     or incomplete, and ``pip install 'anomri[dicom]'`` if the libraries are missing.
     """
-    chosen = choose_series(folder, channels, skipped)
+    return convert_series(choose_series(folder, channels, skipped), out, keep_identifiers=keep_identifiers)
+
+
+def convert_series(chosen: Mapping[str, Series], out: str | Path, *, keep_identifiers: bool = False) -> Case:
+    """As `convert`, for series that are chosen already: channel -> series of one study."""
     first = next(iter(chosen.values()))
     name, subject = f"case{sha256(first.study.encode()).hexdigest()[:12]}", None
     if keep_identifiers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from anomri.cases import SUFFIXES, Case, case_of_files
-from anomri.dicom import choose_series, convert
+from anomri.dicom import choose_series, convert_series
 from anomri.dicom_channels import Series
 from anomri.dicom_seg import write_segmentation
 from anomri.files import output_folder
@@ -77,9 +77,8 @@ def take_in(
         return _only_nifti(Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg)
     if not source.is_dir() or not holds_dicom(source):
         return _only_nifti(Intake(find_cases(source)), bool(series) or keep_identifiers or dicom_seg)
-    chosen = choose_series(source, series or None)
-    folder = output_folder(out) / CONVERTED
-    case = convert(source, folder, series or None, keep_identifiers=keep_identifiers, skipped=note)
+    chosen = choose_series(source, series or None, note)
+    case = convert_series(chosen, output_folder(out) / CONVERTED, keep_identifiers=keep_identifiers)
     for channel, one in chosen.items():
         note(f"{channel} is the series {one}")
     return Intake([case], chosen)

@@ -122,6 +122,15 @@ def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
     return 2 * int((prediction & label).sum()) / total if total else 1.0
 
 
+def box_around(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box that holds all of a mask of any number of axes; empty if the mask is."""
+    box = []
+    for axis in range(mask.ndim):
+        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0))
+    return tuple(box)
+
+
 def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: float) -> NDArray[np.bool_]:
     """``mask`` (3D) without 26-connected components of at most ``max_dropped_voxels``.
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomri.cases import shown_channel
 from anomri.detector import Detection
 from anomri.files import whole_file
-from anomri.metrics import drop_small_components
+from anomri.metrics import box_around, drop_small_components
 from anomri.slices import brain_box
 
 Rgb = NDArray[np.uint8]
@@ -36,7 +37,7 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
     label = detection.stack.label
     weight = detection.scores.sum(axis=(1, 2)) if label is None or not label.any() else label.sum(dim=(1, 2)).numpy()
     z = int(np.argmax(weight))
-    shown = shown_channel(detection)
+    shown = shown_channel(detection.volume.channels)
     _, high = detection.display_range
     scan = grey(detection.stack.x[z, shown].numpy())
     healthy = grey(detection.reconstructed[z, shown].numpy())
@@ -54,19 +55,13 @@ def columns_of(detection: Detection) -> tuple[str, ...]:
     return COLUMNS if detection.stack.label is not None else COLUMNS[:-1]
 
 
-def shown_channel(detection: Detection) -> int:
-    """The channel that pictures show: FLAIR, on which most lesions are seen best, else the first."""
-    channels = detection.volume.channels
-    return channels.index("flair") if "flair" in channels else 0
-
-
 def planes(detection: Detection, width: int = SIDE) -> Rgb:
     """Axial, coronal and sagittal slices through the highest score of the mask (or map), side by side in one scale.
 
     The scan is under the map, with the outlines of mask and label. (height, ``width``, 3) uint8; the sides are
     marked R, L, A, P, S, I.
     """
-    x, y, z = (slice(*side) for side in brain_sides(detection.volume.data))
+    x, y, z = brain_sides(detection.volume.data)
     score = detection.anomaly_map
     weight = score if detection.mask is None or not detection.mask.any() else np.where(detection.mask, score, -1)
     peak = np.unravel_index(int(np.argmax(weight)), score.shape)
@@ -90,7 +85,7 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
 
     (height, ``width``, 3) uint8; the first slice is marked R and L, each with its height in mm (scanner).
     """
-    x, y, _ = (slice(*side) for side in brain_sides(detection.volume.data))
+    x, y, _ = brain_sides(detection.volume.data)
     geometry, index = detection.volume.geometry, detection.stack.index
     chosen = np.unique(np.linspace(index.start, index.stop - 1, columns * rows + 2)[1:-1].round().astype(int))
     across, down, _ = geometry.spacing_mm
@@ -115,14 +110,13 @@ def score_counts(detection: Detection, bins: int) -> tuple[list[int], float]:
     return np.histogram(scores, bins, (0, top))[0].tolist(), top
 
 
-def brain_sides(data: NDArray[np.float32], margin: int = 2) -> list[tuple[int, int]]:
-    """First and last + 1 voxel of the brain in (channels, x, y, z) along x, y and z, with a margin."""
-    sides = []
-    for axis, length in enumerate(data.shape[1:], start=1):
-        (inside,) = np.nonzero((data > 0).any(axis=tuple({0, 1, 2, 3} - {axis})))
-        first, last = (int(inside[0]), int(inside[-1])) if inside.size else (0, length - 1)
-        sides.append((max(first - margin, 0), min(last + 1 + margin, length)))
-    return sides
+def brain_sides(data: NDArray[np.float32], margin: int = 2) -> tuple[slice, slice, slice]:
+    """The sides of a box around the brain in (channels, x, y, z), with a margin; all of it if there is none."""
+    x, y, z = (
+        slice(max(side.start - margin, 0), min(side.stop + margin, length)) if side.stop else slice(0, length)
+        for side, length in zip(box_around(np.any(data > 0, axis=0)), data.shape[1:], strict=True)
+    )
+    return x, y, z
 
 
 def overlay(image: Rgb, score: NDArray[np.float32], low: float, high: float) -> Rgb:
@@ -180,7 +174,7 @@ def _layered(
         resized = cv2.resize(np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR)
         return np.asarray(resized, np.float32)
 
-    shown = shown_channel(detection)
+    shown = shown_channel(detection.volume.channels)
     low, high = detection.display_range
     drawn = grey(plane(detection.volume.data[shown]) / detection.stack.scale[shown])
     drawn = overlay(drawn, plane(detection.anomaly_map), low, high)

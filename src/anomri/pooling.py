@@ -18,6 +18,7 @@ from anomri.metrics import (
     Figure,
     LesionCounts,
     bootstrap_interval,
+    box_around,
     count_at,
     count_lesions,
     curve_of,
@@ -120,7 +121,7 @@ class Pool:
         if scored.scores is None or scored.label is None:
             self.failed[scored.case] = scored.error or "no label"
             return
-        inside = _box_around((scored.scores != 0) | scored.label)
+        inside = box_around((scored.scores != 0) | scored.label)
         path = self.folder / f"{len(self.cases)}.npz"
         box = np.array([(side.start, side.stop) for side in inside])
         with whole_file(path) as partial, partial.open("wb") as file:
@@ -244,11 +245,3 @@ def _thinned(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
 
 def _overlap(mask: NDArray[np.bool_], label: NDArray[np.bool_]) -> Counts:
     return np.array([(mask & label).sum(), mask.sum() + label.sum()], dtype=np.int64)
-
-
-def _box_around(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0))
-    return tuple(box)

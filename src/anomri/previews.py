@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anomri.cases import shown_channel
 from anomri.files import output_folder, write_text
 from anomri.plots import Histogram, histogram
 
@@ -24,12 +25,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG (base64) with its title, the names of the columns it shows side by side, and its size in pixels."""
+    """An image (base64) with its title, the names of the columns it shows side by side, and its size in pixels."""
 
     title: str
-    jpeg: str
+    data: str
     columns: tuple[str, ...] = ()
     size: tuple[int, int] = (960, 200)
+    format: str = "jpeg"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Preview:
 
 def save_preview(detection: Detection, folder: Path) -> None:
     """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, where `report` looks for them."""
-    from anomri.pictures import columns_of, lightbox, planes, preview, score_counts, shown_channel, write_jpeg
+    from anomri.pictures import columns_of, lightbox, planes, preview, score_counts, write_jpeg
 
     place = output_folder(folder / "previews")
     sizes = {}
@@ -58,7 +60,7 @@ def save_preview(detection: Detection, folder: Path) -> None:
     counts, top = score_counts(detection, BINS)
     facts = {
         "columns": columns_of(detection),
-        "channel": detection.volume.channels[shown_channel(detection)],
+        "channel": detection.volume.channels[shown_channel(detection.volume.channels)],
         "truth": detection.volume.label is not None and bool(detection.volume.label.any()),
         "sizes": sizes,
         "scores": counts,

@@ -16,7 +16,7 @@ from typing import Any
 from anomri.files import write_text
 from anomri.metrics import Figure
 from anomri.plots import Plot, curves_plot, patients_plot
-from anomri.previews import Preview, read_preview
+from anomri.previews import Picture, Preview, read_preview
 from anomri.sensitivity import describe
 from anomri.spec import AnomriError, Thresholds
 
@@ -56,14 +56,6 @@ class CaseView:
     preview: Preview
     caption: str = ""
     lesions: Table | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG (base64) with a title."""
-
-    title: str
-    png: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def case_views(
         preview = read_preview(folder, name) if len(views) < MAX_PICTURES else None
         if preview is None:
             continue
-        size += sum(len(picture.jpeg) for picture in preview.pictures)
+        size += sum(len(picture.data) for picture in preview.pictures)
         if size > MAX_PICTURE_BYTES:
             break
         views.append(CaseView(f"case-{len(views) + 1}", preview, captions.get(name, ""), (lesions or {}).get(name)))

@@ -48,6 +48,17 @@ class Player:
         return {"player": self.name} if self.name else {}
 
 
+LAPTOP = Training(
+    steps=1600,
+    learning_rate=1e-3,
+    schedule="cosine",
+    precision="auto",
+    crop_to_brain=True,
+    validate_every=100,
+    validation_slices=128,
+)
+"""A training of some minutes on two cores, from which the presets ``small`` and ``demo`` start."""
+
 _METHODS = {
     "ae": "anomri.methods.ae:AE",
     "dae": "anomri.methods.dae:DAE",

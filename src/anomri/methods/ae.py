@@ -9,20 +9,12 @@ from typing import ClassVar
 from torch import Generator, Tensor, nn
 
 from anomri.backbones import Decoder, Encoder
-from anomri.methods import Box, Preset
+from anomri.methods import LAPTOP, Box, Preset
 from anomri.residual import mean_absolute_residual
 from anomri.slices import cut_box, paste_box
 from anomri.spec import Training
 
-SMALL = Training(
-    steps=900,
-    learning_rate=1e-3,
-    schedule="cosine",
-    precision="auto",
-    crop_to_brain=True,
-    validate_every=100,
-    validation_slices=128,
-)
+SMALL = replace(LAPTOP, steps=900)
 
 
 class AE(nn.Module):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.methods import Box, Preset
+from anomri.methods import LAPTOP, Box, Preset
 from anomri.networks import UNet
 from anomri.noise import add_on_foreground, coarse_noise
 from anomri.residual import mean_absolute_residual
+from anomri.slices import cut_box, paste_box
 from anomri.spec import Training
 
 
@@ -31,27 +33,10 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "demo": Preset(
             {"widths": [16, 32, 64, 128]},
-            Training(
-                steps=400,
-                learning_rate=2e-3,
-                schedule="cosine",
-                precision="auto",
-                crop_to_brain=True,
-                validate_every=100,
-                validation_slices=64,
-            ),
+            replace(LAPTOP, steps=400, learning_rate=2e-3, validation_slices=64),
         ),
         "small": Preset(
-            {"widths": [16, 32, 64, 128], "flip": True, "gain_jitter": 0.4},
-            Training(
-                steps=1600,
-                learning_rate=1e-3,
-                schedule="cosine",
-                precision="auto",
-                crop_to_brain=True,
-                validate_every=200,
-                validation_slices=128,
-            ),
+            {"widths": [16, 32, 64, 128], "flip": True, "gain_jitter": 0.4}, replace(LAPTOP, validate_every=200)
         ),
     }
 
@@ -74,9 +59,7 @@ class DAE(nn.Module):
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Squared error on the foreground, then the mean over all pixels."""
-        if box is not None:
-            top, bottom, left, right = box
-            x, foreground = x[..., top:bottom, left:right], foreground[..., top:bottom, left:right]
+        x, foreground = cut_box(x, box), cut_box(foreground, box)
         if self.training:
             x, foreground = self._augment(x, foreground, generator)
         n, c, h, w = x.shape
@@ -98,12 +81,7 @@ class DAE(nn.Module):
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
         """``x`` without what the network takes for noise; zero outside ``box``."""
-        if box is None:
-            return self.network(x).float()
-        top, bottom, left, right = box
-        reconstruction = torch.zeros_like(x)
-        reconstruction[..., top:bottom, left:right] = self.network(x[..., top:bottom, left:right]).float()
-        return reconstruction
+        return paste_box(self.network(cut_box(x, box)).float(), (x.shape[-2], x.shape[-1]), box)
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""

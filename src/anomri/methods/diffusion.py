@@ -11,22 +11,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from anomri.backbones import TimedUNet
-from anomri.methods import Box, Preset
+from anomri.methods import LAPTOP, Box, Preset
 from anomri.noise import coarse_noise
 from anomri.residual import mean_absolute_residual
 from anomri.simplex import simplex_noise
 from anomri.slices import cut_box, paste_box
 from anomri.spec import AnomriError, Training
 
-SMALL = Training(
-    steps=1200,
-    learning_rate=1e-3,
-    schedule="cosine",
-    precision="auto",
-    crop_to_brain=True,
-    validate_every=100,
-    validation_slices=128,
-)
+SMALL = replace(LAPTOP, steps=1200)
 TEST_SEED = 2022
 
 

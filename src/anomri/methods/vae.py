@@ -10,14 +10,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from anomri.backbones import Decoder, Encoder
-from anomri.methods import Box, Preset
+from anomri.methods import LAPTOP, Box, Preset
 from anomri.residual import mean_absolute_residual
 from anomri.spec import Training
 
 GRID = 128
-SMALL = Training(
-    steps=600, learning_rate=1e-3, schedule="cosine", precision="auto", validate_every=100, validation_slices=128
-)
+SMALL = replace(LAPTOP, steps=600, crop_to_brain=False)
 PAPER_WIDTHS, SMALL_WIDTHS = [64, 128, 256, 512], [16, 32, 64, 128]
 
 
