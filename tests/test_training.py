@@ -14,11 +14,12 @@ import torch
 import anomri
 from anomri.cases import find_cases
 from anomri.detector import Detector
+from anomri.interruption import StopRequest
 from anomri.methods.dae import DAE
 from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
 from anomri.training import batch_numbers, learning_rate, train
-from anomri.training_state import StopRequest, TrainingState
+from anomri.training_state import TrainingState
 
 
 def log(model: Path) -> list[dict[str, float]]:
@@ -141,8 +142,61 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
 
 
 def test_a_loss_that_is_not_finite_stops(cohort: Path, cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(AnomriError, match=r"the loss is nan within the 20 steps before step 20"):
+    with pytest.raises(AnomriError, match=r"the loss of step 1 is nan; its batch has slices of case\d, .*from step 0"):
         train(cohort, tmp_path, preset="tiny", cache=cache, settings={"noise_std": float("nan")})
+
+
+def test_a_training_goes_on_from_before_its_loss_was_no_number(
+    cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
+    with monkeypatch.context() as patch:
+        patch.setattr("anomri.training.learning_rate", lambda training, step: float("nan") if step == 28 else 1e-3)
+        with pytest.raises(AnomriError, match=r"loss of step 30 is nan; .* continue from step 20"):
+            train(cohort, tmp_path / "m", progress=StopAt(33), **arguments)  # type: ignore[arg-type]
+    assert TrainingState.load(tmp_path / "m", {}).step == 20
+    # Another rate is the way out, and no other training.
+    slower = train(cohort, tmp_path / "m", resume=True, training={"learning_rate": 1e-3}, **arguments)  # type: ignore[arg-type]
+    assert all(np.isfinite(row["loss"]) for row in log(tmp_path / "m"))
+    assert slower.spec.training is not None and slower.spec.training.learning_rate == 1e-3
+
+
+class Cramped:
+    """The method's loss with memory for so many slices only."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.original, self.sizes = room, DAE.forward, set[int]()
+
+    def __call__(self, method: DAE, x: torch.Tensor, *arguments: object) -> torch.Tensor:
+        if method.training:
+            self.sizes.add(len(x))
+            if len(x) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.original(method, x, *arguments)  # type: ignore[arg-type]
+
+
+def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
+    cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 6}}
+    whole = train(cohort, tmp_path / "whole", **arguments)  # type: ignore[arg-type]
+    cramped, notes = Cramped(3), list[str]()
+    monkeypatch.setattr(DAE, "forward", lambda *given: cramped(*given))
+    train(cohort, tmp_path / "m", progress=lambda state: notes.append(state.note), **arguments)  # type: ignore[arg-type]
+    assert cramped.sizes == {8, 4, 2}
+    assert [note for note in notes if note] == [
+        "memory does not hold a batch at once; it is taken in 4 parts, with the same result."
+    ]
+    parted = train(cohort, tmp_path / "asked", accumulate=3, **{**arguments, "training": {"steps": 6, "seed": 0}})  # type: ignore[arg-type]
+    for name, value in anomri.load(tmp_path / "m")._state.items():
+        # Adam divides by the gradient's size, so that the order of a sum shows where there is next to no gradient.
+        torch.testing.assert_close(value, whole._state[name], atol=1e-3, rtol=0)
+        torch.testing.assert_close(parted._state[name], whole._state[name], atol=1e-3, rtol=0)
+    cramped.room = 0
+    with pytest.raises(AnomriError, match=r"memory does not hold a batch .CUDA out of memory.*a smaller --batch-size"):
+        train(cohort, tmp_path / "none", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(AnomriError, match="networks that take turns are trained by one process"):
+        train(cohort, tmp_path / "gan", method="fanogan", cache=cache, accumulate=2)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +218,13 @@ def test_bad_arguments(cohort: Path, cache: Path, tmp_path: Path, arguments: dic
 
 
 def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: Path) -> None:
-    before = weights(model)
+    before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
     with pytest.raises(AnomriError, match="already holds a finished model"):
-        train(cohort, model, preset="tiny", cache=cache, resume=True)
-    assert weights(model) == before
+        train(cohort, model, preset="tiny", cache=cache)
+    with pytest.raises(AnomriError, match="already holds a finished model"):
+        train(cohort, model, preset="tiny", cache=cache, training={"steps": 61}, resume=True)
+    assert train(cohort, model, preset="tiny", cache=cache, resume=True).spec == ModelSpec.read(model / "model.json")
+    assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
 
 
 def test_a_given_split_and_channel_order_are_honoured(cohort: Path, cache: Path, tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from anomri.cases import Case, shown_channel
 from anomri.detection import CASE_ERRORS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder, whole_file, write_text
+from anomri.interruption import StopRequest
 from anomri.pooling import Evaluation, Pool, Scored
 from anomri.residual import anomaly_score
 from anomri.slices import SliceStack, slice_volume
 from anomri.spec import AnomriError, Interrupted
 from anomri.training import Progress, train
-from anomri.training_state import StopRequest, TrainingState
+from anomri.training_state import TrainingState
 
 MEDIAN = 5
 EXAMPLES = 6

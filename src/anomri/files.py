@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from anomri.spec import AnomriError
+
+LOCK, PARTIAL = ".lock", ".partial-"
 
 
 @contextmanager
@@ -17,7 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises `AnomriError` naming the file if the disk is full or the folder cannot be written.
     """
-    partial = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
         yield partial
         partial.replace(path)
@@ -44,3 +49,34 @@ def output_folder(path: Path) -> Path:
     except OSError as error:
         raise AnomriError(f"{path}: cannot write to this folder ({error.strerror or error}); name another.") from error
     return path
+
+
+@contextmanager
+def sole_use(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Keep other runs out of ``folder`` while the block runs; the lock ends with the process, however that ends.
+
+    What runs that were killed left half-written is removed. Raises `AnomriError` if another run has the folder.
+    """
+    lock = FileLock(str(output_folder(folder) / name), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise AnomriError(
+            f"{folder}: another run is writing to this folder; wait for it, stop it, or name another folder with -o."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise AnomriError(f"{folder}: cannot lock this folder ({error}); name one on another file system.") from error
+    try:
+        if name == LOCK:
+            remove_partial(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def remove_partial(folder: Path, older_than_s: float = 0.0) -> None:
+    """Remove what `whole_file` could not, since its process was killed; only files that old, in seconds."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with suppress(OSError):
+            if path.stat().st_mtime <= time.time() - older_than_s:
+                path.unlink()

@@ -6,6 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from anomri.draws import normal
+
 
 def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """Noise of (n, c, r, r) enlarged bilinearly (corners aligned) to ``size`` and rolled by ``shift`` pixels."""
@@ -22,9 +24,8 @@ def coarse_noise(
     generator's device.
     """
     n, c, h, w = shape
-    device = generator.device if generator is not None else torch.device("cpu")
-    low = std * torch.randn((n, c, resolution, resolution), generator=generator, device=device)
-    rows, columns = torch.randint(0, 2**31, (2,), generator=generator, device=device).tolist()
+    low = std * normal((n, c, resolution, resolution), generator)
+    rows, columns = torch.randint(0, 2**31, (2,), generator=generator, device=low.device).tolist()
     return upsample_noise(low, (h, w), (rows % h, columns % w))
 
 

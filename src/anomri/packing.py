@@ -53,16 +53,26 @@ class HealthySlices:
 
     def __init__(self, cases: Sequence[PackedCase]) -> None:
         self.cases = list(cases)
-        self._where = [(case, number) for case in cases for number in case.healthy]
+        # One number a case, not one a slice: a large cohort has millions of slices.
+        self._ends = np.cumsum([len(case.healthy) for case in cases], dtype=np.int64)
 
     def __len__(self) -> int:
         """Number of slices."""
-        return len(self._where)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def batch(self, numbers: Sequence[int]) -> Tensor:
         """The slices ``numbers`` as (n, c, h, w) float32."""
-        rows = [case.memory_map[index] for case, index in (self._where[number] for number in numbers)]
+        rows = [case.memory_map[index] for case, index in map(self._find, numbers)]
         return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        """The names of the cases that the slices ``numbers`` are of, each once."""
+        return sorted({self._find(number)[0].name for number in numbers})
+
+    def _find(self, number: int) -> tuple[PackedCase, int]:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        case = self.cases[place]
+        return case, case.healthy[number - int(self._ends[place])]
 
 
 def default_cache() -> Path:

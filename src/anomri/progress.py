@@ -39,6 +39,8 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
             name = STAGES[state.stage]
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(name, total=state.total, losses="")
+            if state.note:
+                console.print(f"note: {state.note}", highlight=False, markup=False, soft_wrap=True)
             losses = ""
             if state.loss == state.loss:  # not NaN: there is one
                 losses = f"loss {state.loss:.5f}, validation {state.validation_loss:.5f}"

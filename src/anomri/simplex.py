@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from anomri.draws import uniform
+
 SKEW = (math.sqrt(3) - 1) / 2
 UNSKEW = (3 - math.sqrt(3)) / 6
 OCTAVE_STD = 0.00544
@@ -47,7 +49,7 @@ def _octave(
     y, x = rows - (i - unskew), columns - (j - unskew)
     lower = y > x  # which of the two triangles of the skewed cell
     lattice = (int(i.max()) + 2, int(j.max()) + 2)
-    angles = 2 * math.pi * torch.rand((n, c, lattice[0] * lattice[1]), generator=generator, device=device)
+    angles = 2 * math.pi * uniform((n, c, lattice[0] * lattice[1]), generator)
     noise = torch.zeros(shape, device=device)
     corners = ((torch.zeros_like(y), torch.zeros_like(x)), (lower, ~lower), (torch.ones_like(y), torch.ones_like(x)))
     for number, (step_i, step_j) in enumerate(corners):

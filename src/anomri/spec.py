@@ -20,8 +20,11 @@ class AnomriError(Exception):
     """Something in the input that the user can put right; its message says what, where and how."""
 
 
-class Interrupted(Exception):
-    """A training was asked to stop by ``signal``; its state is saved, and the message says how to go on."""
+class Interrupted(BaseException):
+    """A run was asked to stop by ``signal``; what it reached is saved, and the message says how to go on.
+
+    No ``Exception``: what guards against a library's errors must not take a stop for one.
+    """
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

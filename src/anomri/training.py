@@ -21,17 +21,21 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from anomri import methods
+from anomri.batches import Batches
 from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
 from anomri.detector import Detector, resolve_device
-from anomri.files import output_folder
+from anomri.distribution import Processes, fabric_of, processes
+from anomri.interruption import StopRequest
 from anomri.methods import Box, Player
 from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
 from anomri.slices import foreground_of, join_boxes
 from anomri.spec import AnomriError, Cohort, Interrupted, ModelSpec, Training
 from anomri.thresholds import healthy_thresholds
-from anomri.training_state import Log, StopRequest, TrainingState
+from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
+MAY_CHANGE = ("learning_rate", "precision")
+"""Settings that a training may be resumed with others of: the way out when its loss stops being a number."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Progress:
     total: int
     loss: float = math.nan
     validation_loss: float = math.nan
+    note: str = ""
+    """Something to tell the user."""
 
 
 Report = Callable[[Progress], None]
@@ -61,6 +67,7 @@ def train(
     splits: str | Path | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
+    accumulate: int = 1,
     device: str = "auto",
     data_licence: str | None = None,
     progress: Report = lambda state: None,
@@ -74,16 +81,14 @@ def train(
     patient is in two splits. ``cache`` holds the packed slices (default: the user's cache folder). ``resume``
     continues a training that was interrupted, at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
+    Where torchrun or srun started several processes, each calls this with the same arguments, and they share the
+    packing and every batch; ``accumulate`` takes each one's share of a batch in so many parts, which need less memory.
+    Neither changes the model, up to the order of sums.
+
     Raises `AnomriError` for what the user can put right, and `spec.Interrupted`, with all saved, when Ctrl-C or
     SIGTERM asks to stop.
     """
-    folder = Path(model)
-    if (folder / "model.json").exists():
-        raise AnomriError(f"{folder}: already holds a finished model; name another folder with -o.")
-    if (folder / TrainingState.NAME).exists() and not resume:
-        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
-    output_folder(folder)
-
+    folder, team = Path(model), processes(device)
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     chosen = methods.preset(method, preset)
     schedule = _changed(chosen.training, training or {})
@@ -99,36 +104,81 @@ def train(
     methods.build(spec)
     resolve_device(device)
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
-    packed = _pack(cases, spec, Path(cache) if cache else default_cache(), progress)
+    if data_licence:
+        spec = replace(spec, data_licence=data_licence)
+    place = Path(cache) if cache else default_cache()
+    with team.sole_use(folder):
+        if team.once(lambda: _finished(folder, spec, resume)):
+            return Detector.load(folder, device)
+        return _train(cases, folder, spec, place, accumulate, team, device, progress)
+
+
+def _train(
+    cases: Sequence[Case],
+    folder: Path,
+    spec: ModelSpec,
+    cache: Path,
+    accumulate: int,
+    team: Processes,
+    device: str,
+    progress: Report,
+) -> Detector:
+    schedule = spec.training
+    packed = _pack(cases, spec, cache, team, progress)
     spec = replace(
         spec,
         cohort=_describe(packed, len(cases)),
         crop=_common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
-        data_licence=data_licence or spec.data_licence,
     )
     state = TrainingState.load(folder, _task(spec, packed))
-    write_splits(folder / "splits.csv", cases)
+    if team.first:
+        write_splits(folder / "splits.csv", cases)
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
-    if spec.training:
-        fabric = Fabric(
-            accelerator=resolve_device(device).type, devices=1, precision=resolve_precision(spec.training.precision)
-        )
-        network.load_state_dict(fit(fabric, network, spec, packed, state, folder, progress))
+    if schedule:
+        fabric = fabric_of(device, resolve_precision(schedule.precision))
+        best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
+        network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
-    thresholds = healthy_thresholds(
-        detector, packed["val"], lambda done, total: progress(Progress("score", done, total))
+    thresholds = team.once(
+        lambda: healthy_thresholds(
+            detector, packed["val"], lambda done, total: progress(Progress("score", done, total))
+        )
     )
     detector.spec = replace(spec, thresholds=thresholds)
     detector.splits = {case.name: case.split for case in cases if case.split}
-    detector.save(folder)
-    (folder / TrainingState.NAME).unlink(missing_ok=True)
+    if team.first:
+        detector.save(folder)
+        (folder / TrainingState.NAME).unlink(missing_ok=True)
     progress(Progress("score", 1, 1))
     return detector
 
 
+def _finished(folder: Path, spec: ModelSpec, resume: bool) -> bool:
+    """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
+    if (folder / "model.json").exists():
+        there = ModelSpec.read(folder / "model.json")
+        asked = [(one.method, one.channels, one.settings, one.training) for one in (there, spec)]
+        if resume and asked[0] == asked[1]:
+            # The last moment at which a training may have been killed.
+            (folder / TrainingState.NAME).unlink(missing_ok=True)
+            return True
+        raise AnomriError(f"{folder}: already holds a finished model; name another folder with -o.")
+    if (folder / TrainingState.NAME).exists() and not resume:
+        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
+    return False
+
+
 def fit(
-    fabric: Fabric, network: Any, spec: ModelSpec, packed: Packed, state: TrainingState, folder: Path, progress: Report
+    fabric: Fabric,
+    network: Any,
+    spec: ModelSpec,
+    packed: Packed,
+    state: TrainingState,
+    folder: Path,
+    progress: Report,
+    team: Processes = Processes(),
+    accumulate: int = 1,
 ) -> dict[str, Tensor]:
     """The training loop; returns the weights with the lowest validation loss. What is random follows the step."""
     training = spec.training
@@ -137,70 +187,107 @@ def fit(
     if state.step:
         network.load_state_dict(state.network)
     players = methods.players(network)
+    batches = Batches(fabric, team, slices, training.batch_size, accumulate, divisible=not players[0].name)
     model, *optimizers = fabric.setup(network, *(_optimizer(player, training) for player in players))
     if state.step:
         for player, optimizer in zip(players, optimizers, strict=True):
             optimizer.load_state_dict(state.optimizers[player.name])
-    log = Log(folder, state.step)
-    start = time.monotonic() - log.seconds
+    log = Log(folder, state.step) if team.first else None
+    start = time.monotonic() - (log.seconds if log else 0.0)
     loss_mean = loss_held_out = math.nan
+    saved = state.step
+    # Losses that are left are those of a step whose validation was cut short.
+    unvalidated = bool(state.losses) and _validated(training, state.step)
 
     with StopRequest.listen() as stop:
-        for step in range(state.step, training.steps):
-            x = fabric.to_device(slices.batch(batch_numbers(len(slices), training, step)))
-            generator = Generator(fabric.device).manual_seed(training.seed * 2**32 + step)
-            losses = []
-            for player, optimizer in zip(players, optimizers, strict=True):
-                if not player.plays(step, training.steps):
-                    continue
-                for group in optimizer.param_groups:
-                    group["lr"] = player.rate * learning_rate(training, step)
-                loss = model(x, foreground_of(x, spec.scaling), generator, spec.crop, **player.arguments)
-                optimizer.zero_grad()
-                fabric.backward(loss)
-                fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
-                optimizer.step()
-                losses.append(loss.detach())
-            state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
+        for step in range(state.step - unvalidated, training.steps):
+            if step == state.step:
+                batch = batches.load(batch_numbers(len(slices), training, step), training.seed * 2**32 + step)
+                losses = []
+                for player, optimizer in zip(players, optimizers, strict=True):
+                    if not player.plays(step, training.steps):
+                        continue
+                    for group in optimizer.param_groups:
+                        group["lr"] = player.rate * learning_rate(training, step)
+                    loss_of = functools.partial(_loss, model, spec, player)
+                    losses.append(batches.gradient(model, optimizer, batch, loss_of))
+                    fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
+                    optimizer.step()
+                state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
 
-            validate = state.step % training.validate_every == 0 or state.step == training.steps
-            if validate:
-                loss_mean = _finite_mean(state.losses, state.step)
-                loss_held_out = validation_loss(fabric, model, spec, held_out)
-                if loss_held_out < state.best_loss:
-                    state.best_loss = loss_held_out
-                    state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
-                log.add(state.step, loss_mean, loss_held_out, learning_rate(training, step), time.monotonic() - start)
-                state.losses = []
-            stopping = stop.signal if state.step < training.steps else None
-            if validate or stopping:
+            due = _validated(training, state.step)
+            stopping = team.largest(stop.signal or 0, fabric.device)
+            if due or stopping:
+                state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
+                _check_losses(state, saved, training, slices)
+            if due and not stopping:
+                loss = validation_loss(fabric, model, spec, held_out, team, stop)
+                if loss is None:
+                    stopping = team.largest(stop.signal or 0, fabric.device)
+                else:
+                    loss_mean, loss_held_out = float(torch.stack(state.losses).mean()), loss
+                    if loss_held_out < state.best_loss:
+                        state.best_loss = loss_held_out
+                        state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+                    if log:
+                        rate, seconds = learning_rate(training, step), time.monotonic() - start
+                        log.add(state.step, loss_mean, loss_held_out, rate, seconds)
+                    state.losses = []
+            if due or stopping:
+                saved = state.step
                 state.network = network.state_dict()
                 state.optimizers = {p.name: o.state_dict() for p, o in zip(players, optimizers, strict=True)}
-                state.save(folder)
-            progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out))
+                if team.first:
+                    state.save(folder)
+            progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out, batches.told()))
             if stopping:
                 raise Interrupted(
                     f"stopped at step {state.step} of {training.steps}; continue with --resume.", stopping
                 )
-    log.close()
+    if log:
+        log.close()
     return state.best
 
 
-def validation_loss(fabric: Fabric, model: Any, spec: ModelSpec, held_out: HealthySlices) -> float:
-    """Loss on fixed slices with fixed noise, so that every call sets the same task."""
+def _loss(model: Any, spec: ModelSpec, player: Player, x: Tensor, generator: Generator) -> Tensor:
+    loss: Tensor = model(x, foreground_of(x, spec.scaling), generator, spec.crop, **player.arguments)
+    return loss
+
+
+def _validated(training: Training, step: int) -> bool:
+    return step % training.validate_every == 0 or step == training.steps
+
+
+def validation_loss(
+    fabric: Fabric,
+    model: Any,
+    spec: ModelSpec,
+    held_out: HealthySlices,
+    team: Processes = Processes(),
+    stop: StopRequest | None = None,
+) -> float | None:
+    """Loss on fixed slices with fixed noise, so that every call sets the same task; ``None`` if asked to stop."""
     training = spec.training
     assert training is not None
     count = min(len(held_out), training.validation_slices)
     chosen = np.linspace(0, len(held_out) - 1, count).astype(int)
-    total = 0.0
+    batches = range(0, count, training.batch_size)
+    total = torch.zeros((), dtype=torch.float64)
     model.eval()
     with torch.no_grad():
-        for number in range(0, count, training.batch_size):
-            x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size].tolist()))
-            generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
-            total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
+        # As many rounds for every process, so that all of them hear of a stop in the same one.
+        for turn in range(0, len(batches), team.count):
+            for number in batches[turn + team.rank : turn + team.rank + 1]:
+                x = fabric.to_device(held_out.batch(chosen[number : number + training.batch_size].tolist()))
+                generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
+                total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
+            if stop is not None and team.largest(stop.signal or 0, fabric.device):
+                break
+        else:
+            model.train()
+            return float(team.mean(total.float(), fabric.device)) * team.count / count
     model.train()
-    return total / count
+    return None
 
 
 def _optimizer(player: Player, training: Training) -> torch.optim.Optimizer:
@@ -267,27 +354,31 @@ def _permutation(slices: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(slices)
 
 
-def _finite_mean(losses: list[Tensor], step: int) -> float:
-    mean = sum(float(loss) for loss in losses) / len(losses)
-    if not math.isfinite(mean):
-        raise AnomriError(
-            f"the loss is {mean} within the {len(losses)} steps before step {step}. Train anew in another folder, "
-            f"with a lower --learning-rate or --precision 32-true."
-        )
-    return mean
-
-
-def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, progress: Report) -> Packed:
-    used = [case for case in cases if case.split in ("train", "val")]
-    done = itertools.count(1)
-    packed = pack_cohort(
-        used,
-        spec.channels,
-        spec.grid,
-        spec.scaling,
-        cache,
-        lambda case: progress(Progress("pack", next(done), len(used))),
+def _check_losses(state: TrainingState, saved: int, training: Training, slices: HealthySlices) -> None:
+    """Raise `AnomriError` naming the first step whose loss is not finite, before anything of it is saved."""
+    values = torch.stack(state.losses)
+    if bool(values.isfinite().all()):
+        return
+    place = int((~values.isfinite()).nonzero()[0])
+    step = state.step - len(values) + place
+    cases = ", ".join(slices.names(batch_numbers(len(slices), training, step)))
+    raise AnomriError(
+        f"the loss of step {step + 1} is {float(values[place])}; its batch has slices of {cases}. If they look right, "
+        f"continue from step {saved}, the last one saved, with --resume and a lower --learning-rate or --precision 32-true."
     )
+
+
+def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, team: Processes, progress: Report) -> Packed:
+    used = [case for case in cases if case.split in ("train", "val")]
+
+    def packed_of(chosen: Sequence[Case], tell: Callable[[Case], None] = lambda case: None) -> list[PackedCase]:
+        return pack_cohort(chosen, spec.channels, spec.grid, spec.scaling, cache, tell)
+
+    mine, done, packed = team.part(used), itertools.count(1), list[PackedCase]()
+    team.each(lambda: packed.extend(packed_of(mine, lambda case: progress(Progress("pack", next(done), len(mine))))))
+    if team.count > 1:
+        # What the others packed is found; only a cache that machines do not share is packed once a machine.
+        packed = packed_of(used)
     sides: Packed = {"train": [], "val": []}
     for case, pack in zip(used, packed, strict=True):
         sides[str(case.split)].append(pack)
@@ -312,11 +403,12 @@ def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | N
 
 def _task(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
     """All that decides what a training does; resuming with anything else is another training."""
+    schedule = asdict(spec.training) if spec.training else {}
     return {
         "method": spec.method,
         "channels": list(spec.channels),
         "settings": spec.settings,
-        "training": spec.training and asdict(spec.training),
+        "training": {name: value for name, value in schedule.items() if name not in MAY_CHANGE},
         "training cases": [case.fingerprint for case in packed["train"]],
         "validation cases": [case.fingerprint for case in packed["val"]],
     }

@@ -1,17 +1,13 @@
-"""What lets a training stop and go on: its state on disk, its log, and being asked to stop."""
+"""What lets a training stop and go on: its state on disk and its log."""
 
 from __future__ import annotations
 
 import csv
 import io
 import pickle
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -94,31 +90,3 @@ class Log:
     def close(self) -> None:
         """Write out what TensorBoard has not yet."""
         self._board.close()
-
-
-class StopRequest:
-    """Whether SIGINT or SIGTERM asked to stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @classmethod
-    @contextmanager
-    def listen(cls) -> Iterator[StopRequest]:
-        """Listen while the block runs (signals reach the main thread only; elsewhere nothing is caught)."""
-        request = cls()
-        if threading.current_thread() is not threading.main_thread():
-            yield request
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if request.signal is not None:
-                raise KeyboardInterrupt
-            request.signal = number
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield request
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -10,18 +10,31 @@ import typer
 from anomri.cli import training, detection, evaluation  # noqa: F401  # they register their commands, in the order of --help
 
 # isort: on
-from anomri.cli.options import app, err
+from anomri.cli.options import app, err, out
+from anomri.interruption import stoppable
+from anomri.launch import launched
 from anomri.spec import AnomriError, Interrupted
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line with ``args`` (default: the process's); returns the exit code.
 
-    0: all done. 1: some case failed, the others are written. 2: the input or the command does not fit.
+    0: all done, or stopped by a scheduler with all saved. 1: some case failed, the others are written. 2: the input or
+    the command does not fit.
     """
     try:
-        return int(app(args=args, standalone_mode=False) or 0)
+        # One of several processes speaks for all; the others only tell what went wrong with them alone.
+        out.quiet = err.quiet = launched().rank > 0
+        with stoppable() as stop:
+            try:
+                return int(app(args=args, standalone_mode=False) or 0)
+            except Exception as error:
+                if stop.signal is None or isinstance(error, AnomriError):
+                    raise
+                # What fails because another process has stopped already.
+                raise Interrupted(f"stopped ({error}); the same command goes on.", stop.signal) from error
     except AnomriError as error:
+        err.quiet = err.quiet and getattr(error, "told", False)
         err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         return 2
     except OSError as error:
@@ -31,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
     except Interrupted as stopped:
         err.print(str(stopped), highlight=False)
         # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
-        return 0 if stopped.signal == signal.SIGTERM else 130
+        return 130 if stopped.signal == signal.SIGINT else 0
     except typer.Exit as leaving:
         return int(leaving.exit_code)
     except Exception as error:

@@ -22,6 +22,9 @@ def train(
     splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the preset's.")] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Take each process's share of a batch in so many parts: less memory, same model.")
+    ] = 1,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
     precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
@@ -45,7 +48,10 @@ def train(
     data_licence: Annotated[Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train on the healthy slices of a cohort; slices with a labelled lesion are left out."""
+    """Train on the healthy slices of a cohort; slices with a labelled lesion are left out.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m anomri train ..., or srun anomri train ...
+    """
     from anomri.progress import training_progress
     from anomri.training import train as run
 
@@ -74,6 +80,7 @@ def train(
             splits=splits,
             cache=cache,
             resume=resume,
+            accumulate=accumulate,
             device=device,
             data_licence=data_licence,
             progress=progress,

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from anomri.draws import uniform
 from anomri.methods import LAPTOP, Box, Preset
 from anomri.networks import UNet
 from anomri.noise import add_on_foreground, coarse_noise
@@ -70,12 +71,12 @@ class DAE(nn.Module):
     def _augment(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         n, c = x.shape[:2]
         if self.flip:
-            mirrored = torch.rand(n, generator=generator, device=x.device) < 0.5
+            mirrored = uniform((n,), generator) < 0.5
             # The first axis of an axial slice runs from the patient's right to the left.
             x = torch.where(mirrored[:, None, None, None], x.flip(2), x)
             foreground = torch.where(mirrored[:, None, None], foreground.flip(1), foreground)
         if self.gain_jitter:
-            gain = torch.rand((n, c, 1, 1), generator=generator, device=x.device) * 2 - 1
+            gain = uniform((n, c, 1, 1), generator) * 2 - 1
             x = x * (1 + self.gain_jitter * gain)
         return x, foreground
 

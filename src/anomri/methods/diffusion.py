@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from anomri.backbones import TimedUNet
+from anomri.draws import integers, normal
 from anomri.methods import LAPTOP, Box, Preset
 from anomri.noise import coarse_noise
 from anomri.residual import mean_absolute_residual
@@ -70,7 +71,7 @@ class Diffusion(nn.Module):
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Mean squared error of the noise that the network sees at a random step, on every pixel."""
         x = to_unit_range(cut_box(x, box))
-        time = torch.randint(1, len(self.signal), (len(x),), generator=generator, device=x.device)
+        time = integers(1, len(self.signal), (len(x),), generator)
         noise = self.draw(x, generator)
         share = self.signal[time][:, None, None, None]
         return (self.network(share.sqrt() * x + (1 - share).sqrt() * noise, time) - noise).square().mean()
@@ -98,7 +99,7 @@ class Diffusion(nn.Module):
         """Noise of the model's kind, of the shape of ``x``."""
         n, c, h, w = x.shape
         if self.noise == "gaussian":
-            return torch.randn(x.shape, generator=generator, device=x.device)
+            return normal(x.shape, generator)
         if self.noise == "simplex":
             return simplex_noise((n, c, h, w), generator=generator)
         return coarse_noise((n, c, h, w), 16, 1.0, generator)

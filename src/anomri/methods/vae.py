@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from anomri.backbones import Decoder, Encoder
+from anomri.draws import normal
 from anomri.methods import LAPTOP, Box, Preset
 from anomri.residual import mean_absolute_residual
 from anomri.spec import Training
@@ -75,7 +76,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Squared error on the foreground, mean over all pixels, + ``kl_weight`` * mean KL of a latent dimension."""
         mean, log_variance = self.posterior(x)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        noise = normal(mean.shape, generator)
         reconstruction = self.decode(mean + noise * (0.5 * log_variance).exp())
         error = ((reconstruction - x) * foreground[:, None]).square().mean()
         return error + self.kl_weight * kl_divergence(mean, log_variance).mean()
