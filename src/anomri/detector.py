@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import box_around, drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
-from anomri.residual import anomaly_score
+from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold, confidence
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
 from anomri.spec import FORMAT_VERSION, AnomriError, HealthyScores, ModelSpec
@@ -77,8 +77,10 @@ class Detection:
         """The reconstruction (channels, x, y, z) in the input's intensities."""
         shape, window = self.volume.geometry.canonical_shape, self.stack.window
         channels = [
-            from_slices(self.reconstructed[:, number], shape, window, self.stack.index) * scale
-            for number, scale in enumerate(self.stack.scale)
+            from_slices(
+                affine.inverse(self.reconstructed[:, number], self.stack.foreground), shape, window, self.stack.index
+            )
+            for number, affine in enumerate(self.stack.scale)
         ]
         return np.stack(channels)
 
@@ -111,7 +113,7 @@ class Detection:
         """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
         return {
             "case": self.name,
-            "channels": list(self.volume.channels),
+            "channels": [name for name in self.volume.channels if name not in self.volume.missing],
             "method": self.spec.method,
             "threshold": self.spec.thresholds.threshold if self.spec.thresholds else None,
             "voxel_false_positive_rate": self.spec.thresholds.voxel_rate if self.spec.thresholds else None,
@@ -218,6 +220,9 @@ class Detector:
             scan = cases[0]
         channels = self.spec.channels
         missing = [channel for channel in channels if channel not in scan.channels]
+        if missing and len(missing) < len(channels) and getattr(self.method, "takes_subsets", False):
+            present = [channel for channel in channels if channel in scan.channels]
+            return _completed(prepare(scan, present, self.spec.grid, preparation), channels)
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
@@ -229,21 +234,50 @@ class Detector:
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
         raw, reconstructed = self.raw_score(stack)
-        return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
+        return anomaly_score(raw, stack.foreground, self.spec.score, stack.spacing_mm), reconstructed
 
     def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
         """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
-        box = self._box(stack)
-        reconstructed = torch.empty_like(stack.x)
+        output = self.output(stack)
+        c = stack.x.shape[1]
+        if self.spec.score.kind in ("own", "auto"):
+            with torch.no_grad():
+                raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
+        else:
+            raw = score_of(stack.x, output, self.spec.channels, self.spec.score)
+        # Outside the brain a method is free to make up anything; nobody should see it.
+        return raw, output[:, :c] * stack.foreground[:, None]
+
+    def output(self, stack: SliceStack) -> Tensor:
+        """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
+        score, box = self.spec.score, self._box(stack)
+        if score.passes and not hasattr(self.method, "with_noise"):
+            raise AnomriError(f"{self.spec.method} cannot reconstruct from noise; leave passes at 0.")
+        parts = []
         # Not inference mode: a method may follow gradients to its reconstruction.
         with torch.no_grad():
             for start in range(0, len(stack.x), INFERENCE_BATCH):
                 part = slice(start, start + INFERENCE_BATCH)
-                reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
-            raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
-        # Outside the brain a method is free to make up anything; nobody should see it.
-        reconstructed *= stack.foreground[:, None]
-        return raw, reconstructed
+                x, foreground = stack.x[part].to(self.device), stack.foreground[part].to(self.device)
+                seen = [x]
+                if score.passes:
+                    generator = torch.Generator(self.device).manual_seed(start)
+                    seen = [self.method.with_noise(x, foreground, generator) for _ in range(score.passes)]
+                outputs = [self._reconstruct(one, box, score.flips) for one in seen]
+                parts.append(torch.stack(outputs).mean(0).cpu())
+        output = torch.cat(parts)
+        # Nothing is known of a channel that the scan does not have.
+        absent = [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]
+        output[:, absent] = 0
+        return output
+
+    def _reconstruct(self, x: Tensor, box: tuple[int, int, int, int] | None, flips: bool) -> Tensor:
+        output: Tensor = self.method.reconstruct(x, box)
+        if not flips:
+            return output
+        mirrored_box = box and (x.shape[2] - box[1], x.shape[2] - box[0], box[2], box[3])
+        mirrored: Tensor = self.method.reconstruct(x.flip(2), mirrored_box)
+        return (output + mirrored.flip(2)) / 2
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""
@@ -289,6 +323,16 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     with whole_file(folder / "weights.safetensors") as partial:
         partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
     write_text(folder / "model.json", spec.to_json())
+
+
+def _completed(volume: Volume, channels: Sequence[str]) -> Volume:
+    """The scan with a channel of zeros for each one that it does not have, and a note."""
+    data = np.zeros((len(channels), *volume.data.shape[1:]), dtype=np.float32)
+    for name, channel in zip(volume.channels, volume.data, strict=True):
+        data[list(channels).index(name)] = channel
+    missing = tuple(name for name in channels if name not in volume.channels)
+    note = f"the scan has no {', '.join(missing)}; the model was trained to do without."
+    return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, note))
 
 
 def find_lesions(

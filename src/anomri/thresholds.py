@@ -13,7 +13,7 @@ from anomri.detector import Detector
 from anomri.metrics import drop_small_components
 from anomri.packing import PackedCase
 from anomri.slices import SliceStack, Window, brain_box, foreground_of
-from anomri.spec import HealthyScores, Thresholds
+from anomri.spec import HealthyScores, ModelSpec, Thresholds
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.001)
 DEFAULT_RATE = 0.01
@@ -61,10 +61,18 @@ def healthy_thresholds(
     )
 
 
+def stack_of(case: PackedCase, spec: ModelSpec) -> SliceStack:
+    """The slices of a packed case as those of a scan."""
+    x = torch.from_numpy(case.memory_map.astype(np.float32))
+    window = Window(0, 0, *x.shape[2:])
+    foreground = foreground_of(x, spec.scaling)
+    return SliceStack(x, foreground, range(len(x)), (), None, window, case.spacing_mm)
+
+
 def _score(detector: Detector, case: PackedCase) -> _Healthy:
     # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-    x = torch.from_numpy(case.memory_map.astype(np.float32))
-    stack = SliceStack(x, foreground_of(x, detector.spec.scaling), range(len(x)), (), None, Window(0, 0, *x.shape[2:]))
+    stack = stack_of(case, detector.spec)
+    x = stack.x
     scores, _ = detector.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
     healthy = np.zeros((len(x), 1, 1), dtype=bool)
