@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from copy import copy
@@ -138,6 +139,11 @@ class Detector:
         # Kept for `save`: folding changes the filters in place.
         self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
         self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of all that decides what is found in a scan: specification and weights."""
+        return hashlib.sha256(self.spec.to_json().encode() + save_tensors(self._state)).hexdigest()
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:

@@ -130,10 +130,14 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
     return fabric
 
 
-@cache
 def processes(device: str = "auto") -> Processes:
-    """The processes of this job, connected with each other when first asked for."""
+    """The processes of this job, connected with each other when first asked for; each takes a device of its own."""
     place = launched()
     if place.launcher is not None:
-        fabric_of(device)
+        _connect(resolve_device(device).type)
     return Processes(place.rank, place.count)
+
+
+@cache
+def _connect(device: str) -> None:
+    fabric_of(device)

@@ -63,7 +63,7 @@ def healthy_thresholds(
 
 def _score(detector: Detector, case: PackedCase) -> _Healthy:
     # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-    x = torch.from_numpy(case.memory_map.astype(np.float32))
+    x = torch.from_numpy(np.stack(case.read(range(case.slices))).astype(np.float32))
     stack = SliceStack(x, foreground_of(x, detector.spec.scaling), range(len(x)), (), None, Window(0, 0, *x.shape[2:]))
     scores, _ = detector.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)

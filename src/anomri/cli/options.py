@@ -38,6 +38,10 @@ Sensitivity = Annotated[
         "or highest, high, default, low, lowest.",
     ),
 ]
+Shard = Annotated[
+    Optional[str],
+    typer.Option(metavar="K/N", help="Do only the K-th of N shares of the cases; `anomri merge` joins them."),
+]
 FalsePositiveMl = Annotated[
     Optional[float],
     typer.Option(
