@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from anomri import methods
 from anomri.cases import Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
+from anomri.memory import smaller_until_it_fits
 from anomri.metrics import box_around, drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
@@ -134,6 +135,7 @@ class Detector:
     def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
+        self._batch = INFERENCE_BATCH
         self.splits: dict[str, str] = {}
         """Which cases the model was trained on and held out, if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
@@ -182,7 +184,11 @@ class Detector:
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
+        before = self._batch
         scores, reconstructed = self.score(stack)
+        if self._batch < before:
+            note = f"memory was short: the network takes {self._batch} slices at once from here on, not {before}."
+            volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
         mask: NDArray[np.bool_] | None = None
@@ -241,11 +247,15 @@ class Detector:
         """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
         box = self._box(stack)
         reconstructed = torch.empty_like(stack.x)
+
+        def reconstruct(size: int) -> None:
+            for start in range(0, len(stack.x), size):
+                part = slice(start, start + size)
+                reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
+
         # Not inference mode: a method may follow gradients to its reconstruction.
         with torch.no_grad():
-            for start in range(0, len(stack.x), INFERENCE_BATCH):
-                part = slice(start, start + INFERENCE_BATCH)
-                reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
+            self._batch = smaller_until_it_fits(reconstruct, self._batch)
             raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
         # Outside the brain a method is free to make up anything; nobody should see it.
         reconstructed *= stack.foreground[:, None]
