@@ -25,7 +25,7 @@ def test_neither_the_import_nor_help_need_torch(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "detect", "evaluate", "compare", "bids", "view", "demo", "import-checkpoint"]
+    "command", ["", "train", "detect", "evaluate", "merge", "compare", "bids", "view", "demo", "import-checkpoint"]
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from anomri.detection import detect_cohort
     from anomri.detector import Detection, Detector
     from anomri.evaluation import evaluate
+    from anomri.merging import merge
     from anomri.pooling import Evaluation
     from anomri.reporting import report
     from anomri.spec import AnomriError
@@ -36,6 +37,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "find_cases": "cases",
     "load": "detector",
+    "merge": "merging",
     "report": "reporting",
     "train": "training",
 }

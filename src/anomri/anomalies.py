@@ -39,6 +39,11 @@ def between(low: float, high: float, shape: Sequence[int], generator: Generator)
     return low + (high - low) * uniform(shape, generator)
 
 
+def log_between(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Random numbers from ``low`` to ``high``, every octave as likely, of ``shape`` (n, ...)."""
+    return between(math.log(low), math.log(high), shape, generator).exp()
+
+
 def smooth_field(shape: tuple[int, int, int, int], resolution: int, generator: Generator) -> Tensor:
     """Standard normal noise at ``resolution`` x ``resolution``, enlarged smoothly to ``shape`` (n, c, h, w)."""
     low = normal((*shape[:2], resolution, resolution), generator)
@@ -58,7 +63,7 @@ def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Ten
     centre = torch.searchsorted(inside.double(), drawn.double(), right=True).clamp_max(h * w - 1)[..., None]
     rows = torch.arange(h, device=foreground.device)[None, :, None] - centre // w
     columns = torch.arange(w, device=foreground.device)[None, None, :] - centre % w
-    radius = between(*map(math.log, RADIUS_PIXELS), (n, 1, 1), generator).exp()
+    radius = log_between(*RADIUS_PIXELS, (n, 1, 1), generator)
     stretch, angle = between(-0.4, 0.4, (n, 1, 1), generator).exp(), between(0, math.pi, (n, 1, 1), generator)
     u = (angle.cos() * rows + angle.sin() * columns) * stretch
     v = (angle.cos() * columns - angle.sin() * rows) / stretch
@@ -106,7 +111,7 @@ def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typica
     drawn = normal((n, len(channels)), generator)
     follows = uniform((n, 1), generator) < typical
     direction = torch.where(follows, mean + spread * drawn, UNKNOWN_CONTRAST[1] * drawn)
-    return between(*map(math.log, AMPLITUDE), (n, 1), generator).exp() * direction
+    return log_between(*AMPLITUDE, (n, 1), generator) * direction
 
 
 def _plant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from anomri.cases import Case, channels_of, find_cases, read_splits
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
-from anomri.files import output_folder, write_text
+from anomri.files import output_folder, sole_use, write_text
 from anomri.spec import AnomriError, ModelSpec
 from anomri.training import Progress, split_cases
 
@@ -78,23 +79,26 @@ def compare(
         device=device,
     )
     jobs = plan(first, methods, noise_resolution, noise_std, seeds)
-    _same_comparison(folder, first)
-    protocol = {
-        "cases": f"{len(test_cases)} ({chosen})",
-        "preset": preset + "".join(f", {name} {value}" for name, value in (training or {}).items()),
-    }
-    failed: dict[str, str] = {}
-    report, rows = write_comparison(folder, jobs, protocol, failed)
-    for job in jobs:
-        try:
-            if not job.result.is_file():
-                _do(job, partial(progress, job.name))
-                # Written again after every job: what there is can be looked at while the rest runs.
+    with sole_use(folder):
+        for left in (folder / "results").glob(".scores-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        _same_comparison(folder, first)
+        protocol = {
+            "cases": f"{len(test_cases)} ({chosen})",
+            "preset": preset + "".join(f", {name} {value}" for name, value in (training or {}).items()),
+        }
+        failed: dict[str, str] = {}
+        report, rows = write_comparison(folder, jobs, protocol, failed)
+        for job in jobs:
+            try:
+                if not job.result.is_file():
+                    _do(job, partial(progress, job.name))
+                    # Written again after every job: what there is can be looked at while the rest runs.
+                    report, rows = write_comparison(folder, jobs, protocol, failed)
+            except AnomriError as error:
+                failed[job.name] = str(error)
                 report, rows = write_comparison(folder, jobs, protocol, failed)
-        except AnomriError as error:
-            failed[job.name] = str(error)
-            report, rows = write_comparison(folder, jobs, protocol, failed)
-    return Comparison(tuple(rows), report, failed)
+        return Comparison(tuple(rows), report, failed)
 
 
 def plan(

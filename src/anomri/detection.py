@@ -5,26 +5,32 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from typing import Any, TypeVar
 
 from anomri.cases import Case
 from anomri.detector import Detection, Detector
-from anomri.files import output_folder, write_text
+from anomri.distribution import Processes, processes
+from anomri.files import sole_use, write_text
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
+from anomri.records import Records, Shard, keys_of
 from anomri.reporting import detection_report
 from anomri.spec import AnomriError
 from anomri.volume import Volume
 
 CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
+LOGS = "logs"
+T = TypeVar("T")
 CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error", "notes")
 LESION_COLUMNS = (
     "case",
@@ -60,6 +66,16 @@ class CaseResult:
         kinds = ((file, file.name.removeprefix(self.case).split(".")[0]) for file in self.files)
         return facts | {"files": {kind.strip("_") or "summary": str(file.resolve()) for file, kind in kinds}}
 
+    def to_record(self) -> dict[str, object]:
+        """All of it as what JSON holds, files by their names."""
+        return {**asdict(self), "files": [file.name for file in self.files]}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], folder: Path) -> CaseResult:
+        """What `to_record` gave, with files in ``folder``."""
+        known = {name: record[name] for name in ("case", "seconds", "summary", "error")}
+        return cls(**known, files=tuple(folder / name for name in record["files"]))
+
 
 def detect_cohort(
     cohort: str | Path | Sequence[Case],
@@ -70,6 +86,7 @@ def detect_cohort(
     sensitivity: str | float | None = None,
     false_positive_ml: float | None = None,
     preparation: Preparation = Preparation(),
+    shard: str | None = None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
@@ -77,24 +94,76 @@ def detect_cohort(
     ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. The next
     scan is read while the network works on this one, so memory holds a few scans, however many there are.
     ``sensitivity`` or ``false_positive_ml`` choose another of the model's thresholds, as `sensitivity.choose_threshold`
-    says. Raises `AnomriError` if there is no case, model or such threshold, or ``out`` cannot be written.
+    says.
+
+    What an earlier call with the same scans, model and settings finished in ``out`` is kept. Where torchrun or srun
+    started several processes, each calls this with the same arguments and they share the cases. ``shard``, as
+    ``3/40``, does one share of the cases alone; `merging.merge` then writes the tables of all.
+
+    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written, or another run
+    is writing to it.
     """
-    folder = output_folder(Path(out))
+    folder, part = Path(out), Shard.parse(shard)
+    team = Processes(part.number - 1, part.count) if part else processes(_device_of(model))
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
-    started, results = time.time(), list[CaseResult]()
+    keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
     save = partial(Detection.save, folder=folder, reconstruction=reconstruction)
-    try:
-        for case, volume, begun in read_ahead(cases, lambda case: detector.read(case, preparation)):
-            results.append(detect_case(detector, case, volume, begun, folder, save))
-            progress(results[-1], len(cases))
-    finally:
-        # Also after Ctrl-C: what is done is listed.
-        write_tables(folder, results)
-        write_run(folder, detector, len(cases), started)
-        detection_report(folder)
+    with part.sole_use(folder) if part else team.sole_use(folder):
+        facts = {"started": time.time(), "run": run_facts(detector, len(cases))}
+        records = Records.begin(folder / LOGS, keys, facts)
+        mine = team.part(cases)
+        results = {case.name: result for case in mine if (result := _finished(records, case.name, folder))}
+        for result in results.values():
+            progress(result, len(mine))
+        try:
+            waiting = [case for case in mine if case.name not in results]
+            for case, volume, begun in read_ahead(waiting, lambda case: detector.read(case, preparation)):
+                result = detect_case(detector, case, volume, begun, folder, save)
+                records.save(case.name, result.to_record())
+                results[case.name] = result
+                progress(result, len(mine))
+        except BaseException:
+            # Also after Ctrl-C: what is done is listed.
+            if team.count == 1:
+                write_run_tables(folder, records, list(results.values()))
+            raise
+        if part:
+            return [results[case.name] for case in mine]
+        team.wait()
+        results |= {record["case"]: CaseResult.of_record(record, folder) for record in records.all()}
+        ordered = [results[case.name] for case in cases]
+        team.once(lambda: write_run_tables(folder, records, ordered))
+    return ordered
+
+
+def merge_detections(folder: Path) -> list[CaseResult]:
+    """Write the tables and report of a run whose cases were done shard by shard; raises `AnomriError` if some are missing."""
+    with sole_use(folder):
+        records = Records.open(folder / LOGS)
+        results = [CaseResult.of_record(record, folder) for record in records.all()]
+        write_run_tables(folder, records, results)
     return results
+
+
+def _device_of(model: Detector | str | Path) -> str:
+    return model.device.type if isinstance(model, Detector) else "auto"
+
+
+def _settings(preparation: Preparation) -> list[object]:
+    """A preparation as what a case's key is made of; a brain mask counts by its content's age."""
+    mask = preparation.brain_mask
+    return [asdict(preparation), mask and mask.exists() and mask.stat().st_mtime_ns]
+
+
+def _finished(records: Records, case: str, folder: Path) -> CaseResult | None:
+    """What a run before this one found in a case; ``None`` if it did not come to it, failed, or its files are gone."""
+    record = records.load(case)
+    if record is None or record["error"]:
+        return None
+    result = CaseResult.of_record(record, folder)
+    return result if all(path.is_file() for path in result.files) else None
 
 
 def read_ahead(
@@ -109,15 +178,28 @@ def read_ahead(
         except CASE_ERRORS as error:
             return case, AnomriError(problem(case, error)), begun
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
-        for case in cases:
-            upcoming = pool.submit(attempt, case)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = upcoming
+    waiting = None
+    for case in cases:
+        upcoming = _in_background(partial(attempt, case))
         if waiting is not None:
             yield waiting.result()
+        waiting = upcoming
+    if waiting is not None:
+        yield waiting.result()
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """The result of ``work``, done in a thread that nobody waits for when the process is asked to end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def detect_case(
@@ -180,15 +262,25 @@ def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
     write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
 
 
+def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResult]) -> None:
+    """Write the tables, ``run.json`` and the report of a run."""
+    write_tables(folder, results)
+    _write_run(folder, records.facts["run"], records.facts["started"])
+    detection_report(folder)
+
+
 def write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
     """Write ``run.json``; ``started`` is in seconds since the epoch."""
+    _write_run(folder, run_facts(detector, cases), started)
+
+
+def run_facts(detector: Detector, cases: int) -> dict[str, object]:
+    """What ``run.json`` says beside times."""
     spec = detector.spec
-    facts = {
+    return {
         "anomri": version("anomri"),
         "command": "detection",
         "cases": cases,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "seconds": round(time.time() - started, 1),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "method": spec.method,
         "channels": spec.channels,
@@ -198,4 +290,10 @@ def write_run(folder: Path, detector: Detector, cases: int, started: float) -> N
         "model_cohort": spec.cohort and asdict(spec.cohort),
         "citation": spec.citation,
     }
+
+
+def _write_run(folder: Path, facts: Mapping[str, object], started: float) -> None:
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
+    # From the beginning, with pauses, if it was gone on with.
+    facts = {**facts, "started": when, "seconds": round(time.time() - started, 1)}
     write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")

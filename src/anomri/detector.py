@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from anomri import methods
 from anomri.cases import Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
+from anomri.memory import smaller_until_it_fits
 from anomri.metrics import box_around, drop_small_components
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
@@ -35,6 +37,8 @@ from anomri.volume import Geometry, Volume, write_image
 
 INFERENCE_BATCH = 8
 """Slices a forward pass: larger batches leave the processor's cache and are slower."""
+TEST_SEED = 2022
+"""Of the noise that a score's passes add: a scan gets the same map every time."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,20 @@ class Detector:
     def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
+        self.channels = spec.channels
+        """Those of the model's channels that are looked at; see `with_channels`."""
+        self._batch = INFERENCE_BATCH
         self.splits: dict[str, str] = {}
         """Which cases the model was trained on and held out, if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
         self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of all that decides what is found in a scan: specification and weights."""
+        seen = self.spec.to_json() + "+".join(self.channels)
+        return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:
@@ -178,17 +191,24 @@ class Detector:
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
+        before = self._batch
         scores, reconstructed = self.score(stack)
+        if self._batch < before:
+            note = f"memory was short: the network takes {self._batch} slices at once from here on, not {before}."
+            volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
+        spec = self.spec
+        if volume.missing and self.channels == spec.channels:
+            spec = self.with_channels([name for name in spec.channels if name not in volume.missing]).spec
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
-        if self.spec.thresholds is not None:
-            mask = anomaly_map > self.spec.thresholds.threshold
-            per_voxel = pixels_per_voxel(volume.geometry, self.spec.grid)
-            mask = drop_small_components(mask, self.spec.score.max_dropped_voxels * per_voxel)
-            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, self.spec.thresholds.healthy)
-        return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
+        if spec.thresholds is not None:
+            mask = anomaly_map > spec.thresholds.threshold
+            per_voxel = pixels_per_voxel(volume.geometry, spec.grid)
+            mask = drop_small_components(mask, spec.score.max_dropped_voxels * per_voxel)
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, spec.thresholds.healthy)
+        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
 
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
@@ -197,6 +217,39 @@ class Detector:
         detector = copy(self)
         thresholds = choose_threshold(self.spec.thresholds, sensitivity, false_positive_ml)
         detector.spec = replace(self.spec, thresholds=thresholds)
+        return detector
+
+    def with_channels(self, names: Sequence[str]) -> Detector:
+        """The same model, looking at these of its channels only, with the threshold for them.
+
+        Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
+        """
+        chosen = tuple(name for name in self.spec.channels if name in names)
+        if not chosen or len(chosen) < len(set(names)):
+            raise AnomriError(
+                f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is no part of them."
+            )
+        if chosen == self.spec.channels:
+            return self
+        if not getattr(self.method, "takes_subsets", False):
+            raise AnomriError(
+                f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
+                f"accurate) takes a part of them."
+            )
+        detector = copy(self)
+        detector.channels = chosen
+        thresholds = self.spec.subset_thresholds.get("+".join(chosen))
+        if thresholds is not None and self.spec.thresholds is not None:
+            thresholds = replace(thresholds, chosen=self.spec.thresholds.chosen)
+        detector.spec = replace(self.spec, thresholds=thresholds)
+        return detector
+
+    def with_score(self, **score: Any) -> Detector:
+        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none."""
+        detector = copy(self)
+        detector.spec = replace(
+            self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}
+        )
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
@@ -220,8 +273,8 @@ class Detector:
             scan = cases[0]
         channels = self.spec.channels
         missing = [channel for channel in channels if channel not in scan.channels]
-        if missing and len(missing) < len(channels) and getattr(self.method, "takes_subsets", False):
-            present = [channel for channel in channels if channel in scan.channels]
+        present = [channel for channel in self.channels if channel in scan.channels]
+        if len(present) < len(channels) and present and getattr(self.method, "takes_subsets", False):
             return _completed(prepare(scan, present, self.spec.grid, preparation), channels)
         if missing:
             raise AnomriError(
@@ -250,34 +303,35 @@ class Detector:
 
     def output(self, stack: SliceStack) -> Tensor:
         """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
-        score, box = self.spec.score, self._box(stack)
-        if score.passes and not hasattr(self.method, "with_noise"):
-            raise AnomriError(f"{self.spec.method} cannot reconstruct from noise; leave passes at 0.")
-        parts = []
-        # Not inference mode: a method may follow gradients to its reconstruction.
-        with torch.no_grad():
-            for start in range(0, len(stack.x), INFERENCE_BATCH):
-                part = slice(start, start + INFERENCE_BATCH)
-                x, foreground = stack.x[part].to(self.device), stack.foreground[part].to(self.device)
-                seen = [x]
-                if score.passes:
-                    generator = torch.Generator(self.device).manual_seed(start)
-                    seen = [self.method.with_noise(x, foreground, generator) for _ in range(score.passes)]
-                outputs = [self._reconstruct(one, box, score.flips) for one in seen]
-                parts.append(torch.stack(outputs).mean(0).cpu())
-        output = torch.cat(parts)
+        score, box, seen = self.spec.score, self._box(stack), [stack.x]
+        if score.passes:
+            if not hasattr(self.method, "with_noise"):
+                raise AnomriError(f"{self.spec.method} cannot reconstruct from noise; leave passes at 0.")
+            generator = torch.Generator().manual_seed(TEST_SEED)
+            seen = [self.method.with_noise(stack.x, stack.foreground, generator) for _ in range(score.passes)]
+        outputs = []
+        for x in seen:
+            outputs.append(self._reconstruct(x, box))
+            if score.flips:
+                mirrored = box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
+                outputs.append(self._reconstruct(x.flip(2), mirrored).flip(2))
+        output = torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
         # Nothing is known of a channel that the scan does not have.
-        absent = [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]
-        output[:, absent] = 0
+        output[:, [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]] = 0
         return output
 
-    def _reconstruct(self, x: Tensor, box: tuple[int, int, int, int] | None, flips: bool) -> Tensor:
-        output: Tensor = self.method.reconstruct(x, box)
-        if not flips:
-            return output
-        mirrored_box = box and (x.shape[2] - box[1], x.shape[2] - box[0], box[2], box[3])
-        mirrored: Tensor = self.method.reconstruct(x.flip(2), mirrored_box)
-        return (output + mirrored.flip(2)) / 2
+    def _reconstruct(self, x: Tensor, box: tuple[int, int, int, int] | None) -> Tensor:
+        parts: list[Tensor] = []
+
+        def reconstruct(size: int) -> None:
+            parts.clear()
+            for start in range(0, len(x), size):
+                parts.append(self.method.reconstruct(x[start : start + size].to(self.device), box).cpu())
+
+        # Not inference mode: a method may follow gradients to its reconstruction.
+        with torch.no_grad():
+            self._batch = smaller_until_it_fits(reconstruct, self._batch)
+        return torch.cat(parts)
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -115,9 +116,12 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
         # Named, since Fabric by itself takes a batch script of SLURM for one of many processes.
         return Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=[kinds.LightningEnvironment()])
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    environment = (
-        kinds.TorchElasticEnvironment() if place.launcher == "torchrun" else kinds.SLURMEnvironment(auto_requeue=False)
-    )
+    if place.launcher == "srun":
+        # Fabric insists on the option of this name; --ntasks alone says as much.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place.local_count))
+        environment = kinds.SLURMEnvironment(auto_requeue=False)
+    else:
+        environment = kinds.TorchElasticEnvironment()
     fabric = Fabric(
         accelerator=accelerator,
         devices=place.local_count,
@@ -130,10 +134,14 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
     return fabric
 
 
-@cache
 def processes(device: str = "auto") -> Processes:
-    """The processes of this job, connected with each other when first asked for."""
+    """The processes of this job, connected with each other when first asked for; each takes a device of its own."""
     place = launched()
     if place.launcher is not None:
-        fabric_of(device)
+        _connect(resolve_device(device).type)
     return Processes(place.rank, place.count)
+
+
+@cache
+def _connect(device: str) -> None:
+    fabric_of(device)

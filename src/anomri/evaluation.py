@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from anomri.cases import SUFFIXES, Case, find_cases
-from anomri.detection import CASE_ERRORS, problem, read_ahead
+from anomri.detection import CASE_ERRORS, LOGS, problem, read_ahead
 from anomri.detector import Detector
-from anomri.files import output_folder
-from anomri.pooling import Evaluation, Pool, Scored
+from anomri.distribution import Processes, processes
+from anomri.files import output_folder, sole_use, write_text
+from anomri.pooling import Evaluation, Pool, Scored, spool
 from anomri.previews import save_preview
+from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
+from anomri.residual import describe
 from anomri.slices import pixels_per_voxel
 from anomri.spec import AnomriError, Grid, Score
 from anomri.volume import read_label, read_map
 
+SCORES = ".scores"
+EVALUATION = "evaluation"
+"""In ``logs``, where the records of cases end in ``.json``."""
 GRIDS = {
     "model": "every pixel of the slices with brain, on the model's working grid",
     "input": "every voxel of the scan's own grid",
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared: the ``cases``, how one's scores are had, and the ``facts`` that the protocol is made of."""
+
+    cases: list[Case]
+    scored: Callable[[Sequence[Case]], Iterator[Scored]]
+    facts: dict[str, Any]
+    keys: dict[str, str]
+    device: str = "cpu"
 
 
 def evaluate(
@@ -44,49 +65,133 @@ def evaluate(
     the model was trained or validated on. ``threshold``
     replaces the label-free one of the model; ``sensitivity`` or ``false_positive_ml`` choose another of its own.
     Scores are spooled to disk; memory holds one case and the scores of
-    lesion voxels. With ``out``, tables and ``report.html`` are written there. Raises `AnomriError`.
+    lesion voxels. With ``out``, tables and ``report.html`` are written there, and the same call goes on where a
+    killed one ended; several processes of torchrun or srun share the cases. Raises `AnomriError`.
     """
+    plan = make_plan(cohort, out, model, maps, grid, split, threshold, sensitivity, false_positive_ml)
+    team = processes(plan.device)
+    if out is None:
+        if team.count > 1:
+            raise AnomriError("several processes need a folder that all of them see; name one for the results.")
+        with tempfile.TemporaryDirectory(prefix=".scores-") as place:
+            records = Records.begin(Path(place), plan.keys, plan.facts)
+            _spool(plan, plan.cases, records, progress)
+            return _pooled(records, None)
+    folder = Path(out)
+    with team.sole_use(folder):
+        done = team.once(lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint))
+        if done is not None:
+            return done
+        records = team.once(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
+        _spool(plan, team.part(plan.cases), records, progress)
+        team.wait()
+        return team.once(lambda: _pooled(records, folder))
+
+
+def evaluate_shard(plan: Plan, out: str | Path, shard: str, progress: Callable[[str, int, int], None]) -> int:
+    """Score one share, as ``3/40``, of a plan's cases into ``out``, for `merging.merge`; returns how many failed."""
+    part, folder = Shard.parse(shard), Path(out)
+    assert part is not None
+    with part.sole_use(folder):
+        records = Records.begin(folder / SCORES, plan.keys, plan.facts)
+        mine = Processes(part.number - 1, part.count).part(plan.cases)
+        _spool(plan, mine, records, progress)
+        return sum(bool((records.load(case.name) or {}).get("error")) for case in mine)
+
+
+def merge_evaluations(folder: Path) -> Evaluation:
+    """The evaluation of cases that were scored shard by shard; raises `AnomriError` if some are missing."""
+    with sole_use(folder):
+        if not (folder / SCORES / PLAN).is_file():
+            done = _evaluated(folder, None)
+        else:
+            records = Records.open(folder / SCORES)
+            done = _evaluated(folder, records.fingerprint) or _pooled(records, folder)
+    if done is None:
+        raise AnomriError(f"{folder}: holds no evaluation; begin one with `anomri evaluate --shard K/N`.")
+    return done
+
+
+def make_plan(
+    cohort: str | Path | Sequence[Case],
+    out: str | Path | None,
+    model: Detector | str | Path | None = None,
+    maps: str | Path | None = None,
+    grid: str = "model",
+    split: str | None = None,
+    threshold: float | None = None,
+    sensitivity: str | float | None = None,
+    false_positive_ml: float | None = None,
+) -> Plan:
+    """What `evaluate` would do with the same arguments."""
     if (model is None) == (maps is None):
         raise AnomriError("give either a model or a folder of maps to evaluate.")
     if (sensitivity, false_positive_ml) != (None, None) and (maps is not None or threshold is not None):
         raise AnomriError("a sensitivity or false positive volume is the model's; give no threshold or maps beside it.")
     if grid not in GRIDS:
         raise AnomriError(f"there is no grid {grid!r}; the grids are {' and '.join(GRIDS)}.")
-    folder = None if out is None else output_folder(Path(out))
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
-    given = threshold is not None
-    if model is not None:
-        detector = model if isinstance(model, Detector) else Detector.load(model)
-        detector = detector.with_threshold(sensitivity, false_positive_ml)
-        cases, chosen = choose_cases(cases, split, detector.splits)
-        if threshold is None and detector.spec.thresholds is not None:
-            threshold = detector.spec.thresholds.threshold
-        dropped = detector.spec.score.max_dropped_voxels
-        source = _detected(detector, cases, grid, folder)
-        what = f"method {detector.spec.method}, channels {', '.join(detector.spec.channels)}"
-    else:
-        cases, chosen = choose_cases(cases, split)
-        dropped = Score().max_dropped_voxels
-        source, what, grid = _read_maps(Path(str(maps)), cases), f"maps of {maps}", "input"
-    with tempfile.TemporaryDirectory(prefix=".scores-", dir=folder) as spool:
-        pooled = Pool(Path(spool))
-        for done, scored in enumerate(source, start=1):
-            pooled.add(scored)
-            progress(scored.case, done, len(cases))
-        if not pooled.cases:
-            raise AnomriError("no case could be evaluated:\n  " + "\n  ".join(pooled.failed.values()))
-        protocol = _protocol(what, chosen, grid, pooled)
-        if threshold is not None:
-            protocol["threshold"] = f"{threshold:.5g}, " + (
-                "given by the user" if given else "the model's, without labels"
-            )
-        protocol["components"] = (
-            f"26-connected ones of at most {dropped} voxels of the working grid are dropped where filtered"
-        )
-        evaluation = pooled.evaluate(protocol, threshold)
+    folder = None if out is None else Path(out)
+    facts: dict[str, Any] = {"grid": grid, "threshold": threshold, "given": threshold is not None}
+    if model is None:
+        place = Path(str(maps))
+        cases, facts["chosen"] = choose_cases(cases, split)
+        facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": Score().max_dropped_voxels}
+        with_maps = [replace(case, channels={"map": _map_of(place, case) or place}) for case in cases]
+        keys = keys_of(with_maps, ["map"], facts)
+        return Plan(cases, lambda some: _read_maps(place, some), facts, keys)
+    detector = model if isinstance(model, Detector) else Detector.load(model)
+    detector = detector.with_threshold(sensitivity, false_positive_ml)
+    spec = detector.spec
+    cases, facts["chosen"] = choose_cases(cases, split, detector.splits)
+    if threshold is None and spec.thresholds is not None:
+        facts["threshold"] = spec.thresholds.threshold
+    facts["dropped"] = spec.score.max_dropped_voxels
+    facts["what"] = f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
+    keys = keys_of(cases, spec.channels, facts, detector.fingerprint)
+    return Plan(cases, lambda some: _detected(detector, some, grid, folder), facts, keys, detector.device.type)
+
+
+def _spool(plan: Plan, cases: Sequence[Case], records: Records, progress: Callable[[str, int, int], None]) -> None:
+    """Score the cases that are not scored yet, each noted when it is."""
+    before = [case for case in cases if (records.load(case.name) or {"error": "none yet"})["error"] is None]
+    for done, case in enumerate(before, start=1):
+        progress(case.name, done, len(cases))
+    names = {case.name for case in before}
+    scored = plan.scored([case for case in cases if case.name not in names])
+    for done, one in enumerate(scored, start=len(before) + 1):
+        records.save(one.case, spool(records.folder, one))
+        progress(one.case, done, len(cases))
+
+
+def _pooled(records: Records, folder: Path | None) -> Evaluation:
+    """The figures of all cases of a plan; the scores are removed when they are written."""
+    pool, facts = Pool(records.folder), records.facts
+    for record in records.all():
+        pool.count(record)
+    if not pool.cases:
+        raise AnomriError("no case could be evaluated:\n  " + "\n  ".join(pool.failed.values()))
+    evaluation = pool.evaluate(_protocol(facts, pool), facts["threshold"])
     if folder is not None:
-        evaluation.save(folder)
-        evaluation_report(folder)
+        # Before the scores go: from now on the same command finds that it is done.
+        result = {"run": records.fingerprint, "evaluation": asdict(evaluation)}
+        write_text(output_folder(folder / LOGS) / EVALUATION, json.dumps(result))
+        _evaluated(folder, records.fingerprint)
+    return evaluation
+
+
+def _evaluated(folder: Path, run: str | None) -> Evaluation | None:
+    """The evaluation that was finished in ``folder``, its files written; ``None`` if there is none, or of another run."""
+    try:
+        result = json.loads((folder / LOGS / EVALUATION).read_text(encoding="utf-8"))
+        evaluation = Evaluation.of_json(result["evaluation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if run not in (None, result["run"]):
+        return None
+    evaluation.save(folder)
+    evaluation_report(folder)
+    shutil.rmtree(folder / SCORES, ignore_errors=True)
     return evaluation
 
 
@@ -138,11 +243,18 @@ def _detected(detector: Detector, cases: Sequence[Case], grid: str, folder: Path
             yield Scored(case.name, error=problem(case, error))
 
 
+def _map_of(maps: Path, case: Case) -> Path | None:
+    return next((maps / name for name in _map_names(case) if (maps / name).is_file()), None)
+
+
+def _map_names(case: Case) -> list[str]:
+    return [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
+
+
 def _read_maps(maps: Path, cases: Sequence[Case]) -> Iterator[Scored]:
     for case in cases:
-        names = [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
-        path = next((maps / name for name in names if (maps / name).is_file()), None)
         try:
+            path, names = _map_of(maps, case), _map_names(case)
             if path is None:
                 raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
             label, geometry = read_label(case)
@@ -154,15 +266,21 @@ def _read_maps(maps: Path, cases: Sequence[Case]) -> Iterator[Scored]:
             yield Scored(case.name, error=problem(case, error))
 
 
-def _protocol(what: str, chosen: str, grid: str, pool: Pool) -> dict[str, str]:
+def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
+    threshold = "none"
+    if facts["threshold"] is not None:
+        threshold = f"{facts['threshold']:.5g}, " + (
+            "given by the user" if facts["given"] else "the model's, without labels"
+        )
     return {
-        "scored": what,
-        "cases": f"{len(pool.cases)} ({chosen})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
-        "voxels": f"{GRIDS[grid]}, background counted: {pool.voxels:,}",
+        "scored": facts["what"],
+        "cases": f"{len(pool.cases)} ({facts['chosen']})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
+        "voxels": f"{GRIDS[facts['grid']]}, background counted: {pool.voxels:,}",
         "lesion": "every label above zero is one class",
         "AUPRC": "average precision over all voxels, every distinct score a threshold",
         "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",
-        "threshold": "none",
+        "threshold": threshold,
         "lesion-wise": "26-connected lesions; detected if one voxel is in the mask",
         "intervals": "95 %, 2,000 bootstrap resamples of patients",
+        "components": f"26-connected ones of at most {facts['dropped']} voxels of the working grid are dropped where filtered",
     }

@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from anomri.spec import AnomriError
 
 LOCK, PARTIAL = ".lock", ".partial-"
+OWN_FOLDERS = ("logs", "previews", ".scores")
+"""Folders in an output folder that the run which has it writes to."""
 
 
 @contextmanager
@@ -68,7 +70,8 @@ def sole_use(folder: Path, name: str = LOCK) -> Iterator[None]:
         raise AnomriError(f"{folder}: cannot lock this folder ({error}); name one on another file system.") from error
     try:
         if name == LOCK:
-            remove_partial(folder)
+            for place in (folder, *(folder / below for below in OWN_FOLDERS)):
+                remove_partial(place)
         yield
     finally:
         lock.release()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -18,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.cases import Case
-from anomri.files import output_folder, whole_file, write_text
-from anomri.slices import SliceStack, brain_box, pixels_per_voxel, slice_volume
+from anomri.files import output_folder, remove_partial, whole_file, write_text
+from anomri.slices import SliceStack, Window, brain_box, foreground_of, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
 
-PACKING_VERSION = 2
+PACKING_VERSION = 4
+ABANDONED_S = 24 * 3600
+"""Other runs may be packing into the same folder: only what is half-written for longer than this was left by a dead one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,10 @@ class PackedCase:
     """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
 
     ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
-    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a pixel.
+    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a
+    pixel, ``spacing_mm`` the spacing of slices, rows and columns.
+    ``checksums`` holds a CRC-32 of every slice: a disk or network that gave other bytes is noticed when a slice is
+    read, without reading the rest of the file, and ``pack`` packs the case anew.
     """
 
     name: str
@@ -41,11 +48,45 @@ class PackedCase:
     box: tuple[int, int, int, int]
     fingerprint: str
     pixel_mm3: float
+    spacing_mm: tuple[float, float, float]
+    checksums: NDArray[np.uint32] = field(compare=False, repr=False)
+    pack: Callable[[], PackedCase] = field(compare=False, repr=False)
 
     @property
     def memory_map(self) -> NDArray[np.float16]:
-        """The slices, mapped and not read."""
+        """The slices, mapped and neither read nor checked."""
         return _memory_map(self.file)
+
+    def stack(self, scaling: Scaling) -> SliceStack:
+        """All slices as those of a scan."""
+        x = torch.from_numpy(np.stack(self.read(range(self.slices))).astype(np.float32))
+        window = Window(0, 0, *x.shape[2:])
+        return SliceStack(x, foreground_of(x, scaling), range(len(x)), (), None, window, self.spacing_mm)
+
+    def read(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
+        """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed anew, once."""
+        try:
+            return self._checked(numbers)
+        except (OSError, ValueError):
+            anew = self.pack()
+            _memory_map.cache_clear()
+        if anew.fingerprint != self.fingerprint:
+            raise AnomriError(
+                f"{self.file}: is damaged, and the files of {self.name} have changed since it was packed; begin anew."
+            )
+        try:
+            return anew._checked(numbers)
+        except (OSError, ValueError) as error:
+            raise AnomriError(
+                f"{self.file}: is damaged, also after packing it anew ({error}); check the disk."
+            ) from error
+
+    def _checked(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
+        rows = [np.array(self.memory_map[number]) for number in numbers]
+        for number, row in zip(numbers, rows, strict=True):
+            if zlib.crc32(row.data) != self.checksums[number]:
+                raise ValueError(f"the checksum of slice {number} does not fit")
+        return rows
 
 
 class HealthySlices:
@@ -62,7 +103,7 @@ class HealthySlices:
 
     def batch(self, numbers: Sequence[int]) -> Tensor:
         """The slices ``numbers`` as (n, c, h, w) float32."""
-        rows = [case.memory_map[index] for case, index in map(self._find, numbers)]
+        rows = [row for case, index in map(self._find, numbers) for row in case.read([index])]
         return torch.from_numpy(np.stack(rows).astype(np.float32))
 
     def names(self, numbers: Sequence[int]) -> list[str]:
@@ -93,7 +134,7 @@ def pack_cohort(
     Several cases are read at once. Raises one `AnomriError` that lists every case that cannot be used; what
     was packed stays.
     """
-    output_folder(folder)
+    remove_partial(output_folder(folder), ABANDONED_S)
     problems: list[str] = []
 
     def pack(case: Case) -> PackedCase | None:
@@ -126,26 +167,46 @@ def _memory_map(file: Path) -> NDArray[np.float16]:
     return np.load(file, mmap_mode="r")
 
 
-def _pack_case(case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling, folder: Path) -> PackedCase:
+def _pack_case(
+    case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling, folder: Path, anew: bool = False
+) -> PackedCase:
     sources = [*case.files(channels), case.mask, case.label]
     key = _key(sources, channels, grid, scaling)
     file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
-    if file.is_file() and sidecar.is_file():
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-    else:
+    facts = None if anew else _packed_before(file, sidecar)
+    if facts is None:
         volume = read_volume(case, channels, grid)
         stack = slice_volume(volume, grid, scaling)
-        with whole_file(file) as partial, partial.open("wb") as target:
-            np.save(target, stack.x.numpy().astype(np.float16))
+        slices = stack.x.numpy().astype(np.float16)
+        with whole_file(file) as written, written.open("wb") as target:
+            np.save(target, slices)
         facts = _facts(stack, [path for path in sources if path is not None])
         facts["pixel_mm3"] = pixels_per_voxel(volume.geometry, grid) * volume.geometry.voxel_mm3
+        facts["spacing_mm"] = stack.spacing_mm
+        facts["checksums"] = [zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.
-        write_text(sidecar, json.dumps(facts))
-    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"])}
-    return PackedCase(case.name, file, **facts)
+        write_text(sidecar, json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}))
+    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"]), "spacing_mm": tuple(facts["spacing_mm"])}
+    facts["checksums"] = np.array(facts["checksums"], dtype=np.uint32)
+    again = partial(_pack_case, case, channels, grid, scaling, folder, True)
+    return PackedCase(case.name, file, **facts, pack=again)
 
 
-def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, object]:
+def _packed_before(file: Path, sidecar: Path) -> dict[str, Any] | None:
+    """The facts of a packed case; ``None`` if there is none, or nothing whole."""
+    try:
+        stored = json.loads(sidecar.read_text(encoding="utf-8"))
+        whole = stored["crc32"] == _crc32(stored["facts"]) and stored["bytes"] == file.stat().st_size
+        return dict(stored["facts"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _crc32(facts: object) -> int:
+    return zlib.crc32(json.dumps(facts).encode())
+
+
+def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, Any]:
     lesion = torch.zeros(len(stack.x), dtype=torch.bool) if stack.label is None else stack.label.any(2).any(1)
     digest = hashlib.sha256()
     for path in sources:

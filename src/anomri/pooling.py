@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,23 @@ class Evaluation:
         """The value of the figure ``name``."""
         return next(figure.value for figure in self.figures if figure.name == name)
 
+    @classmethod
+    def of_json(cls, facts: Mapping[str, Any]) -> Evaluation:
+        """What ``asdict`` made of an evaluation, from JSON."""
+
+        def patient(row: Mapping[str, Any]) -> PatientScores:
+            counts = {name: row[name] and LesionCounts(**row[name]) for name in ("lesions", "lesions_unfiltered")}
+            return PatientScores(**{**row, **counts})
+
+        return cls(
+            facts["protocol"],
+            tuple(Figure(**figure) for figure in facts["figures"]),
+            tuple(patient(row) for row in facts["patients"]),
+            tuple(tuple(point) for point in facts["curve"]),
+            facts["threshold"],
+            facts["failed"],
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write ``metrics.json``, ``patients.tsv`` and ``curve.tsv``."""
         folder = output_folder(Path(folder))
@@ -106,6 +124,18 @@ class Scored:
     error: str | None = None
 
 
+def spool(folder: Path, scored: Scored) -> dict[str, Any]:
+    """Write the scores and label of a case, less the margin where all is zero, to ``folder``; returns what `Pool` needs."""
+    facts = {"case": scored.case, "max_dropped": scored.max_dropped, "error": scored.error}
+    if scored.scores is None or scored.label is None:
+        return {**facts, "error": scored.error or "no label"}
+    inside = box_around((scored.scores != 0) | scored.label)
+    box = np.array([(side.start, side.stop) for side in inside])
+    with whole_file(folder / f"{scored.case}.npz") as partial, partial.open("wb") as file:
+        np.savez(file, scores=scored.scores[inside], label=scored.label[inside], box=box, shape=scored.scores.shape)
+    return facts
+
+
 class Pool:
     """Scores of many cases, spooled to disk; lesion voxels' scores alone stay in memory."""
 
@@ -117,18 +147,18 @@ class Pool:
         self._lesion_scores: list[NDArray[np.float32]] = []
 
     def add(self, scored: Scored) -> None:
-        """Spool one case, without the margin in which every score is zero and nothing is labelled."""
-        if scored.scores is None or scored.label is None:
-            self.failed[scored.case] = scored.error or "no label"
+        """Spool one case and let it count."""
+        self.count(spool(self.folder, scored))
+
+    def count(self, facts: Mapping[str, Any]) -> None:
+        """Let a case count of which `spool` gave the ``facts``."""
+        if facts["error"]:
+            self.failed[facts["case"]] = facts["error"]
             return
-        inside = box_around((scored.scores != 0) | scored.label)
-        path = self.folder / f"{len(self.cases)}.npz"
-        box = np.array([(side.start, side.stop) for side in inside])
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, scores=scored.scores[inside], label=scored.label[inside], box=box, shape=scored.scores.shape)
-        self._lesion_scores.append(scored.scores[scored.label])
-        self.cases.append((scored.case, scored.max_dropped))
-        self.voxels += scored.scores.size
+        with np.load(self.folder / f"{facts['case']}.npz") as spooled:
+            self._lesion_scores.append(spooled["scores"][spooled["label"]])
+            self.voxels += int(np.prod(spooled["shape"]))
+        self.cases.append((facts["case"], facts["max_dropped"]))
 
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
         """All figures, from two more readings of the spool."""
@@ -153,8 +183,8 @@ class Pool:
         return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
 
     def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        for number in range(len(self.cases)):
-            with np.load(self.folder / f"{number}.npz") as spooled:
+        for case, _ in self.cases:
+            with np.load(self.folder / f"{case}.npz") as spooled:
                 inside = tuple(slice(*side) for side in spooled["box"])
                 scores = np.zeros(spooled["shape"], dtype=np.float32)
                 label = np.zeros(spooled["shape"], dtype=bool)

@@ -85,6 +85,12 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
 }
 
 
+def describe(score: Score) -> str:
+    """A score in a few words."""
+    words = score.kind + (f" of {'+'.join(score.channels)}" if score.channels else "")
+    return words + (f", smoothed {score.smoothing_mm:g} mm" if score.smoothing_mm else "")
+
+
 def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -> Tensor:
     """The score ``score.kind`` of slices (n, c, h, w) and what a method made of them, before erosion: (n, h, w).
 

@@ -198,6 +198,8 @@ class ModelSpec:
     crop: tuple[int, int, int, int] | None = None
     """Rows and columns (first, last + 1, first, last + 1) of the grid that the network sees; ``None``: all."""
     thresholds: Thresholds | None = None
+    subset_thresholds: dict[str, Thresholds] = field(default_factory=dict)
+    """For scans that have only some of the channels, named as ``flair+t2``."""
     cohort: Cohort | None = None
     versions: dict[str, str] = field(default_factory=dict)
     citation: str = CITATION

@@ -9,7 +9,19 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from anomri.cli import inputs
-from anomri.cli.options import Device, FalsePositiveMl, Model, OutFolder, Sensitivity, app, err, out
+from anomri.cli.options import (
+    Device,
+    FalsePositiveMl,
+    Model,
+    OutFolder,
+    Sensitivity,
+    Shard,
+    SomeChannels,
+    app,
+    err,
+    names_of,
+    out,
+)
 from anomri.spec import AnomriError
 
 
@@ -33,14 +45,20 @@ def detect(
     reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    channels: SomeChannels = None,
+    shard: Shard = None,
     format: Annotated[
         Literal["text", "json"], typer.Option(help="json: one document with all results and paths, on stdout.")
     ] = "text",
     device: Device = "auto",
 ) -> None:
-    """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report."""
+    """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report.
+
+    Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
+    """
     from anomri.detection import CaseResult, detect_cohort
     from anomri.detector import Detector
+    from anomri.distribution import processes
     from anomri.intake import named, seg_parameters, take_in, write_dicom_seg
     from anomri.preparation import Preparation
     from anomri.progress import case_progress
@@ -48,18 +66,23 @@ def detect(
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
+    team = processes(device)
     # The threshold is chosen here, so that a SEG names the one that made it.
     detector = Detector.load(model, device).with_threshold(sensitivity, false_positive_ml)
+    if channels:
+        detector = detector.with_channels(names_of(channels) or ())
     parameters = seg_parameters(detector.spec) if dicom_seg else {}
-    intake = take_in(
-        input,
-        files,
-        output,
-        detector.find_cases,
-        series=named(series or [], "--series"),
-        keep_identifiers=keep_identifiers,
-        dicom_seg=dicom_seg,
-        note=_note,
+    intake = team.once(
+        lambda: take_in(
+            input,
+            files,
+            output,
+            detector.find_cases,
+            series=named(series or [], "--series"),
+            keep_identifiers=keep_identifiers,
+            dicom_seg=dicom_seg,
+            note=_note,
+        )
     )
     if brain_mask is not None and len(intake.cases) > 1:
         raise AnomriError(
@@ -80,14 +103,18 @@ def detect(
             detector,
             reconstruction=reconstruction,
             preparation=preparation,
+            shard=shard,
             progress=told,
         )
-    if dicom_seg:
+    if dicom_seg and team.first:
         write_dicom_seg(output, intake, detector.spec.channels[0], parameters)
     failed = sum(result.error is not None for result in results)
-    if format == "json":
+    if format == "json" and team.first:
         facts = {"report": str((output / "report.html").resolve()), "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))
+        raise typer.Exit(1 if failed else 0)
+    if shard:
+        out.print(f"{len(results) - failed} scans done, {failed} failed. After the last shard: anomri merge {output}")
         raise typer.Exit(1 if failed else 0)
     out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
     raise typer.Exit(1 if failed else 0)

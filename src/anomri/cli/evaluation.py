@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -14,6 +15,8 @@ from anomri.cli.options import (
     FalsePositiveMl,
     OutFolder,
     Sensitivity,
+    Shard,
+    SomeChannels,
     app,
     err,
     names_of,
@@ -42,29 +45,65 @@ def evaluate(
     threshold: Annotated[Optional[float], typer.Option(help="Instead of the model's label-free one.")] = None,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    channels: SomeChannels = None,
+    score: Annotated[
+        Optional[str], typer.Option(help="Instead of the model's: paper, absolute, positive, ssim, mark, ...")
+    ] = None,
+    shard: Shard = None,
     device: Device = "auto",
 ) -> None:
-    """Compare the maps of a model, or anyone's, with lesion labels: the paper's table, and more."""
-    from anomri.detector import Detector
-    from anomri.evaluation import evaluate as run
-    from anomri.progress import case_progress
+    """Compare the maps of a model, or anyone's, with lesion labels: the paper's table, and more.
 
+    Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
+    """
+    from anomri.detector import Detector
+    from anomri.distribution import processes
+    from anomri.evaluation import evaluate as run
+    from anomri.evaluation import evaluate_shard, make_plan
+    from anomri.progress import case_progress
+    from anomri.spec import Score
+
+    processes(device)
+    detector = None if model is None else Detector.load(model, device)
+    if detector and score:
+        paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
+        detector = detector.with_score(**paper)
+    if detector and channels:
+        detector = detector.with_channels(names_of(channels) or ())
+    arguments = {
+        "model": detector,
+        "maps": maps,
+        "grid": grid,
+        "split": split,
+        "threshold": threshold,
+        "sensitivity": sensitivity,
+        "false_positive_ml": false_positive_ml,
+    }
     with case_progress(err) as advance:
-        evaluation = run(
-            input,
-            output,
-            model=None if model is None else Detector.load(model, device),
-            maps=maps,
-            grid=grid,
-            split=split,
-            threshold=threshold,
-            sensitivity=sensitivity,
-            false_positive_ml=false_positive_ml,
-            progress=lambda case, done, total: advance(case, total),
-        )
+
+        def told(case: str, done: int, total: int) -> None:
+            advance(case, total)
+
+        if shard:
+            failed = evaluate_shard(make_plan(input, output, **arguments), output, shard, told)  # type: ignore[arg-type]
+        else:
+            evaluation = run(input, output, **arguments, progress=told)  # type: ignore[arg-type]
+    if shard:
+        out.print(f"{failed} cases failed. After the last shard: anomri merge {output}", highlight=False)
+        raise typer.Exit(1 if failed else 0)
     _print_evaluation(evaluation)
     out.print(f"Look at {output / 'report.html'}", highlight=False)
     raise typer.Exit(1 if evaluation.failed else 0)
+
+
+@app.command()
+def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that all shards wrote to.")]) -> None:
+    """Join what `detect --shard` or `evaluate --shard` left in a folder: one set of tables, figures, one report."""
+    from anomri.merging import merge as run
+
+    failed = run(folder)
+    out.print(f"{failed} cases failed. Look at {folder / 'report.html'}", highlight=False)
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

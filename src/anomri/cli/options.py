@@ -30,6 +30,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Channels = Annotated[
     Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
 ]
+SomeChannels = Annotated[
+    Optional[str], typer.Option("--channels", help="Look at these of the model's channels only, as flair,t2.")
+]
 Sensitivity = Annotated[
     Optional[str],
     typer.Option(
@@ -37,6 +40,10 @@ Sensitivity = Annotated[
         help="Voxel false positive rate of the mask in healthy tissue, one that the model stores (as 0.005 or 0.5%), "
         "or highest, high, default, low, lowest.",
     ),
+]
+Shard = Annotated[
+    Optional[str],
+    typer.Option(metavar="K/N", help="Do only the K-th of N shares of the cases; `anomri merge` joins them."),
 ]
 FalsePositiveMl = Annotated[
     Optional[float],

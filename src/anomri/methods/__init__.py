@@ -23,8 +23,8 @@ class Preset:
 
     settings: dict[str, Any] = field(default_factory=dict)
     training: Training | None = None
-    scaling: Scaling = Scaling()
-    score: Score = Score()
+    scaling: Scaling = field(default_factory=Scaling)
+    score: Score = field(default_factory=Score)
     """The kind ``auto``: chosen on held-out healthy slices when the training ends."""
     weights_of: str | None = None
     """A method whose weights, from its preset of the same name, serve this one too: a comparison trains once."""

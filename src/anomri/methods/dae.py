@@ -139,7 +139,9 @@ class DAE(nn.Module):
         if not (self.training and self.channel_dropout):
             return torch.ones((n, c, 1, 1), device=x.device)
         kept = uniform((n, c), generator) < 0.5
-        kept = kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
+        kept = (
+            kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
+        )
         return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:

@@ -1,0 +1,228 @@
+"""Several processes, or shards without a launcher, do what one process does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import anomri
+from anomri import launch
+from anomri.cases import find_cases
+from anomri.cli import main
+from anomri.distribution import Processes, ToldElsewhere
+from anomri.draws import PartGenerator, integers, normal, uniform
+from anomri.launch import Launch, launched
+from anomri.noise import coarse_noise
+from anomri.records import Shard
+from anomri.simplex import simplex_noise
+from anomri.spec import AnomriError
+
+STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
+# One start of the processes for all commands.
+COMMANDS = """
+import json, sys
+from anomri.cli import main
+for command in json.loads(sys.argv[1]):
+    code = main(command)
+    if code:
+        sys.exit(code)
+"""
+
+
+def commands(cohort: Path, cache: Path, place: Path) -> list[list[str]]:
+    """Training, detection and evaluation with results in ``place``."""
+    train = ["train", "-i", str(cohort), "-o", str(place / "model"), "--cache", str(cache), *STEPS]
+    source = ["-i", str(cohort), "-m", str(place / "model"), "--device", "cpu"]
+    return [train, ["detect", *source, "-o", str(place / "maps")], ["evaluate", *source, "-o", str(place / "figures")]]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file, delimiter=delimiter)]
+
+
+def same_but_times(one: Path, other: Path) -> None:
+    """Every file of two output folders has the same bytes, but for times."""
+    names = [
+        sorted(str(p.relative_to(f)) for p in f.rglob("*") if not p.name.startswith(".lock")) for f in (one, other)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        first, second = one / name, other / name
+        if first.suffix == ".tsv":
+            assert table(first) == table(second), name
+        elif first.name == "run.json":
+            facts = [{**json.loads(path.read_text()), "seconds": 0, "started": 0} for path in (first, second)]
+            assert facts[0] == facts[1]
+        elif first.is_file() and first.parent.name != "logs" and first.name != "report.html":
+            assert first.read_bytes() == second.read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def alone(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of the commands."""
+    place = tmp_path_factory.mktemp("alone")
+    assert [main(command) for command in commands(cohort, cache, place)] == [0, 0, 0]
+    return place
+
+
+def same_training(alone: Path, shared: Path, cache: Path) -> None:
+    one, two = table(alone / "log.csv"), table(shared / "log.csv")
+    for row, other in zip(one, two, strict=True):
+        np.testing.assert_allclose([float(v) for v in row.values()], [float(v) for v in other.values()], rtol=1e-5)
+    first, second = anomri.load(alone), anomri.load(shared)
+    for name, value in first._state.items():
+        # Adam's steps are of 1e-3, so equal to a tenth of one.
+        torch.testing.assert_close(second._state[name], value, atol=1e-4, rtol=0)
+    assert first.spec.cohort == second.spec.cohort
+    assert len(list(cache.glob("*.npy"))) == 7  # each case was packed once
+
+
+def ended_well(started: list[subprocess.Popen[str]]) -> str:
+    printed = "\n".join([process.communicate(timeout=120)[0] for process in started])
+    assert [process.returncode for process in started] == [0] * len(started), printed
+    return printed
+
+
+def test_two_processes_of_torchrun_do_what_one_does(
+    cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = commands(cohort, tmp_path / "cache", tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(COMMANDS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    process = subprocess.Popen([*run, json.dumps(work)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ended_well([process]).count("Trained on") == 1  # one speaks for all
+    same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
+    # With the very same model, their maps, tables and figures are those of one process.
+    for command, name in zip(work[1:], ("maps", "figures"), strict=True):
+        assert main([*command[:-1], str(tmp_path / "again" / name)]) == 0
+        same_but_times(tmp_path / "again" / name, tmp_path / name)
+
+
+def test_two_tasks_of_srun_train_as_one_process(
+    cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "anomri", *commands(cohort, tmp_path / "cache", tmp_path)[0]]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    printed = ended_well([_as_srun(command, rank, monkeypatch) for rank in range(2)])
+    assert printed.count("Trained on") == 1
+    same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
+
+
+def _as_srun(command: list[str], rank: int, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[str]:
+    """Start a process as one of two tasks of a SLURM step on this machine."""
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    facts = {"NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1, "PROCID": rank, "LOCALID": rank, "NODEID": 0}
+    facts |= {"JOB_ID": 1234, "NODELIST": "127.0.0.1", "JOB_NAME": "train"}  # type: ignore[dict-item]
+    for name, value in facts.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_shards_and_merge_make_what_one_run_makes(
+    cohort: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, detect, evaluate = commands(cohort, tmp_path, alone)
+    detect[-1], evaluate[-1] = str(tmp_path / "maps"), str(tmp_path / "figures")
+    for command in (detect, evaluate):
+        out = Path(command[-1])
+        assert main([*command, "--shard", "2/2"]) == 0
+        assert "anomri merge" in " ".join(capsys.readouterr().out.split())
+        assert not list(out.glob("*.tsv"))
+        assert main(["merge", str(out)]) == 2
+        assert re.search(r"of \d cases are not done \(case\d", capsys.readouterr().err)
+        assert main([*command, "--shard", "1/2"]) == 0
+        assert [main(["merge", str(out)]), main(["merge", str(out)])] == [0, 0]  # it may be given again
+    same_but_times(tmp_path / "maps", alone / "maps")
+    same_but_times(tmp_path / "figures", alone / "figures")
+    # A case that fails in a shard is failed in the merged table.
+    rows = table(tmp_path / "maps" / "cases.tsv")
+    assert [row["case"] for row in rows] == [case.name for case in find_cases(cohort)]
+    assert main(["merge", str(tmp_path)]) == 2
+    assert "holds no run to merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "3/40/2", "-1/4"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(AnomriError, match="write it as 3/40"):
+        Shard.parse(text)
+
+
+def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(launch.os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that calls anomri without srun
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert launched() == Launch()
+    for name, value in {"STEP_NUM_TASKS": 8, "STEP_NUM_NODES": 2, "PROCID": 5, "LOCALID": 1}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert launched() == Launch(5, 8, 1, 4, "srun")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
+    with pytest.raises(AnomriError, match="8 tasks on 3 machines"):
+        launched()
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun may itself be started by srun
+    assert launched() == Launch(3, 4, 1, 2, "torchrun")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(AnomriError, match="not complete .*LOCAL_RANK"):
+        launched()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_all_there_is_once(count: int) -> None:
+    team = [Processes(rank, count) for rank in range(count)]
+    assert sorted(item for one in team for item in one.part(range(16))) == list(range(16))
+    assert [row for one in team for row in one.rows(16)] == list(range(16))
+    assert max(len(one.rows(16)) for one in team) - min(len(one.rows(16)) for one in team) <= 1
+
+
+def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(answers: list[object], own: object) -> None:
+        answers[:] = [("fine", None), own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+    def fail() -> str:
+        raise AnomriError("case7: is empty.")
+
+    with pytest.raises(ToldElsewhere, match="case7: is empty"):
+        Processes(1, 2).each(fail)
+    with pytest.raises(AnomriError, match="case7: is empty") as caught:
+        Processes(0, 2).each(fail)
+    assert not isinstance(caught.value, ToldElsewhere)
+    assert Processes(1, 2).once(lambda: "never called") == "fine"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n, g: normal((n, 3), g),
+        lambda n, g: uniform((n, 2, 2), g),
+        lambda n, g: integers(0, 1000, (n,), g),
+        lambda n, g: coarse_noise((n, 2, 32, 32), 4, 0.2, g),
+        lambda n, g: simplex_noise((n, 2, 32, 32), generator=g),
+    ],
+)
+def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
+    whole = draw(7, torch.Generator().manual_seed(5))  # type: ignore[operator]
+    cpu = torch.device("cpu")
+    parts = [draw(n, PartGenerator(cpu, first, 7).manual_seed(5)) for first, n in ((0, 3), (3, 2), (5, 2))]  # type: ignore[operator]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(parts[0][:2], parts[1])
