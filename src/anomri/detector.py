@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, find_cases, read_splits
+from anomri.cases import SUFFIXES, Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
 from anomri.memory import smaller_until_it_fits
 from anomri.metrics import box_around, drop_small_components
@@ -35,6 +35,8 @@ from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels
 from anomri.spec import FORMAT_VERSION, AnomriError, HealthyScores, ModelSpec
 from anomri.volume import Geometry, Volume, write_image
 
+BUILT_IN = Path(__file__).parent / "models" / "brats18"
+"""The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
 INFERENCE_BATCH = 8
 """Slices a forward pass: larger batches leave the processor's cache and are slower."""
 TEST_SEED = 2022
@@ -155,14 +157,15 @@ class Detector:
         return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> Detector:
+    def load(cls, folder: str | Path | None = None, device: str = "auto") -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
+        ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
         ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
-        folder = Path(folder)
+        folder = BUILT_IN if folder is None else Path(folder)
         if not (folder / "model.json").is_file():
             raise AnomriError(
                 f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
@@ -253,12 +256,21 @@ class Detector:
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name."""
+        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name.
+
+        So is, for a model that takes a part of its channels, a file whose name says no channel: it is FLAIR.
+        """
         cases = find_cases(cohort)
-        if Path(cohort).is_file() and len(self.spec.channels) == len(cases) == len(cases[0].channels) == 1:
-            (path,) = cases[0].channels.values()
-            return [Case(cases[0].name, {self.spec.channels[0]: path})]
-        return cases
+        if not (Path(cohort).is_file() and len(cases) == len(cases[0].channels) == 1):
+            return cases
+        ((channel, path),) = cases[0].channels.items()
+        taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
+        if channel in self.channels or taken_for not in self.channels:
+            return cases
+        if len(self.channels) > 1 and not getattr(self.method, "takes_subsets", False):
+            return cases
+        name = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)))]
+        return [Case(cases[0].name if len(self.channels) == 1 else name, {taken_for: path})]
 
     def read(
         self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
@@ -366,8 +378,11 @@ def resolve_device(device: str) -> torch.device:
         raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
 
 
-def load(folder: str | Path, device: str = "auto") -> Detector:
-    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote; see `Detector.load`."""
+def load(folder: str | Path | None = None, device: str = "auto") -> Detector:
+    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote, or the model that comes with anomri.
+
+    See `Detector.load`.
+    """
     return Detector.load(folder, device)
 
 

@@ -13,6 +13,7 @@ from anomri.cli.options import (
     Cohort,
     Device,
     FalsePositiveMl,
+    Model,
     OutFolder,
     Sensitivity,
     Shard,
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 def evaluate(
     input: Cohort,
     output: OutFolder,
-    model: Annotated[
-        Optional[Path], typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")
-    ] = None,
+    model: Model = None,
     maps: Annotated[
         Optional[Path], typer.Option(help="Folder of maps <case>_anomaly.nii.gz, whoever made them.")
     ] = None,
@@ -64,7 +63,7 @@ def evaluate(
     from anomri.spec import Score
 
     processes(device)
-    detector = None if model is None else Detector.load(model, device)
+    detector = Detector.load(model, device) if maps is None or model else None
     if detector and score:
         paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
         detector = detector.with_score(**paper)

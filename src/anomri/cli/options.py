@@ -24,7 +24,10 @@ Cohort = Annotated[
     Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")
 ]
 NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
-Model = Annotated[Path, typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")]
+Model = Annotated[
+    Optional[Path],
+    typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model (default: the one in the package)."),
+]
 OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Channels = Annotated[
