@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COHORT ?= ../shared/data/brats18
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in under four minutes
 	$(BIN)/anomri demo -o demo
@@ -13,6 +14,9 @@ test: $(VENV)/.ready  ## lint, types, layers, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+bench: $(VENV)/.ready  ## speed as ratios to the plain program, on real scans
+	$(BIN)/python benchmarks/speed.py $(COHORT)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,171 @@
+"""Every speed as a ratio to `plain`, paired in one run: `make bench`.
+
+    python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512]
+
+Each figure is the median over repeats, in each of which the plain program and anomri do the same work one after the
+other, so that what else a machine does weighs on both. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import plain
+from anomri import methods
+from anomri.cases import find_cases
+from anomri.comparison_jobs import peak_memory_mb
+from anomri.detector import Detector
+from anomri.metrics import drop_small_components
+from anomri.packing import pack_cohort
+from anomri.pooling import Pool, Scored
+from anomri.slices import brain_box, foreground_of, join_boxes, slice_volume
+from anomri.spec import Grid, ModelSpec, Scaling, Training
+from anomri.training import resolve_precision
+from anomri.volume import read_volume
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def paired(name: str, target: str, repeats: int, slow: Callable[[], object], fast: Callable[[], object]) -> None:
+    """Print the medians of both and of their ratio."""
+    times = [(seconds(slow), seconds(fast)) for _ in range(repeats)]
+    ratio = statistics.median(a / b for a, b in times)
+    before, after = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"| {name} | {before:.3g} s | {after:.3g} s | {ratio:.2f} x | {target} |", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cohort", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--widths", default="64,128,256,512")
+    arguments = parser.parse_args()
+    repeats, widths = arguments.repeats, tuple(int(width) for width in arguments.widths.split(","))
+    cases = find_cases(arguments.cohort)
+    folders = [next(iter(case.channels.values())).parent for case in cases]
+    torch.manual_seed(0)
+    network = plain.Network(widths)
+    stacks = [slice_volume(read_volume(case, plain.CHANNELS)) for case in cases[:2]]
+    box = None
+    for stack in stacks:
+        here = brain_box(stack.foreground, 1)
+        box = here if box is None else join_boxes(box, here, 2 ** (len(widths) - 1), (128, 128))
+    spec = ModelSpec(plain.CHANNELS, settings={"widths": list(widths)})
+    whole = Detector(spec, methods.build(spec))
+    cropped = Detector(replace(spec, crop=box), methods.build(spec))
+
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    print(
+        f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, widths {widths}"
+    )
+    print(f"precision {resolve_precision('auto')}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n")
+    print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place)
+        for name, detector in (("whole slices", whole), ("brain's box", cropped)):
+            paired(
+                f"detect, one scan, file to files, {name}",
+                "8" if detector is cropped else "6",
+                repeats,
+                lambda: plain.detect(network, folders[0], out / "plain.nii.gz"),
+                lambda detector=detector: detector.detect(cases[0]).save(out),  # type: ignore[misc]
+            )
+        x = stacks[0].x[40:56]
+        few = replace(stacks[0], x=x, foreground=stacks[0].foreground[40:56], index=range(16))
+        paired("network alone, 16 slices, whole", "1.5", repeats, lambda: _pass(network, x), lambda: whole.output(few))
+        paired("network alone, 16 slices, box", "1.5", repeats, lambda: _pass(network, x), lambda: cropped.output(few))
+        numbers = iter(range(1000))
+        paired(
+            "preparing 4 scans into the cache",
+            "8",
+            repeats,
+            lambda: [plain.prepare(folder) for folder in folders[:4]],
+            lambda: pack_cohort(cases[:4], plain.CHANNELS, Grid(), Scaling(), out / f"cache{next(numbers)}"),
+        )
+        _training(network, spec, box, x, repeats)
+        _evaluation(stacks, out, repeats)
+        start = [sys.executable, "-m", "anomri", "--help"]
+        shown = [seconds(lambda: subprocess.run(start, check=True, capture_output=True)) for _ in range(repeats)]
+        print(f"| start of `anomri --help` | | {statistics.median(shown):.2f} s | | < 0.4 s |")
+        _memory(cropped, cases, out)
+
+
+def _training(
+    network: plain.Network, spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, repeats: int
+) -> None:
+    method = methods.build(spec).train()
+    optimizers = [torch.optim.Adam(one.parameters(), 1e-4, amsgrad=True) for one in (network, method)]
+    generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
+
+    def step() -> None:
+        loss = method(x, foreground, generator, box)
+        optimizers[1].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(method.parameters(), Training().gradient_clip)
+        optimizers[1].step()
+
+    paired("one training step, batch 16", "5", repeats, lambda: plain.training_step(network, optimizers[0], x), step)
+
+
+def _evaluation(stacks: list, out: Path, repeats: int) -> None:  # type: ignore[type-arg]
+    rng = np.random.default_rng(0)
+    labels = [stack.label.numpy() for stack in stacks]
+    scores = [(0.3 * label + 0.3 * rng.random(label.shape)).astype(np.float32) for label in labels]
+    pooled_scores, pooled_labels = np.concatenate(scores), np.concatenate(labels)
+    numbers = iter(range(1000))
+
+    def ours() -> None:
+        folder = out / f"pool{next(numbers)}"
+        folder.mkdir()
+        pool = Pool(folder)
+        for number, (score, label) in enumerate(zip(scores, labels, strict=True)):
+            pool.add(Scored(str(number), score, label, 20.0))
+        pool.evaluate({}, 0.3)
+
+    def sweep() -> None:
+        plain.evaluate(pooled_scores, pooled_labels)
+        for threshold in (0.3, 0.31):
+            drop_small_components(pooled_scores > threshold, 20)
+
+    paired(f"evaluate, {len(stacks)} patients, intervals too", "20", repeats, sweep, ours)
+
+
+def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore[type-arg]
+    peaks = []
+    for number in range(12):
+        detector.detect(cases[number % len(cases)]).save(out)
+        peaks.append(peak_memory_mb())
+    print(
+        f"| memory of detect after 2, 6, 12 scans | | {peaks[1]:.0f}, {peaks[5]:.0f}, {peaks[11]:.0f} MB | | flat, < 2 GiB |"
+    )
+
+
+def _pass(network: plain.Network, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        network(x)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    main()
