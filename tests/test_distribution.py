@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from anomri.noise import coarse_noise
 from anomri.records import Shard
 from anomri.simplex import simplex_noise
 from anomri.spec import AnomriError
+from anomri.training_state import TrainingState
 
 STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
 # One start of the processes for all commands.
@@ -111,13 +114,26 @@ def test_two_processes_of_torchrun_do_what_one_does(
         same_but_times(tmp_path / "again" / name, tmp_path / name)
 
 
-def test_two_tasks_of_srun_train_as_one_process(
+def test_two_tasks_of_srun_stop_together_and_train_as_one_process(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-m", "anomri", *commands(cohort, tmp_path / "cache", tmp_path)[0]]
+    train = commands(cohort, tmp_path / "cache", tmp_path)[0]
+    endless = [part.replace(str(tmp_path / "model"), str(tmp_path / "endless")) for part in train]
+    endless[endless.index("--steps") + 1] = "1000000"
+    script = tmp_path / "script.py"
+    script.write_text(COMMANDS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    printed = ended_well([_as_srun(command, rank, monkeypatch) for rank in range(2)])
-    assert printed.count("Trained on") == 1
+    command = [sys.executable, str(script), json.dumps([endless, train])]
+    tasks = [_as_srun(command, rank, monkeypatch) for rank in range(2)]
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "endless" / "log.csv").exists():
+        assert all(task.poll() is None for task in tasks) and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    tasks[1].send_signal(signal.SIGUSR1)  # one of them is told, all have to know
+    printed = ended_well(tasks)
+    step = TrainingState.load(tmp_path / "endless", {}).step
+    assert step >= 1 and printed.count(f"stopped at step {step} of 1000000; continue with --resume.") == 1
     same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
 
 
