@@ -65,9 +65,8 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
         "8",
         "--noise-std",
         "0.3",
-        "--gain-jitter",
-        "0.2",
-        "--flip",
+        "--set",
+        'augmentation={"flip": true, "gain": 0.2}',
         "--channels",
         "t1,flair",
         "--data-licence",
@@ -81,7 +80,7 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
     assert (spec.training.steps, spec.training.batch_size, spec.training.seed) == (4, 4, 3)
     assert spec.training.learning_rate == 0.002
     assert (spec.settings["noise_resolution"], spec.settings["noise_std"]) == (8, 0.3)
-    assert (spec.settings["gain_jitter"], spec.settings["flip"]) == (0.2, True)
+    assert spec.settings["augmentation"] == {"flip": True, "gain": 0.2}
 
     assert main(["detect", "-i", str(cohort / "case7"), "-o", str(out), "-m", str(model), "--reconstruction"]) == 0
     assert (out / "case7_reconstruction.nii.gz").is_file()

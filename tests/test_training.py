@@ -291,7 +291,7 @@ def test_the_paper_preset_is_the_published_one() -> None:
 @pytest.mark.parametrize("box", [None, (16, 112, 8, 104)])
 def test_the_loss_is_the_squared_error_on_the_foreground(box: tuple[int, int, int, int] | None) -> None:
     method = DAE(("flair",), widths=[4, 8, 16, 32])
-    method.reconstruct = lambda x, box=None: torch.full_like(x, 2.0)  # type: ignore[method-assign]
+    method.network.forward = lambda x: torch.full_like(x, 2.0)  # type: ignore[method-assign]
     x, foreground = torch.zeros(2, 1, 128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
     foreground[:, 32:64, 32:64] = True
     pixels = 128 * 128 if box is None else 96 * 96
@@ -300,14 +300,15 @@ def test_the_loss_is_the_squared_error_on_the_foreground(box: tuple[int, int, in
 
 
 def test_flips_and_gains_change_training_and_its_target_alike() -> None:
-    method = DAE(("a", "b"), widths=[4, 8, 16, 32], noise_std=0.0, flip=True, gain_jitter=0.5)
+    augmentation = {"flip": True, "gain": 0.5}
+    method = DAE(("a", "b"), widths=[4, 8, 16, 32], noise_std=0.0, augmentation=augmentation)
     seen = []
 
-    def perfect(x: torch.Tensor, box: object = None) -> torch.Tensor:
+    def perfect(x: torch.Tensor) -> torch.Tensor:
         seen.append(x)
         return x
 
-    method.reconstruct = perfect  # type: ignore[method-assign, assignment]
+    method.network.forward = perfect  # type: ignore[method-assign]
     x = torch.zeros(64, 2, 32, 32)
     x[:, :, :10] = torch.tensor([1.0, 2.0])[:, None, None]
     foreground = x.sum(dim=1) > 0

@@ -124,9 +124,10 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     return max(sorted(set(sets)), key=sets.count)
 
 
-def shown_channel(channels: Sequence[str]) -> int:
-    """The place of the channel that pictures show: FLAIR, on which most lesions are seen best, else the first."""
-    return channels.index("flair") if "flair" in channels else 0
+def shown_channel(channels: Sequence[str], missing: Sequence[str] = ()) -> int:
+    """The place of the channel that pictures show: FLAIR, on which most lesions are seen best, else the first there is."""
+    there = [name for name in channels if name not in missing]
+    return channels.index("flair" if "flair" in there else there[0])
 
 
 def read_splits(path: Path) -> dict[str, str]:

@@ -114,9 +114,9 @@ def evaluate_job(job: Job, tell: Tell) -> None:
                 assert stack.label is not None
                 begun = time.monotonic()
                 raw, _ = detector.raw_score(stack)
-                filtered = anomaly_score(raw, stack.foreground, replace(spec, median=MEDIAN))
+                filtered = anomaly_score(raw, stack.foreground, replace(spec, median=MEDIAN), stack.spacing_mm)
                 seconds.append(time.monotonic() - begun)
-                plain = anomaly_score(raw, stack.foreground, replace(spec, median=0))
+                plain = anomaly_score(raw, stack.foreground, replace(spec, median=0), stack.spacing_mm)
                 for name, scores in (("plain", plain), ("median", filtered)):
                     pools[name].add(Scored(case.name, scores, stack.label.numpy(), float(spec.max_dropped_voxels)))
                 kept.add(case.name, detector, stack, filtered)

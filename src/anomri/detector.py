@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,21 +21,25 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, find_cases, read_splits
+from anomri.cases import SUFFIXES, Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
 from anomri.memory import smaller_until_it_fits
 from anomri.metrics import box_around, drop_small_components
 from anomri.model_files import MAX_TABLE, plain_file, read_model
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
-from anomri.residual import anomaly_score
+from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold, confidence
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, HealthyScores, ModelSpec
 from anomri.volume import Geometry, Volume, write_image
 
+BUILT_IN = Path(__file__).parent / "models" / "brats18"
+"""The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
 INFERENCE_BATCH = 8
 """Slices a forward pass: larger batches leave the processor's cache and are slower."""
+TEST_SEED = 2022
+"""Of the noise that a score's passes add: a scan gets the same map every time."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class Detection:
         """The reconstruction (channels, x, y, z) in the input's intensities."""
         shape, window = self.volume.geometry.canonical_shape, self.stack.window
         channels = [
-            from_slices(self.reconstructed[:, number], shape, window, self.stack.index) * scale
-            for number, scale in enumerate(self.stack.scale)
+            from_slices(
+                affine.inverse(self.reconstructed[:, number], self.stack.foreground), shape, window, self.stack.index
+            )
+            for number, affine in enumerate(self.stack.scale)
         ]
         return np.stack(channels)
 
@@ -112,7 +118,7 @@ class Detection:
         """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
         return {
             "case": self.name,
-            "channels": list(self.volume.channels),
+            "channels": [name for name in self.volume.channels if name not in self.volume.missing],
             "method": self.spec.method,
             "threshold": self.spec.thresholds.threshold if self.spec.thresholds else None,
             "voxel_false_positive_rate": self.spec.thresholds.voxel_rate if self.spec.thresholds else None,
@@ -134,6 +140,8 @@ class Detector:
     def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
+        self.channels = spec.channels
+        """Those of the model's channels that are looked at; see `with_channels`."""
         self._batch = INFERENCE_BATCH
         self.splits: dict[str, str] = {}
         """Which cases the model was trained on and held out, if its folder says so."""
@@ -144,17 +152,19 @@ class Detector:
     @property
     def fingerprint(self) -> str:
         """A SHA-256 of all that decides what is found in a scan: specification and weights."""
-        return hashlib.sha256(self.spec.to_json().encode() + save_tensors(self._state)).hexdigest()
+        seen = self.spec.to_json() + "+".join(self.channels)
+        return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> Detector:
+    def load(cls, folder: str | Path | None = None, device: str = "auto") -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
+        ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
         ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
-        folder = Path(folder)
+        folder = BUILT_IN if folder is None else Path(folder)
         spec, method, state = read_model(folder)
         try:
             method.load_state_dict(state)
@@ -184,14 +194,17 @@ class Detector:
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
+        spec = self.spec
+        if volume.missing and self.channels == spec.channels:
+            spec = self.with_channels([name for name in spec.channels if name not in volume.missing]).spec
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
-        if self.spec.thresholds is not None:
-            mask = anomaly_map > self.spec.thresholds.threshold
-            per_voxel = pixels_per_voxel(volume.geometry, self.spec.grid)
-            mask = drop_small_components(mask, self.spec.score.max_dropped_voxels * per_voxel)
-            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, self.spec.thresholds.healthy)
-        return Detection(volume.name, self.spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
+        if spec.thresholds is not None:
+            mask = anomaly_map > spec.thresholds.threshold
+            per_voxel = pixels_per_voxel(volume.geometry, spec.grid)
+            mask = drop_small_components(mask, spec.score.max_dropped_voxels * per_voxel)
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, spec.thresholds.healthy)
+        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
 
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
@@ -202,13 +215,55 @@ class Detector:
         detector.spec = replace(self.spec, thresholds=thresholds)
         return detector
 
+    def with_channels(self, names: Sequence[str]) -> Detector:
+        """The same model, looking at these of its channels only, with the threshold for them.
+
+        Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
+        """
+        chosen = tuple(name for name in self.spec.channels if name in names)
+        if not chosen or len(chosen) < len(set(names)):
+            raise AnomriError(
+                f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is no part of them."
+            )
+        if chosen == self.spec.channels:
+            return self
+        if not getattr(self.method, "takes_subsets", False):
+            raise AnomriError(
+                f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
+                f"accurate) takes a part of them."
+            )
+        detector = copy(self)
+        detector.channels = chosen
+        thresholds = self.spec.subset_thresholds.get("+".join(chosen))
+        if thresholds is not None and self.spec.thresholds is not None:
+            thresholds = replace(thresholds, chosen=self.spec.thresholds.chosen)
+        detector.spec = replace(self.spec, thresholds=thresholds)
+        return detector
+
+    def with_score(self, **score: Any) -> Detector:
+        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none."""
+        detector = copy(self)
+        detector.spec = replace(
+            self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}
+        )
+        return detector
+
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name."""
+        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name.
+
+        So is, for a model that takes a part of its channels, a file whose name says no channel: it is FLAIR.
+        """
         cases = find_cases(cohort)
-        if Path(cohort).is_file() and len(self.spec.channels) == len(cases) == len(cases[0].channels) == 1:
-            (path,) = cases[0].channels.values()
-            return [Case(cases[0].name, {self.spec.channels[0]: path})]
-        return cases
+        if not (Path(cohort).is_file() and len(cases) == len(cases[0].channels) == 1):
+            return cases
+        ((channel, path),) = cases[0].channels.items()
+        taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
+        if channel in self.channels or taken_for not in self.channels:
+            return cases
+        if len(self.channels) > 1 and not getattr(self.method, "takes_subsets", False):
+            return cases
+        name = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)))]
+        return [Case(cases[0].name if len(self.channels) == 1 else name, {taken_for: path})]
 
     def read(
         self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
@@ -223,6 +278,9 @@ class Detector:
             scan = cases[0]
         channels = self.spec.channels
         missing = [channel for channel in channels if channel not in scan.channels]
+        present = [channel for channel in self.channels if channel in scan.channels]
+        if len(present) < len(channels) and present and getattr(self.method, "takes_subsets", False):
+            return _completed(prepare(scan, present, self.spec.grid, preparation), channels)
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
@@ -234,25 +292,51 @@ class Detector:
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
         raw, reconstructed = self.raw_score(stack)
-        return anomaly_score(raw, stack.foreground, self.spec.score), reconstructed
+        return anomaly_score(raw, stack.foreground, self.spec.score, stack.spacing_mm), reconstructed
 
     def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
         """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
-        box = self._box(stack)
-        reconstructed = torch.empty_like(stack.x)
+        output = self.output(stack)
+        c = stack.x.shape[1]
+        if self.spec.score.kind in ("own", "auto"):
+            with torch.no_grad():
+                raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
+        else:
+            raw = score_of(stack.x, output, self.spec.channels, self.spec.score)
+        # Outside the brain a method is free to make up anything; nobody should see it.
+        return raw, output[:, :c] * stack.foreground[:, None]
+
+    def output(self, stack: SliceStack) -> Tensor:
+        """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
+        score, box, seen = self.spec.score, self._box(stack), [stack.x]
+        if score.passes:
+            if not hasattr(self.method, "with_noise"):
+                raise AnomriError(f"{self.spec.method} cannot reconstruct from noise; leave passes at 0.")
+            generator = torch.Generator().manual_seed(TEST_SEED)
+            seen = [self.method.with_noise(stack.x, stack.foreground, generator) for _ in range(score.passes)]
+        outputs = []
+        for x in seen:
+            outputs.append(self._reconstruct(x, box))
+            if score.flips:
+                mirrored = box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
+                outputs.append(self._reconstruct(x.flip(2), mirrored).flip(2))
+        output = torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
+        # Nothing is known of a channel that the scan does not have.
+        output[:, [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]] = 0
+        return output
+
+    def _reconstruct(self, x: Tensor, box: tuple[int, int, int, int] | None) -> Tensor:
+        parts: list[Tensor] = []
 
         def reconstruct(size: int) -> None:
-            for start in range(0, len(stack.x), size):
-                part = slice(start, start + size)
-                reconstructed[part] = self.method.reconstruct(stack.x[part].to(self.device), box).cpu()
+            parts.clear()
+            for start in range(0, len(x), size):
+                parts.append(self.method.reconstruct(x[start : start + size].to(self.device), box).cpu())
 
         # Not inference mode: a method may follow gradients to its reconstruction.
         with torch.no_grad():
             self._batch = smaller_until_it_fits(reconstruct, self._batch)
-            raw = self.method.raw_score(stack.x, reconstructed, stack.foreground)
-        # Outside the brain a method is free to make up anything; nobody should see it.
-        reconstructed *= stack.foreground[:, None]
-        return raw, reconstructed
+        return torch.cat(parts)
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""
@@ -287,8 +371,11 @@ def resolve_device(device: str) -> torch.device:
         raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
 
 
-def load(folder: str | Path, device: str = "auto") -> Detector:
-    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote; see `Detector.load`."""
+def load(folder: str | Path | None = None, device: str = "auto") -> Detector:
+    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote, or the model that comes with anomri.
+
+    See `Detector.load`.
+    """
     return Detector.load(folder, device)
 
 
@@ -298,6 +385,16 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     with whole_file(folder / "weights.safetensors") as partial:
         partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
     write_text(folder / "model.json", spec.to_json())
+
+
+def _completed(volume: Volume, channels: Sequence[str]) -> Volume:
+    """The scan with a channel of zeros for each one that it does not have, and a note."""
+    data = np.zeros((len(channels), *volume.data.shape[1:]), dtype=np.float32)
+    for name, channel in zip(volume.channels, volume.data, strict=True):
+        data[list(channels).index(name)] = channel
+    missing = tuple(name for name in channels if name not in volume.channels)
+    note = f"the scan has no {', '.join(missing)}; the model was trained to do without."
+    return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, note))
 
 
 def find_lesions(

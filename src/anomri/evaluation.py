@@ -19,6 +19,7 @@ from anomri.pooling import Evaluation, Pool, Scored, spool
 from anomri.previews import save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
+from anomri.residual import describe
 from anomri.slices import pixels_per_voxel
 from anomri.spec import AnomriError, Grid, Score
 from anomri.volume import read_label, read_map
@@ -146,7 +147,7 @@ def make_plan(
     if threshold is None and spec.thresholds is not None:
         facts["threshold"] = spec.thresholds.threshold
     facts["dropped"] = spec.score.max_dropped_voxels
-    facts["what"] = f"method {spec.method}, channels {', '.join(spec.channels)}"
+    facts["what"] = f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
     keys = keys_of(cases, spec.channels, facts, detector.fingerprint)
     return Plan(cases, lambda some: _detected(detector, some, grid, folder), facts, keys, detector.device.type)
 

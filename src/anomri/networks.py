@@ -62,7 +62,9 @@ class UNet(nn.Module):
     2 ** (len(widths) - 1), and the coarsest map must be at least 2 x 2 for the reflection padding.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int] = (64, 128, 256, 512)) -> None:
+    def __init__(
+        self, channels: int, widths: Sequence[int] = (64, 128, 256, 512), out_channels: int | None = None
+    ) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
         self.encoder = nn.ModuleList(
@@ -70,10 +72,10 @@ class UNet(nn.Module):
         )
         self.upsample = nn.ModuleList([nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs])
         self.decoder = nn.ModuleList([ConvBlock(2 * fine, fine) for fine, _ in pairs])
-        self.head = nn.Conv2d(widths[0], channels, 1)
+        self.head = nn.Conv2d(widths[0], out_channels or channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, h, w) -> the same shape."""
+        """(n, channels, h, w) -> (n, out_channels, h, w); as many as there are channels unless told."""
         skips = []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else functional.avg_pool2d(x, 2))

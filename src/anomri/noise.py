@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from anomri.draws import normal
+from anomri.anomalies import between, random_blobs
+from anomri.draws import normal, uniform
+from anomri.simplex import simplex_noise
+from anomri.spec import AnomriError
 
 
 def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Tensor:
@@ -32,3 +38,45 @@ def coarse_noise(
 def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
     """``x`` (n, c, h, w) with ``noise`` added where ``foreground`` (n, 1, h, w) is true."""
     return x + noise * foreground
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What noise a training adds; the defaults are the paper's.
+
+    Of several ``resolution`` a batch draws one, and between the least and the largest of several ``std`` every slice.
+    ``kind`` is ``coarse`` or ``simplex`` (whose first octave is as wide as a pixel of the resolution). A ``share`` of the
+    slices gets noise, and with ``in_blobs`` half of them only within a random blob.
+    """
+
+    resolution: int | Sequence[int] = 16
+    std: float | Sequence[float] = 0.2
+    kind: str = "coarse"
+    share: float = 1.0
+    in_blobs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("coarse", "simplex"):
+            raise AnomriError(f"the noise can be coarse or simplex, not {self.kind!r}.")
+
+    def draw(self, x: Tensor, foreground: Tensor, generator: Generator) -> Tensor:
+        """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``."""
+        n, c, h, w = x.shape
+        resolutions = [self.resolution] if isinstance(self.resolution, int) else list(self.resolution)
+        resolution = resolutions[0]
+        if len(resolutions) > 1:
+            resolution = resolutions[int(torch.randint(len(resolutions), (1,), generator=generator, device=x.device))]
+        many = not isinstance(self.std, int | float)
+        std = 1.0 if many else float(self.std)  # type: ignore[arg-type]
+        if self.kind == "coarse":
+            noise = coarse_noise((n, c, h, w), resolution, std, generator)
+        else:
+            noise = std * simplex_noise((n, c, h, w), w / resolution, generator=generator)
+        if many:
+            noise = noise * between(min(self.std), max(self.std), (n, 1, 1, 1), generator)  # type: ignore[arg-type]
+        if self.share < 1:
+            noise = noise * (uniform((n, 1, 1, 1), generator) < self.share)
+        if self.in_blobs:
+            everywhere = uniform((n, 1, 1), generator) < 0.5
+            noise = noise * torch.where(everywhere, 1.0, random_blobs(foreground, generator))[:, None]
+        return noise

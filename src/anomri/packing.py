@@ -21,11 +21,11 @@ from torch import Tensor
 
 from anomri.cases import Case
 from anomri.files import output_folder, remove_partial, whole_file, write_text
-from anomri.slices import SliceStack, brain_box, pixels_per_voxel, slice_volume
+from anomri.slices import SliceStack, Window, brain_box, foreground_of, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
 
-PACKING_VERSION = 3
+PACKING_VERSION = 4
 ABANDONED_S = 24 * 3600
 """Other runs may be packing into the same folder: only what is half-written for longer than this was left by a dead one."""
 
@@ -35,7 +35,8 @@ class PackedCase:
     """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
 
     ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
-    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a pixel.
+    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a
+    pixel, ``spacing_mm`` the spacing of slices, rows and columns.
     ``checksums`` holds a CRC-32 of every slice: a disk or network that gave other bytes is noticed when a slice is
     read, without reading the rest of the file, and ``pack`` packs the case anew.
     """
@@ -47,6 +48,7 @@ class PackedCase:
     box: tuple[int, int, int, int]
     fingerprint: str
     pixel_mm3: float
+    spacing_mm: tuple[float, float, float]
     checksums: NDArray[np.uint32] = field(compare=False, repr=False)
     pack: Callable[[], PackedCase] = field(compare=False, repr=False)
 
@@ -54,6 +56,12 @@ class PackedCase:
     def memory_map(self) -> NDArray[np.float16]:
         """The slices, mapped and neither read nor checked."""
         return _memory_map(self.file)
+
+    def stack(self, scaling: Scaling) -> SliceStack:
+        """All slices as those of a scan."""
+        x = torch.from_numpy(np.stack(self.read(range(self.slices))).astype(np.float32))
+        window = Window(0, 0, *x.shape[2:])
+        return SliceStack(x, foreground_of(x, scaling), range(len(x)), (), None, window, self.spacing_mm)
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
         """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed anew, once."""
@@ -174,10 +182,11 @@ def _pack_case(
             np.save(target, slices)
         facts = _facts(stack, [path for path in sources if path is not None])
         facts["pixel_mm3"] = pixels_per_voxel(volume.geometry, grid) * volume.geometry.voxel_mm3
+        facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.
         write_text(sidecar, json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}))
-    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"])}
+    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"]), "spacing_mm": tuple(facts["spacing_mm"])}
     facts["checksums"] = np.array(facts["checksums"], dtype=np.uint32)
     again = partial(_pack_case, case, channels, grid, scaling, folder, True)
     return PackedCase(case.name, file, **facts, pack=again)

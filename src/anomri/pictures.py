@@ -37,7 +37,7 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
     label = detection.stack.label
     weight = detection.scores.sum(axis=(1, 2)) if label is None or not label.any() else label.sum(dim=(1, 2)).numpy()
     z = int(np.argmax(weight))
-    shown = shown_channel(detection.volume.channels)
+    shown = shown_channel(detection.volume.channels, detection.volume.missing)
     _, high = detection.display_range
     scan = grey(detection.stack.x[z, shown].numpy())
     healthy = grey(detection.reconstructed[z, shown].numpy())
@@ -174,9 +174,9 @@ def _layered(
         resized = cv2.resize(np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR)
         return np.asarray(resized, np.float32)
 
-    shown = shown_channel(detection.volume.channels)
+    shown = shown_channel(detection.volume.channels, detection.volume.missing)
     low, high = detection.display_range
-    drawn = grey(plane(detection.volume.data[shown]) / detection.stack.scale[shown])
+    drawn = grey(detection.stack.scale[shown](plane(detection.volume.data[shown])))
     drawn = overlay(drawn, plane(detection.anomaly_map), low, high)
     for mask, colour in ((detection.mask, MASK_COLOUR), (detection.volume.label, TRUTH_COLOUR)):
         if mask is not None and mask[place].any():

@@ -60,7 +60,7 @@ def save_preview(detection: Detection, folder: Path) -> None:
     counts, top = score_counts(detection, BINS)
     facts = {
         "columns": columns_of(detection),
-        "channel": detection.volume.channels[shown_channel(detection.volume.channels)],
+        "channel": detection.volume.channels[shown_channel(detection.volume.channels, detection.volume.missing)],
         "truth": detection.volume.label is not None and bool(detection.volume.label.any()),
         "sizes": sizes,
         "scores": counts,

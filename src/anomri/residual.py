@@ -2,13 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from anomri.spec import Score
+from anomri.spec import AnomriError, Score
+
+SSIM_WINDOWS = (5, 9, 15)
+RESIDUAL_FLOOR = 0.02
+"""What a mark is worth where nothing is brighter than reconstructed."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score looks at: scan and reconstruction (n, k, h, w) of the k channels it is of, and a network's marks.
+
+    ``marks`` is (n, h, w), or ``None`` if the network makes none; ``mean`` and ``spread`` (k, 1, 1) are the absolute
+    residual's in healthy tissue.
+    """
+
+    x: Tensor
+    reconstruction: Tensor
+    marks: Tensor | None = None
+    mean: Tensor | None = None
+    spread: Tensor | None = None
+
+    @property
+    def residual(self) -> Tensor:
+        """Scan - reconstruction."""
+        return self.x - self.reconstruction
+
+
+def absolute(seen: Evidence) -> Tensor:
+    """Mean over the channels of \\|x - reconstruction\\| (Kascenas et al. 2022)."""
+    return mean_absolute_residual(seen.x, seen.reconstruction)
+
+
+def positive(seen: Evidence) -> Tensor:
+    """How much brighter than reconstructed: the residual above 0 (Baur et al. 2021, section 3.4)."""
+    return seen.residual.clamp_min(0).mean(dim=1)
+
+
+def negative(seen: Evidence) -> Tensor:
+    """How much darker than reconstructed."""
+    return (-seen.residual).clamp_min(0).mean(dim=1)
+
+
+def standardised(seen: Evidence) -> Tensor:
+    """Mean of the channels' absolute residual in standard deviations above its healthy mean, no less than 0."""
+    if seen.mean is None or seen.spread is None:
+        raise AnomriError("the score standardised needs the healthy residual's mean and spread; train with it.")
+    return ((seen.residual.abs() - seen.mean) / seen.spread).clamp_min(0).mean(dim=1)
+
+
+def ssim(seen: Evidence) -> Tensor:
+    """1 - structural similarity (Wang et al. 2004), mean of three windows and the channels (Behrendt et al. 2024)."""
+    windows = [1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS]
+    return torch.stack(windows).mean(dim=(0, 2))
+
+
+def mark(seen: Evidence) -> Tensor:
+    """What a network trained on synthetic anomalies marks, 0 to 1 (Zavrtanik et al. 2021)."""
+    if seen.marks is None:
+        raise AnomriError("the model makes no marks; train with the settings anomalies and mark (preset accurate).")
+    return seen.marks
+
+
+def mark_positive(seen: Evidence) -> Tensor:
+    """Square root of the marks x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on."""
+    return mark(seen).sqrt() * (positive(seen) + RESIDUAL_FLOOR)
+
+
+SCORES: dict[str, Callable[[Evidence], Tensor]] = {
+    function.__name__: function for function in (absolute, positive, negative, standardised, ssim, mark, mark_positive)
+}
+
+
+def describe(score: Score) -> str:
+    """A score in a few words."""
+    words = score.kind + (f" of {'+'.join(score.channels)}" if score.channels else "")
+    return words + (f", smoothed {score.smoothing_mm:g} mm" if score.smoothing_mm else "")
+
+
+def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -> Tensor:
+    """The score ``score.kind`` of slices (n, c, h, w) and what a method made of them, before erosion: (n, h, w).
+
+    ``output`` (n, c + marks, h, w) is a reconstruction and, maybe, marks. A channel that is zero in all slices is one
+    that the scan does not have, and is left out. Raises `AnomriError` if there is no such score.
+    """
+    if score.kind not in SCORES:
+        raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
+    c = x.shape[1]
+    present = [k for k in range(c) if x[:, k].any()] or list(range(c))
+    chosen = [k for k in present if channels[k] in score.channels] or present
+    stored = [torch.tensor(values)[chosen, None, None] if values else None for values in _healthy(score)]
+    marks = output[:, c] if output.shape[1] > c else None
+    return SCORES[score.kind](Evidence(x[:, chosen], output[:, chosen], marks, *stored))
+
+
+def _healthy(score: Score) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return score.healthy_mean, score.healthy_spread
+
+
+def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0) -> Tensor:
+    """SSIM of (n, c, h, w) and the same, in windows of ``window`` pixels of even weight; ``reach`` is a usual range."""
+    c1, c2 = (0.01 * reach) ** 2, (0.03 * reach) ** 2
+
+    def mean(z: Tensor) -> Tensor:
+        return functional.avg_pool2d(z, window, stride=1, padding=window // 2, count_include_pad=False)
+
+    mean_x, mean_y = mean(x), mean(y)
+    variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance * (2 * covariance + c2) / (variance_x.clamp_min(0) + variance_y.clamp_min(0) + c2)
 
 
 def mean_absolute_residual(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -38,13 +152,21 @@ def median_filter(score: NDArray[np.float32], kernel: int = 5) -> NDArray[np.flo
     return filtered
 
 
-def anomaly_score(raw: Tensor, foreground: Tensor, score: Score) -> NDArray[np.float32]:
+def anomaly_score(
+    raw: Tensor, foreground: Tensor, score: Score, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> NDArray[np.float32]:
     """The anomaly map of a stack of slices: ``median(F * raw)``, with F the eroded foreground.
 
     ``raw`` is (n, h, w), what a method could not explain; ``foreground`` (n, h, w) bool. A kernel of 0 in
-    ``score`` leaves that filter out.
+    ``score`` leaves that filter out. ``spacing_mm`` is that of slices, rows and columns.
     """
     if score.erosion:
         foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
-    masked = (raw.float() * foreground).cpu().numpy()
-    return median_filter(masked, score.median) if score.median else masked
+    scores = (raw.float() * foreground).cpu().numpy()
+    if score.median and score.median_slices > 1:
+        scores = ndimage.median_filter(scores, (score.median_slices, score.median, score.median), mode="nearest")
+    elif score.median:
+        scores = median_filter(scores, score.median)
+    if score.smoothing_mm:
+        scores = ndimage.gaussian_filter(scores, [score.smoothing_mm / mm for mm in spacing_mm], truncate=3.0)
+    return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from anomri.spec import AnomriError, Grid, Scaling
+from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Grid, Scaling
 from anomri.volume import Geometry, Volume
 
 
@@ -34,27 +35,47 @@ class Window:
         return functional.pad(x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows))
 
 
+class Affine(NamedTuple):
+    """How a channel is scaled: voxels above zero become (v - ``offset``) / ``scale``, no less than ``floor``."""
+
+    scale: float
+    offset: float = 0.0
+    floor: float = 0.0
+
+    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scaled values; zeros stay zeros."""
+        if not self.offset and not self.floor:
+            return values / np.float32(self.scale)
+        scaled = np.maximum((values - np.float32(self.offset)) / np.float32(self.scale), np.float32(self.floor))
+        return np.where(values > 0, scaled, np.float32(0))
+
+    def inverse(self, scaled: Tensor, foreground: Tensor) -> Tensor:
+        """Scaled values of any shape in the scan's own intensities, zero outside the foreground."""
+        return (scaled * self.scale + self.offset) * foreground
+
+
 @dataclass(frozen=True)
 class SliceStack:
     """The axial slices of one scan on the working grid.
 
     ``x`` (n, c, h, w) float32, scaled; ``foreground`` (n, h, w) bool; ``index`` their place along z; ``scale``
-    what each channel was divided by; ``label`` (n, h, w) bool, if the scan has one. ``window`` is what the grid
-    shows of the scan.
+    how each channel was scaled; ``label`` (n, h, w) bool, if the scan has one. ``window`` is what the grid
+    shows of the scan; ``spacing_mm`` that of slices, rows and columns.
     """
 
     x: Tensor
     foreground: Tensor
     index: range
-    scale: tuple[float, ...]
+    scale: tuple[Affine, ...]
     label: Tensor | None
     window: Window
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
     """Scale a scan and cut it into slices on the working grid; raises `AnomriError` if no slice holds brain."""
-    scale = percentile_scale(volume.data, scaling.percentile)
-    scaled = volume.data / np.asarray(scale, dtype=np.float32)[:, None, None, None]
+    scale = intensity_scale(volume.data, scaling)
+    scaled = np.stack([affine(channel) for affine, channel in zip(scale, volume.data, strict=True)])
     index = slice_range(scaled, scaling.slice_sum)
     if not index:
         raise AnomriError(f"{volume.name}: no slice holds enough brain; is the image nearly empty?")
@@ -64,7 +85,26 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
         raise AnomriError(f"{volume.name}: {error}") from error
     x = to_slices(scaled, window, grid, index)
     label = None if volume.label is None else label_slices(volume.label, window, grid, index)
-    return SliceStack(x, foreground_of(x, scaling), index, scale, label, window)
+    mm = volume.geometry.spacing_mm
+    rows, columns = mm[0] * window.rows / grid.size[0], mm[1] * window.columns / grid.size[1]
+    return SliceStack(x, foreground_of(x, scaling), index, scale, label, window, (mm[2], rows, columns))
+
+
+def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine, ...]:
+    """How each channel of (c, x, y, z) is scaled, by its voxels > 0; one without any stays as it is."""
+    if scaling.kind == "percentile":
+        return tuple(Affine(scale) for scale in percentile_scale(data, scaling.percentile))
+    affines = []
+    for channel in data:
+        values = channel[channel > 0]
+        if not values.size:
+            affines.append(Affine(1.0))
+            continue
+        low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+        # A channel of one value only has no spread; any will do.
+        scale = (high - low or abs(median)) / SPREAD
+        affines.append(Affine(scale, median - LEVEL * scale, FLOOR))
+    return tuple(affines)
 
 
 def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tuple[float, ...]:

@@ -45,10 +45,19 @@ class Grid:
     orientation: Literal["LPS"] = "LPS"
 
 
+LEVEL, SPREAD, FLOOR = 0.6, 0.15, 0.02
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """How intensities are scaled: every channel divided by its percentile over voxels > 0."""
+    """How intensities are scaled, channel by channel, by what its voxels > 0 are.
 
+    ``percentile`` (the paper): divided by their 99th percentile, which a large bright lesion moves. ``standard``:
+    the median becomes `LEVEL` and the interquartile range `SPREAD`, which a lesion hardly moves; what would be darker
+    than `FLOOR` becomes that, and voxels at 0 stay 0.
+    """
+
+    kind: Literal["percentile", "standard"] = "percentile"
     percentile: float = 99.0
     slice_sum: float = 0.5
     """Slices are taken from the first to the last whose channel mean sums to more than this."""
@@ -58,11 +67,31 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Score:
-    """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped."""
+    """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped.
 
+    The defaults are the paper's; ``residual.SCORES`` says what each ``kind`` is, ``own`` being the method's own.
+    """
+
+    kind: str = "own"
+    channels: tuple[str, ...] = ()
+    """Of which the residual is averaged; none: of all that a scan has."""
+    healthy_mean: tuple[float, ...] = ()
+    """Mean residual of healthy tissue in each of the model's channels, for ``standardised``."""
+    healthy_spread: tuple[float, ...] = ()
+    """Its standard deviation."""
+    flips: bool = False
+    """Average over the scan and its mirror image."""
+    passes: int = 0
+    """Average over so many reconstructions of the scan with noise added; 0: one of the scan as it is."""
     erosion: int = 5
     erosion_level: float = 0.95
     median: int = 5
+    median_slices: int = 1
+    """Neighbouring slices that the median filter takes in; 1: each slice by itself."""
+    smoothing_mm: float = 0.0
+    """Standard deviation of a Gaussian filter of the finished map, in all three directions."""
+    chosen_by: str = ""
+    """Why it is this score, in words."""
     max_dropped_voxels: int = 20
     """Components of the mask up to this many voxels of the working grid are dropped."""
 
@@ -77,9 +106,14 @@ class Training:
     schedule: Literal["published", "cosine", "constant"] = "published"
     """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again; ``cosine``: one fall."""
     weight_decay: float = 1e-5
+    warmup: int = 0
+    """Steps over which the learning rate rises to its schedule."""
+    amsgrad: bool = True
     gradient_clip: float = 0.5
     precision: Literal["auto", "32-true", "bf16-mixed"] = "32-true"
     """``auto``: bfloat16 where the processor has it; a finished model says which one it was."""
+    average: float = 0.0
+    """Share of the weights' moving average that a step keeps; 0: the weights themselves are taken."""
     crop_to_brain: bool = False
     """Leave out the margin of the grid that no training brain reaches."""
     validate_every: int = 500
@@ -164,6 +198,8 @@ class ModelSpec:
     crop: tuple[int, int, int, int] | None = None
     """Rows and columns (first, last + 1, first, last + 1) of the grid that the network sees; ``None``: all."""
     thresholds: Thresholds | None = None
+    subset_thresholds: dict[str, Thresholds] = field(default_factory=dict)
+    """For scans that have only some of the channels, named as ``flair+t2``."""
     cohort: Cohort | None = None
     versions: dict[str, str] = field(default_factory=dict)
     citation: str = CITATION

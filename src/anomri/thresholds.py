@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from anomri.detector import Detector
 from anomri.metrics import drop_small_components
 from anomri.packing import PackedCase
-from anomri.slices import SliceStack, Window, brain_box, foreground_of
+from anomri.slices import brain_box, foreground_of
 from anomri.spec import HealthyScores, Thresholds
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.001)
@@ -22,6 +23,8 @@ MAX_CASES = 64
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
 BINS = 64
+SUBSET_CASES, SUBSET_SLICES, MAX_SUBSET_CHANNELS = 4, 24, 5
+"""What thresholds for a part of the channels are taken from: there are 2^n of them."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,43 @@ def healthy_thresholds(
     )
 
 
+def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dict[str, Thresholds]:
+    """Thresholds for every part of the model's channels, from some neighbouring healthy slices of a few cases.
+
+    Empty where the method does not take a part of its channels; without volumes and peaks.
+    """
+    channels = detector.spec.channels
+    if not getattr(detector.method, "takes_subsets", False) or len(channels) > MAX_SUBSET_CHANNELS:
+        return {}
+    stacks = []
+    for case in [case for case in held_out if case.healthy][:SUBSET_CASES]:
+        stack, middle = case.stack(detector.spec.scaling), len(case.healthy) // 2
+        chosen = list(case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES])
+        stacks.append(replace(stack, x=stack.x[chosen], foreground=stack.foreground[chosen], index=range(len(chosen))))
+    found = {}
+    for size in range(1, len(channels)):
+        for names in combinations(channels, size):
+            scores = []
+            for stack in stacks:
+                kept = torch.tensor([name in names for name in channels])[:, None, None]
+                # The brain is where a channel that the scan has shows it.
+                foreground = foreground_of(stack.x * kept, detector.spec.scaling)
+                part = replace(stack, x=stack.x * kept, foreground=foreground)
+                scores.append(detector.score(part)[0][foreground.numpy()])
+            pooled = np.concatenate(scores)
+            if pooled.size:
+                values = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
+                slices = sum(len(stack.x) for stack in stacks)
+                found["+".join(names)] = Thresholds(
+                    FALSE_POSITIVE_RATES, tuple(float(v) for v in values), DEFAULT_RATE, slices, len(stacks)
+                )
+    return found
+
+
 def _score(detector: Detector, case: PackedCase) -> _Healthy:
     # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-    x = torch.from_numpy(np.stack(case.read(range(case.slices))).astype(np.float32))
-    stack = SliceStack(x, foreground_of(x, detector.spec.scaling), range(len(x)), (), None, Window(0, 0, *x.shape[2:]))
+    stack = case.stack(detector.spec.scaling)
+    x = stack.x
     scores, _ = detector.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
     healthy = np.zeros((len(x), 1, 1), dtype=bool)

@@ -28,9 +28,10 @@ from anomri.distribution import Processes, fabric_of, processes
 from anomri.interruption import StopRequest
 from anomri.methods import Box, Player
 from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
+from anomri.score_choice import choose_score
 from anomri.slices import foreground_of, join_boxes
 from anomri.spec import AnomriError, Cohort, Interrupted, ModelSpec, Training
-from anomri.thresholds import healthy_thresholds
+from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
@@ -66,6 +67,7 @@ def train(
     channels: Sequence[str] | None = None,
     settings: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    score: dict[str, Any] | None = None,
     splits: str | Path | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
@@ -76,12 +78,13 @@ def train(
 ) -> Detector:
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
-    ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published) or ``small``
-    (about ten minutes on two cores); ``settings`` (of the method) and ``training`` (fields of `spec.Training`)
-    replace single values of it. Slices with a labelled lesion are left out. Patients are split by the cohort's
-    ``splits.csv`` or the file ``splits``, else at random, a tenth of them (at least one) for validation; no
-    patient is in two splits. ``cache`` holds the packed slices (default: the user's cache folder). ``resume``
-    continues a training that was interrupted, at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
+    on a laptop in about ten minutes) or ``accurate`` (more than the paper's recipe, in the same time). ``settings`` (of
+    the method), ``training`` (fields of `spec.Training`) and ``score`` (of `spec.Score`) replace single values of it.
+    Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
+    ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
+    holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
+    at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
     Where torchrun or srun started several processes, each calls this with the same arguments, and they share the
     packing and every batch; ``accumulate`` takes each one's share of a batch in so many parts, which need less memory.
@@ -98,6 +101,8 @@ def train(
         channels=tuple(channels or channels_of(cases)),
         method=method,
         settings={**chosen.settings, **(settings or {})},
+        scaling=chosen.scaling,
+        score=replace(chosen.score, **(score or {})),
         training=schedule and replace(schedule, precision=resolve_precision(schedule.precision)),
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
@@ -142,12 +147,15 @@ def _train(
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
         network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
+    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"])))
+    detector.spec = spec
     thresholds = team.once(
         lambda: healthy_thresholds(
             detector, packed["val"], lambda done, total: progress(Progress("score", done, total))
         )
     )
-    detector.spec = replace(spec, thresholds=thresholds)
+    parts = team.once(lambda: subset_thresholds(detector, packed["val"]))
+    detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
     detector.splits = {case.name: case.split for case in cases if case.split}
     if team.first:
         detector.save(folder)
@@ -160,7 +168,7 @@ def _finished(folder: Path, spec: ModelSpec, resume: bool) -> bool:
     """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
     if (folder / "model.json").exists():
         there = ModelSpec.read(folder / "model.json")
-        asked = [(one.method, one.channels, one.settings, one.training) for one in (there, spec)]
+        asked = [(one.method, one.channels, one.settings, one.training, one.scaling) for one in (there, spec)]
         if resume and asked[0] == asked[1]:
             # The last moment at which a training may have been killed.
             (folder / TrainingState.NAME).unlink(missing_ok=True)
@@ -216,6 +224,8 @@ def fit(
                     fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
                     optimizer.step()
                 state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
+                if training.average:
+                    state.follow(network, training.average)
 
             due = _validated(training, state.step)
             late = team.first and time.monotonic() - saved_at > SAVE_EVERY_S
@@ -224,14 +234,15 @@ def fit(
                 state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
                 _check_losses(state, saved, training, slices)
             if due and not stopping:
-                loss = validation_loss(fabric, model, spec, held_out, team, stop)
+                with state.averaged(network):
+                    loss = validation_loss(fabric, model, spec, held_out, team, stop)
+                    if loss is not None and loss < state.best_loss:
+                        state.best_loss = loss
+                        state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
                 if loss is None:
                     stopping = team.largest(stop.signal or 0, fabric.device)
                 else:
                     loss_mean, loss_held_out = float(torch.stack(state.losses).mean()), loss
-                    if loss_held_out < state.best_loss:
-                        state.best_loss = loss_held_out
-                        state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
                     if log:
                         rate, seconds = learning_rate(training, step), time.monotonic() - start
                         log.add(state.step, loss_mean, loss_held_out, rate, seconds)
@@ -295,15 +306,18 @@ def validation_loss(
 
 def _optimizer(player: Player, training: Training) -> torch.optim.Optimizer:
     parameters, decay = player.module.parameters(), training.weight_decay
-    return torch.optim.Adam(parameters, training.learning_rate, player.betas, weight_decay=decay, amsgrad=True)
+    return torch.optim.Adam(
+        parameters, training.learning_rate, player.betas, weight_decay=decay, amsgrad=training.amsgrad
+    )
 
 
 def learning_rate(training: Training, step: int) -> float:
     """The learning rate of a step (from 0), by the training's schedule."""
+    highest = training.learning_rate * min(1.0, (step + 1) / max(training.warmup, 1))
     if training.schedule == "constant":
-        return training.learning_rate
+        return highest
     phase = (step // 32) / 100 if training.schedule == "published" else step / training.steps
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * phase))
+    return highest * 0.5 * (1 + math.cos(math.pi * phase))
 
 
 def batch_numbers(slices: int, training: Training, step: int) -> list[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomri.files import whole_file
 from anomri.spec import AnomriError
@@ -26,12 +27,37 @@ class TrainingState:
     best_loss: float = float("inf")
     best: dict[str, Tensor] = field(default_factory=dict)
     network: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The weights' moving average, where the training keeps one."""
     optimizers: dict[str, Any] = field(default_factory=dict)
     """By the name of the player whose parameters it moves."""
     losses: list[Tensor] = field(default_factory=list)
     """Losses of the steps since the last validation."""
     task: dict[str, Any] = field(default_factory=dict)
     """Settings and cohort, to refuse going on with others."""
+
+    def follow(self, network: nn.Module, share: float) -> None:
+        """Move the average towards the network's weights; it keeps ``share``, less in the first steps."""
+        share = min(share, self.step / (self.step + 9))
+        for name, value in network.state_dict().items():
+            before = self.average.get(name)
+            if before is None or not value.is_floating_point():
+                self.average[name] = value.clone()
+            else:
+                self.average[name] = before.to(value.device).lerp_(value, 1 - share)
+
+    @contextmanager
+    def averaged(self, network: nn.Module) -> Iterator[None]:
+        """The network with the averaged weights, where there are any, while the block runs."""
+        if not self.average:
+            yield
+            return
+        weights = {name: value.clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            network.load_state_dict(weights)
 
     def save(self, folder: Path) -> None:
         """Write the state into a model folder, whole or not at all."""

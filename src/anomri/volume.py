@@ -107,7 +107,7 @@ class Volume:
     """A scan in the working orientation: ``data`` (channels, x, y, z) float32, zero outside the brain.
 
     ``label`` (x, y, z) bool is the lesion mask, if there is one; ``notes`` say what was done to the scan that its
-    owner should know.
+    owner should know. ``missing`` names channels that the scan does not have, and that are zero.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Volume:
     label: NDArray[np.bool_] | None
     geometry: Geometry
     notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def in_plane_mm(self) -> tuple[float, float]:

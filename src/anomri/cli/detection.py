@@ -9,14 +9,26 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from anomri.cli import inputs
-from anomri.cli.options import Device, FalsePositiveMl, Model, OutFolder, Sensitivity, Shard, app, err, out
+from anomri.cli.options import (
+    Device,
+    FalsePositiveMl,
+    Model,
+    OutFolder,
+    Sensitivity,
+    Shard,
+    SomeChannels,
+    app,
+    err,
+    names_of,
+    out,
+)
 from anomri.spec import AnomriError
 
 
 @app.command()
 def detect(
     output: OutFolder,
-    model: Model,
+    model: Model = None,
     input: inputs.Scans = None,
     flair: inputs.Channel = None,
     t1: inputs.Channel = None,
@@ -33,6 +45,7 @@ def detect(
     reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    channels: SomeChannels = None,
     shard: Shard = None,
     format: Annotated[
         Literal["text", "json"], typer.Option(help="json: one document with all results and paths, on stdout.")
@@ -44,7 +57,7 @@ def detect(
     Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
     """
     from anomri.detection import CaseResult, detect_cohort
-    from anomri.detector import Detector
+    from anomri.detector import BUILT_IN, Detector
     from anomri.distribution import processes
     from anomri.intake import named, seg_parameters, take_in, write_dicom_seg
     from anomri.preparation import Preparation
@@ -56,6 +69,12 @@ def detect(
     team = processes(device)
     # The threshold is chosen here, so that a SEG names the one that made it.
     detector = Detector.load(model, device).with_threshold(sensitivity, false_positive_ml)
+    if model is None and team.first:
+        _note(
+            f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
+        )
+    if channels:
+        detector = detector.with_channels(names_of(channels) or ())
     parameters = seg_parameters(detector.spec) if dicom_seg else {}
     intake = team.once(
         lambda: take_in(
@@ -92,7 +111,8 @@ def detect(
             progress=told,
         )
     if dicom_seg and team.first:
-        write_dicom_seg(output, intake, detector.spec.channels[0], parameters)
+        shown = next(name for name in detector.channels if name in intake.series)
+        write_dicom_seg(output, intake, shown, parameters)
     failed = sum(result.error is not None for result in results)
     if format == "json" and team.first:
         facts = {"report": str((output / "report.html").resolve()), "cases": [result.to_json() for result in results]}
@@ -114,9 +134,7 @@ def bids(
     bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS data set.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the derivatives.")],
     level: Annotated[str, typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report.")],
-    model: Annotated[
-        Optional[Path], typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")
-    ] = None,
+    model: Model = None,
     participant_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
     session_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
     skip_bids_validation: Annotated[
@@ -134,8 +152,6 @@ def bids(
         return
     if level != "participant":
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
-    if model is None:
-        raise AnomriError("the level participant needs a model; name its folder with -m.")
     with case_progress(err) as advance:
         results = run_participant(
             bids_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -12,9 +13,11 @@ from anomri.cli.options import (
     Cohort,
     Device,
     FalsePositiveMl,
+    Model,
     OutFolder,
     Sensitivity,
     Shard,
+    SomeChannels,
     app,
     err,
     names_of,
@@ -30,9 +33,7 @@ if TYPE_CHECKING:
 def evaluate(
     input: Cohort,
     output: OutFolder,
-    model: Annotated[
-        Optional[Path], typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")
-    ] = None,
+    model: Model = None,
     maps: Annotated[
         Optional[Path], typer.Option(help="Folder of maps <case>_anomaly.nii.gz, whoever made them.")
     ] = None,
@@ -43,6 +44,10 @@ def evaluate(
     threshold: Annotated[Optional[float], typer.Option(help="Instead of the model's label-free one.")] = None,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    channels: SomeChannels = None,
+    score: Annotated[
+        Optional[str], typer.Option(help="Instead of the model's: paper, absolute, positive, ssim, mark, ...")
+    ] = None,
     shard: Shard = None,
     device: Device = "auto",
 ) -> None:
@@ -55,10 +60,17 @@ def evaluate(
     from anomri.evaluation import evaluate as run
     from anomri.evaluation import evaluate_shard, make_plan
     from anomri.progress import case_progress
+    from anomri.spec import Score
 
     processes(device)
+    detector = Detector.load(model, device) if maps is None or model else None
+    if detector and score:
+        paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
+        detector = detector.with_score(**paper)
+    if detector and channels:
+        detector = detector.with_channels(names_of(channels) or ())
     arguments = {
-        "model": None if model is None else Detector.load(model, device),
+        "model": detector,
         "maps": maps,
         "grid": grid,
         "split": split,

@@ -24,11 +24,17 @@ Cohort = Annotated[
     Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")
 ]
 NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
-Model = Annotated[Path, typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model.")]
+Model = Annotated[
+    Optional[Path],
+    typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model (default: the one in the package)."),
+]
 OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Channels = Annotated[
     Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
+]
+SomeChannels = Annotated[
+    Optional[str], typer.Option("--channels", help="Look at these of the model's channels only, as flair,t2.")
 ]
 Sensitivity = Annotated[
     Optional[str],

@@ -14,7 +14,9 @@ from anomri.cli.options import Channels, Cohort, Device, NewModel, OutFolder, ap
 def train(
     input: Cohort,
     output: NewModel,
-    preset: Annotated[str, typer.Option(help="paper: as published; small: ten minutes on two cores.")] = "small",
+    preset: Annotated[
+        str, typer.Option(help="paper: as published; small: ten minutes on two cores; accurate: as long.")
+    ] = "small",
     method: Annotated[
         str, typer.Option(help="dae, thresholding, ae, vae, vae-restoration, fanogan or diffusion.")
     ] = "dae",
@@ -33,11 +35,12 @@ def train(
     ] = None,
     noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
     noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
-    gain_jitter: Annotated[
-        Optional[float],
-        typer.Option(min=0.0, max=0.9, help="Multiply channels of training slices by 1 +- this; 0: not."),
+    score: Annotated[
+        Optional[str], typer.Option(help="How residuals become a map: own, auto, absolute, positive, ssim, mark, ...")
     ] = None,
-    flip: Annotated[Optional[bool], typer.Option(help="Mirror half of the training slices left to right.")] = None,
+    passes: Annotated[
+        Optional[int], typer.Option(min=0, help="Average so many reconstructions of the noised scan.")
+    ] = None,
     set_: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -65,8 +68,6 @@ def train(
     settings = {
         "noise_resolution": noise_resolution,
         "noise_std": noise_std,
-        "gain_jitter": gain_jitter,
-        "flip": flip,
     }
     with training_progress(err) as progress:
         detector = run(
@@ -77,6 +78,7 @@ def train(
             channels=names_of(channels),
             settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},
+            score={name: value for name, value in {"kind": score, "passes": passes}.items() if value is not None},
             splits=splits,
             cache=cache,
             resume=resume,

@@ -12,17 +12,20 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
-from anomri.spec import AnomriError, ModelSpec, Training
+from anomri.spec import AnomriError, ModelSpec, Scaling, Score, Training
 
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named choice of a method's settings and of its training (``None``: nothing to train)."""
+    """A named choice of a method's settings, its training (``None``: nothing to train), scaling and score."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     training: Training | None = None
+    scaling: Scaling = field(default_factory=Scaling)
+    score: Score = field(default_factory=Score)
+    """The kind ``auto``: chosen on held-out healthy slices when the training ends."""
     weights_of: str | None = None
     """A method whose weights, from its preset of the same name, serve this one too: a comparison trains once."""
 
@@ -76,7 +79,8 @@ class Method(Protocol):
 
     Tensors are (n, c, h, w) float32 slices on the working grid and (n, h, w) bool foregrounds. ``box``
     (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
-    A method whose networks train against each other also has ``players() -> list[Player]``.
+    A method whose networks train against each other also has ``players() -> list[Player]``; one that takes scans
+    without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]
@@ -88,7 +92,7 @@ class Method(Protocol):
         """Training loss of a batch, a scalar; what is random comes from ``generator``."""
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """What the method takes for the healthy version of ``x``, of the same shape."""
+        """What the method takes for the healthy version of ``x``, of the same shape; further maps may follow its channels."""
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """How anomalous each pixel is before erosion and median, (n, h, w); ``x`` is all slices of one scan."""

@@ -1,21 +1,39 @@
-"""The coarse-noise denoising autoencoder (Kascenas, Pugeault, O'Neil, MIDL 2022)."""
+"""The coarse-noise denoising autoencoder (Kascenas, Pugeault, O'Neil, MIDL 2022), and what may be added to it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
+from anomri.anomalies import mark_loss, plant_anomalies
+from anomri.augmentation import Augmentation, augment
 from anomri.draws import uniform
 from anomri.methods import LAPTOP, Box, Preset
 from anomri.networks import UNet
-from anomri.noise import add_on_foreground, coarse_noise
+from anomri.noise import Noise, add_on_foreground
 from anomri.residual import mean_absolute_residual
 from anomri.slices import cut_box, paste_box
-from anomri.spec import Training
+from anomri.spec import AnomriError, Scaling, Score, Training
+
+SMALL_WIDTHS = [16, 32, 64, 128]
+VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}
+"""Of the augmentation: what few patients lack, and too little to take bright tissue for healthy."""
+QUICK = replace(
+    LAPTOP,
+    batch_size=12,
+    learning_rate=2e-3,
+    warmup=50,
+    amsgrad=False,
+    gradient_clip=0.025,
+    average=0.99,
+    validate_every=200,
+)
+MARK_WEIGHT = 0.025
+"""Of the marks' loss beside the squared error: each is about half of a trained network's loss."""
 
 
 class DAE(nn.Module):
@@ -25,19 +43,38 @@ class DAE(nn.Module):
     ``noise_resolution`` x ``noise_resolution`` for what the network sees: the whole grid, or the box of the brain
     if training is cropped to it. No noise is added at test.
 
-    Not in the paper, and off unless asked for: ``flip`` mirrors half of the training slices left to right, and
-    ``gain_jitter`` g multiplies each channel of a slice by a factor from U(1 - g, 1 + g), target included. With few
-    patients the network otherwise takes an unseen patient's overall brightness for noise.
+    Not in the paper, and off unless asked for:
+
+    * Several ``noise_resolution`` (a batch draws one) and ``noise_std`` (a slice draws one between the least and the
+      largest); ``noise_kind`` ``simplex``; noise on a ``noise_share`` of the slices, and ``noise_in_blobs`` on half.
+    * ``anomalies``: blobs of healthy slices are changed as well (`anomalies.plant_anomalies`), and the network learns
+      to give back what was there. ``mark``: one more map says where they are, for the scores ``mark...``.
+    * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
+    * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
+      then takes scans that have any of its channels.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
-        "demo": Preset(
-            {"widths": [16, 32, 64, 128]},
-            replace(LAPTOP, steps=400, learning_rate=2e-3, validation_slices=64),
-        ),
+        "demo": Preset({"widths": SMALL_WIDTHS}, replace(LAPTOP, steps=400, learning_rate=2e-3, validation_slices=64)),
         "small": Preset(
-            {"widths": [16, 32, 64, 128], "flip": True, "gain_jitter": 0.4}, replace(LAPTOP, validate_every=200)
+            {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
+            replace(QUICK, steps=1000),
+            scaling=Scaling("standard"),
+        ),
+        "accurate": Preset(
+            {
+                "widths": SMALL_WIDTHS,
+                "noise_std": [0.1, 0.3],
+                "noise_share": 0.6,
+                "anomalies": True,
+                "mark": True,
+                "channel_dropout": 0.4,
+                "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
+            },
+            replace(QUICK, steps=1600),
+            scaling=Scaling("standard"),
+            score=Score("auto", flips=True),
         ),
     }
 
@@ -45,44 +82,73 @@ class DAE(nn.Module):
         self,
         channels: Sequence[str],
         widths: Sequence[int] = (64, 128, 256, 512),
-        noise_resolution: int = 16,
-        noise_std: float = 0.2,
-        flip: bool = False,
-        gain_jitter: float = 0.0,
+        noise_resolution: int | Sequence[int] = 16,
+        noise_std: float | Sequence[float] = 0.2,
+        noise_kind: str = "coarse",
+        noise_share: float = 1.0,
+        noise_in_blobs: bool = False,
+        anomalies: bool = False,
+        mark: bool = False,
+        augmentation: Mapping[str, Any] | None = None,
+        channel_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.network = UNet(len(channels), widths)
+        if mark and not anomalies:
+            raise AnomriError("mark needs anomalies: there is nothing else to mark.")
+        self.channels = tuple(channels)
+        self.extra_maps = int(mark)
+        self.network = UNet(len(channels), widths, len(channels) + self.extra_maps)
         self.box_multiple = 2 ** (len(widths) - 1)
-        self.noise_resolution = noise_resolution
-        self.noise_std = noise_std
-        self.flip = flip
-        self.gain_jitter = gain_jitter
+        self.noise_resolution, self.noise_std = noise_resolution, noise_std
+        self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
+        self.anomalies = anomalies
+        self.augmentation = Augmentation(**(augmentation or {}))
+        self.channel_dropout = channel_dropout
+
+    @property
+    def takes_subsets(self) -> bool:
+        """Whether a scan may lack some of the channels; they are zero then."""
+        return self.channel_dropout > 0
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
-        """Squared error on the foreground, then the mean over all pixels."""
+        """Squared error on the foreground, then the mean over all pixels; and the loss of the marks, if there are any."""
         x, foreground = cut_box(x, box), cut_box(foreground, box)
         if self.training:
-            x, foreground = self._augment(x, foreground, generator)
-        n, c, h, w = x.shape
-        noise = coarse_noise((n, c, h, w), self.noise_resolution, self.noise_std, generator)
-        reconstruction = self.reconstruct(add_on_foreground(x, noise, foreground[:, None]))
-        return ((reconstruction - x) * foreground[:, None]).square().mean()
+            x, foreground = augment(x, foreground, self.augmentation, generator)
+        changed, where = x, torch.zeros_like(foreground)
+        if self.anomalies:
+            changed, where = plant_anomalies(x, foreground, self.channels, generator)
+        seen = self.with_noise(changed, foreground, generator)
+        kept = self._kept(x, generator)
+        output = self.network(seen * kept).float()
+        c = x.shape[1]
+        loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
+        if self.extra_maps:
+            loss = loss + MARK_WEIGHT * mark_loss(output[:, c], where, foreground)
+        return loss
 
-    def _augment(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def with_noise(self, x: Tensor, foreground: Tensor, generator: Generator) -> Tensor:
+        """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
+        return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
+
+    def _kept(self, x: Tensor, generator: Generator) -> Tensor:
+        """Which channels a slice keeps, (n, c, 1, 1): at least one."""
         n, c = x.shape[:2]
-        if self.flip:
-            mirrored = uniform((n,), generator) < 0.5
-            # The first axis of an axial slice runs from the patient's right to the left.
-            x = torch.where(mirrored[:, None, None, None], x.flip(2), x)
-            foreground = torch.where(mirrored[:, None, None], foreground.flip(1), foreground)
-        if self.gain_jitter:
-            gain = uniform((n, c, 1, 1), generator) * 2 - 1
-            x = x * (1 + self.gain_jitter * gain)
-        return x, foreground
+        if not (self.training and self.channel_dropout):
+            return torch.ones((n, c, 1, 1), device=x.device)
+        kept = uniform((n, c), generator) < 0.5
+        kept = (
+            kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
+        )
+        return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """``x`` without what the network takes for noise; zero outside ``box``."""
-        return paste_box(self.network(cut_box(x, box)).float(), (x.shape[-2], x.shape[-1]), box)
+        """``x`` without what the network takes for noise, then the marks (0 to 1), if any; zero outside ``box``."""
+        output = self.network(cut_box(x, box)).float()
+        if self.extra_maps:
+            c = len(self.channels)
+            output = torch.cat([output[:, :c], output[:, c:].sigmoid()], 1)
+        return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""

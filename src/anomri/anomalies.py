@@ -1,0 +1,152 @@
+"""Synthetic anomalies: places where a healthy slice is changed; no lesion is looked at.
+
+They teach a network what to mark, and they tell on held-out healthy slices which score finds them (Zavrtanik et al. 2021,
+DRAEM; Tan et al. 2020, foreign patch interpolation; Kascenas et al. 2023 on the role of noise). Contrasts are those of
+the physics: water is bright on T2 and FLAIR and dark on T1. Random numbers come from the generator, arrays are float32
+in the units of the scaling ``standard``, of which 0.15 is the interquartile range of a brain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from anomri.draws import normal, uniform
+
+RADIUS_PIXELS = (1.5, 28.0)
+CHANCES = (0.7, 0.4, 0.25)
+"""Of a first, second and third blob in a slice: an eighth of the slices stay healthy."""
+TYPICAL = 0.85
+"""Share of the blobs that follow `CONTRASTS`; the others change every channel either way."""
+CONTRASTS = {"flair": (0.40, 0.18), "t2": (0.35, 0.22), "t1": (-0.15, 0.12), "t1ce": (-0.08, 0.15)}
+"""Mean and spread of a channel's change: oedema, gliosis and most tumours hold water."""
+UNKNOWN_CONTRAST = (0.0, 0.3)
+AMPLITUDE = (0.3, 1.6)
+VISIBLE = 0.1
+"""A blob that changes no channel by more than this is not asked for."""
+CORES = {"flair": (-0.5, 0.3), "t2": (-0.1, 0.6), "t1": (-0.3, 0.0), "t1ce": (-0.3, 0.05)}
+"""Range of the change in a core, as of necrosis, inside a blob."""
+RING = ("t1ce", (0.2, 1.0))
+"""What a contrast agent does around such a core."""
+
+
+def between(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Uniform random numbers from ``low`` to ``high``, of ``shape`` (n, ...)."""
+    return low + (high - low) * uniform(shape, generator)
+
+
+def log_between(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Random numbers from ``low`` to ``high``, every octave as likely, of ``shape`` (n, ...)."""
+    return between(math.log(low), math.log(high), shape, generator).exp()
+
+
+def smooth_field(shape: tuple[int, int, int, int], resolution: int, generator: Generator) -> Tensor:
+    """Standard normal noise at ``resolution`` x ``resolution``, enlarged smoothly to ``shape`` (n, c, h, w)."""
+    low = normal((*shape[:2], resolution, resolution), generator)
+    return functional.interpolate(low, size=shape[2:], mode="bicubic", align_corners=False)
+
+
+def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """One ragged ellipse somewhere in each (n, h, w) bool foreground: depth below its edge in pixels, and its radius.
+
+    The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS_PIXELS`, so that small ones are
+    as frequent as large ones.
+    """
+    n, h, w = foreground.shape
+    inside = foreground.flatten(1).cumsum(1)
+    # The pixel whose place among the foreground's is drawn; a slice without any takes its first.
+    drawn = uniform((n, 1), generator) * inside[:, -1:]
+    centre = torch.searchsorted(inside.double(), drawn.double(), right=True).clamp_max(h * w - 1)[..., None]
+    rows = torch.arange(h, device=foreground.device)[None, :, None] - centre // w
+    columns = torch.arange(w, device=foreground.device)[None, None, :] - centre % w
+    radius = log_between(*RADIUS_PIXELS, (n, 1, 1), generator)
+    stretch, angle = between(-0.4, 0.4, (n, 1, 1), generator).exp(), between(0, math.pi, (n, 1, 1), generator)
+    u = (angle.cos() * rows + angle.sin() * columns) * stretch
+    v = (angle.cos() * columns - angle.sin() * rows) / stretch
+    away = (u.square() + v.square()).sqrt() / radius
+    ragged = sum(smooth_field((n, 1, h, w), resolution, generator)[:, 0] for resolution in (6, 14))
+    return (1 - away + 0.25 * ragged * (1.8 - away).clamp(0, 1)) * radius, radius[:, 0, 0]
+
+
+def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
+    """One ragged blob with soft edges in each (n, h, w) bool foreground: (n, h, w) float32 from 0 to 1."""
+    depth, _ = random_depths(foreground, generator)
+    return _soft(depth, generator) * foreground
+
+
+def plant_anomalies(
+    x: Tensor, foreground: Tensor, channels: Sequence[str], generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Change up to three blobs of each slice; returns the slices (n, c, h, w) and where they changed (n, h, w) bool.
+
+    In a blob every channel is shifted, gets a random texture and loses a part of its own detail; some of the larger
+    ones have a core, and some of the cores a ring.
+    """
+    changed, where = x, torch.zeros_like(foreground)
+    for chance in CHANCES:
+        changed, there = _plant(changed, foreground, channels, chance, generator)
+        where = where | there
+    return changed.clamp_min(0) * foreground[:, None], where
+
+
+def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor) -> Tensor:
+    """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w)."""
+    inside, truth = foreground.float(), where.float()
+    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    entropy = (entropy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
+    marks = logits.sigmoid() * inside
+    # The constant counts an unchanged slice without marks as right, and keeps tiny blobs from ruling the gradient.
+    dice = (2 * (marks * truth).sum((1, 2)) + 20) / (marks.sum((1, 2)) + truth.sum((1, 2)) + 20)
+    return entropy.mean() + 0.5 * (1 - dice.mean())
+
+
+def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typical: float = TYPICAL) -> Tensor:
+    """Changes (n, c) of the channels in n anomalies; a share of them, ``typical``, follows `CONTRASTS`."""
+    contrasts = [CONTRASTS.get(name, UNKNOWN_CONTRAST) for name in channels]
+    mean, spread = torch.tensor(contrasts, device=generator.device).T
+    drawn = normal((n, len(channels)), generator)
+    follows = uniform((n, 1), generator) < typical
+    direction = torch.where(follows, mean + spread * drawn, UNKNOWN_CONTRAST[1] * drawn)
+    return log_between(*AMPLITUDE, (n, 1), generator) * direction
+
+
+def _plant(
+    x: Tensor, foreground: Tensor, channels: Sequence[str], chance: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    depth, radius = random_depths(foreground, generator)
+    edge = between(0.4, 2.0, (n, 1, 1), generator)
+    blob = torch.sigmoid(depth / edge) * foreground * (uniform((n, 1, 1), generator) < chance)
+    shift = typical_shifts(n, channels, generator)[..., None, None]
+    texture = normal((n, c, 24, 24), generator)
+    texture = functional.interpolate(texture, size=(h, w), mode="bilinear") * between(0, 0.1, (n, 1, 1, 1), generator)
+    flattened = between(0, 0.9, (n, 1, 1, 1), generator)
+    weight = blob[:, None]
+    mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
+    x = x + weight * (shift + texture + flattened * (mean - x))
+    x = x + _core(depth, radius, edge, blob, channels, generator)
+    return x, (blob > 0.5) & (shift.abs().amax(1) > VISIBLE)
+
+
+def _core(
+    depth: Tensor, radius: Tensor, edge: Tensor, blob: Tensor, channels: Sequence[str], generator: Generator
+) -> Tensor:
+    """What a core and its ring add to (n, c, h, w): two of five blobs that are larger than 6 pixels have one."""
+    n = len(depth)
+    blob = blob * ((uniform((n,), generator) < 0.4) & (radius > 6))[:, None, None]
+    below = depth - (1 - between(0.3, 0.75, (n,), generator))[:, None, None] * radius[:, None, None]
+    ranges = torch.tensor([CORES.get(name, (-0.3, 0.3)) for name in channels], device=depth.device)
+    shift = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * uniform((n, len(channels)), generator)
+    added = (torch.sigmoid(below / edge) * blob)[:, None] * shift[..., None, None]
+    ring = (-(below / between(1.0, 3.0, (n, 1, 1), generator)).square()).exp() * blob
+    ring = ring * (uniform((n, 1, 1), generator) < 0.6) * between(*RING[1], (n, 1, 1), generator)
+    takes_up = torch.tensor([float(name == RING[0]) for name in channels], device=depth.device)
+    return added + ring[:, None] * takes_up[:, None, None]
+
+
+def _soft(depth: Tensor, generator: Generator) -> Tensor:
+    return torch.sigmoid(depth / between(0.4, 2.0, (len(depth), 1, 1), generator))

@@ -1,0 +1,145 @@
+"""Synthetic anomalies and augmentation: what they change, what they leave, and that their randomness is the seed's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from anomri.anomalies import mark_loss, plant_anomalies, random_blobs, random_depths, typical_shifts
+from anomri.augmentation import Augmentation, augment
+from anomri.draws import PartGenerator
+from anomri.methods.dae import DAE
+from anomri.noise import Noise
+from anomri.spec import AnomriError
+
+CHANNELS = ("flair", "t1", "t1ce", "t2")
+
+
+def slices(n: int = 32) -> tuple[Tensor, Tensor]:
+    """Round brains of a little texture, and their foreground."""
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(72.0), indexing="ij")
+    inside = ((rows - 32) ** 2 + (columns - 36) ** 2) < 28**2
+    texture = 0.05 * torch.randn((n, 4, 64, 72), generator=Generator().manual_seed(1))
+    return (0.6 + texture) * inside, inside.expand(n, -1, -1).clone()
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def test_planted_anomalies_change_what_they_say_and_leave_the_rest() -> None:
+    x, foreground = slices()
+    changed, where = plant_anomalies(x, foreground, CHANNELS, seeded())
+    assert torch.equal(changed[~foreground[:, None].expand_as(x)], x[~foreground[:, None].expand_as(x)])
+    assert not (where & ~foreground).any()
+    assert 0.6 < float(where.any(2).any(1).float().mean()) < 1.0  # some slices stay healthy
+    difference = (changed - x).abs().amax(1)
+    assert difference[where].mean() > 0.2
+    far = ~torch.nn.functional.max_pool2d(where[:, None].float(), 31, 1, 15)[:, 0].bool() & foreground
+    assert difference[far].mean() < 0.05
+    # Lesions hold water: bright on FLAIR and T2, dark on T1.
+    shift = torch.stack([(changed - x)[:, k][where].mean() for k in range(4)])
+    assert shift[0] > 0.1 and shift[3] > 0.1 and shift[1] < -0.02
+
+
+def test_small_anomalies_are_as_frequent_as_large_ones() -> None:
+    _, foreground = slices(600)
+    depth, radius = random_depths(foreground, seeded())
+    assert depth.shape == foreground.shape
+    octaves = torch.histc(radius.log2(), 4, 0.6, 4.8)
+    assert octaves.min() > 0.7 * octaves.max()
+    areas = (random_blobs(foreground, seeded()) > 0.5).sum((1, 2))
+    assert int(areas.min()) < 20 and int(areas.max()) > 1000
+
+
+def test_every_part_of_the_foreground_may_hold_an_anomaly() -> None:
+    _, foreground = slices(400)
+    foreground[:, :32] = False
+    depth, _ = random_depths(foreground, seeded())
+    deepest = depth.flatten(1).argmax(1) // 72
+    assert int((deepest < 30).sum()) < 40  # the centre lies in what is left; ragged edges reach out
+    empty = torch.zeros_like(foreground[:2])
+    assert not random_blobs(empty, seeded()).any()
+
+
+def test_an_unknown_channel_changes_either_way() -> None:
+    shifts = typical_shifts(4000, ("flair", "adc"), seeded(), typical=1.0)
+    assert float((shifts[:, 0] > 0).float().mean()) > 0.95
+    assert 0.45 < float((shifts[:, 1] > 0).float().mean()) < 0.55
+
+
+@pytest.mark.parametrize("work", ["anomalies", "augmentation", "noise"])
+def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
+    x, foreground = slices(6)
+    how = Augmentation(True, 10, 0.1, 0.05, 0.2, 0.1, 0.02, 0.02, 1.0)
+    noise = Noise([8, 16], [0.1, 0.3], share=0.5, in_blobs=True)
+    does = {
+        "anomalies": lambda x, f, g: plant_anomalies(x, f, CHANNELS, g)[0],
+        "augmentation": lambda x, f, g: augment(x, f, how, g)[0],
+        "noise": noise.draw,
+    }[work]
+    part = PartGenerator(torch.device("cpu"), 2, 6)
+    part.manual_seed(5)
+    whole = does(x, foreground, seeded(5))
+    assert torch.allclose(does(x[2:5], foreground[2:5], part), whole[2:5], atol=1e-6)
+    assert not torch.equal(whole, does(x, foreground, seeded(6)))
+
+
+@pytest.mark.parametrize("field", ["turn", "zoom", "shift", "gain", "contrast", "brightness", "shading", "blur"])
+def test_each_augmentation_changes_the_brain_and_nothing_else(field: str) -> None:
+    x, foreground = slices(8)
+    x = x * torch.linspace(0.8, 1.2, 72)
+    x[:, 2] = 0  # a channel that the scan lacks
+    strength = {"turn": 10.0, "blur": 1.0}.get(field, 0.1)
+    varied, inside = augment(x, foreground, Augmentation(**{field: strength}), seeded())
+    assert not torch.allclose(varied, x, atol=1e-3)
+    assert not varied[~inside[:, None].expand_as(varied)].any()
+    assert not varied[:, 2].any()
+    assert float(varied[:, 0][inside].mean()) == pytest.approx(float(x[:, 0][foreground].mean()), rel=0.15)
+    same, there = augment(x, foreground, Augmentation(), seeded())
+    assert torch.equal(same, x) and torch.equal(there, foreground)
+
+
+def test_several_noises() -> None:
+    x, foreground = slices(64)
+    noise = Noise([8, 16], [0.1, 0.3], share=0.5).draw(x, foreground, seeded())
+    strengths = noise.flatten(1).std(1)
+    assert 16 < int((strengths == 0).sum()) < 48
+    drawn = strengths[strengths > 0]
+    assert float(drawn.min()) < 0.12 and float(drawn.max()) > 0.15
+    simplex = Noise(16, 0.2, "simplex").draw(x[:6], foreground[:6], seeded())
+    assert float(simplex.std()) == pytest.approx(0.2, rel=0.2)
+    in_blobs = Noise(16, 0.2, in_blobs=True).draw(x, foreground, seeded())
+    assert 10 < int(((in_blobs == 0).flatten(1).float().mean(1) > 0.2).sum()) < 54
+    with pytest.raises(AnomriError, match="coarse or simplex"):
+        Noise(kind="pink")
+
+
+def test_marks_that_are_right_cost_least() -> None:
+    _, foreground = slices(4)
+    where = random_blobs(foreground, seeded()) > 0.5
+    right = torch.where(where, 8.0, -8.0)
+    assert mark_loss(right, where, foreground) < 0.05 < mark_loss(torch.zeros_like(right), where, foreground)
+    assert mark_loss(-right, where, foreground) > mark_loss(torch.zeros_like(right), where, foreground)
+    outside = torch.where(foreground, right, 8.0)
+    assert torch.equal(mark_loss(outside, where, foreground), mark_loss(right, where, foreground))
+
+
+def test_channel_dropout_keeps_at_least_one_and_leaves_the_rest_out_of_the_loss() -> None:
+    x, foreground = slices(64)
+    method = DAE(CHANNELS, [4, 8, 16, 32], noise_std=0.0, channel_dropout=1.0)
+    seen = []
+
+    def network(given: Tensor) -> Tensor:
+        seen.append(given)
+        return torch.where(given > 0, given, torch.full_like(given, 9.0))
+
+    method.network.forward = network  # type: ignore[method-assign]
+    assert float(method(x, foreground, seeded())) < 1e-6
+    kept = seen[0].flatten(2).any(2)
+    assert bool(kept.any(1).all())
+    assert 0.4 < float(kept.float().mean()) < 0.8
+    assert method.takes_subsets and not DAE(CHANNELS, [4, 8, 16, 32]).takes_subsets
+    with pytest.raises(AnomriError, match="mark needs anomalies"):
+        DAE(CHANNELS, [4, 8, 16, 32], mark=True)

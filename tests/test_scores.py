@@ -1,0 +1,210 @@
+"""Scores as settings of a model, how one is chosen without labels, and scans with a part of the channels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import anomri
+from anomri.cases import find_cases
+from anomri.cli import main
+from anomri.detector import Detector
+from anomri.residual import SCORES, anomaly_score, score_of, structural_similarity
+from anomri.score_choice import choose_score, plant_balls
+from anomri.slices import intensity_scale, slice_volume
+from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
+from anomri.training import train
+
+CHANNELS = ("flair", "t1")
+STANDARD = Scaling("standard")
+
+
+@pytest.fixture(scope="module")
+def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few steps that marks, takes a part of its channels and chose its score itself."""
+    folder = tmp_path_factory.mktemp("marking") / "model"
+    settings = {"widths": [4, 8, 16, 32]}
+    training = {"steps": 12, "batch_size": 4, "validate_every": 6}
+    train(cohort, folder, preset="accurate", settings=settings, training=training, cache=cache)
+    return folder
+
+
+def case_of(cohort: Path, name: str) -> Any:
+    """One case of the small cohort."""
+    return next(case for case in find_cases(cohort) if case.name == name)
+
+
+def test_each_score_is_its_formula() -> None:
+    x, reconstruction = torch.full((2, 2, 16, 16), 0.5), torch.full((2, 2, 16, 16), 0.5)
+    x[:, 0, 8], x[:, 1, 8] = 0.9, 0.2
+    output = torch.cat([reconstruction, torch.full((2, 1, 16, 16), 0.25)], 1)
+
+    def at(kind: str, **settings: Any) -> float:
+        return float(score_of(x, output, CHANNELS, Score(kind, **settings))[0, 8, 4])
+
+    assert at("absolute") == pytest.approx(0.35)
+    assert at("positive") == pytest.approx(0.2)
+    assert at("positive", channels=("flair",)) == pytest.approx(0.4)
+    assert at("negative") == pytest.approx(0.15)
+    assert at("standardised", healthy_mean=(0.1, 0.1), healthy_spread=(0.1, 0.4)) == pytest.approx((3 + 0.5) / 2)
+    assert at("mark") == pytest.approx(0.25)
+    assert at("mark_positive") == pytest.approx(0.5 * 0.22)
+    assert at("ssim") > 0.1 > float(score_of(x, x, CHANNELS, Score("ssim")).abs().max())
+    with pytest.raises(AnomriError, match="no score 'best'"):
+        at("best")
+    with pytest.raises(AnomriError, match="makes no marks"):
+        score_of(x, reconstruction, CHANNELS, Score("mark"))
+    with pytest.raises(AnomriError, match="mean and spread"):
+        at("standardised")
+
+
+@pytest.mark.parametrize("kind", sorted(SCORES))
+def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.rand((2, 2, 16, 16), generator=generator), torch.rand((2, 3, 16, 16), generator=generator)
+    score = Score(kind, healthy_mean=(0.1, 0.2), healthy_spread=(0.1, 0.2))
+    x[:, 1] = 0
+    with_both = score_of(x, output, CHANNELS, score)
+    alone = replace(score, healthy_mean=(0.1,), healthy_spread=(0.1,))
+    assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
+
+
+def test_structural_similarity_is_that_of_torchmetrics() -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    x, y = torch.rand((2, 1, 2, 32, 32), generator=torch.Generator().manual_seed(0)).double()
+    ours = structural_similarity(x, y, 7)
+    _, theirs = structural_similarity_index_measure(
+        x, y, gaussian_kernel=False, kernel_size=7, data_range=1.0, return_full_image=True
+    )
+    assert float((ours - theirs)[..., 4:-4, 4:-4].abs().max()) < 1e-6
+
+
+def test_smoothing_is_in_mm_and_the_median_may_be_three_dimensional() -> None:
+    raw, foreground = torch.zeros(9, 31, 31), torch.ones(9, 31, 31, dtype=torch.bool)
+    raw[4, 15, 15] = 1.0
+    blurred = anomaly_score(raw, foreground, Score(erosion=0, median=0, smoothing_mm=2.0), (4.0, 1.0, 1.0))
+    assert blurred.sum() == pytest.approx(1.0, abs=0.01)
+    assert blurred[4, 15, 17] > 10 * blurred[4, 15, 21] and blurred[4, 15, 17] > 2 * blurred[5, 15, 15]
+    raw[4] = 1.0  # one slice among dark ones: an artefact, which only a three-dimensional median sees
+    score = Score(erosion=0)
+    assert anomaly_score(raw, foreground, score)[4, 15, 15] == 1.0
+    assert anomaly_score(raw, foreground, replace(score, median_slices=3))[4, 15, 15] == 0.0
+
+
+def test_standard_scaling_is_not_moved_by_a_lesion_and_is_undone() -> None:
+    rng = np.random.default_rng(0)
+    data = np.zeros((2, 30, 30, 30), np.float32)
+    data[:, 5:25, 5:25, 5:25] = rng.normal(500, 40, (2, 20, 20, 20))
+    lesion = data.copy()
+    lesion[0, 6:12, 6:12, 6:16] = 1500
+    clean, other = (intensity_scale(one, STANDARD) for one in (data, lesion))
+    scaled = clean[0](data[0])
+    inside = scaled[data[0] > 0]
+    assert np.median(inside) == pytest.approx(LEVEL, abs=1e-3)
+    assert np.subtract(*np.percentile(inside, [75, 25])) == pytest.approx(SPREAD, abs=1e-3)
+    assert not scaled[data[0] == 0].any() and inside.min() >= FLOOR
+    assert np.abs(other[0](data[0]) - scaled).max() < 0.1
+    moved = np.abs(
+        data[0] / intensity_scale(lesion, Scaling())[0].scale - data[0] / intensity_scale(data, Scaling())[0].scale
+    )
+    assert moved.max() > 0.5  # what the 99th percentile does
+    inverse = clean[0].inverse(torch.from_numpy(scaled), torch.from_numpy(data[0] > 0)).numpy()
+    assert np.abs(inverse - data[0]).max() < 2
+    assert intensity_scale(np.zeros((1, 4, 4, 4), np.float32), STANDARD)[0](np.zeros(3, np.float32)).max() == 0
+    flat = np.full((1, 4, 4, 4), 7, np.float32)
+    assert np.isfinite(intensity_scale(flat, STANDARD)[0](flat[0])).all()
+
+
+def test_the_score_is_chosen_on_healthy_slices_and_says_why(marking: Path, cohort: Path) -> None:
+    spec = anomri.load(marking).spec
+    assert spec.score.kind in SCORES
+    assert "held-out cases, no lesion label used" in spec.score.chosen_by
+    assert spec.score.chosen_by.count("smoothed") >= 6
+    assert spec.thresholds is not None and set(spec.subset_thresholds) == {"flair", "t1"}
+    stored = json.loads((marking / "model.json").read_text())
+    assert stored["score"]["chosen_by"] == spec.score.chosen_by
+
+
+def test_balls_lie_in_the_brain_and_the_choice_depends_on_nothing_else(marking: Path, cohort: Path) -> None:
+    detector = anomri.load(marking)
+    stack = slice_volume(detector.read(case_of(cohort, "case0")), detector.spec.grid, detector.spec.scaling)
+    planted, where = plant_balls(stack, CHANNELS, torch.Generator().manual_seed(1))
+    assert where.any() and not (where & ~stack.foreground).any()
+    change = (planted.x - stack.x)[:, 0]
+    assert float(change[where].mean()) > 0.05 and not change[~stack.foreground].any()
+    fixed = detector.with_score(kind="absolute")
+    assert choose_score(fixed, []) == fixed.spec.score
+
+
+def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -> None:
+    detector = anomri.load(marking)
+    stack = slice_volume(detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling)
+    once = detector.with_score(flips=False).output(stack)
+    mirrored = replace(stack, x=stack.x.flip(2), foreground=stack.foreground.flip(1))
+    other = detector.with_score(flips=False).output(mirrored).flip(2)
+    assert torch.allclose(detector.with_score(flips=True).output(stack), (once + other) / 2, atol=1e-5)
+    noised = detector.with_score(flips=False, passes=2)
+    assert torch.equal(noised.output(stack), noised.output(stack))  # the same noise every time
+    assert not torch.allclose(noised.output(stack), once, atol=1e-3)
+    thresholding = Detector(replace(detector.spec, method="thresholding", settings={}, score=Score(passes=1)), _plain())
+    with pytest.raises(AnomriError, match="cannot reconstruct from noise"):
+        thresholding.output(stack)
+
+
+def _plain() -> torch.nn.Module:
+    from anomri.methods.thresholding import Thresholding
+
+    return Thresholding(CHANNELS)
+
+
+def test_any_part_of_the_channels(marking: Path, model: Path, cohort: Path, tmp_path: Path) -> None:
+    detector, case = anomri.load(marking), case_of(cohort, "case7")
+    alone = replace(case, channels={"flair": case.channels["flair"]})
+    found = detector.detect(alone)
+    assert found.volume.missing == ("t1",) and found.summary()["channels"] == ["flair"]
+    assert "has no t1" in found.volume.notes[-1]
+    assert found.spec.thresholds is not None
+    assert found.spec.thresholds.value == detector.spec.subset_thresholds["flair"].value
+    asked = detector.with_channels(["flair"]).detect(case)
+    assert np.array_equal(asked.anomaly_map, found.anomaly_map)
+    assert asked.spec.thresholds == found.spec.thresholds
+    assert not np.array_equal(detector.detect(case).anomaly_map, found.anomaly_map)
+    assert not found.reconstruction[1].any()
+    found.save(tmp_path)
+    with pytest.raises(AnomriError, match="no part of them"):
+        detector.with_channels(["t2"])
+    with pytest.raises(AnomriError, match="needs all of flair, t1"):
+        anomri.load(model).with_channels(["flair"])
+    with pytest.raises(AnomriError, match="t1 is missing"):
+        anomri.load(model).detect(alone)
+
+
+def test_the_commands_take_a_score_and_channels(
+    marking: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "-i", str(cohort), "-m", str(marking), "-o"]
+    assert main([*arguments, str(tmp_path / "paper"), "--score", "paper"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "score absolute" in printed and "threshold: none" in printed
+    assert main([*arguments, str(tmp_path / "flair"), "--channels", "flair"]) == 0
+    assert "channels flair, score" in " ".join(capsys.readouterr().out.split())
+    out = tmp_path / "detected"
+    assert main(["detect", "-i", str(cohort / "case7"), "-m", str(marking), "-o", str(out), "--channels", "flair"]) == 0
+    assert json.loads((out / "case7.json").read_text())["channels"] == ["flair"]
+    assert main([*arguments, str(tmp_path / "x"), "--channels", "adc"]) == 2
+
+
+def test_the_average_of_the_weights_is_what_is_kept(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    common = {"preset": "tiny", "cache": cache, "settings": {"widths": [4, 8, 16, 32]}}
+    training = {"steps": 6, "validate_every": 3, "batch_size": 4}
+    last = train(cohort, tmp_path / "last", training=training, **common)  # type: ignore[arg-type]
+    mean = train(cohort, tmp_path / "mean", training={**training, "average": 0.9}, **common)  # type: ignore[arg-type]
+    weights = [one.method.state_dict()["network.head.bias"] for one in (last, mean)]
+    assert not torch.equal(*weights)
