@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import anomri
-from anomri import launch
+from anomri import launch, methods
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.distribution import Processes, ToldElsewhere
@@ -26,7 +26,7 @@ from anomri.launch import Launch, launched
 from anomri.noise import coarse_noise
 from anomri.records import Shard
 from anomri.simplex import simplex_noise
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, ModelSpec
 from anomri.training_state import TrainingState
 
 STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
@@ -242,3 +242,23 @@ def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
     parts = [draw(n, PartGenerator(cpu, first, 7).manual_seed(5)) for first, n in ((0, 3), (3, 2), (5, 2))]  # type: ignore[operator]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(parts[0][:2], parts[1])
+
+
+@pytest.mark.parametrize(
+    "recipe", ["dae paper", "dae small", "dae accurate", "ae small", "vae small", "diffusion small"]
+)
+def test_the_loss_of_a_batch_is_that_of_its_parts(recipe: str) -> None:
+    """What a method draws, and what it averages, knows nothing of how a batch is divided."""
+    name, preset = recipe.split()
+    settings = {**methods.preset(name, preset).settings, "widths": [4, 8, 16, 32]}
+    method = methods.build(ModelSpec(("flair", "t1"), name, settings))
+    x = torch.rand((5, 2, 128, 128), generator=torch.Generator().manual_seed(1))
+    x[:, :, :20] = 0
+    cpu, seed = torch.device("cpu"), 2022
+    whole = method(x, x.sum(1) > 0, torch.Generator().manual_seed(seed))
+    parts = 0.0
+    for first, last in ((0, 2), (2, 3), (3, 5)):
+        part = x[first:last]
+        loss = method(part, part.sum(1) > 0, PartGenerator(cpu, first, 5).manual_seed(seed))
+        parts += float(loss.detach()) * (last - first) / 5
+    assert parts == pytest.approx(float(whole.detach()), rel=1e-5)
