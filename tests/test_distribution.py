@@ -189,6 +189,8 @@ def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch)
     for name, value in {"STEP_NUM_TASKS": 8, "STEP_NUM_NODES": 2, "PROCID": 5, "LOCALID": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert launched() == Launch(5, 8, 1, 4, "srun")
+    with pytest.raises(AnomriError, match="a comparison is done by one process; start it without torchrun or srun"):
+        anomri.compare("anything", "out")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
     with pytest.raises(AnomriError, match="8 tasks on 3 machines"):
         launched()
@@ -218,12 +220,19 @@ def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.Monk
     def fail() -> str:
         raise AnomriError("case7: is empty.")
 
+    def different(answers: list[object], own: object) -> None:
+        # Process 0 has 6 where this one has 7, and says so.
+        answers[:] = [(6, None), own] if own[0] == 7 else [(None, "out: is not the same folder"), own]  # type: ignore[index]
+
     with pytest.raises(ToldElsewhere, match="case7: is empty"):
         Processes(1, 2).each(fail)
     with pytest.raises(AnomriError, match="case7: is empty") as caught:
         Processes(0, 2).each(fail)
     assert not isinstance(caught.value, ToldElsewhere)
     assert Processes(1, 2).once(lambda: "never called") == "fine"
+    monkeypatch.setattr(torch.distributed, "all_gather_object", different)
+    with pytest.raises(ToldElsewhere, match="is not the same folder"):
+        Processes(1, 2).agree(7, "out: is not the same folder for all processes")
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def _train(
         crop=_common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
     )
     state = TrainingState.load(folder, _task(spec, packed))
+    team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
     if team.first:
         write_splits(folder / "splits.csv", cases)
     torch.manual_seed(schedule.seed if schedule else 0)
@@ -299,7 +300,7 @@ def validation_loss(
                 break
         else:
             model.train()
-            return float(team.mean(total.float(), fabric.device)) * team.count / count
+            return float(team.mean(total, fabric.device)) * team.count / count
     model.train()
     return None
 
