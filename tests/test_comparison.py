@@ -137,7 +137,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(
     given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 2, "validate_every": 2}}
     comparison = compare(cohort, tmp_path, methods="dae,vae", noise_std=[float("nan")], **given)  # type: ignore[arg-type]
     assert list(comparison.failed) == ["dae-noise_std-nan-seed0"]
-    assert "the loss is nan" in comparison.failed["dae-noise_std-nan-seed0"]
+    assert "the loss of step 1 is nan" in comparison.failed["dae-noise_std-nan-seed0"]
     assert len(comparison.rows) == 4
     assert "failed: dae-noise_std-nan-seed0" in comparison.report.read_text()
 

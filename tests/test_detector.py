@@ -124,7 +124,7 @@ def test_other_channels_are_refused_with_what_to_do(model: Path, cohort: Path, t
         ("model.json", None, "holds no model.json"),
         ("model.json", b"{", "model.json: not a model description"),
         ("model.json", b'{"method": "dae"}', "model.json: .*channels: Field required"),
-        ("weights.safetensors", None, "weights.safetensors: does not hold the weights"),
+        ("weights.safetensors", None, "weights.safetensors: cannot be read .No such file"),
         ("weights.safetensors", b"\x80\x04pickle", "weights.safetensors: does not hold the weights"),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import anomri
-from anomri import launch
+from anomri import launch, methods
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.distribution import Processes, ToldElsewhere
@@ -24,7 +26,8 @@ from anomri.launch import Launch, launched
 from anomri.noise import coarse_noise
 from anomri.records import Shard
 from anomri.simplex import simplex_noise
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, ModelSpec
+from anomri.training_state import TrainingState
 
 STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
 # One start of the processes for all commands.
@@ -111,13 +114,26 @@ def test_two_processes_of_torchrun_do_what_one_does(
         same_but_times(tmp_path / "again" / name, tmp_path / name)
 
 
-def test_two_tasks_of_srun_train_as_one_process(
+def test_two_tasks_of_srun_stop_together_and_train_as_one_process(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-m", "anomri", *commands(cohort, tmp_path / "cache", tmp_path)[0]]
+    train = commands(cohort, tmp_path / "cache", tmp_path)[0]
+    endless = [part.replace(str(tmp_path / "model"), str(tmp_path / "endless")) for part in train]
+    endless[endless.index("--steps") + 1] = "1000000"
+    script = tmp_path / "script.py"
+    script.write_text(COMMANDS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    printed = ended_well([_as_srun(command, rank, monkeypatch) for rank in range(2)])
-    assert printed.count("Trained on") == 1
+    command = [sys.executable, str(script), json.dumps([endless, train])]
+    tasks = [_as_srun(command, rank, monkeypatch) for rank in range(2)]
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "endless" / "log.csv").exists():
+        assert all(task.poll() is None for task in tasks) and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    tasks[1].send_signal(signal.SIGUSR1)  # one of them is told, all have to know
+    printed = ended_well(tasks)
+    step = TrainingState.load(tmp_path / "endless", {}).step
+    assert step >= 1 and printed.count(f"stopped at step {step} of 1000000; continue with --resume.") == 1
     same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
 
 
@@ -173,6 +189,8 @@ def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch)
     for name, value in {"STEP_NUM_TASKS": 8, "STEP_NUM_NODES": 2, "PROCID": 5, "LOCALID": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert launched() == Launch(5, 8, 1, 4, "srun")
+    with pytest.raises(AnomriError, match="a comparison is done by one process; start it without torchrun or srun"):
+        anomri.compare("anything", "out")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
     with pytest.raises(AnomriError, match="8 tasks on 3 machines"):
         launched()
@@ -202,12 +220,19 @@ def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.Monk
     def fail() -> str:
         raise AnomriError("case7: is empty.")
 
+    def different(answers: list[object], own: object) -> None:
+        # Process 0 has 6 where this one has 7, and says so.
+        answers[:] = [(6, None), own] if own[0] == 7 else [(None, "out: is not the same folder"), own]  # type: ignore[index]
+
     with pytest.raises(ToldElsewhere, match="case7: is empty"):
         Processes(1, 2).each(fail)
     with pytest.raises(AnomriError, match="case7: is empty") as caught:
         Processes(0, 2).each(fail)
     assert not isinstance(caught.value, ToldElsewhere)
     assert Processes(1, 2).once(lambda: "never called") == "fine"
+    monkeypatch.setattr(torch.distributed, "all_gather_object", different)
+    with pytest.raises(ToldElsewhere, match="is not the same folder"):
+        Processes(1, 2).agree(7, "out: is not the same folder for all processes")
 
 
 @pytest.mark.parametrize(
@@ -226,3 +251,23 @@ def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
     parts = [draw(n, PartGenerator(cpu, first, 7).manual_seed(5)) for first, n in ((0, 3), (3, 2), (5, 2))]  # type: ignore[operator]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(parts[0][:2], parts[1])
+
+
+@pytest.mark.parametrize(
+    "recipe", ["dae paper", "dae small", "dae accurate", "ae small", "vae small", "diffusion small"]
+)
+def test_the_loss_of_a_batch_is_that_of_its_parts(recipe: str) -> None:
+    """What a method draws, and what it averages, knows nothing of how a batch is divided."""
+    name, preset = recipe.split()
+    settings = {**methods.preset(name, preset).settings, "widths": [4, 8, 16, 32]}
+    method = methods.build(ModelSpec(("flair", "t1"), name, settings))
+    x = torch.rand((5, 2, 128, 128), generator=torch.Generator().manual_seed(1))
+    x[:, :, :20] = 0
+    cpu, seed = torch.device("cpu"), 2022
+    whole = method(x, x.sum(1) > 0, torch.Generator().manual_seed(seed))
+    parts = 0.0
+    for first, last in ((0, 2), (2, 3), (3, 5)):
+        part = x[first:last]
+        loss = method(part, part.sum(1) > 0, PartGenerator(cpu, first, 5).manual_seed(seed))
+        parts += float(loss.detach()) * (last - first) / 5
+    assert parts == pytest.approx(float(whole.detach()), rel=1e-5)

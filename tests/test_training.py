@@ -107,6 +107,23 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     assert [[row[n] for n in names] for row in log(tmp_path / "m")] == [[row[n] for n in names] for row in log(model)]
 
 
+def test_what_is_killed_between_validations_goes_on_from_the_last_save(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(state: object) -> None:
+        if getattr(state, "stage", "") == "train" and state.done == 34:  # type: ignore[attr-defined]
+            raise MemoryError("as good as killed")
+
+    arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
+    with monkeypatch.context() as patch:
+        patch.setattr("anomri.training.SAVE_EVERY_S", 0.0)
+        with pytest.raises(MemoryError):
+            train(cohort, tmp_path / "m", progress=killed, **arguments)  # type: ignore[arg-type]
+    assert TrainingState.load(tmp_path / "m", {}).step == 34
+    train(cohort, tmp_path / "m", resume=True, **arguments)  # type: ignore[arg-type]
+    assert weights(tmp_path / "m") == weights(model)
+
+
 def test_sigterm_saves_and_exits_cleanly(cohort: Path, cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "anomri", "train", "-i", str(cohort), "-o", str(tmp_path / "m")]
     command += ["--steps", "100000", "--cache", str(cache), "--device", "cpu", "--precision", "32-true"]

@@ -25,6 +25,7 @@ from anomri.cases import Case
 from anomri.detection import CaseResult, detect_case, read_ahead, tsv, write_run, write_tables
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
+from anomri.launch import alone
 from anomri.reporting import detection_report
 from anomri.spec import CITATION, AnomriError
 from anomri.volume import Volume, write_image
@@ -139,6 +140,7 @@ def run_participant(
     wrote to ``out_dir`` stays, so participants may be worked on one by one, or at the same time. Raises
     `AnomriError` if `bids_cases` does, the data set is not valid, or ``out_dir`` belongs to something else.
     """
+    alone("a run over BIDS (split it by --participant-label)")
     root, out = Path(bids_dir), Path(out_dir)
     detector = model if isinstance(model, Detector) else Detector.load(model)
     channels = detector.spec.channels

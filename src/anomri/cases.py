@@ -111,6 +111,11 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
     return _case(name or whole, paths)
 
 
+def may_name_files(name: str) -> bool:
+    """Whether files called after a case stay in their folder, on any system."""
+    return name.isprintable() and not set(name) & set("/\\")
+
+
 def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names of the channels that most cases have, in alphabetical order (that of the paper: FLAIR, T1, T1ce, T2)."""
     sets = [tuple(sorted(case.channels)) for case in cases if case.channels]
@@ -188,7 +193,7 @@ def _cases_in_table(path: Path) -> list[Case]:
     for line, row in enumerate(_rows(path, ("case",)), start=2):
         name, split = row.pop("case"), row.pop("split", None) or None
         subject = row.pop("subject", None) or None
-        if not name or name in cases or "/" in name:
+        if not name or name in cases or not may_name_files(name):
             raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
         if split not in (*SPLITS, None):
             raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")

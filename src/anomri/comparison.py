@@ -16,6 +16,7 @@ from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, sole_use, write_text
+from anomri.launch import alone
 from anomri.spec import AnomriError, ModelSpec
 from anomri.training import Progress, split_cases
 
@@ -59,6 +60,7 @@ def compare(
     A job that fails is named in the result, and the others go on. Raises `AnomriError` for what does not fit
     from the start, and `spec.Interrupted` at Ctrl-C or SIGTERM.
     """
+    alone("a comparison")
     folder = output_folder(Path(out))
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     # Split once, so that the seed changes the training alone.

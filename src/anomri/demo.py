@@ -13,6 +13,7 @@ from anomri.cases import find_cases
 from anomri.detection import detect_cohort
 from anomri.evaluation import evaluate
 from anomri.files import output_folder, write_text
+from anomri.launch import alone
 from anomri.plots import curves_plot
 from anomri.pooling import Evaluation
 from anomri.reporting import Page, Table, case_views, write_page
@@ -63,6 +64,7 @@ def run_demo(
     ``keep`` leaves the cohort as NIfTI in ``out/cohort``. What an earlier demo left in ``out`` is replaced;
     raises `AnomriError` if anything else lies there.
     """
+    alone("the demo")
     folder = output_folder(Path(out))
     _clear(folder)
     cohort = folder / "cohort"

@@ -112,38 +112,42 @@ def detect_cohort(
     save = partial(Detection.save, folder=folder, reconstruction=reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases))}
-        records = Records.begin(folder / LOGS, keys, facts)
+        begin = partial(Records.begin, folder / LOGS, keys, facts)
+        records = begin() if part else team.once(begin)
         mine = team.part(cases)
         results = {case.name: result for case in mine if (result := _finished(records, case.name, folder))}
-        for result in results.values():
-            progress(result, len(mine))
-        try:
+
+        def detect() -> None:
+            for result in results.values():
+                progress(result, len(mine))
             waiting = [case for case in mine if case.name not in results]
             for case, volume, begun in read_ahead(waiting, lambda case: detector.read(case, preparation)):
-                result = detect_case(detector, case, volume, begun, folder, save)
-                records.save(case.name, result.to_record())
-                results[case.name] = result
-                progress(result, len(mine))
+                results[case.name] = detect_case(detector, case, volume, begun, folder, save)
+                records.save(case.name, results[case.name].to_record())
+                progress(results[case.name], len(mine))
+
+        if part:
+            detect()
+            return [results[case.name] for case in mine]
+        try:
+            team.each(detect)
         except BaseException:
             # Also after Ctrl-C: what is done is listed.
             if team.count == 1:
                 write_run_tables(folder, records, list(results.values()))
             raise
-        if part:
-            return [results[case.name] for case in mine]
-        team.wait()
-        results |= {record["case"]: CaseResult.of_record(record, folder) for record in records.all()}
-        ordered = [results[case.name] for case in cases]
-        team.once(lambda: write_run_tables(folder, records, ordered))
-    return ordered
+        return team.once(lambda: _collected(folder, records))
 
 
 def merge_detections(folder: Path) -> list[CaseResult]:
     """Write the tables and report of a run whose cases were done shard by shard; raises `AnomriError` if some are missing."""
     with sole_use(folder):
-        records = Records.open(folder / LOGS)
-        results = [CaseResult.of_record(record, folder) for record in records.all()]
-        write_run_tables(folder, records, results)
+        return _collected(folder, Records.open(folder / LOGS))
+
+
+def _collected(folder: Path, records: Records) -> list[CaseResult]:
+    results = [CaseResult.of_record(record, folder) for record in records.all()]
+    write_run_tables(folder, records, results)
     return results
 
 

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from nibabel.affines import apply_affine
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -27,12 +25,13 @@ from anomri.cases import SUFFIXES, Case, case_of_files, find_cases, read_splits
 from anomri.files import output_folder, whole_file, write_text
 from anomri.memory import smaller_until_it_fits
 from anomri.metrics import box_around, drop_small_components
+from anomri.model_files import MAX_TABLE, plain_file, read_model
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold, confidence
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
-from anomri.spec import FORMAT_VERSION, AnomriError, HealthyScores, ModelSpec
+from anomri.spec import AnomriError, HealthyScores, ModelSpec
 from anomri.volume import Geometry, Volume, write_image
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
@@ -166,22 +165,16 @@ class Detector:
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
         folder = BUILT_IN if folder is None else Path(folder)
-        if not (folder / "model.json").is_file():
-            raise AnomriError(
-                f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
-            )
-        spec = ModelSpec.read(folder / "model.json")
-        if spec.format_version > FORMAT_VERSION:
-            raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
-        method = methods.build(spec)
-        weights = folder / "weights.safetensors"
+        spec, method, state = read_model(folder)
         try:
-            method.load_state_dict(load_tensors(weights.read_bytes()))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+            method.load_state_dict(state)
+        except RuntimeError as error:
+            raise AnomriError(
+                f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
+            ) from error
         detector = cls(spec, method, resolve_device(device))
         if (folder / "splits.csv").is_file():
-            detector.splits = read_splits(folder / "splits.csv")
+            detector.splits = read_splits(plain_file(folder / "splits.csv", MAX_TABLE))
         return detector
 
     def detect(

@@ -83,9 +83,15 @@ class Processes:
             self.once(lambda: held.enter_context(sole_use(folder)))
             yield
 
-    def wait(self) -> None:
-        """Go on when all are here."""
-        self.each(lambda: None)
+    def agree(self, value: object, problem: str) -> None:
+        """Raise `AnomriError` saying ``problem``, in all processes, if ``value`` is not the same in all."""
+        values = self.each(lambda: value)
+
+        def compare() -> None:
+            if any(one != value for one in values):
+                raise AnomriError(problem)
+
+        self.once(compare)
 
     def mean(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The elementwise mean of a tensor over the processes."""

@@ -83,8 +83,7 @@ def evaluate(
         if done is not None:
             return done
         records = team.once(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
-        _spool(plan, team.part(plan.cases), records, progress)
-        team.wait()
+        team.each(lambda: _spool(plan, team.part(plan.cases), records, progress))
         return team.once(lambda: _pooled(records, folder))
 
 

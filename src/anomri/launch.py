@@ -31,6 +31,12 @@ def launched() -> Launch:
         ) from error
 
 
+def alone(what: str) -> None:
+    """Raise `AnomriError` if this is one of several processes, for ``what`` does not share its work."""
+    if launched().count > 1:
+        raise AnomriError(f"{what} is done by one process; start it without torchrun or srun.")
+
+
 def _launched() -> Launch:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:

@@ -67,7 +67,7 @@ class PackedCase:
         """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed anew, once."""
         try:
             return self._checked(numbers)
-        except (OSError, ValueError):
+        except (OSError, ValueError, LookupError):
             anew = self.pack()
             _memory_map.cache_clear()
         if anew.fingerprint != self.fingerprint:
@@ -76,7 +76,7 @@ class PackedCase:
             )
         try:
             return anew._checked(numbers)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError) as error:
             raise AnomriError(
                 f"{self.file}: is damaged, also after packing it anew ({error}); check the disk."
             ) from error

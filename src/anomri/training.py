@@ -35,6 +35,8 @@ from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
+SAVE_EVERY_S = 300.0
+"""The most that a training which is killed between two validations loses."""
 MAY_CHANGE = ("learning_rate", "precision")
 """Settings that a training may be resumed with others of: the way out when its loss stops being a number."""
 
@@ -136,6 +138,7 @@ def _train(
         crop=_common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
     )
     state = TrainingState.load(folder, _task(spec, packed))
+    team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
     if team.first:
         write_splits(folder / "splits.csv", cases)
     torch.manual_seed(schedule.seed if schedule else 0)
@@ -203,7 +206,7 @@ def fit(
     log = Log(folder, state.step) if team.first else None
     start = time.monotonic() - (log.seconds if log else 0.0)
     loss_mean = loss_held_out = math.nan
-    saved = state.step
+    saved, saved_at = state.step, time.monotonic()
     # Losses that are left are those of a step whose validation was cut short.
     unvalidated = bool(state.losses) and _validated(training, state.step)
 
@@ -226,8 +229,9 @@ def fit(
                     state.follow(network, training.average)
 
             due = _validated(training, state.step)
-            stopping = team.largest(stop.signal or 0, fabric.device)
-            if due or stopping:
+            late = team.first and time.monotonic() - saved_at > SAVE_EVERY_S
+            stopping, saving = divmod(team.largest(2 * (stop.signal or 0) + late, fabric.device), 2)
+            if due or stopping or saving:
                 state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
                 _check_losses(state, saved, training, slices)
             if due and not stopping:
@@ -244,8 +248,8 @@ def fit(
                         rate, seconds = learning_rate(training, step), time.monotonic() - start
                         log.add(state.step, loss_mean, loss_held_out, rate, seconds)
                     state.losses = []
-            if due or stopping:
-                saved = state.step
+            if due or stopping or saving:
+                saved, saved_at = state.step, time.monotonic()
                 state.network = network.state_dict()
                 state.optimizers = {p.name: o.state_dict() for p, o in zip(players, optimizers, strict=True)}
                 if team.first:
@@ -296,7 +300,7 @@ def validation_loss(
                 break
         else:
             model.train()
-            return float(team.mean(total.float(), fabric.device)) * team.count / count
+            return float(team.mean(total, fabric.device)) * team.count / count
     model.train()
     return None
 

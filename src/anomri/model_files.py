@@ -1,0 +1,91 @@
+"""Model folders as a stranger may hand them over: tensors and JSON, and never more memory than their files are large."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from anomri import methods
+from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
+
+MAX_DESCRIPTION = 2**20
+"""Bytes of a ``model.json``; those written here have some thousand."""
+MAX_TABLE = 2**26
+MAX_HEADER = 2**20
+"""Bytes of a weights file beyond its tensors."""
+MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
+"""How large a setting, how long a list of them, and how wide a working grid may be."""
+
+
+def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
+    """The specification of a model folder, its method without weights, and the weights; nothing in it is executed.
+
+    Before anything is built it is seen, without memory, how large it would be: a description that asks for more than
+    the weights file holds is refused. Raises `AnomriError` naming the file that is missing, damaged, a device or a
+    pipe, or does not fit.
+    """
+    description, weights = folder / "model.json", folder / "weights.safetensors"
+    if not description.is_file():
+        raise AnomriError(
+            f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
+        )
+    plain_file(description, MAX_DESCRIPTION)
+    spec = ModelSpec.read(description)
+    if spec.format_version > FORMAT_VERSION:
+        raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
+    try:
+        _modest(spec)
+        with torch.device("meta"):
+            outline = methods.build(spec)
+        size = sum(value.nbytes for value in [*outline.parameters(), *outline.buffers()])
+        content = plain_file(weights, size + MAX_HEADER).read_bytes()
+        # What the method keeps beside its weights is made anew, and has to be in proportion.
+        if size > 2 * len(content) + MAX_HEADER:
+            raise ValueError(f"it describes {size:,} bytes of numbers, but the weights have {len(content):,}")
+        method = methods.build(spec)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, LookupError, AttributeError) as error:
+        raise AnomriError(f"{description}: does not describe a model ({error}).") from error
+    except OSError as error:
+        raise AnomriError(f"{weights}: cannot be read ({error.strerror}).") from error
+    try:
+        return spec, method, load_tensors(content)
+    except SafetensorError as error:
+        raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+
+
+def plain_file(path: Path, limit: int) -> Path:
+    """``path``, if it is a file of at most ``limit`` bytes; raises `AnomriError` otherwise, before it is opened."""
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise AnomriError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise AnomriError(f"{path}: is no plain file but a folder, a pipe or a device, or a link to one; refused.")
+    if facts.st_size > limit:
+        raise AnomriError(f"{path}: has {facts.st_size:,} bytes, more than the {limit:,} that make sense; refused.")
+    return path
+
+
+def _modest(spec: ModelSpec) -> None:
+    """Raise ``ValueError`` for sizes that no model has: some cost time or memory wherever they are used."""
+    for side in spec.grid.size:
+        if not 1 <= side <= MAX_SIDE:
+            raise ValueError(f"its working grid is {spec.grid.size}")
+    for name, value in {**spec.settings, **vars(spec.score)}.items():
+        _modest_value(name, value)
+
+
+def _modest_value(name: str, value: object) -> None:
+    if isinstance(value, list | tuple | dict):
+        if len(value) > MAX_LENGTH:
+            raise ValueError(f"its setting {name} has {len(value):,} entries")
+        for one in value.values() if isinstance(value, dict) else value:
+            _modest_value(name, one)
+    elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"its setting {name} is {value:.4g}")
