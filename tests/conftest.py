@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from anomri.methods.dae import DAE
+from anomri.spec import Scaling
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,8 +103,19 @@ def tiny_preset() -> None:
     DAE.PRESETS["tiny"] = replace(
         small,
         settings={"widths": [4, 8, 16, 32]},
+        scaling=Scaling(),
         training=replace(
-            small.training, steps=60, batch_size=8, learning_rate=5e-3, precision="32-true", validate_every=20
+            small.training,
+            steps=60,
+            batch_size=8,
+            learning_rate=5e-3,
+            precision="32-true",
+            validate_every=20,
+            # What pays off in a thousand steps does not in sixty.
+            warmup=0,
+            average=0.0,
+            amsgrad=True,
+            gradient_clip=0.5,
         ),
     )
 
