@@ -23,7 +23,7 @@ MAX_CASES = 64
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
 BINS = 64
-SUBSET_CASES, SUBSET_SLICES, MAX_SUBSET_CHANNELS = 4, 24, 5
+SUBSET_CASES, SUBSET_SLICES, MAX_SUBSET_CHANNELS = 3, 20, 5
 """What thresholds for a part of the channels are taken from: there are 2^n of them."""
 
 

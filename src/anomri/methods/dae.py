@@ -22,6 +22,16 @@ from anomri.spec import AnomriError, Scaling, Score, Training
 SMALL_WIDTHS = [16, 32, 64, 128]
 VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}
 """Of the augmentation: what few patients lack, and too little to take bright tissue for healthy."""
+ACCURATE = {
+    "widths": SMALL_WIDTHS,
+    "noise_resolution": [8, 16, 16, 32],
+    "noise_std": [0.03, 0.25],
+    "noise_share": 0.5,
+    "anomalies": True,
+    "mark": True,
+    "channel_dropout": 0.4,
+    "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
+}
 QUICK = replace(
     LAPTOP,
     batch_size=12,
@@ -56,25 +66,17 @@ class DAE(nn.Module):
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
-        "demo": Preset({"widths": SMALL_WIDTHS}, replace(LAPTOP, steps=400, learning_rate=2e-3, validation_slices=64)),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
             replace(QUICK, steps=1000),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(
-            {
-                "widths": SMALL_WIDTHS,
-                "noise_std": [0.1, 0.3],
-                "noise_share": 0.6,
-                "anomalies": True,
-                "mark": True,
-                "channel_dropout": 0.4,
-                "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
-            },
-            replace(QUICK, steps=1600),
-            scaling=Scaling("standard"),
-            score=Score("auto", flips=True),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=1600), Scaling("standard"), Score("auto", flips=True)),
+        "demo": Preset(
+            ACCURATE,
+            replace(QUICK, steps=300, validate_every=100, validation_slices=64),
+            Scaling("standard"),
+            Score("auto", flips=True),
         ),
     }
 

@@ -1,0 +1,132 @@
+"""What each choice of the preset `accurate` gives: every one on its own taken back, on test patients, with intervals.
+
+    python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --model runs/accurate      # scores only: minutes
+    python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --train [--steps 600]      # and training's choices
+
+prints a Markdown table; trainings that are finished in the folder are reused, and a stopped one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import anomri
+from anomri.cases import find_cases
+from anomri.detector import Detector
+from anomri.methods.dae import DAE
+from anomri.pooling import Pool, Scored
+from anomri.residual import anomaly_score, describe, score_of
+from anomri.slices import SliceStack, slice_volume
+from anomri.spec import Scaling, Score
+
+BRIGHT = ("flair", "t2")
+SCORES: dict[str, dict[str, Any]] = {
+    "the paper's score": asdict(Score("absolute")),
+    "+ flips": asdict(Score("absolute", flips=True)),
+    "positive residual, all channels": asdict(Score("positive", flips=True)),
+    "positive residual, FLAIR and T2": asdict(Score("positive", BRIGHT, flips=True)),
+    "+ smoothed": asdict(Score("positive", BRIGHT, flips=True, smoothing_mm=1.7)),
+    "marks": asdict(Score("mark", flips=True)),
+    "marks, smoothed": asdict(Score("mark", flips=True, smoothing_mm=1.7)),
+    "marks x positive residual": asdict(Score("mark_positive", BRIGHT, flips=True)),
+    "+ smoothed, no flips": asdict(Score("mark_positive", BRIGHT, smoothing_mm=1.7)),
+    "without erosion": asdict(Score("mark_positive", BRIGHT, flips=True, smoothing_mm=1.7, erosion=0)),
+    "median in three dimensions": asdict(Score("mark_positive", BRIGHT, flips=True, median_slices=3)),
+    "4 passes with noise": asdict(Score("mark_positive", BRIGHT, flips=True, smoothing_mm=1.7, passes=4)),
+    "SSIM": asdict(Score("ssim", flips=True)),
+}
+PARTS = (("flair",), ("t2",), ("t1",), ("flair", "t1"), ("flair", "t1", "t2"))
+TRAININGS: dict[str, dict[str, Any]] = {
+    "all choices": {},
+    "no anomalies, no marks": {"settings": {"anomalies": False, "mark": False}},
+    "anomalies without marks": {"settings": {"mark": False}},
+    "one noise (16, 0.25, every slice)": {
+        "settings": {"noise_resolution": 16, "noise_std": 0.25, "noise_share": 1.0},
+    },
+    "simplex noise": {"settings": {"noise_kind": "simplex"}},
+    "noise in blobs": {"settings": {"noise_in_blobs": True}},
+    "no augmentation": {"settings": {"augmentation": {}}},
+    "no channel dropout": {"settings": {"channel_dropout": 0.0}},
+    "no averaged weights": {"training": {"average": 0.0}},
+    "the paper's scaling": {"scaling": Scaling()},
+}
+
+
+class Trial:
+    """Test scans read once, and what a model makes of them computed once for all scores that look at the same."""
+
+    def __init__(self, cohort: Path, split: str) -> None:
+        self.cases = [case for case in find_cases(cohort) if case.split == split and case.label]
+        self._outputs: dict[Any, list[tuple[SliceStack, Tensor]]] = {}
+
+    def row(self, name: str, detector: Detector) -> None:
+        """Print a row of the table."""
+        score = detector.spec.score
+        key = (detector.method, detector.channels, score.flips, score.passes)
+        if key not in self._outputs:
+            self._outputs = {} if len(self._outputs) > 3 else self._outputs
+            volumes = (detector.read(case) for case in self.cases)
+            stacks = [slice_volume(volume, detector.spec.grid, detector.spec.scaling) for volume in volumes]
+            self._outputs[key] = [(stack, detector.output(stack)) for stack in stacks]
+        with tempfile.TemporaryDirectory() as place:
+            pool = Pool(Path(place))
+            for case, (stack, output) in zip(self.cases, self._outputs[key], strict=True):
+                raw = score_of(stack.x, output, detector.spec.channels, score)
+                scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
+                assert stack.label is not None
+                pool.add(Scored(case.name, scores, stack.label.numpy(), float(score.max_dropped_voxels)))
+            figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
+        names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
+        print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cohort", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, help="A trained model to try all scores on.")
+    parser.add_argument("--train", action="store_true", help="Also take back each choice of the training.")
+    parser.add_argument("--steps", type=int, help="Instead of the preset's.")
+    parser.add_argument("--split", default="test", help="val to choose by; test for the table.")
+    parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
+    arguments = parser.parse_args()
+    trial = Trial(arguments.cohort, arguments.split)
+    wanted = tuple(arguments.only or ("",))
+    print("| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|", flush=True)
+    if arguments.model:
+        detector = anomri.load(arguments.model)
+        trial.row(f"**as trained**: {describe(detector.spec.score)}", detector)
+        for name, score in SCORES.items():
+            if name.startswith(wanted):
+                trial.row(name, detector.with_score(**score))
+        for part in PARTS:
+            if (name := f"only {', '.join(part)}").startswith(wanted):
+                trial.row(name, detector.with_channels(part))
+    if arguments.train:
+        steps = {"steps": arguments.steps} if arguments.steps else {}
+        base = DAE.PRESETS["accurate"]
+        for name, change in TRAININGS.items():
+            if not name.startswith(wanted):
+                continue
+            DAE.PRESETS["ablation"] = replace(base, scaling=change.get("scaling", base.scaling))
+            folder = arguments.out / "".join(letter if letter.isalnum() else "-" for letter in name)
+            model = anomri.train(
+                arguments.cohort,
+                folder,
+                preset="ablation",
+                settings=change.get("settings"),
+                training={**steps, **change.get("training", {})},
+                resume=True,
+            )
+            trial.row(f"trained with {name}: {describe(model.spec.score)}", model)
+
+
+if __name__ == "__main__":
+    main()
