@@ -1,0 +1,60 @@
+"""The model in the package: it is there, small, and finds what is plainly wrong in a scan of any of its channels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import anomri
+from anomri.cases import find_cases
+from anomri.cli import main
+from anomri.detector import BUILT_IN
+from anomri.synthetic import make_cohort
+
+
+def test_it_is_small_and_has_its_card() -> None:
+    assert sum(path.stat().st_size for path in BUILT_IN.iterdir()) < 16 * 2**20
+    card = (BUILT_IN / "MODEL_CARD.md").read_text()
+    for word in ("Not a medical device", "Menze", "Bakas", "Where it fails", "AUPRC"):
+        assert word in card
+    spec = anomri.load().spec
+    assert spec.channels == ("flair", "t1", "t1ce", "t2")
+    assert len(spec.subset_thresholds) == 14
+    assert "BraTS 2018" in spec.data_licence and "no lesion label used" in spec.score.chosen_by
+
+
+@pytest.fixture(scope="module")
+def lesioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One synthetic scan with lesions."""
+    folder = tmp_path_factory.mktemp("lesioned")
+    make_cohort(folder, healthy=0, lesioned=1, seed=3)
+    return folder
+
+
+def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) -> None:
+    detector, (case,) = anomri.load(), find_cases(lesioned)
+    for part in (detector.spec.channels, ("flair", "t2"), ("flair",)):
+        found = detector.with_channels(part).detect(case)
+        label = found.volume.label
+        assert label is not None
+        brain = (found.volume.data > 0).any(0)
+        rank = np.mean(found.anomaly_map[label].mean() > found.anomaly_map[brain & ~label])
+        assert rank > 0.7, part  # synthetic brains are not those it knows
+
+
+def test_one_file_of_any_name_and_no_model(lesioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (case,) = find_cases(lesioned)
+    scan = tmp_path / "scan.nii.gz"
+    shutil.copy(case.channels["flair"], scan)
+    assert main(["detect", "-i", str(scan), "-o", str(tmp_path / "out")]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "for research only" in told and "has no t1, t1ce, t2" in told
+    facts = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert facts["channels"] == ["flair"]
+    named = anomri.load().detect(replace(case, channels={"flair": scan}))
+    assert facts["peak"] == pytest.approx(float(named.anomaly_map.max()))
