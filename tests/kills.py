@@ -258,8 +258,9 @@ def stop(verb: Verb, root: Path, rng: random.Random, signals: list[int]) -> dict
         time.sleep(0.05)
     code = wait(pid)
     seconds = time.monotonic() - begun
+    said = log.read_text()[-2000:] if code else ""
     finished(start(verb.arguments(place), log), log)
-    return {"verb": verb.name, "code": code, "seconds": round(seconds, 2)}
+    return {"verb": verb.name, "code": code, "seconds": round(seconds, 2), "said": said}
 
 
 def _fork(every: list[Verb], root: Path, kills: int, seed: int) -> int:
