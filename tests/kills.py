@@ -87,8 +87,12 @@ def start(command: list[str], log: Path) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        import torch
+
         from anomri.cli import main
 
+        # A fork leaves torch's thread pool behind, and threads that make a new one at once may find none.
+        torch.set_num_threads(1)
         code = main(command)
     except BaseException:
         traceback.print_exc()
