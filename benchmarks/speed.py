@@ -27,12 +27,12 @@ from anomri import methods
 from anomri.cases import find_cases
 from anomri.comparison_jobs import peak_memory_mb
 from anomri.detector import Detector
+from anomri.devices import resolve_precision
 from anomri.metrics import drop_small_components
 from anomri.packing import pack_cohort
 from anomri.pooling import Pool, Scored
 from anomri.slices import brain_box, foreground_of, join_boxes, slice_volume
 from anomri.spec import Grid, ModelSpec, Scaling, Training
-from anomri.training import resolve_precision
 from anomri.volume import read_volume
 
 

@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
+from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, split_cases, write_splits
 from anomri.spec import AnomriError
-from anomri.training import split_cases
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -23,7 +23,8 @@ import torch
 
 import anomri
 from anomri.cases import Case, find_cases
-from anomri.detector import Detector, write_model
+from anomri.detector import Detector
+from anomri.model_files import write_model
 from anomri.packing import pack_cohort
 from anomri.spec import AnomriError, Grid, ModelSpec, Scaling
 from anomri.training import train

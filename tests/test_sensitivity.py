@@ -9,7 +9,7 @@ from scipy import ndimage
 
 import anomri
 from anomri.cli import main
-from anomri.detector import smallest_edge_distances
+from anomri.lesions import smallest_edge_distances
 from anomri.sensitivity import choose_threshold, confidence
 from anomri.spec import AnomriError, HealthyScores, ModelSpec, Thresholds
 

@@ -75,7 +75,7 @@ def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Ten
 def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
     """One ragged blob with soft edges in each (n, h, w) bool foreground: (n, h, w) float32 from 0 to 1."""
     depth, _ = random_depths(foreground, generator)
-    return _soft(depth, generator) * foreground
+    return torch.sigmoid(depth / between(0.4, 2.0, (len(depth), 1, 1), generator)) * foreground
 
 
 def plant_anomalies(
@@ -146,7 +146,3 @@ def _core(
     ring = ring * (uniform((n, 1, 1), generator) < 0.6) * between(*RING[1], (n, 1, 1), generator)
     takes_up = torch.tensor([float(name == RING[0]) for name in channels], device=depth.device)
     return added + ring[:, None] * takes_up[:, None, None]
-
-
-def _soft(depth: Tensor, generator: Generator) -> Tensor:
-    return torch.sigmoid(depth / between(0.4, 2.0, (len(depth), 1, 1), generator))

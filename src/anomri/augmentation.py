@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from anomri.anomalies import between, smooth_field
 from anomri.draws import uniform
+from anomri.spec import FLOOR
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def augment(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generat
         varied = varied + between(-how.brightness, how.brightness, (n, c, 1, 1), generator)
         varied = varied + how.shading * smooth_field((n, c, h, w), 4, generator)
         # What a channel does not cover stays empty.
-        x = torch.where(inside & (x > 0), varied.clamp_min(0.02), x)
+        x = torch.where(inside & (x > 0), varied.clamp_min(FLOOR), x)
     return x, foreground
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +105,7 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
     if not images:
         raise AnomriError("no channel is given; name a file for each, such as flair.")
     first = paths[images[0]]
-    whole = first.name[: -len(next(suffix for suffix in SUFFIXES if first.name.lower().endswith(suffix)))]
+    whole = bare_name(first)
     stem, kind = _split_name(first)
     if kind == images[0]:
         # Names such as FLAIR.nii.gz say nothing of the case; its folder may.
@@ -114,6 +116,14 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
 def may_name_files(name: str) -> bool:
     """Whether files called after a case stay in their folder, on any system."""
     return name.isprintable() and not set(name) & set("/\\")
+
+
+def bare_name(path: Path) -> str:
+    """A file's name without ``.nii.gz`` or ``.nii``."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
 
 
 def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
@@ -128,6 +138,35 @@ def shown_channel(channels: Sequence[str], missing: Sequence[str] = ()) -> int:
     """The place of the channel that pictures show: FLAIR, on which most lesions are seen best, else the first there is."""
     there = [name for name in channels if name not in missing]
     return channels.index("flair" if "flair" in there else there[0])
+
+
+def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> list[Case]:
+    """Give each case its split; raises `AnomriError` if a patient would be trained on and held out.
+
+    ``splits`` (case -> split) overrules the cases' own. Where no case is for validation, a tenth of the training
+    patients, at least one, is drawn; where no case has a split at all, every case is a training case first.
+    """
+    cases = assign_splits(cases, splits)
+    if not any(case.split for case in cases):
+        cases = [replace(case, split="train") for case in cases]
+    if not any(case.split == "val" for case in cases):
+        patients = sorted({case.patient for case in cases if case.split == "train"})
+        drawn = set(random.Random(seed).sample(patients, max(1, round(len(patients) / 10))) if patients else ())
+        cases = [
+            replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases
+        ]
+    sides = {side: {case.patient for case in cases if case.split == side} for side in ("train", "val", "test")}
+    if not sides["train"]:
+        raise AnomriError(
+            "no case is left to train on; at least one patient for training and one for validation is needed."
+        )
+    for one, other in itertools.combinations(sides, 2):
+        both = sorted(sides[one] & sides[other])
+        if both:
+            raise AnomriError(
+                f"patient {both[0]} is in the splits {one} and {other}; give all of a patient's scans one split."
+            )
+    return cases
 
 
 def read_splits(path: Path) -> dict[str, str]:
@@ -163,12 +202,7 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
 
 
 def _split_name(path: Path) -> tuple[str, str]:
-    name = path.name
-    for suffix in SUFFIXES:
-        if name.lower().endswith(suffix):
-            name = name[: -len(suffix)]
-            break
-    stem, _, kind = name.rpartition("_")
+    stem, _, kind = bare_name(path).rpartition("_")
     return stem, kind.lower()
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
-from anomri.cases import Case, channels_of, find_cases, read_splits
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, sole_use, write_text
 from anomri.launch import alone
 from anomri.spec import AnomriError, ModelSpec
-from anomri.training import Progress, split_cases
+from anomri.training import Progress
 
 CURVES = ("noise_resolution", "noise_std")
 

@@ -11,28 +11,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import cc3d
-import edt
 import numpy as np
 import torch
-from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import SUFFIXES, Case, case_of_files, find_cases, read_splits
-from anomri.files import output_folder, whole_file, write_text
+from anomri.cases import Case, bare_name, case_of_files, find_cases, read_splits
+from anomri.devices import resolve_device
+from anomri.files import output_folder, write_text
+from anomri.lesions import Lesion, find_lesions
 from anomri.memory import smaller_until_it_fits
-from anomri.metrics import box_around, drop_small_components
-from anomri.model_files import MAX_TABLE, plain_file, read_model
+from anomri.metrics import drop_small_components
+from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
 from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
-from anomri.sensitivity import choose_threshold, confidence
+from anomri.sensitivity import choose_threshold
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
-from anomri.spec import AnomriError, HealthyScores, ModelSpec
-from anomri.volume import Geometry, Volume, write_image
+from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import Volume, write_image
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
@@ -40,21 +39,6 @@ INFERENCE_BATCH = 8
 """Slices a forward pass: larger batches leave the processor's cache and are slower."""
 TEST_SEED = 2022
 """Of the noise that a score's passes add: a scan gets the same map every time."""
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """One 26-connected component of a mask; the centroid is in scanner mm (RAS+), the scores are the map's."""
-
-    lesion: int
-    volume_mm3: float
-    centroid_mm: tuple[float, float, float]
-    peak: float
-    mean: float
-    confidence: float | None = None
-    """Share of healthy held-out scans whose peak lies below this one; see `sensitivity.confidence`."""
-    edge_distance_mm: float | None = None
-    """The smallest distance of a voxel of the lesion from a voxel outside the brain, between their centres."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +139,11 @@ class Detector:
         seen = self.spec.to_json() + "+".join(self.channels)
         return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
+    @property
+    def takes_subsets(self) -> bool:
+        """Whether a scan may lack some of the channels."""
+        return bool(getattr(self.method, "takes_subsets", False))
+
     @classmethod
     def load(cls, folder: str | Path | None = None, device: str = "auto") -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
@@ -227,7 +216,7 @@ class Detector:
             )
         if chosen == self.spec.channels:
             return self
-        if not getattr(self.method, "takes_subsets", False):
+        if not self.takes_subsets:
             raise AnomriError(
                 f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
                 f"accurate) takes a part of them."
@@ -260,10 +249,9 @@ class Detector:
         taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
         if channel in self.channels or taken_for not in self.channels:
             return cases
-        if len(self.channels) > 1 and not getattr(self.method, "takes_subsets", False):
+        if len(self.channels) > 1 and not self.takes_subsets:
             return cases
-        name = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)))]
-        return [Case(cases[0].name if len(self.channels) == 1 else name, {taken_for: path})]
+        return [Case(cases[0].name if len(self.channels) == 1 else bare_name(path), {taken_for: path})]
 
     def read(
         self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
@@ -279,7 +267,7 @@ class Detector:
         channels = self.spec.channels
         missing = [channel for channel in channels if channel not in scan.channels]
         present = [channel for channel in self.channels if channel in scan.channels]
-        if len(present) < len(channels) and present and getattr(self.method, "takes_subsets", False):
+        if len(present) < len(channels) and present and self.takes_subsets:
             return _completed(prepare(scan, present, self.spec.grid, preparation), channels)
         if missing:
             raise AnomriError(
@@ -357,34 +345,12 @@ class Detector:
         return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device of that name, ``auto`` being the fastest one here; raises `AnomriError` if it is not here."""
-    if device == "auto":
-        return torch.device(
-            torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
-        )
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
-
-
 def load(folder: str | Path | None = None, device: str = "auto") -> Detector:
     """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote, or the model that comes with anomri.
 
     See `Detector.load`.
     """
     return Detector.load(folder, device)
-
-
-def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
-    """Write a model folder; ``model.json`` comes last, so that a folder that has one is complete."""
-    output_folder(folder)
-    with whole_file(folder / "weights.safetensors") as partial:
-        partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
-    write_text(folder / "model.json", spec.to_json())
 
 
 def _completed(volume: Volume, channels: Sequence[str]) -> Volume:
@@ -395,61 +361,3 @@ def _completed(volume: Volume, channels: Sequence[str]) -> Volume:
     missing = tuple(name for name in channels if name not in volume.channels)
     note = f"the scan has no {', '.join(missing)}; the model was trained to do without."
     return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, note))
-
-
-def find_lesions(
-    mask: NDArray[np.bool_],
-    anomaly_map: NDArray[np.float32],
-    geometry: Geometry,
-    data: NDArray[np.float32] | None = None,
-    healthy: HealthyScores | None = None,
-) -> tuple[Lesion, ...]:
-    """The 26-connected components of a mask (x, y, z) in the working orientation, largest first.
-
-    The scan's ``data`` (channels, x, y, z), zero outside the brain, gives their distance from its edge, and what the
-    model knows of ``healthy`` scans their confidence; without, these are ``None``.
-    """
-    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
-    inside = components[mask].astype(np.int64)
-    if not inside.size:
-        return ()
-    scores = anomaly_map[mask]
-    counts = np.bincount(inside)[1:]
-    means = np.bincount(inside, weights=scores)[1:] / counts
-    peaks = np.zeros(len(counts) + 1)
-    np.maximum.at(peaks, inside, scores)
-    distances = None if data is None else smallest_edge_distances(components, data, geometry.spacing_mm)
-    centroids = cc3d.statistics(components)["centroids"][1:]
-    centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
-    largest_first = np.argsort(-counts, kind="stable")
-    return tuple(
-        Lesion(
-            number,
-            round(float(counts[k] * geometry.voxel_mm3), 3),
-            tuple(centroids_mm[k].tolist()),
-            float(peaks[k + 1]),
-            float(means[k]),
-            confidence(float(peaks[k + 1]), healthy),
-            None if distances is None else round(float(distances[k]), 2),
-        )
-        for number, k in enumerate(largest_first, start=1)
-    )
-
-
-def smallest_edge_distances(
-    components: NDArray[np.integer[Any]], data: NDArray[np.float32], spacing_mm: tuple[float, float, float]
-) -> NDArray[np.float64]:
-    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside the brain.
-
-    Distances are those between centres of voxels. The brain is where any channel of ``data`` is above zero, with its
-    holes; what lies beyond the image is outside.
-    """
-    brain = np.zeros(np.add(data.shape[1:], 2), dtype=bool)
-    brain[1:-1, 1:-1, 1:-1] = (data > 0).any(axis=0) | (components > 0)
-    box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(brain))
-    air = cc3d.connected_components((~brain[box]).astype(np.uint8), connectivity=6)
-    distance = edt.edt(np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=1)
-    inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]
-    smallest = np.full(int(components.max()) + 1, np.inf)
-    np.minimum.at(smallest, inner[inner > 0], distance[1:-1, 1:-1, 1:-1][inner > 0])
-    return smallest[1:]

@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import environments
 from lightning.fabric.strategies.ddp import DDPStrategy
 
-from anomri.detector import resolve_device
+from anomri.devices import resolve_device
 from anomri.files import sole_use
 from anomri.launch import launched
 from anomri.spec import AnomriError

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from anomri import methods
+from anomri.files import output_folder, whole_file, write_text
 from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
 
 MAX_DESCRIPTION = 2**20
@@ -57,6 +59,14 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
         return spec, method, load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+
+
+def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
+    """Write a model folder; ``model.json`` comes last, so that a folder that has one is complete."""
+    output_folder(folder)
+    with whole_file(folder / "weights.safetensors") as partial:
+        partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
+    write_text(folder / "model.json", spec.to_json())
 
 
 def plain_file(path: Path, limit: int) -> Path:

@@ -156,6 +156,12 @@ def pack_cohort(
     return [case for case in packed if case is not None]
 
 
+def spread_healthy(cases: Sequence[PackedCase], most: int) -> list[PackedCase]:
+    """At most so many of the cases that have a healthy slice, spread evenly over all of them."""
+    usable = [case for case in cases if case.healthy]
+    return [usable[k] for k in np.linspace(0, len(usable) - 1, min(len(usable), most)).astype(int)]
+
+
 def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
     """A SHA-256 of the content of all files of the cases, whatever their names and order."""
     return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()

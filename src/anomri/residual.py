@@ -102,13 +102,12 @@ def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -
     c = x.shape[1]
     present = [k for k in range(c) if x[:, k].any()] or list(range(c))
     chosen = [k for k in present if channels[k] in score.channels] or present
-    stored = [torch.tensor(values)[chosen, None, None] if values else None for values in _healthy(score)]
+    stored = [
+        torch.tensor(values)[chosen, None, None] if values else None
+        for values in (score.healthy_mean, score.healthy_spread)
+    ]
     marks = output[:, c] if output.shape[1] > c else None
     return SCORES[score.kind](Evidence(x[:, chosen], output[:, chosen], marks, *stored))
-
-
-def _healthy(score: Score) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return score.healthy_mean, score.healthy_spread
 
 
 def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from anomri.anomalies import log_between, typical_shifts
 from anomri.detector import Detector
 from anomri.metrics import precision_recall
-from anomri.packing import PackedCase
+from anomri.packing import PackedCase, spread_healthy
 from anomri.residual import anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
@@ -50,9 +50,7 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase]) -> Score:
     spec = detector.spec
     if spec.score.kind not in ("auto", "standardised"):
         return spec.score
-    usable = [case for case in held_out if case.healthy]
-    usable = [usable[k] for k in np.linspace(0, len(usable) - 1, min(len(usable), MAX_CASES)).astype(int)]
-    healthy = [_healthy(case.stack(spec.scaling), case) for case in usable]
+    healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_CASES)]
     mean, spread = _residual_statistics(detector, healthy)
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread)
     if spec.score.kind == "standardised":
@@ -103,12 +101,6 @@ def plant_balls(stack: SliceStack, channels: Sequence[str], generator: Generator
         x = torch.where(x > 0, (x + blob[:, None] * shift[..., None, None]).clamp_min(0.01), x)
         where = where | (blob > 0.5)
     return replace(stack, x=x), where
-
-
-def _healthy(stack: SliceStack, case: PackedCase) -> SliceStack:
-    """The healthy slices of a scan, as if they lay next to each other."""
-    chosen = list(case.healthy)
-    return replace(stack, x=stack.x[chosen], foreground=stack.foreground[chosen], index=range(len(chosen)))
 
 
 def _residual_statistics(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,11 @@ class SliceStack:
     label: Tensor | None
     window: Window
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def take(self, numbers: Sequence[int]) -> SliceStack:
+        """These slices as if they lay next to each other, without label."""
+        chosen = list(numbers)
+        return replace(self, x=self.x[chosen], foreground=self.foreground[chosen], index=range(len(chosen)), label=None)
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from anomri.detector import Detector
 from anomri.metrics import drop_small_components
-from anomri.packing import PackedCase
+from anomri.packing import PackedCase, spread_healthy
 from anomri.slices import brain_box, foreground_of
 from anomri.spec import HealthyScores, Thresholds
 
@@ -44,8 +44,7 @@ def healthy_thresholds(
 
     ``None`` if they have no healthy slice. ``progress`` is told how many cases are done, and of how many.
     """
-    usable = [case for case in held_out if case.healthy]
-    usable = [usable[k] for k in np.linspace(0, len(usable) - 1, min(len(usable), MAX_CASES)).astype(int)]
+    usable = spread_healthy(held_out, MAX_CASES)
     if not usable:
         return None
     scored = []
@@ -70,13 +69,13 @@ def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dic
     Empty where the method does not take a part of its channels; without volumes and peaks.
     """
     channels = detector.spec.channels
-    if not getattr(detector.method, "takes_subsets", False) or len(channels) > MAX_SUBSET_CHANNELS:
+    if not detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
         return {}
     stacks = []
     for case in [case for case in held_out if case.healthy][:SUBSET_CASES]:
         stack, middle = case.stack(detector.spec.scaling), len(case.healthy) // 2
-        chosen = list(case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES])
-        stacks.append(replace(stack, x=stack.x[chosen], foreground=stack.foreground[chosen], index=range(len(chosen))))
+        chosen = case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES]
+        stacks.append(stack.take(chosen))
     found = {}
     for size in range(1, len(channels)):
         for names in combinations(channels, size):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, write_splits
-from anomri.detector import Detector, resolve_device
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, write_splits
+from anomri.detector import Detector
+from anomri.devices import resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes
 from anomri.interruption import StopRequest
-from anomri.methods import Box, Player
-from anomri.packing import HealthySlices, PackedCase, cohort_fingerprint, default_cache, pack_cohort
+from anomri.methods import Player
+from anomri.packing import HealthySlices, default_cache
+from anomri.schedule import batch_numbers, learning_rate
 from anomri.score_choice import choose_score
-from anomri.slices import foreground_of, join_boxes
-from anomri.spec import AnomriError, Cohort, Interrupted, ModelSpec, Training
+from anomri.slices import foreground_of
+from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.thresholds import healthy_thresholds, subset_thresholds
+from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
@@ -55,7 +54,6 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-Packed = dict[str, list[PackedCase]]
 
 
 def train(
@@ -131,11 +129,11 @@ def _train(
     progress: Report,
 ) -> Detector:
     schedule = spec.training
-    packed = _pack(cases, spec, cache, team, progress)
+    packed = pack_splits(cases, spec, cache, team, lambda done, total: progress(Progress("pack", done, total)))
     spec = replace(
         spec,
-        cohort=_describe(packed, len(cases)),
-        crop=_common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
+        cohort=describe_cohort(packed, len(cases)),
+        crop=common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
     )
     state = TrainingState.load(folder, _task(spec, packed))
     team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
@@ -144,7 +142,7 @@ def _train(
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
     if schedule:
-        fabric = fabric_of(device, resolve_precision(schedule.precision))
+        fabric = fabric_of(device, schedule.precision)
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
         network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
@@ -312,66 +310,6 @@ def _optimizer(player: Player, training: Training) -> torch.optim.Optimizer:
     )
 
 
-def learning_rate(training: Training, step: int) -> float:
-    """The learning rate of a step (from 0), by the training's schedule."""
-    highest = training.learning_rate * min(1.0, (step + 1) / max(training.warmup, 1))
-    if training.schedule == "constant":
-        return highest
-    phase = (step // 32) / 100 if training.schedule == "published" else step / training.steps
-    return highest * 0.5 * (1 + math.cos(math.pi * phase))
-
-
-def batch_numbers(slices: int, training: Training, step: int) -> list[int]:
-    """The numbers of the slices of a step's batch: one random permutation after another, all from the seed."""
-    places = range(step * training.batch_size, (step + 1) * training.batch_size)
-    return [int(_permutation(slices, training.seed, place // slices)[place % slices]) for place in places]
-
-
-def resolve_precision(precision: str) -> Any:
-    """``auto`` as the precision that this machine computes fastest in: bfloat16 where the hardware has it."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    # Without such instructions bfloat16 is emulated, several times slower than float32.
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
-
-
-def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> list[Case]:
-    """Give each case its split; raises `AnomriError` if a patient would be trained on and held out.
-
-    ``splits`` (case -> split) overrules the cases' own. Where no case is for validation, a tenth of the training
-    patients, at least one, is drawn; where no case has a split at all, every case is a training case first.
-    """
-    cases = assign_splits(cases, splits)
-    if not any(case.split for case in cases):
-        cases = [replace(case, split="train") for case in cases]
-    if not any(case.split == "val" for case in cases):
-        patients = sorted({case.patient for case in cases if case.split == "train"})
-        drawn = set(random.Random(seed).sample(patients, max(1, round(len(patients) / 10))) if patients else ())
-        cases = [
-            replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases
-        ]
-    sides = {side: {case.patient for case in cases if case.split == side} for side in ("train", "val", "test")}
-    if not sides["train"]:
-        raise AnomriError(
-            "no case is left to train on; at least one patient for training and one for validation is needed."
-        )
-    for one, other in itertools.combinations(sides, 2):
-        both = sorted(sides[one] & sides[other])
-        if both:
-            raise AnomriError(
-                f"patient {both[0]} is in the splits {one} and {other}; give all of a patient's scans one split."
-            )
-    return cases
-
-
-@lru_cache(maxsize=2)
-def _permutation(slices: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(slices)
-
-
 def _check_losses(state: TrainingState, saved: int, training: Training, slices: HealthySlices) -> None:
     """Raise `AnomriError` naming the first step whose loss is not finite, before anything of it is saved."""
     values = torch.stack(state.losses)
@@ -384,28 +322,6 @@ def _check_losses(state: TrainingState, saved: int, training: Training, slices: 
         f"the loss of step {step + 1} is {float(values[place])}; its batch has slices of {cases}. If they look right, "
         f"continue from step {saved}, the last one saved, with --resume and a lower --learning-rate or --precision 32-true."
     )
-
-
-def _pack(cases: Sequence[Case], spec: ModelSpec, cache: Path, team: Processes, progress: Report) -> Packed:
-    used = [case for case in cases if case.split in ("train", "val")]
-
-    def packed_of(chosen: Sequence[Case], tell: Callable[[Case], None] = lambda case: None) -> list[PackedCase]:
-        return pack_cohort(chosen, spec.channels, spec.grid, spec.scaling, cache, tell)
-
-    mine, done, packed = team.part(used), itertools.count(1), list[PackedCase]()
-    team.each(lambda: packed.extend(packed_of(mine, lambda case: progress(Progress("pack", next(done), len(mine))))))
-    if team.count > 1:
-        # What the others packed is found; only a cache that machines do not share is packed once a machine.
-        packed = packed_of(used)
-    sides: Packed = {"train": [], "val": []}
-    for case, pack in zip(used, packed, strict=True):
-        sides[str(case.split)].append(pack)
-    for side, packs in sides.items():
-        if not any(pack.healthy for pack in packs):
-            raise AnomriError(
-                f"none of the {len(packs)} {side} cases has a slice without a labelled lesion; add healthy scans."
-            )
-    return sides
 
 
 def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | None:
@@ -430,21 +346,3 @@ def _task(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
         "training cases": [case.fingerprint for case in packed["train"]],
         "validation cases": [case.fingerprint for case in packed["val"]],
     }
-
-
-def _describe(packed: Packed, cases: int) -> Cohort:
-    train, val = packed["train"], packed["val"]
-    used = sum(len(case.healthy) for case in train)
-    return Cohort(
-        fingerprint=cohort_fingerprint([*train, *val]),
-        training_cases=len(train),
-        validation_cases=len(val),
-        training_slices=used,
-        left_out_slices=sum(case.slices for case in train) - used,
-        unused_cases=cases - len(train) - len(val),
-    )
-
-
-def _common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
-    boxes = [case.box for side in packed.values() for case in side]
-    return functools.reduce(lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes)

@@ -1,0 +1,67 @@
+"""The cases that a training uses, packed: shared among processes, on their two sides, and in a model's words."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from anomri.cases import Case
+from anomri.distribution import Processes
+from anomri.methods import Box
+from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
+from anomri.slices import join_boxes
+from anomri.spec import AnomriError, Cohort, ModelSpec
+
+Packed = dict[str, list[PackedCase]]
+"""By side, ``train`` and ``val``."""
+
+
+def pack_splits(
+    cases: Sequence[Case], spec: ModelSpec, cache: Path, team: Processes, progress: Callable[[int, int], None]
+) -> Packed:
+    """The packed cases for training and validation; ``progress`` is told how many are done, and of how many.
+
+    Raises `AnomriError` for cases that cannot be used, and where a side has no healthy slice.
+    """
+    used = [case for case in cases if case.split in ("train", "val")]
+
+    def packed_of(chosen: Sequence[Case], tell: Callable[[Case], None] = lambda case: None) -> list[PackedCase]:
+        return pack_cohort(chosen, spec.channels, spec.grid, spec.scaling, cache, tell)
+
+    mine, done, packed = team.part(used), itertools.count(1), list[PackedCase]()
+    team.each(lambda: packed.extend(packed_of(mine, lambda case: progress(next(done), len(mine)))))
+    if team.count > 1:
+        # What the others packed is found; only a cache that machines do not share is packed once a machine.
+        packed = packed_of(used)
+    sides: Packed = {"train": [], "val": []}
+    for case, pack in zip(used, packed, strict=True):
+        sides[str(case.split)].append(pack)
+    for side, packs in sides.items():
+        if not any(pack.healthy for pack in packs):
+            raise AnomriError(
+                f"none of the {len(packs)} {side} cases has a slice without a labelled lesion; add healthy scans."
+            )
+    return sides
+
+
+def describe_cohort(packed: Packed, cases: int) -> Cohort:
+    """What a model says of the ``cases`` it was trained on and of those it was not."""
+    train, val = packed["train"], packed["val"]
+    used = sum(len(case.healthy) for case in train)
+    return Cohort(
+        fingerprint=cohort_fingerprint([*train, *val]),
+        training_cases=len(train),
+        validation_cases=len(val),
+        training_slices=used,
+        left_out_slices=sum(case.slices for case in train) - used,
+        unused_cases=cases - len(train) - len(val),
+    )
+
+
+def common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
+    """The part of the grid that holds every brain, as the network needs its sides."""
+    boxes = [case.box for side in packed.values() for case in side]
+    return functools.reduce(lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes)
