@@ -6,6 +6,7 @@ are standardised at every pass, the median is SciPy's, Dice is tried at 1,000 th
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,3 +118,8 @@ def evaluate(scores: NDArray[np.float32], labels: NDArray[np.bool_]) -> tuple[fl
         mask = scores > threshold
         dices.append(2 * (mask & labels).sum() / max(mask.sum() + labels.sum(), 1))
     return float(average_precision_score(labels.ravel(), scores.ravel())), float(max(dices))
+
+
+if __name__ == "__main__":
+    # python benchmarks/plain.py CASE OUT.nii.gz
+    detect(Network(), Path(sys.argv[1]), Path(sys.argv[2]))

@@ -27,7 +27,7 @@ import torch
 import anomri
 from anomri import methods
 from anomri.cases import find_cases
-from anomri.detector import INFERENCE_BATCH, Detector
+from anomri.detector import Detector
 from anomri.distribution import processes
 from anomri.packing import PackedCase, pack_cohort
 from anomri.spec import Grid, ModelSpec, Scaling
@@ -87,7 +87,7 @@ def network_seconds(preset: str, slices: int) -> float:
     """Processor seconds of the network alone on a scan of so many slices."""
     spec = ModelSpec(CHANNELS, "dae", methods.preset("dae", preset).settings)
     detector = Detector(spec, methods.build(spec))
-    x = torch.rand(INFERENCE_BATCH, len(CHANNELS), *spec.grid.size)
+    x = torch.rand(detector.inference.batch, len(CHANNELS), *spec.grid.size)
     with torch.no_grad():
         detector.method.reconstruct(x)
         begun = processor_seconds()

@@ -71,6 +71,7 @@ def main() -> None:
     spec = ModelSpec(plain.CHANNELS, settings={"widths": list(widths)})
     whole = Detector(spec, methods.build(spec))
     cropped = Detector(replace(spec, crop=box), methods.build(spec))
+    built_in = Detector.load()
 
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     print(
@@ -80,19 +81,34 @@ def main() -> None:
     print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
-        for name, detector in (("whole slices", whole), ("brain's box", cropped)):
+        rows = (
+            ("whole slices", "6", whole),
+            ("brain's box", "8", cropped),
+            ("the model in the package (two passes)", "", built_in),
+        )
+        for name, target, detector in rows:
             paired(
                 f"detect, one scan, file to files, {name}",
-                "8" if detector is cropped else "6",
+                target,
                 repeats,
                 lambda: plain.detect(network, folders[0], out / "plain.nii.gz"),
                 lambda detector=detector: detector.detect(cases[0]).save(out),  # type: ignore[misc]
             )
+        cropped.save(out / "model")
+        numbers = iter(range(1000))
+        paired(
+            "the same by command, start of Python included, brain's box",
+            "",
+            repeats,
+            lambda: _command(plain.__file__, folders[0], out / "plain.nii.gz"),
+            lambda: _command(
+                "-m", "anomri", "detect", "-i", folders[0], "-o", out / f"run{next(numbers)}", "-m", out / "model"
+            ),
+        )
         x = stacks[0].x[40:56]
         few = replace(stacks[0], x=x, foreground=stacks[0].foreground[40:56], index=range(16))
         paired("network alone, 16 slices, whole", "1.5", repeats, lambda: _pass(network, x), lambda: whole.output(few))
         paired("network alone, 16 slices, box", "1.5", repeats, lambda: _pass(network, x), lambda: cropped.output(few))
-        numbers = iter(range(1000))
         paired(
             "preparing 4 scans into the cache",
             "8",
@@ -102,8 +118,7 @@ def main() -> None:
         )
         _training(network, spec, box, x, repeats)
         _evaluation(stacks, out, repeats)
-        start = [sys.executable, "-m", "anomri", "--help"]
-        shown = [seconds(lambda: subprocess.run(start, check=True, capture_output=True)) for _ in range(repeats)]
+        shown = [seconds(lambda: _command("-m", "anomri", "--help")) for _ in range(repeats)]
         print(f"| start of `anomri --help` | | {statistics.median(shown):.2f} s | | < 0.4 s |")
         _memory(cropped, cases, out)
 
@@ -114,15 +129,24 @@ def _training(
     method = methods.build(spec).train()
     optimizers = [torch.optim.Adam(one.parameters(), 1e-4, amsgrad=True) for one in (network, method)]
     generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
+    half = resolve_precision("auto") == "bf16-mixed"
 
-    def step() -> None:
-        loss = method(x, foreground, generator, box)
+    def step(part: tuple[int, int, int, int] | None) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = method(x, foreground, generator, part)
         optimizers[1].zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), Training().gradient_clip)
         optimizers[1].step()
 
-    paired("one training step, batch 16", "5", repeats, lambda: plain.training_step(network, optimizers[0], x), step)
+    for name, part in (("whole slices", None), ("brain's box", box)):
+        paired(
+            f"one training step, batch 16, {name}",
+            "5",
+            repeats,
+            lambda: plain.training_step(network, optimizers[0], x),
+            lambda part=part: step(part),  # type: ignore[misc]
+        )
 
 
 def _evaluation(stacks: list, out: Path, repeats: int) -> None:  # type: ignore[type-arg]
@@ -156,6 +180,10 @@ def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore
     print(
         f"| memory of detect after 2, 6, 12 scans | | {peaks[1]:.0f}, {peaks[5]:.0f}, {peaks[11]:.0f} MB | | flat, < 2 GiB |"
     )
+
+
+def _command(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True)
 
 
 def _pass(network: plain.Network, x: torch.Tensor) -> None:

@@ -160,7 +160,7 @@ def test_memory_is_not_taken_for_what_is_refused(tmp_path: Path, name: str) -> N
 LIMITED = """
 import resource, sys
 from anomri.spec import AnomriError
-from anomri.volume import read_image
+from anomri.nifti import read_image
 from pathlib import Path
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 1024**2,) * 2)

@@ -12,11 +12,12 @@ from scipy.spatial.transform import Rotation
 
 from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.nifti import read_image
 from anomri.preparation import CEILING, Preparation, prepare
 from anomri.registration import degrees_of, register, template
 from anomri.skull import TOOLS, has_skull
 from anomri.spec import AnomriError
-from anomri.volume import read_image, read_volume
+from anomri.volume import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
 SHAPE, AFFINE = (64, 72, 56), nib.affines.from_matvec(np.diag([-3.0, -3, 3]), [94, 106, -82])

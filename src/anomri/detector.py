@@ -21,11 +21,10 @@ from anomri import methods
 from anomri.cases import Case, bare_name, case_of_files, find_cases, read_splits
 from anomri.devices import resolve_device
 from anomri.files import output_folder, write_text
+from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
-from anomri.memory import smaller_until_it_fits
 from anomri.metrics import drop_small_components
 from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
-from anomri.networks import fold_weight_standardisation
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
@@ -35,8 +34,6 @@ from anomri.volume import Volume, write_image
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
-INFERENCE_BATCH = 8
-"""Slices a forward pass: larger batches leave the processor's cache and are slower."""
 TEST_SEED = 2022
 """Of the noise that a score's passes add: a scan gets the same map every time."""
 
@@ -121,22 +118,25 @@ class Detector:
     ``Detector.load(folder)`` reads a model folder; `detect` takes one scan. Use `anomri.load` for short.
     """
 
-    def __init__(self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto"
+    ) -> None:
         self.spec = spec
-        self.device = torch.device(device)
         self.channels = spec.channels
         """Those of the model's channels that are looked at; see `with_channels`."""
-        self._batch = INFERENCE_BATCH
         self.splits: dict[str, str] = {}
         """Which cases the model was trained on and held out, if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
-        self.method: Any = fold_weight_standardisation(method).eval().to(self.device)
+        self.inference = Inference(method, device, precision)
+        self.device, self.method = self.inference.device, self.inference.method
 
     @property
     def fingerprint(self) -> str:
         """A SHA-256 of all that decides what is found in a scan: specification and weights."""
         seen = self.spec.to_json() + "+".join(self.channels)
+        if self.inference.precision != "auto":
+            seen += self.inference.precision
         return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
     @property
@@ -145,11 +145,12 @@ class Detector:
         return bool(getattr(self.method, "takes_subsets", False))
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, device: str = "auto") -> Detector:
+    def load(cls, folder: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
         ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
-        ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one.
+        ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one. ``precision`` is
+        ``auto``, which computes in bfloat16 where the hardware has it, ``32-true`` or ``bf16-mixed``.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
@@ -161,7 +162,7 @@ class Detector:
             raise AnomriError(
                 f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
             ) from error
-        detector = cls(spec, method, resolve_device(device))
+        detector = cls(spec, method, resolve_device(device), precision)
         if (folder / "splits.csv").is_file():
             detector.splits = read_splits(plain_file(folder / "splits.csv", MAX_TABLE))
         return detector
@@ -176,10 +177,12 @@ class Detector:
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
-        before = self._batch
+        before = self.inference.batch
         scores, reconstructed = self.score(stack)
-        if self._batch < before:
-            note = f"memory was short: the network takes {self._batch} slices at once from here on, not {before}."
+        if self.inference.batch < before:
+            note = (
+                f"memory was short: the network takes {self.inference.batch} slices at once from here on, not {before}."
+            )
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
@@ -304,27 +307,14 @@ class Detector:
             seen = [self.method.with_noise(stack.x, stack.foreground, generator) for _ in range(score.passes)]
         outputs = []
         for x in seen:
-            outputs.append(self._reconstruct(x, box))
+            outputs.append(self.inference(x, box))
             if score.flips:
                 mirrored = box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
-                outputs.append(self._reconstruct(x.flip(2), mirrored).flip(2))
+                outputs.append(self.inference(x.flip(2), mirrored).flip(2))
         output = torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
         # Nothing is known of a channel that the scan does not have.
         output[:, [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]] = 0
         return output
-
-    def _reconstruct(self, x: Tensor, box: tuple[int, int, int, int] | None) -> Tensor:
-        parts: list[Tensor] = []
-
-        def reconstruct(size: int) -> None:
-            parts.clear()
-            for start in range(0, len(x), size):
-                parts.append(self.method.reconstruct(x[start : start + size].to(self.device), box).cpu())
-
-        # Not inference mode: a method may follow gradients to its reconstruction.
-        with torch.no_grad():
-            self._batch = smaller_until_it_fits(reconstruct, self._batch)
-        return torch.cat(parts)
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""
@@ -337,7 +327,7 @@ class Detector:
             method.load_state_dict(self._state)
         except RuntimeError as error:
             raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
-        return Detector(spec, method, self.device)
+        return Detector(spec, method, self.device, self.inference.precision)
 
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:
@@ -345,12 +335,12 @@ class Detector:
         return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
 
 
-def load(folder: str | Path | None = None, device: str = "auto") -> Detector:
+def load(folder: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Detector:
     """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote, or the model that comes with anomri.
 
     See `Detector.load`.
     """
-    return Detector.load(folder, device)
+    return Detector.load(folder, device, precision)
 
 
 def _completed(volume: Volume, channels: Sequence[str]) -> Volume:

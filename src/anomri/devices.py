@@ -24,12 +24,22 @@ def resolve_device(device: str) -> torch.device:
         raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
 
 
-def resolve_precision(precision: str) -> Any:
-    """``auto`` as the precision that this machine computes fastest in: bfloat16 where the hardware has it."""
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+def resolve_precision(precision: str, device: str = "cpu") -> Any:
+    """``auto`` as the precision that a kind of device computes fastest in: bfloat16 where the hardware has it.
+
+    Raises `AnomriError` if there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise AnomriError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}.")
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if device == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if device != "cpu":
+        return "32-true"
     # Without such instructions bfloat16 is emulated, several times slower than float32.
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import environments
-from lightning.fabric.strategies.ddp import DDPStrategy
 
 from anomri.devices import resolve_device
 from anomri.files import sole_use
 from anomri.launch import launched
 from anomri.spec import AnomriError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 PATIENCE = timedelta(days=2)
 """How long a process waits for the others; a launcher ends those that wait for one that is dead."""
@@ -116,6 +116,11 @@ class Processes:
 
 def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
     """A Fabric on the processes that torchrun or srun started, one accelerator each, or on this process alone."""
+    # Here, since it takes longer to import than torch, and detection by one process does without.
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import environments
+    from lightning.fabric.strategies.ddp import DDPStrategy
+
     place, accelerator = launched(), resolve_device(device).type
     kinds: Any = environments
     if place.launcher is None:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.extras import optional
+from anomri.nifti import read_image
 from anomri.spec import AnomriError
-from anomri.volume import Volume, read_image
+from anomri.volume import Volume
 
 MAX_BRAIN_ML = 2200.0
 """No brain is larger, with all its fluid; 28 patients with tumours reach 1,750 ml, a head has 3,000 to 6,000."""

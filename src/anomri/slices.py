@@ -28,11 +28,15 @@ class Window:
     def cut(self, x: Tensor) -> Tensor:
         """(..., h, w) -> (..., rows, columns), zero beyond the slice."""
         h, w = x.shape[-2:]
+        if self == Window(0, 0, h, w):
+            return x
         return functional.pad(x, (-self.left, self.left + self.columns - w, -self.top, self.top + self.rows - h))
 
     def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(..., rows, columns) -> (..., *size), zero beyond the window: what `cut` took, back in its place."""
         h, w = size
+        if self == Window(0, 0, h, w):
+            return x
         return functional.pad(x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows))
 
 
@@ -44,11 +48,19 @@ class Affine(NamedTuple):
     floor: float = 0.0
 
     def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scaled values; zeros stay zeros."""
+        """Scaled values of an image (x, ...); zeros stay zeros."""
         if not self.offset and not self.floor:
             return values / np.float32(self.scale)
-        scaled = np.maximum((values - np.float32(self.offset)) / np.float32(self.scale), np.float32(self.floor))
-        return np.where(values > 0, scaled, np.float32(0))
+        scaled = np.zeros_like(values)
+        # Plane by plane: several passes over what the processor's cache holds are as good as one.
+        for plane, target in zip(values, scaled, strict=True):
+            inside = plane > 0
+            if inside.any():
+                np.subtract(plane, np.float32(self.offset), out=target)
+                target /= np.float32(self.scale)
+                np.maximum(target, np.float32(self.floor), out=target)
+                target *= inside
+        return scaled
 
     def inverse(self, scaled: Tensor, foreground: Tensor) -> Tensor:
         """Scaled values of any shape in the scan's own intensities, zero outside the foreground."""
@@ -121,7 +133,7 @@ def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tup
 
 def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
     """Axial slices from the first to the last whose channel mean sums to more than ``slice_sum``."""
-    sums = scaled.mean(axis=0).sum(axis=(0, 1))
+    sums = scaled.sum(axis=(0, 1, 2)) / len(scaled)
     (above,) = np.nonzero(sums > slice_sum)
     return range(int(above[0]), int(above[-1]) + 1) if above.size else range(0)
 
@@ -160,8 +172,9 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_slices(data: NDArray[np.float32], window: Window, grid: Grid, index: range) -> Tensor:
     """Axial slices ``index`` of (c, x, y, z) on the working grid: (n, c, *grid.size) float32."""
-    chosen = np.ascontiguousarray(np.moveaxis(data[..., index.start : index.stop], -1, 0))
-    return resize(window.cut(torch.from_numpy(chosen)), grid.size)
+    # As they lie in memory, z last: torch resizes "channels last" without turning them first.
+    chosen = torch.from_numpy(data[..., index.start : index.stop]).permute(0, 3, 1, 2)
+    return resize(window.cut(chosen), grid.size).transpose(0, 1).contiguous()
 
 
 def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: range) -> Tensor:
@@ -171,9 +184,10 @@ def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: ra
 
 def from_slices(slices: Tensor, shape: tuple[int, int, int], window: Window, index: range) -> NDArray[np.float32]:
     """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``; what the grid did not see is zero."""
-    native = window.paste(resize(slices[:, None].float(), (window.rows, window.columns)), shape[:2])
+    z_last = slices[None].float().contiguous(memory_format=torch.channels_last)
+    native = window.paste(resize(z_last, (window.rows, window.columns)), shape[:2])
     volume = np.zeros(shape, dtype=np.float32)
-    volume[..., index.start : index.stop] = np.moveaxis(native[:, 0].numpy(), 0, -1)
+    volume[..., index.start : index.stop] = native[0].permute(1, 2, 0).numpy()
     return volume
 
 

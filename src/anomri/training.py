@@ -101,7 +101,8 @@ def train(
         settings={**chosen.settings, **(settings or {})},
         scaling=chosen.scaling,
         score=replace(chosen.score, **(score or {})),
-        training=schedule and replace(schedule, precision=resolve_precision(schedule.precision)),
+        training=schedule
+        and replace(schedule, precision=resolve_precision(schedule.precision, resolve_device(device).type)),
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
     # What does not fit is told before a cohort is packed.

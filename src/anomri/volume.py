@@ -1,11 +1,10 @@
-"""Scans in memory and on disk: reading NIfTI with care, one orientation inside, the input's own grid outside."""
+"""Scans in memory: channels checked against each other, one orientation inside, the input's own grid outside."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,15 @@ from nibabel import orientations
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.files import whole_file
+from anomri.nifti import read_image, type_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
 
-MAX_VOXELS = 1024**3
-"""Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
-HEADER_BYTES = 1024**2
 AFFINE_TOLERANCE_MM = 1e-2
 MAX_NEGATIVE = 0.1
 """An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
 MAX_UNDERSHOOT = 0.1
 """How deep interpolation may undershoot, as a share of the largest value."""
-_NIBABEL_ERRORS = (
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-    nib.spatialimages.HeaderTypeError,
-)
 
 
 @dataclass(frozen=True)
@@ -88,10 +79,11 @@ class Geometry:
         return float(abs(np.linalg.det(self.canonical_affine[:3, :3])))
 
     def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
-        """An array on the file's axes turned into the working orientation."""
+        """An array on the file's axes turned into the working orientation: a view of it, where that is possible."""
         if self.working is not None:
             return resample(data, self.file_lattice, self.working)
-        return np.ascontiguousarray(orientations.apply_orientation(data, self.to_canonical))
+        turned: NDArray[Any] = orientations.apply_orientation(data, self.to_canonical)
+        return turned
 
     def native(self, data: NDArray[Any]) -> NDArray[Any]:
         """An array in the working orientation turned back onto the file's axes."""
@@ -124,31 +116,6 @@ class Volume:
         return self.geometry.spacing_mm[:2]
 
 
-def read_image(path: Path) -> nib.Nifti1Image:
-    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong with it.
-
-    Nothing larger than `MAX_VOXELS` is unpacked, and the checksum of a ``.nii.gz`` is verified, which nibabel
-    alone does not do. A fourth axis of length one is dropped.
-    """
-    try:
-        header = _header(path)
-        image = type_of(header).from_bytes(_unpack(path, _expected_bytes(path, header)))
-        if image.ndim > 3:
-            image = nib.funcs.squeeze_image(image)
-        if image.ndim != 3:
-            raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
-        np.asanyarray(image.dataobj)
-        return image
-    except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, *_NIBABEL_ERRORS) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
-
-
-def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
-    """The image class that reads a header's format (NIfTI-1 or NIfTI-2)."""
-    return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-
-
 def read_volume(
     case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True, resampled: bool = False
 ) -> Volume:
@@ -161,18 +128,21 @@ def read_volume(
     grid, or, with ``resampled``, that does not overlap the first at all.
     """
     files, notes = case.files(channels), list[str]()
-    first: Geometry | None = None
-    data: NDArray[np.float32] | None = None
-    for number, path in enumerate(files):
-        image = read_image(path)
-        if first is None:
-            first = _geometry(path, image, grid)
-            data = np.empty((len(files), *first.canonical_shape), dtype=np.float32)
-        assert data is not None
-        values = _without_negatives(path, _finite(path, image), notes)
-        data[number] = _onto(path, image, values, files[0], first, notes if resampled else None)
-    if first is None or data is None:
+    if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
+    first: Geometry | None = None
+    data = np.empty(0, dtype=np.float32)
+    # Unpacking leaves other threads alone, so that channels are read side by side.
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        for number, (path, (image, values, found)) in enumerate(
+            zip(files, pool.map(_read_positive, files), strict=True)
+        ):
+            if first is None:
+                first = _geometry(path, image, grid)
+                data = np.empty((len(files), *first.canonical_shape), dtype=np.float32)
+            notes += found
+            data[number] = _onto(path, image, values, files[0], first, notes if resampled else None)
+    assert first is not None
     if case.mask is not None:
         data *= _read_mask(case.mask, files[0], first, notes if resampled else None)
     for path, channel in zip(files, data, strict=True):
@@ -191,14 +161,14 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     assert case.label is not None
     image = read_image(case.label)
     geometry = _geometry(case.label, image, grid)
-    return geometry.canonical(_finite(case.label, image) > 0), geometry
+    return np.ascontiguousarray(geometry.canonical(_finite(case.label, image) > 0)), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
     """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``."""
     image = read_image(path)
     _check_grid(path, image, label, geometry)
-    return geometry.canonical(_finite(path, image))
+    return np.ascontiguousarray(geometry.canonical(_finite(path, image)), dtype=np.float32)
 
 
 def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:
@@ -220,52 +190,7 @@ def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tup
     # No affine is given: nibabel would rewrite the codes of a header whose sform and qform differ.
     native = geometry.native(data) if data.ndim == 3 else np.stack([geometry.native(c) for c in data], axis=-1)
     image = type_of(header)(native, None, header)
-    with whole_file(path) as partial, partial.open("wb") as raw:
-        if path.name.endswith(".gz"):
-            # Level 1: maps are mostly zero, so higher levels take several times longer for a few percent.
-            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
-                packed.write(image.to_bytes())
-        else:
-            raw.write(image.to_bytes())
-
-
-def _header(path: Path) -> nib.Nifti1Header:
-    start = _unpack(path, HEADER_BYTES, whole=False)
-    if not start:
-        raise AnomriError(f"{path}: the file is empty.")
-    for image_class in (nib.Nifti1Image, nib.Nifti2Image):
-        header_class = image_class.header_class
-        if header_class.may_contain_header(start[: header_class.sizeof_hdr]):
-            return header_class.from_fileobj(io.BytesIO(start), check=True)
-    raise AnomriError(f"{path}: is not a NIfTI image.")
-
-
-def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
-    shape = header.get_data_shape()
-    voxels = int(np.prod(shape, dtype=object)) if shape else 0
-    if voxels <= 0 or min(shape) <= 0:
-        raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
-    if voxels > MAX_VOXELS:
-        raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
-    offset = float(header["vox_offset"])
-    if not 0 <= offset <= HEADER_BYTES:
-        raise AnomriError(f"{path}: its header places the image {offset:g} bytes into the file; it is damaged.")
-    return int(offset) + voxels * header.get_data_dtype().itemsize
-
-
-def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
-    """The first ``size`` bytes of a file, unpacked; all of them, to a verified end, if ``whole``."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as file:
-        content = file.read(size)
-        if whole and len(content) < size:
-            raise AnomriError(
-                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again."
-            )
-        # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
-        if whole and file.read(HEADER_BYTES) and file.read(1):
-            raise AnomriError(f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused.")
-    return content
+    write_image_file(path, image)
 
 
 def _geometry(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
@@ -296,10 +221,13 @@ def _check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geo
         )
 
 
-def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[np.float32]:
+def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
+    """The values of an image: whole numbers as they are in the file, others float32."""
     data = np.asanyarray(image.dataobj)
     if data.dtype.kind not in "iuf":
         raise AnomriError(f"{path}: holds values of type {data.dtype}; an image of real numbers is expected.")
+    if data.dtype.kind in "iu":
+        return data
     data = data.astype(np.float32)
     bad = int(data.size - np.isfinite(data).sum())
     if bad:
@@ -311,7 +239,7 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[np.float32]:
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
     image = read_image(path)
-    return _onto(path, image, _finite(path, image) > 0, first_path, first, notes)
+    return np.ascontiguousarray(_onto(path, image, _finite(path, image) > 0, first_path, first, notes))
 
 
 def _onto(
@@ -348,7 +276,7 @@ def _onto(
         f"{path.name} lies on another grid than {first_path.name} ({_size(source)} instead of {_size(target)}, corners "
         f"up to {apart:.3g} mm apart); it was resampled to that one{part}, by what the headers say."
     )
-    return resample(turned, source, target)
+    return resample(turned if turned.dtype == bool else turned.astype(np.float32), source, target)
 
 
 def _size(lattice: Lattice) -> str:
@@ -356,11 +284,13 @@ def _size(lattice: Lattice) -> str:
     return f"{' x '.join(map(str, lattice.shape))} voxels of {spacing} mm"
 
 
-def _without_negatives(path: Path, data: NDArray[np.float32], notes: list[str]) -> NDArray[np.float32]:
-    """The image with negative values, which interpolation leaves behind, set to zero."""
+def _read_positive(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any], list[str]]:
+    """An image, its values with negative ones, which interpolation leaves behind, set to zero, and a note if any were."""
+    image = read_image(path)
+    data = _finite(path, image)
+    if data.min() >= 0:
+        return image, data, []
     negative = int((data < 0).sum())
-    if not negative:
-        return data
     positive = int((data > 0).sum())
     if negative > MAX_NEGATIVE * (negative + positive) and float(-data.min()) > MAX_UNDERSHOOT * float(data.max()):
         raise AnomriError(
@@ -368,5 +298,5 @@ def _without_negatives(path: Path, data: NDArray[np.float32], notes: list[str]) 
             f"{data.min():.3g}, up to {data.max():.3g}); it looks standardised or is a difference. Hand in the image "
             f"before that, with intensities from zero up."
         )
-    notes.append(f"{path.name} has {negative:,} negative voxels (down to {data.min():.3g}); they were set to zero.")
-    return np.maximum(data, 0)
+    note = f"{path.name} has {negative:,} negative voxels (down to {data.min():.3g}); they were set to zero."
+    return image, np.maximum(data, 0), [note]

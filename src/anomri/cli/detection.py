@@ -14,6 +14,7 @@ from anomri.cli.options import (
     FalsePositiveMl,
     Model,
     OutFolder,
+    Precision,
     Sensitivity,
     Shard,
     SomeChannels,
@@ -51,6 +52,7 @@ def detect(
         Literal["text", "json"], typer.Option(help="json: one document with all results and paths, on stdout.")
     ] = "text",
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report.
 
@@ -68,7 +70,7 @@ def detect(
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
     team = processes(device)
     # The threshold is chosen here, so that a SEG names the one that made it.
-    detector = Detector.load(model, device).with_threshold(sensitivity, false_positive_ml)
+    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
     if model is None and team.first:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
@@ -141,6 +143,7 @@ def bids(
         bool, typer.Option("--skip-bids-validation", help="Take the data set as it is.")
     ] = False,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Detect in a BIDS data set and write BIDS derivatives."""
     from anomri.bids import run_group, run_participant
@@ -156,7 +159,7 @@ def bids(
         results = run_participant(
             bids_dir,
             out_dir,
-            Detector.load(model, device),
+            Detector.load(model, device, precision),
             participant_labels=participant_label,
             session_labels=session_label,
             skip_bids_validation=skip_bids_validation,

@@ -15,6 +15,7 @@ from anomri.cli.options import (
     FalsePositiveMl,
     Model,
     OutFolder,
+    Precision,
     Sensitivity,
     Shard,
     SomeChannels,
@@ -50,6 +51,7 @@ def evaluate(
     ] = None,
     shard: Shard = None,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Compare the maps of a model, or anyone's, with lesion labels: the paper's table, and more.
 
@@ -63,7 +65,7 @@ def evaluate(
     from anomri.spec import Score
 
     processes(device)
-    detector = Detector.load(model, device) if maps is None or model else None
+    detector = Detector.load(model, device, precision) if maps is None or model else None
     if detector and score:
         paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
         detector = detector.with_score(**paper)

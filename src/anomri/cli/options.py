@@ -30,6 +30,9 @@ Model = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[
+    str, typer.Option(help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed; maps differ slightly.")
+]
 Channels = Annotated[
     Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
 ]

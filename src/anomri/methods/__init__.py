@@ -80,7 +80,8 @@ class Method(Protocol):
     Tensors are (n, c, h, w) float32 slices on the working grid and (n, h, w) bool foregrounds. ``box``
     (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
     A method whose networks train against each other also has ``players() -> list[Player]``; one that takes scans
-    without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``.
+    without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``; one whose
+    ``reconstruct`` bears rounding to bfloat16, ``half_precision``.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]

@@ -64,6 +64,7 @@ class DAE(nn.Module):
       then takes scans that have any of its channels.
     """
 
+    half_precision = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(

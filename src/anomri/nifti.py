@@ -1,0 +1,99 @@
+"""NIfTI files: read to a verified end with care for what they claim, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, isal_zlib
+
+from anomri.files import whole_file
+from anomri.spec import AnomriError
+
+MAX_VOXELS = 1024**3
+"""Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
+HEADER_BYTES = 1024**2
+_UNPACKING_ERROR: Any = isal_zlib.error
+_NIBABEL_ERRORS = (
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+    nib.spatialimages.HeaderTypeError,
+)
+
+
+def read_image(path: Path) -> nib.Nifti1Image:
+    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong with it.
+
+    Nothing larger than `MAX_VOXELS` is unpacked, and the checksum of a ``.nii.gz`` is verified, which nibabel
+    alone does not do. A fourth axis of length one is dropped.
+    """
+    try:
+        header = _header(path)
+        image = type_of(header).from_bytes(_unpack(path, _expected_bytes(path, header)))
+        if image.ndim > 3:
+            image = nib.funcs.squeeze_image(image)
+        if image.ndim != 3:
+            raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
+        np.asanyarray(image.dataobj)
+        return image
+    except (OSError, EOFError, ValueError, OverflowError, MemoryError, _UNPACKING_ERROR, *_NIBABEL_ERRORS) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
+
+
+def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
+    """The image class that reads a header's format (NIfTI-1 or NIfTI-2)."""
+    return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+
+
+def write_image_file(path: Path, image: nib.Nifti1Image) -> None:
+    """Write an image, packed if the name ends in ``.gz``, without a name or a time in the packing."""
+    with whole_file(path) as partial, partial.open("wb") as raw:
+        if path.name.endswith(".gz"):
+            # Level 1: maps are mostly zero, so higher levels take longer for a few percent.
+            with igzip.IGzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:  # type: ignore[no-untyped-call]
+                packed.write(image.to_bytes())  # type: ignore[no-untyped-call]
+        else:
+            raw.write(image.to_bytes())
+
+
+def _header(path: Path) -> nib.Nifti1Header:
+    start = _unpack(path, HEADER_BYTES, whole=False)
+    if not start:
+        raise AnomriError(f"{path}: the file is empty.")
+    for image_class in (nib.Nifti1Image, nib.Nifti2Image):
+        header_class = image_class.header_class
+        if header_class.may_contain_header(start[: header_class.sizeof_hdr]):
+            return header_class.from_fileobj(io.BytesIO(start), check=True)
+    raise AnomriError(f"{path}: is not a NIfTI image.")
+
+
+def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
+    shape = header.get_data_shape()
+    voxels = int(np.prod(shape, dtype=object)) if shape else 0
+    if voxels <= 0 or min(shape) <= 0:
+        raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
+    if voxels > MAX_VOXELS:
+        raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
+    offset = float(header["vox_offset"])
+    if not 0 <= offset <= HEADER_BYTES:
+        raise AnomriError(f"{path}: its header places the image {offset:g} bytes into the file; it is damaged.")
+    return int(offset) + voxels * header.get_data_dtype().itemsize
+
+
+def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
+    """The first ``size`` bytes of a file, unpacked; all of them, to a verified end, if ``whole``."""
+    opener = igzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        content = file.read(size)
+        if whole and len(content) < size:
+            raise AnomriError(
+                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again."
+            )
+        # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
+        if whole and file.read(HEADER_BYTES) and file.read(1):
+            raise AnomriError(f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused.")
+    return content

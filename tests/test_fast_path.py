@@ -1,0 +1,91 @@
+"""What is done for speed changes no map: against the method as its description reads, and bfloat16 against float32."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import plain
+from anomri import methods
+from anomri.cases import find_cases
+from anomri.detector import Detector, load
+from anomri.devices import resolve_precision
+from anomri.metrics import precision_recall
+from anomri.slices import slice_volume
+from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import read_volume
+
+WIDTHS = (4, 8, 16, 32)
+LAYERS = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2"}
+PARTS = {"down": "encoder", "up": "upsample", "join": "decoder", "last": "head"}
+
+
+def renamed(name: str) -> str:
+    """A parameter of the plain network under the name that it has here."""
+    name = re.sub(r"^(down|join)\.(\d)\.(\d)", lambda found: f"{found[1]}.{found[2]}.{LAYERS[found[3]]}", name)
+    part, _, rest = name.partition(".")
+    return f"network.{PARTS[part]}.{rest}"
+
+
+def pair(precision: str = "32-true") -> tuple[plain.Network, Detector]:
+    """The plain network, and a detector with the same weights."""
+    torch.manual_seed(0)
+    network = plain.Network(WIDTHS)
+    spec = ModelSpec(plain.CHANNELS, settings={"widths": list(WIDTHS)})
+    method = methods.build(spec)
+    method.load_state_dict({renamed(name): value for name, value in network.state_dict().items()})
+    return network, Detector(spec, method, precision=precision)
+
+
+def test_a_real_scan_gets_the_map_of_the_plain_program(real_scans: Path, tmp_path: Path) -> None:
+    case = find_cases(real_scans / "brats18")[0]
+    network, detector = pair()
+    plain.detect(network, case.channels["flair"].parent, tmp_path / "plain.nii.gz")
+    detector.detect(case).save(tmp_path)
+    expected, found = (
+        nib.load(tmp_path / name).get_fdata(dtype=np.float32)
+        for name in ("plain.nii.gz", f"{case.name}_anomaly.nii.gz")
+    )
+    assert expected.max() > 0.5
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_rounds_and_nothing_else() -> None:
+    x = torch.rand((3, 4, 32, 32), generator=torch.Generator().manual_seed(0))
+    exact, rounded = pair()[1].inference(x), pair("bf16-mixed")[1].inference(x)
+    assert rounded.dtype == torch.float32 and rounded.is_contiguous() and not torch.equal(exact, rounded)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
+def test_methods_that_do_not_say_so_are_computed_in_float32() -> None:
+    spec = ModelSpec(("flair",), method="thresholding")
+    assert not Detector(spec, methods.build(spec), precision="bf16-mixed").inference.half
+
+
+def test_a_precision_that_is_none() -> None:
+    with pytest.raises(AnomriError, match="no precision 'half'; there are auto, 32-true, bf16-mixed"):
+        load(precision="half")
+
+
+@pytest.mark.skipif(resolve_precision("auto") != "bf16-mixed", reason="no bfloat16 instructions here")
+def test_bfloat16_keeps_the_average_precision(real_scans: Path) -> None:
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        detector = load(precision=precision)
+        cases = [case for case in find_cases(real_scans / "brats18") if detector.splits[case.name] == "test"]
+        stacks = [
+            slice_volume(read_volume(case, detector.channels), detector.spec.grid, detector.spec.scaling)
+            for case in cases
+        ]
+        scores, labels = [], []
+        for stack in stacks:
+            assert stack.label is not None
+            scores.append(detector.score(stack)[0].ravel())
+            labels.append(stack.label.numpy().ravel())
+        found.append(precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision)
+    assert abs(found[0] - found[1]) <= 0.002
