@@ -271,7 +271,8 @@ class Detector:
         missing = [channel for channel in channels if channel not in scan.channels]
         present = [channel for channel in self.channels if channel in scan.channels]
         if len(present) < len(channels) and present and self.takes_subsets:
-            return _completed(prepare(scan, present, self.spec.grid, preparation), channels)
+            absent = [name for name in self.channels if name not in scan.channels]
+            return _completed(prepare(scan, present, self.spec.grid, preparation), channels, absent)
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
@@ -343,11 +344,11 @@ def load(folder: str | Path | None = None, device: str = "auto", precision: str 
     return Detector.load(folder, device, precision)
 
 
-def _completed(volume: Volume, channels: Sequence[str]) -> Volume:
-    """The scan with a channel of zeros for each one that it does not have, and a note."""
+def _completed(volume: Volume, channels: Sequence[str], absent: Sequence[str]) -> Volume:
+    """The scan with a channel of zeros for each one that was not read, and a note of those that it does not have."""
     data = np.zeros((len(channels), *volume.data.shape[1:]), dtype=np.float32)
     for name, channel in zip(volume.channels, volume.data, strict=True):
         data[list(channels).index(name)] = channel
     missing = tuple(name for name in channels if name not in volume.channels)
-    note = f"the scan has no {', '.join(missing)}; the model was trained to do without."
-    return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, note))
+    notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without."] if absent else []
+    return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, *notes))

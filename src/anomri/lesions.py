@@ -84,7 +84,9 @@ def smallest_edge_distances(
     brain[1:-1, 1:-1, 1:-1] = (data > 0).any(axis=0) | (components > 0)
     box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(brain))
     air = cc3d.connected_components((~brain[box]).astype(np.uint8), connectivity=6)
-    distance = edt.edt(np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=min(os.cpu_count() or 1, 4))
+    distance = edt.edt(
+        np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=min(os.cpu_count() or 1, 4)
+    )
     inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]
     smallest = np.full(int(components.max()) + 1, np.inf)
     np.minimum.at(smallest, inner[inner > 0], distance[1:-1, 1:-1, 1:-1][inner > 0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import cc3d
@@ -86,11 +86,10 @@ def lesion_thresholds(lesion_scores: Iterable[NDArray[np.float32]]) -> tuple[NDA
     return np.unique(pooled, return_counts=True)
 
 
-def count_at(scores: NDArray[np.float32], thresholds: NDArray[np.float32]) -> Counts:
-    """How many of the ``scores`` lie at or above each rising threshold but below the next."""
-    # Sorted first: looking up rising values walks through memory, which is several times faster than jumping.
-    place = np.searchsorted(thresholds, np.sort(scores, axis=None), side="right")
-    return np.bincount(place, minlength=len(thresholds) + 1)[1:]
+def count_at(rising: NDArray[np.float32], thresholds: NDArray[np.float32]) -> Counts:
+    """How many of some ``rising`` (sorted) scores lie at or above each rising threshold but below the next."""
+    # The thresholds are looked up among the scores, not the scores among them: there are far fewer.
+    return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
 
 def curve_of(thresholds: NDArray[np.float32], lesion: Counts, healthy: Counts, positives: int, negatives: int) -> Curve:
@@ -108,7 +107,13 @@ def precision_recall(
     scores: NDArray[np.float32], labels: NDArray[np.bool_], thresholds: NDArray[np.float32] | None = None
 ) -> Curve:
     """The exact `Curve` of scores and labels of the same shape, or what rising ``thresholds`` show of it."""
-    lesion, healthy = scores[labels], scores[~labels]
+    return precision_recall_of_sorted(np.sort(scores[labels]), np.sort(scores[~labels]), thresholds)
+
+
+def precision_recall_of_sorted(
+    lesion: NDArray[np.float32], healthy: NDArray[np.float32], thresholds: NDArray[np.float32] | None = None
+) -> Curve:
+    """`precision_recall` of the rising scores of lesion voxels and of all others."""
     if thresholds is None:
         thresholds, counts = lesion_thresholds([lesion])
     else:
@@ -159,24 +164,19 @@ def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> Le
     return LesionCounts(int(n_lesions), int(detected), int(n_found - touching))
 
 
-def bootstrap_interval(
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    patients: int,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of ``statistic`` when the ``patients`` are drawn again with replacement.
-
-    ``statistic`` takes how often each patient was drawn, (resamples, patients) float64, and gives one value a row.
-    """
+def bootstrap_weights(patients: int, resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of the ``patients`` is drawn when as many are drawn with replacement: (resamples, patients)."""
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.float64)
-    low, high = np.nanquantile(statistic(weights), [(1 - level) / 2, (1 + level) / 2])
+    return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.float64)
+
+
+def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the middle ``level`` of a bootstrap's values; those that are NaN do not count."""
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of one value a patient."""
-    array = np.asarray(values, dtype=np.float64)
-    return bootstrap_interval(lambda weights: weights @ array / weights.sum(axis=1), len(array))
+    weights = bootstrap_weights(len(values))
+    return percentile_interval(weights @ np.asarray(values, dtype=np.float64) / weights.sum(axis=1))

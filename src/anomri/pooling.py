@@ -18,7 +18,7 @@ from anomri.metrics import (
     Curve,
     Figure,
     LesionCounts,
-    bootstrap_interval,
+    bootstrap_weights,
     box_around,
     count_at,
     count_lesions,
@@ -27,7 +27,8 @@ from anomri.metrics import (
     drop_small_components,
     lesion_thresholds,
     mean_interval,
-    precision_recall,
+    percentile_interval,
+    precision_recall_of_sorted,
 )
 from anomri.spec import AnomriError
 
@@ -170,10 +171,14 @@ class Pool:
         per_case = np.zeros((2, len(self.cases), len(steps)))
         patients = []
         for number, (scores, label) in enumerate(self._read()):
-            lesion += count_at(scores[label], thresholds)
-            healthy += count_at(scores[~label], thresholds)
-            per_case[:, number] = count_at(scores[label], steps), count_at(scores[~label], steps)
-            patients.append(_patient(*self.cases[number], scores, label, threshold))
+            rising = np.sort(scores[label]), np.sort(scores[~label])
+            lesion += count_at(rising[0], thresholds)
+            healthy += count_at(rising[1], thresholds)
+            per_case[:, number] = [count_at(one, steps) for one in rising]
+            case, dropped = self.cases[number]
+            curve = precision_recall_of_sorted(*rising)
+            patient = PatientScores(case, curve.positives, curve.average_precision, curve.ceil_dice)
+            patients.append(patient if threshold is None else _at_threshold(patient, dropped, scores, label, threshold))
         curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
 
         ceil_filtered = np.zeros(2, np.int64)
@@ -192,13 +197,9 @@ class Pool:
             yield scores, label
 
 
-def _patient(
-    case: str, dropped: float, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float | None
+def _at_threshold(
+    patient: PatientScores, dropped: float, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float
 ) -> PatientScores:
-    curve = precision_recall(scores, label)
-    patient = PatientScores(case, curve.positives, curve.average_precision, curve.ceil_dice)
-    if threshold is None:
-        return patient
     mask = scores > threshold
     filtered = drop_small_components(mask, dropped)
     return replace(
@@ -213,28 +214,10 @@ def _patient(
 def _figures(
     curve: Curve, per_case: NDArray[np.float64], ceil_filtered: float, patients: Sequence[PatientScores]
 ) -> tuple[Figure, ...]:
-    lesion, healthy = per_case
-
-    def pooled(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        true = np.cumsum((weights @ lesion)[:, ::-1], axis=1)
-        false = np.cumsum((weights @ healthy)[:, ::-1], axis=1)
-        return true, false, true[:, -1:]
-
-    def pooled_precision(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        true, false, positives = pooled(weights)
-        steps = np.diff(true, prepend=0.0, axis=1) * true / np.maximum(true + false, 1)
-        # Patients without a lesion alone have no average precision.
-        return np.where(positives[:, 0] > 0, steps.sum(axis=1) / np.maximum(positives[:, 0], 1), np.nan)
-
-    def pooled_dice(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        true, false, positives = pooled(weights)
-        best = (2 * true / np.maximum(true + false + positives, 1)).max(axis=1)
-        return np.where(positives[:, 0] > 0, best, np.nan)
-
-    count = len(patients)
+    precision, best_dice = _resampled(*per_case)
     figures = [
-        Figure("AUPRC, pooled", curve.average_precision, *bootstrap_interval(pooled_precision, count)),
-        Figure("ceil-Dice, pooled", curve.ceil_dice, *bootstrap_interval(pooled_dice, count)),
+        Figure("AUPRC, pooled", curve.average_precision, *percentile_interval(precision)),
+        Figure("ceil-Dice, pooled", curve.ceil_dice, *percentile_interval(best_dice)),
         Figure("ceil-Dice, pooled, components filtered", float(ceil_filtered)),
         _mean("AUPRC, mean of patients", [patient.average_precision for patient in patients]),
         _mean("ceil-Dice, mean of patients", [patient.ceil_dice for patient in patients]),
@@ -251,6 +234,23 @@ def _figures(
                 _mean(f"false positive components per scan, {suffix}", [c.false_positives for c in counts]),
             ]
     return tuple(figures)
+
+
+def _resampled(
+    lesion: NDArray[np.float64], healthy: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pooled average precision and ceil-Dice of every bootstrap resample, from counts (patients, rising thresholds)."""
+    weights = bootstrap_weights(len(lesion))
+    true = np.cumsum((weights @ lesion)[:, ::-1], axis=1)
+    found = np.cumsum((weights @ (lesion + healthy))[:, ::-1], axis=1)
+    positives = true[:, -1:]
+    precision = (np.diff(true, prepend=0.0, axis=1) * true / np.maximum(found, 1)).sum(axis=1)
+    best_dice = (2 * true / np.maximum(found + positives, 1)).max(axis=1)
+    # Of patients without a lesion alone there is neither.
+    precision, best_dice = (
+        np.where(positives[:, 0] > 0, values, np.nan) for values in (precision / positives[:, 0].clip(1), best_dice)
+    )
+    return precision, best_dice
 
 
 def _mean(name: str, values: Sequence[float]) -> Figure:
