@@ -6,8 +6,9 @@ brightness each and without texture, so that a network that knows its own blobs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,13 +22,16 @@ from anomri.residual import anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 
+Balls = tuple[int, tuple[float, float]]
 MAX_CASES = 8
 SEED = 2022
-BALLS = 3
-RADIUS_MM = (4.0, 35.0)
+LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
+"""How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
 BRIGHT = ("flair", "t2")
 """Channels on which most lesions are bright."""
 SMOOTHING_MM = 1.7
+FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0))
+"""Medians (pixels) and smoothings (mm) between which small anomalies decide as much as large ones."""
 
 
 def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
@@ -55,44 +59,68 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase]) -> Score:
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread)
     if spec.score.kind == "standardised":
         return base
-    generator = Generator().manual_seed(SEED)
-    planted = [plant_balls(stack, spec.channels, generator) for stack in healthy]
-    outputs = [detector.output(stack) for stack, _ in planted]
-    marks = outputs[0].shape[1] > len(spec.channels)
-    found = {}
-    for score in candidates(replace(spec, score=base), marks):
-        maps = [
-            anomaly_score(score_of(stack.x, output, spec.channels, score), stack.foreground, score, stack.spacing_mm)
-            for (stack, _), output in zip(planted, outputs, strict=True)
-        ]
-        truth = [where.numpy() for _, where in planted]
-        inside = [stack.foreground.numpy() for stack, _ in planted]
-        curve = precision_recall(
-            np.concatenate([one[there] for one, there in zip(maps, inside, strict=True)]),
-            np.concatenate([one[there] for one, there in zip(truth, inside, strict=True)]),
-        )
-        found[score] = curve.average_precision
+    large = _Planted.of(detector, healthy, LARGE)
+    marks = large.outputs[0].shape[1] > len(spec.channels)
+    found = {score: large.found_by(score, spec) for score in candidates(replace(spec, score=base), marks)}
     best = max(found, key=lambda score: found[score])
-    table = ", ".join(f"{describe(score)} {value:.3f}" for score, value in sorted(found.items(), key=lambda x: -x[1]))
     slices = sum(len(stack.x) for stack in healthy)
     why = (
         f"highest average precision on synthetic balls in {slices} healthy slices of {len(healthy)} held-out cases, "
-        f"no lesion label used: {table}"
+        f"no lesion label used: {_ranked({describe(score): value for score, value in found.items()})}"
     )
+    if base.median:
+        small = _Planted.of(detector, healthy, SMALL)
+        filters = [replace(best, median=median, smoothing_mm=smoothing) for median, smoothing in FILTERS]
+        both = {score: math.sqrt(large.found_by(score, spec) * small.found_by(score, spec)) for score in filters}
+        best = max(both, key=lambda score: both[score])
+        names = {f"median {score.median}, smoothed {score.smoothing_mm:g} mm": value for score, value in both.items()}
+        why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
     if best.kind != "standardised":
         best = replace(best, healthy_mean=(), healthy_spread=())
     return replace(best, chosen_by=why)
 
 
-def plant_balls(stack: SliceStack, channels: Sequence[str], generator: Generator) -> tuple[SliceStack, Tensor]:
+def _ranked(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(found.items(), key=lambda one: -one[1]))
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """Scans with balls, where they are, and what a method made of the scans."""
+
+    stacks: list[SliceStack]
+    truth: list[Tensor]
+    outputs: list[Tensor]
+
+    @classmethod
+    def of(cls, detector: Detector, healthy: Sequence[SliceStack], balls: Balls) -> _Planted:
+        generator = Generator().manual_seed(SEED)
+        planted = [plant_balls(stack, detector.spec.channels, generator, balls) for stack in healthy]
+        stacks, truth = [stack for stack, _ in planted], [where for _, where in planted]
+        return cls(stacks, truth, [detector.output(stack) for stack in stacks])
+
+    def found_by(self, score: Score, spec: ModelSpec) -> float:
+        """Average precision of a score over the foreground of all scans."""
+        scores, labels = [], []
+        for stack, where, output in zip(self.stacks, self.truth, self.outputs, strict=True):
+            raw = score_of(stack.x, output, spec.channels, score)
+            inside = stack.foreground.numpy()
+            scores.append(anomaly_score(raw, stack.foreground, score, stack.spacing_mm)[inside])
+            labels.append(where.numpy()[inside])
+        return precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision
+
+
+def plant_balls(
+    stack: SliceStack, channels: Sequence[str], generator: Generator, balls: Balls = LARGE
+) -> tuple[SliceStack, Tensor]:
     """Shift the brightness in a few smooth balls of a scan; returns the scan and where it changed (n, h, w) bool."""
     x, inside = stack.x, stack.foreground
     where = torch.zeros_like(inside)
     axes = [torch.arange(size) * mm for size, mm in zip(inside.shape, stack.spacing_mm, strict=True)]
     places = torch.nonzero(inside)
-    for _ in range(BALLS):
+    for _ in range(balls[0]):
         centre = places[torch.randint(len(places), (1,), generator=generator)[0]]
-        radius = float(log_between(*RADIUS_MM, (1,), generator))
+        radius = float(log_between(*balls[1], (1,), generator))
         offsets = [axis - float(centre[k]) * stack.spacing_mm[k] for k, axis in enumerate(axes)]
         away = sum(offset.square().reshape([-1 if k == j else 1 for j in range(3)]) for k, offset in enumerate(offsets))
         blob = torch.sigmoid((radius - torch.as_tensor(away).sqrt()) / 2) * inside
