@@ -77,7 +77,7 @@ def train(
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
-    on a laptop in about ten minutes) or ``accurate`` (more than the paper's recipe, in the same time). ``settings`` (of
+    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in half an hour). ``settings`` (of
     the method), ``training`` (fields of `spec.Training`) and ``score`` (of `spec.Score`) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
     ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``

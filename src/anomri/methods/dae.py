@@ -69,10 +69,10 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            replace(QUICK, steps=1000),
+            replace(QUICK, steps=2400),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=1600), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=300, validate_every=100, validation_slices=64),
