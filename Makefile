@@ -13,7 +13,7 @@ test: $(VENV)/.ready  ## lint, types, layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 bench: $(VENV)/.ready  ## speed as ratios to the plain program, on real scans
 	$(BIN)/python benchmarks/speed.py $(COHORT)
