@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 
+import plain
 from anomri import methods
 from anomri.cases import find_cases
-from anomri.comparison_jobs import peak_memory_mb
 from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.slices import brain_box, slice_volume
 from anomri.spec import ModelSpec
 from anomri.volume import read_volume
 
-CHANNELS = ("flair", "t1", "t1ce", "t2")
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -45,10 +44,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     cases = [replace(case, label=None) for case in find_cases(arguments.cohort)]
-    volume = read_volume(cases[0], CHANNELS)
+    volume = read_volume(cases[0], plain.CHANNELS)
     stack = slice_volume(volume)
     box = brain_box(stack.foreground, 8)
-    base = detector_of(CHANNELS, WIDTHS, box)
+    base = detector_of(plain.CHANNELS, WIDTHS, box)
     z = stack.index
     half = replace(volume, data=volume.data * 0)
     half.data[..., z.start : z.start + len(z) // 2] = volume.data[..., z.start : z.start + len(z) // 2]
@@ -63,10 +62,10 @@ def main() -> None:
             "one scan, files to files": saved(base, cases[0], out),
             "the same scan from memory": saved(base, volume, out),
             "half of its slices, from memory": saved(base, half, out),
-            "one channel": saved(detector_of(CHANNELS[:1], WIDTHS, box), cases[0], out),
-            "two channels": saved(detector_of(CHANNELS[:2], WIDTHS, box), cases[0], out),
-            "widths 32-64-128-256": saved(detector_of(CHANNELS, (32, 64, 128, 256), box), cases[0], out),
-            "widths 64-128-256-512": saved(detector_of(CHANNELS, (64, 128, 256, 512), box), cases[0], out),
+            "one channel": saved(detector_of(plain.CHANNELS[:1], WIDTHS, box), cases[0], out),
+            "two channels": saved(detector_of(plain.CHANNELS[:2], WIDTHS, box), cases[0], out),
+            "widths 32-64-128-256": saved(detector_of(plain.CHANNELS, (32, 64, 128, 256), box), cases[0], out),
+            "widths 64-128-256-512": saved(detector_of(plain.CHANNELS, (64, 128, 256, 512), box), cases[0], out),
         }
         for count in (1, 2, 4, 8):
             work[f"a run over {count} scans, pictures and report too"] = (
@@ -76,19 +75,17 @@ def main() -> None:
             )
         work["one scan, files to files"]()
         times: dict[str, list[float]] = {name: [] for name in work}
-        memory = {}
         for _ in range(arguments.repeats):
             for name, job in work.items():
                 begun = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - begun)
-                memory[name] = peak_memory_mb()
         print(f"{torch.get_num_threads()} threads, {len(z)} slices, box {box}, {time.strftime('%Y-%m-%d')}\n")
-        print("| what | seconds | times the first | peak memory so far |\n|---|---|---|---|")
+        print("| what | seconds | times the first |\n|---|---|---|")
         first = times["one scan, files to files"]
         for name, found in times.items():
             ratio = statistics.median(a / b for a, b in zip(found, first, strict=True))
-            print(f"| {name} | {statistics.median(found):.2f} | {ratio:.2f} | {memory[name]:.0f} MB |")
+            print(f"| {name} | {statistics.median(found):.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ def main() -> None:
     cases = find_cases(arguments.cohort)
     folders = [next(iter(case.channels.values())).parent for case in cases]
     torch.manual_seed(0)
-    network = plain.Network(widths)
     stacks = [slice_volume(read_volume(case, plain.CHANNELS)) for case in cases[:2]]
     box = None
     for stack in stacks:
@@ -72,11 +71,11 @@ def main() -> None:
     spec = ModelSpec(plain.CHANNELS, settings={"widths": list(widths)})
     whole = Detector(spec, methods.build(spec))
     cropped = Detector(replace(spec, crop=box), methods.build(spec))
-    built_in = Detector.load()
     if arguments.memory:
         with tempfile.TemporaryDirectory() as place:
             _memory(cropped, cases, Path(place))
         return
+    network, built_in = plain.Network(widths), Detector.load()
 
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     print(

@@ -223,7 +223,7 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ({"method": "magic"}, "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae"),
         ({"settings": {"depth": 3}}, "settings .* do not fit the method dae"),
         ({"training": {"depth": 3}}, "training settings .* do not fit"),
-        ({"training": {"precision": "16-mixed"}}, "there is no precision '16-mixed'"),
+        ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),
         ({"method": "thresholding", "training": {"steps": 3}}, "is not trained; steps would change nothing"),
         ({"device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"channels": ["flair", "t2"]}, "no file for channel t2"),

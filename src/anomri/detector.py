@@ -129,7 +129,16 @@ class Detector:
         # Kept for `save`: folding changes the filters in place.
         self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
         self.inference = Inference(method, device, precision)
-        self.device, self.method = self.inference.device, self.inference.method
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.inference.device
+
+    @property
+    def method(self) -> Any:
+        """The method with its weights, `networks.fold_weight_standardisation` done."""
+        return self.inference.method
 
     @property
     def fingerprint(self) -> str:
@@ -272,7 +281,7 @@ class Detector:
         present = [channel for channel in self.channels if channel in scan.channels]
         if len(present) < len(channels) and present and self.takes_subsets:
             absent = [name for name in self.channels if name not in scan.channels]
-            return _completed(prepare(scan, present, self.spec.grid, preparation), channels, absent)
+            return prepare(scan, present, self.spec.grid, preparation).completed(channels, absent)
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
@@ -336,19 +345,4 @@ class Detector:
         return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
 
 
-def load(folder: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Detector:
-    """Read a model folder that `anomri.train` or ``anomri import-checkpoint`` wrote, or the model that comes with anomri.
-
-    See `Detector.load`.
-    """
-    return Detector.load(folder, device, precision)
-
-
-def _completed(volume: Volume, channels: Sequence[str], absent: Sequence[str]) -> Volume:
-    """The scan with a channel of zeros for each one that was not read, and a note of those that it does not have."""
-    data = np.zeros((len(channels), *volume.data.shape[1:]), dtype=np.float32)
-    for name, channel in zip(volume.channels, volume.data, strict=True):
-        data[list(channels).index(name)] = channel
-    missing = tuple(name for name in channels if name not in volume.channels)
-    notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without."] if absent else []
-    return replace(volume, channels=tuple(channels), data=data, missing=missing, notes=(*volume.notes, *notes))
+load = Detector.load

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, Precision
 
 
 def resolve_device(device: str) -> torch.device:
@@ -24,16 +25,13 @@ def resolve_device(device: str) -> torch.device:
         raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
 
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed")
-
-
 def resolve_precision(precision: str, device: str = "cpu") -> Any:
     """``auto`` as the precision that a kind of device computes fastest in: bfloat16 where the hardware has it.
 
     Raises `AnomriError` if there is no such precision.
     """
-    if precision not in PRECISIONS:
-        raise AnomriError(f"there is no precision {precision!r}; there are {', '.join(PRECISIONS)}.")
+    if precision not in get_args(Precision):
+        raise AnomriError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}.")
     if precision != "auto":
         return precision
     if device == "cuda":
@@ -41,5 +39,10 @@ def resolve_precision(precision: str, device: str = "cpu") -> Any:
     if device != "cpu":
         return "32-true"
     # Without such instructions bfloat16 is emulated, several times slower than float32.
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "bf16-mixed" if "avx512_bf16" in flags or "amx_bf16" in flags else "32-true"
+    return "bf16-mixed" if _processor_flags() & {"avx512_bf16", "amx_bf16"} else "32-true"
+
+
+@cache
+def _processor_flags() -> frozenset[str]:
+    facts = Path("/proc/cpuinfo")
+    return frozenset(facts.read_text().split()) if facts.exists() else frozenset()

@@ -7,11 +7,8 @@ Messages name files and SeriesDescription, free text which a scanner's user may 
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,20 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from anomri import extras
 from anomri.cases import LABEL_NAMES, MASK_NAMES, Case
 from anomri.dicom_channels import Series, guess_channel
+from anomri.dicom_files import (
+    REASONS,
+    check_pixels,
+    number_of,
+    optional,
+    quiet,
+    read_header,
+    read_whole,
+    reason_of,
+    regular_files,
+    text_of,
+)
 from anomri.files import output_folder
 from anomri.spec import AnomriError
 from anomri.volume import Geometry, write_image
@@ -32,13 +40,6 @@ MIN_SLICES = 10
 STEP_TOLERANCE = 0.05
 """How much the distance between two slices may differ from the others, as a share of it."""
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-REASONS = {
-    "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
-    "1.2.840.10008.1.3.10": "a DICOMDIR, an index only; the images it lists are looked for in this folder itself",
-}
-"""Why an object of this SOP class is left out, where its name does not say it."""
-_TAGS = ["SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription"]
-_TAGS += ["ProtocolName", "ImageType", "ContrastBolusAgent", "EchoTime", "InversionTime", "ScanningSequence"]
 
 
 def find_series(folder: str | Path, skipped: Callable[[str], None] = lambda what: None) -> list[Series]:
@@ -51,12 +52,14 @@ def find_series(folder: str | Path, skipped: Callable[[str], None] = lambda what
     folder, left_out = Path(folder), list[str]()
     groups: dict[tuple[str, str], dict[str, tuple[Path, Any]]] = {}
     strangers, copies = list[str](), 0
-    for path in _files(folder):
-        header = _header(path)
+    for path in regular_files(folder):
+        header = read_header(path)
         if header is None:
             strangers.append(path.name)
             continue
-        series, kind, instance = (_text(header, tag) for tag in ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"))
+        series, kind, instance = (
+            text_of(header, tag) for tag in ("SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
+        )
         members = groups.setdefault((series, kind), {})
         # A copy of a file in another folder is the same slice, not a second one.
         copies += instance in members
@@ -146,7 +149,7 @@ def convert_series(chosen: Mapping[str, Series], out: str | Path, *, keep_identi
     name, subject = f"case{sha256(first.study.encode()).hexdigest()[:12]}", None
     if keep_identifiers:
         with quiet():
-            subject = _text(optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]), "PatientID")
+            subject = text_of(optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]), "PatientID")
         # The hash stays: two visits of a patient are two cases, and one must not overwrite the other.
         name = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', subject).strip('.-') or 'unnamed'}-{name[4:]}"
     images = {channel: read_series(series) for channel, series in chosen.items()}
@@ -169,7 +172,7 @@ def read_series(series: Series) -> nib.Nifti1Image:
     library = optional("dicom2nifti.convert_dicom")
     where = f"{series.files[0].parent}, series {series}"
     with quiet():
-        slices = [_whole(path) for path in series.files]
+        slices = [read_whole(path) for path in series.files]
         ordered, affine = stack(series, slices)
         for number, one in enumerate(ordered, start=1):
             # dicom2nifti takes slices that were numbered in the order of acquisition for several volumes.
@@ -179,7 +182,7 @@ def read_series(series: Series) -> nib.Nifti1Image:
             image = library.dicom_array_to_nifti(ordered, None, reorient_nifti=False)["NII"]
         except Exception as error:  # whatever a decoder or dicom2nifti raises; the first bad file is named
             for one in slices:
-                _check_pixels(one)
+                check_pixels(one)
             raise AnomriError(f"{where}: dicom2nifti cannot convert it ({reason_of(error)}).") from error
     data = np.asanyarray(image.dataobj)
     if data.shape != (ordered[0].Columns, ordered[0].Rows, len(ordered)):
@@ -229,63 +232,19 @@ def stack(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np
     return [headers[number] for number in order], np.diag([-1.0, -1, 1, 1]) @ lps
 
 
-def optional(module: str) -> Any:
-    """Import a library of the ``dicom`` extra; raises `AnomriError` that says how to install it."""
-    return extras.optional(module, "dicom", "DICOM")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings of the DICOM libraries, which quote header values that may be a patient's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
-        raise AnomriError(f"{folder}: {what}; name the folder that holds the DICOM series (not a DICOMDIR).")
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
-            # Nothing else can be read without waiting: a pipe would block.
-            if path.is_file():
-                yield path
-
-
-def _header(path: Path) -> Any:
-    """The tags of `_TAGS` in a file; ``None`` if it is not DICOM."""
-    pydicom = optional("pydicom")
-    if not path.stat().st_size:
-        raise AnomriError(f"{path}: the file is empty; copy it again, or delete it.")
-    try:
-        with quiet():
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-            if header.file_meta.get("MediaStorageSOPClassUID") in REASONS:
-                header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID
-    except pydicom.errors.InvalidDicomError:
-        return None
-    except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise _cut_short(path, error) from error
-    if not _text(header, "SOPClassUID"):
-        raise _cut_short(path, "it does not say what it is")
-    return header
-
-
 def _series(members: Sequence[tuple[Path, Any]]) -> Series:
     header = members[0][1]
     return Series(
-        uid=_text(header, "SeriesInstanceUID"),
-        study=_text(header, "StudyInstanceUID"),
-        description=_text(header, "SeriesDescription"),
-        protocol=_text(header, "ProtocolName"),
-        modality=_text(header, "Modality"),
+        uid=text_of(header, "SeriesInstanceUID"),
+        study=text_of(header, "StudyInstanceUID"),
+        description=text_of(header, "SeriesDescription"),
+        protocol=text_of(header, "ProtocolName"),
+        modality=text_of(header, "Modality"),
         files=tuple(sorted(path for path, _ in members)),
-        agent=_text(header, "ContrastBolusAgent") if "ContrastBolusAgent" in header else None,
-        echo_time=_number(header, "EchoTime"),
-        inversion_time=_number(header, "InversionTime"),
-        gradient_echo="GR" in _text(header, "ScanningSequence").split(),
+        agent=text_of(header, "ContrastBolusAgent") if "ContrastBolusAgent" in header else None,
+        echo_time=number_of(header, "EchoTime"),
+        inversion_time=number_of(header, "InversionTime"),
+        gradient_echo="GR" in text_of(header, "ScanningSequence").split(),
     )
 
 
@@ -298,33 +257,9 @@ def _why_not(kind: str, series: Series, header: Any) -> str | None:
         return f"{series.slices} files of {name} (modality {series.modality or 'not given'}), no MR images"
     if not series.uid or not series.study:
         return f"{series.slices} files without SeriesInstanceUID or StudyInstanceUID"
-    if series.slices < MIN_SLICES or "LOCALIZER" in _text(header, "ImageType").split():
+    if series.slices < MIN_SLICES or "LOCALIZER" in text_of(header, "ImageType").split():
         return f"{series.slices} slices, a localizer or less than the {MIN_SLICES} slices that a scan has"
     return None
-
-
-def _whole(path: Path) -> Any:
-    try:
-        one = optional("pydicom").dcmread(path)
-    except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise _cut_short(path, error) from error
-    if "PixelData" not in one:
-        raise _cut_short(path, "it holds no pixels")
-    return one
-
-
-def _check_pixels(one: Any) -> None:
-    try:
-        one.pixel_array  # noqa: B018 - decodes
-    except Exception as error:  # each decoder has its own errors
-        syntax = one.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed:
-            raise _cut_short(Path(one.filename), error) from error
-        reason = reason_of(error)
-        raise AnomriError(
-            f"{one.filename}: its pixels are compressed as {syntax.name} and cannot be decoded ({reason}). Decompress "
-            f"the series (gdcmconv --raw, or dcmdjpeg), or copy it again if the file is damaged."
-        ) from error
 
 
 def _check_steps(where: str, position: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]) -> None:
@@ -347,31 +282,3 @@ def _check_steps(where: str, position: NDArray[np.float64], normal: NDArray[np.f
     sideways = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1)
     if sideways.max() > STEP_TOLERANCE * usual:
         raise AnomriError(f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample it.")
-
-
-def reason_of(error: Exception) -> str:
-    """What an error of a DICOM library says, without the header values it quotes: they may be a patient's."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    # The quotes of an attribute error hold the name of the attribute.
-    return text if isinstance(error, AttributeError) else re.sub(r"(['\"]).*\1", "'...'", text)
-
-
-def _cut_short(path: Path, error: Exception | str) -> AnomriError:
-    reason = error if isinstance(error, str) else reason_of(error)
-    return AnomriError(f"{path}: cannot be read as DICOM, it is damaged or cut short ({reason}); copy it again.")
-
-
-def _text(header: Any, keyword: str) -> str:
-    try:
-        value = header.get(keyword)
-    except Exception:  # a value is parsed when asked for; one that cannot be says nothing
-        return ""
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    return " ".join(str(part) for part in value).strip() if many else str(value or "").strip()
-
-
-def _number(header: Any, keyword: str) -> float | None:
-    try:
-        return float(_text(header, keyword))
-    except ValueError:
-        return None

@@ -16,8 +16,9 @@ from nibabel import orientations
 from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 
-from anomri.dicom import optional, quiet, reason_of, stack
+from anomri.dicom import stack
 from anomri.dicom_channels import Series
+from anomri.dicom_files import optional, quiet, reason_of
 from anomri.files import whole_file
 from anomri.spec import AnomriError
 from anomri.volume import Geometry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -71,7 +71,8 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase]) -> Score:
     if base.median:
         small = _Planted.of(detector, healthy, SMALL)
         filters = [replace(best, median=median, smoothing_mm=smoothing) for median, smoothing in FILTERS]
-        both = {score: math.sqrt(large.found_by(score, spec) * small.found_by(score, spec)) for score in filters}
+        found |= {score: large.found_by(score, spec) for score in filters if score not in found}
+        both = {score: math.sqrt(found[score] * small.found_by(score, spec)) for score in filters}
         best = max(both, key=lambda score: both[score])
         names = {f"median {score.median}, smoothed {score.smoothing_mm:g} mm": value for score, value in both.items()}
         why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
@@ -91,6 +92,8 @@ class _Planted:
     stacks: list[SliceStack]
     truth: list[Tensor]
     outputs: list[Tensor]
+    raw: dict[tuple[str, tuple[str, ...]], list[Tensor]] = field(default_factory=dict)
+    """Scores before their filters, by kind and channels: filters are many, and do not change them."""
 
     @classmethod
     def of(cls, detector: Detector, healthy: Sequence[SliceStack], balls: Balls) -> _Planted:
@@ -102,8 +105,11 @@ class _Planted:
     def found_by(self, score: Score, spec: ModelSpec) -> float:
         """Average precision of a score over the foreground of all scans."""
         scores, labels = [], []
-        for stack, where, output in zip(self.stacks, self.truth, self.outputs, strict=True):
-            raw = score_of(stack.x, output, spec.channels, score)
+        key = score.kind, score.channels
+        if key not in self.raw:
+            pairs = zip(self.stacks, self.outputs, strict=True)
+            self.raw[key] = [score_of(stack.x, output, spec.channels, score) for stack, output in pairs]
+        for stack, where, raw in zip(self.stacks, self.truth, self.raw[key], strict=True):
             inside = stack.foreground.numpy()
             scores.append(anomaly_score(raw, stack.foreground, score, stack.spacing_mm)[inside])
             labels.append(where.numpy()[inside])

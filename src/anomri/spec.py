@@ -96,6 +96,9 @@ class Score:
     """Components of the mask up to this many voxels of the working grid are dropped."""
 
 
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
 @dataclass(frozen=True)
 class Training:
     """The optimiser and its schedule; the defaults are the published ones."""
@@ -110,7 +113,7 @@ class Training:
     """Steps over which the learning rate rises to its schedule."""
     amsgrad: bool = True
     gradient_clip: float = 0.5
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     """``auto``: bfloat16 where the processor has it; a finished model says which one it was."""
     average: float = 0.0
     """Share of the weights' moving average that a step keeps; 0: the weights themselves are taken."""

@@ -6,7 +6,6 @@ as a scanner does. Coordinates are those of the template, in mm, x to the right,
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from anomri.cases import Case, write_splits
-from anomri.files import output_folder, whole_file, write_text
+from anomri.files import output_folder, write_text
+from anomri.nifti import write_image_file
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -343,7 +343,5 @@ def _write_case(folder: Path, seed: int, spacing_mm: float, planned: tuple[str, 
         nifti = nib.Nifti1Image(data, affine)
         nifti.header.set_xyzt_units("mm")
         nifti.header["descrip"] = b"synthetic, not a patient"
-        packed = gzip.compress(nifti.to_bytes(), compresslevel=1, mtime=0)  # no time: equal images are equal files
-        with whole_file(place / f"{name}_{ending}.nii.gz") as unfinished:
-            unfinished.write_bytes(packed)
+        write_image_file(place / f"{name}_{ending}.nii.gz", nifti)
     return name

@@ -101,14 +101,15 @@ def train(
         settings={**chosen.settings, **(settings or {})},
         scaling=chosen.scaling,
         score=replace(chosen.score, **(score or {})),
-        training=schedule
-        and replace(schedule, precision=resolve_precision(schedule.precision, resolve_device(device).type)),
+        training=schedule,
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
     # What does not fit is told before a cohort is packed.
     spec.checked()
     methods.build(spec)
-    resolve_device(device)
+    kind = resolve_device(device).type
+    if schedule:
+        spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
     if data_licence:
         spec = replace(spec, data_licence=data_licence)

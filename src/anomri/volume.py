@@ -115,6 +115,15 @@ class Volume:
         """Pixel size of an axial slice in mm."""
         return self.geometry.spacing_mm[:2]
 
+    def completed(self, channels: Sequence[str], absent: Sequence[str]) -> Volume:
+        """The scan with a channel of zeros for each one that was not read, and a note of those ``absent`` from it."""
+        data = np.zeros((len(channels), *self.data.shape[1:]), dtype=np.float32)
+        for name, channel in zip(self.channels, self.data, strict=True):
+            data[list(channels).index(name)] = channel
+        missing = tuple(name for name in channels if name not in self.channels)
+        notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without."] if absent else []
+        return replace(self, channels=tuple(channels), data=data, missing=missing, notes=(*self.notes, *notes))
+
 
 def read_volume(
     case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True, resampled: bool = False
