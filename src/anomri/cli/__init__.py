@@ -22,18 +22,25 @@ def main(args: list[str] | None = None) -> int:
     0: all done, or stopped by a scheduler with all saved. 1: some case failed, the others are written. 2: the input or
     the command does not fit.
     """
-    stop = StopRequest()
+    try:
+        with stoppable() as stop:
+            # The answer too is given in there: a scheduler says it twice, and the second must not end the process.
+            return _run(args, stop)
+    except Interrupted as stopped:
+        return _stopped(stopped)
+
+
+def _run(args: list[str] | None, stop: StopRequest) -> int:
     try:
         # One of several processes speaks for all; the others only tell what went wrong with them alone.
         out.quiet = err.quiet = launched().rank > 0
-        with stoppable() as stop:
-            try:
-                return int(app(args=args, standalone_mode=False) or 0)
-            except Exception as error:
-                if stop.signal is None or isinstance(error, AnomriError):
-                    raise
-                # What fails because another process has stopped already.
-                raise Interrupted(f"stopped ({error}); the same command goes on.", stop.signal) from error
+        try:
+            return int(app(args=args, standalone_mode=False) or 0)
+        except Exception as error:
+            if stop.signal is None or isinstance(error, AnomriError):
+                raise
+            # What fails because another process has stopped already.
+            raise Interrupted(f"stopped ({error}); the same command goes on.", stop.signal) from error
     except AnomriError as error:
         err.quiet = err.quiet and getattr(error, "told", False)
         err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
@@ -43,9 +50,7 @@ def main(args: list[str] | None = None) -> int:
         err.print(f"error: {where}{error.strerror or error}", style="red", highlight=False, markup=False)
         return 2
     except Interrupted as stopped:
-        err.print(str(stopped), highlight=False)
-        # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
-        return 130 if stopped.signal == signal.SIGINT else 0
+        return _stopped(stopped)
     except typer.Exit as leaving:
         return int(leaving.exit_code)
     except Exception as error:
@@ -57,3 +62,9 @@ def main(args: list[str] | None = None) -> int:
             err.print(f"stopped ({error}); the same command goes on.", highlight=False, markup=False)
             return 0
         raise
+
+
+def _stopped(stopped: Interrupted) -> int:
+    err.print(str(stopped), highlight=False)
+    # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
+    return 130 if stopped.signal == signal.SIGINT else 0
