@@ -75,9 +75,9 @@ class DAE(nn.Module):
         "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
-            replace(QUICK, steps=300, validate_every=100, validation_slices=64),
+            replace(QUICK, steps=250, validate_every=125, validation_slices=64),
             Scaling("standard"),
-            Score("auto", flips=True),
+            Score("auto"),
         ),
     }
 
