@@ -30,12 +30,11 @@ from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, ModelSpec
+from anomri.views import averaged_output
 from anomri.volume import Volume, write_image
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
-TEST_SEED = 2022
-"""Of the noise that a score's passes add: a scan gets the same map every time."""
 
 
 @dataclass(frozen=True)
@@ -309,19 +308,7 @@ class Detector:
 
     def output(self, stack: SliceStack) -> Tensor:
         """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
-        score, box, seen = self.spec.score, self._box(stack), [stack.x]
-        if score.passes:
-            if not hasattr(self.method, "with_noise"):
-                raise AnomriError(f"{self.spec.method} cannot reconstruct from noise; leave passes at 0.")
-            generator = torch.Generator().manual_seed(TEST_SEED)
-            seen = [self.method.with_noise(stack.x, stack.foreground, generator) for _ in range(score.passes)]
-        outputs = []
-        for x in seen:
-            outputs.append(self.inference(x, box))
-            if score.flips:
-                mirrored = box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
-                outputs.append(self.inference(x.flip(2), mirrored).flip(2))
-        output = torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
+        output = averaged_output(self.inference, stack, self.spec.score, self._box(stack))
         # Nothing is known of a channel that the scan does not have.
         output[:, [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]] = 0
         return output

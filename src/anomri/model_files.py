@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anomri import methods
 from anomri.files import output_folder, whole_file, write_text
+from anomri.positions import unpacked_maps
 from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
 
 MAX_DESCRIPTION = 2**20
@@ -83,10 +84,12 @@ def plain_file(path: Path, limit: int) -> Path:
 
 
 def _modest(spec: ModelSpec) -> None:
-    """Raise ``ValueError`` for sizes that no model has: some cost time or memory wherever they are used."""
+    """Raise ``ValueError`` for what no model has: sizes that cost time or memory wherever they are used, broken maps."""
     for side in spec.grid.size:
         if not 1 <= side <= MAX_SIDE:
             raise ValueError(f"its working grid is {spec.grid.size}")
+    if spec.score.healthy_maps:
+        unpacked_maps(spec.score.healthy_maps, len(spec.channels))
     for name, value in {**spec.settings, **vars(spec.score)}.items():
         _modest_value(name, value)
 

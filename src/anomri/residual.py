@@ -13,6 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
+from anomri.positions import spread_over, unpacked_maps
 from anomri.spec import AnomriError, Score
 
 SSIM_WINDOWS = (5, 9, 15)
@@ -24,8 +25,8 @@ RESIDUAL_FLOOR = 0.02
 class Evidence:
     """What a score looks at: scan and reconstruction (n, k, h, w) of the k channels it is of, and a network's marks.
 
-    ``marks`` is (n, h, w), or ``None`` if the network makes none; ``mean`` and ``spread`` (k, 1, 1) are the absolute
-    residual's in healthy tissue.
+    ``marks`` is (n, h, w), or ``None`` if the network makes none; ``mean`` and ``spread`` are the absolute residual's in
+    healthy tissue, (k, 1, 1) or for each pixel, (n, k, h, w).
     """
 
     x: Tensor
@@ -33,6 +34,8 @@ class Evidence:
     marks: Tensor | None = None
     mean: Tensor | None = None
     spread: Tensor | None = None
+    bright: bool = True
+    """Whether lesions are bright in one of these channels, as far as the score knows; else they may be dark."""
 
     @property
     def residual(self) -> Tensor:
@@ -62,6 +65,11 @@ def standardised(seen: Evidence) -> Tensor:
     return ((seen.residual.abs() - seen.mean) / seen.spread).clamp_min(0).mean(dim=1)
 
 
+def standardised_by_position(seen: Evidence) -> Tensor:
+    """The same with the mean and spread of healthy tissue in that part of the brain."""
+    return standardised(seen)
+
+
 def ssim(seen: Evidence) -> Tensor:
     """1 - structural similarity (Wang et al. 2004), mean of three windows and the channels (Behrendt et al. 2024)."""
     windows = [1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS]
@@ -76,12 +84,16 @@ def mark(seen: Evidence) -> Tensor:
 
 
 def mark_positive(seen: Evidence) -> Tensor:
-    """Square root of the marks x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on."""
-    return mark(seen).sqrt() * (positive(seen) + RESIDUAL_FLOOR)
+    """Square root of the marks x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on.
+
+    Of a scan without any of the score's channels, say T1 alone, the residual counts either way.
+    """
+    return mark(seen).sqrt() * ((positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR)
 
 
 SCORES: dict[str, Callable[[Evidence], Tensor]] = {
-    function.__name__: function for function in (absolute, positive, negative, standardised, ssim, mark, mark_positive)
+    function.__name__: function
+    for function in (absolute, positive, negative, standardised, standardised_by_position, ssim, mark, mark_positive)
 }
 
 
@@ -101,13 +113,27 @@ def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -
         raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
     c = x.shape[1]
     present = [k for k in range(c) if x[:, k].any()] or list(range(c))
-    chosen = [k for k in present if channels[k] in score.channels] or present
-    stored = [
-        torch.tensor(values)[chosen, None, None] if values else None
-        for values in (score.healthy_mean, score.healthy_spread)
-    ]
+    asked = [k for k in present if channels[k] in score.channels]
+    chosen = asked or present
+    mean, spread = _healthy_residual(x, score)
+    if mean is not None and spread is not None:
+        mean, spread = mean[..., chosen, :, :], spread[..., chosen, :, :]
     marks = output[:, c] if output.shape[1] > c else None
-    return SCORES[score.kind](Evidence(x[:, chosen], output[:, chosen], marks, *stored))
+    return SCORES[score.kind](
+        Evidence(x[:, chosen], output[:, chosen], marks, mean, spread, bool(asked or not score.channels))
+    )
+
+
+def _healthy_residual(x: Tensor, score: Score) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and spread of the absolute residual in healthy tissue, (c, 1, 1) or (n, c, h, w), as far as they are known."""
+    if score.kind == "standardised_by_position" and score.healthy_maps:
+        inside = x.amax(1) > 0
+        mean, spread = (spread_over(cells, inside) for cells in unpacked_maps(score.healthy_maps, x.shape[1]))
+        return mean, spread.clamp_min(1e-4)
+    if score.healthy_mean and score.healthy_spread:
+        mean, spread = (torch.tensor(values)[:, None, None] for values in (score.healthy_mean, score.healthy_spread))
+        return mean, spread
+    return None, None
 
 
 def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ brightness each and without texture, so that a network that knows its own blobs 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,12 +18,18 @@ from anomri.anomalies import log_between, typical_shifts
 from anomri.detector import Detector
 from anomri.metrics import precision_recall
 from anomri.packing import PackedCase, spread_healthy
+from anomri.positions import packed_maps, statistics_by_position
 from anomri.residual import anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 
 Balls = tuple[int, tuple[float, float]]
 MAX_CASES = 8
+MAX_TRAINING_CASES = 8
+"""Beside the held-out ones, to tell how residuals differ from one part of the brain to another."""
+WHOLE = ("absolute", "positive", "standardised", "standardised_by_position", "ssim")
+"""Scores that are tried for all channels together."""
+STANDARDISED = ("standardised", "standardised_by_position")
 SEED = 2022
 LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
 """How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
@@ -37,7 +43,7 @@ FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0))
 def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     """The scores that are tried for a model: the paper's, signed ones, and with marks those."""
     bright = tuple(name for name in BRIGHT if name in spec.channels)
-    scores = [replace(spec.score, kind=kind) for kind in ("absolute", "positive", "standardised", "ssim")]
+    scores = [replace(spec.score, kind=kind) for kind in WHOLE]
     scores += [replace(spec.score, kind="positive", channels=(name,)) for name in bright]
     if len(bright) > 1:
         scores.append(replace(spec.score, kind="positive", channels=bright))
@@ -46,18 +52,21 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
 
-def choose_score(detector: Detector, held_out: Sequence[PackedCase]) -> Score:
+def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: Sequence[PackedCase] = ()) -> Score:
     """The score of a model: its own unless its kind is ``auto``, else the best of `candidates` on healthy slices.
 
-    Its ``chosen_by`` says how each did. The healthy residual's mean and spread are filled in where they are needed.
+    Its ``chosen_by`` says how each did. The healthy residual's mean and spread are filled in where they are needed;
+    how they differ over the brain is seen on ``training`` cases too, since held-out ones are few.
     """
     spec = detector.spec
-    if spec.score.kind not in ("auto", "standardised"):
+    if spec.score.kind not in ("auto", *STANDARDISED):
         return spec.score
     healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_CASES)]
     mean, spread = _residual_statistics(detector, healthy)
-    base = replace(spec.score, healthy_mean=mean, healthy_spread=spread)
-    if spec.score.kind == "standardised":
+    seen = [*spread_healthy(held_out, MAX_CASES), *spread_healthy(training, MAX_TRAINING_CASES)]
+    maps = "" if spec.score.kind == "standardised" else _maps_by_position(detector, seen, mean)
+    base = replace(spec.score, healthy_mean=mean, healthy_spread=spread, healthy_maps=maps)
+    if spec.score.kind in STANDARDISED:
         return base
     large = _Planted.of(detector, healthy, LARGE)
     marks = large.outputs[0].shape[1] > len(spec.channels)
@@ -78,6 +87,8 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase]) -> Score:
         why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
     if best.kind != "standardised":
         best = replace(best, healthy_mean=(), healthy_spread=())
+    if best.kind != "standardised_by_position":
+        best = replace(best, healthy_maps="")
     return replace(best, chosen_by=why)
 
 
@@ -148,3 +159,20 @@ def _residual_statistics(
         residuals.append(residual[stack.foreground])
     pooled = torch.cat(residuals).double()
     return tuple(pooled.mean(0).tolist()), tuple(pooled.std(0).clamp_min(1e-6).tolist())
+
+
+def _maps_by_position(detector: Detector, cases: Sequence[PackedCase], mean: Sequence[float]) -> str:
+    """`positions.statistics_by_position` of the absolute residual, its level that of the held-out scans, ``mean``."""
+    c = len(detector.spec.channels)
+
+    def residuals() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for case in cases:
+            stack = case.stack(detector.spec.scaling)
+            counted = torch.zeros(len(stack.x), dtype=torch.bool)
+            counted[list(case.healthy)] = True
+            yield (stack.x - detector.output(stack)[:, :c]).abs(), stack.foreground, counted
+
+    by_cell, spread = statistics_by_position(residuals())
+    # Residuals of slices that were trained on are smaller.
+    level = (torch.tensor(mean) / by_cell.mean((1, 2, 3)).clamp_min(1e-6))[:, None, None, None]
+    return packed_maps(by_cell * level, spread * level)

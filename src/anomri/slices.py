@@ -170,6 +170,13 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def rescale(x: Tensor, scale: float, multiple: int) -> Tensor:
+    """(n, c, h, w) on a grid coarser by ``scale``, antialiased, its sides rounded to a ``multiple`` of pixels."""
+    h, w = (max(round(side * scale / multiple), 1) * multiple for side in x.shape[2:])
+    with torch.autocast(x.device.type, enabled=False):  # it would ask for a bfloat16 filter that does not exist
+        return functional.interpolate(x.float(), size=(h, w), mode="bilinear", align_corners=False, antialias=True)
+
+
 def to_slices(data: NDArray[np.float32], window: Window, grid: Grid, index: range) -> Tensor:
     """Axial slices ``index`` of (c, x, y, z) on the working grid: (n, c, *grid.size) float32."""
     # As they lie in memory, z last: torch resizes "channels last" without turning them first.

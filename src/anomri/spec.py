@@ -79,10 +79,14 @@ class Score:
     """Mean residual of healthy tissue in each of the model's channels, for ``standardised``."""
     healthy_spread: tuple[float, ...] = ()
     """Its standard deviation."""
+    healthy_maps: str = ""
+    """Both for parts of the brain (`positions.packed_maps`), for ``standardised_by_position``."""
     flips: bool = False
     """Average over the scan and its mirror image."""
     passes: int = 0
     """Average over so many reconstructions of the scan with noise added; 0: one of the scan as it is."""
+    scales: tuple[float, ...] = (1.0,)
+    """Average over the working grid and grids coarser by these factors; 1: the working grid itself."""
     erosion: int = 5
     erosion_level: float = 0.95
     median: int = 5

@@ -66,6 +66,7 @@ def train(
     settings: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     score: dict[str, Any] | None = None,
+    grid: int | None = None,
     splits: str | Path | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
@@ -78,7 +79,8 @@ def train(
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
     on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in half an hour). ``settings`` (of
-    the method), ``training`` (fields of `spec.Training`) and ``score`` (of `spec.Score`) replace single values of it.
+    the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of
+    the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
     ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
     holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
@@ -99,6 +101,7 @@ def train(
         channels=tuple(channels or channels_of(cases)),
         method=method,
         settings={**chosen.settings, **(settings or {})},
+        grid=replace(chosen.grid, size=(grid, grid)) if grid else chosen.grid,
         scaling=chosen.scaling,
         score=replace(chosen.score, **(score or {})),
         training=schedule,
@@ -148,7 +151,7 @@ def _train(
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
         network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
-    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"])))
+    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))
     detector.spec = spec
     thresholds = team.once(
         lambda: healthy_thresholds(
@@ -169,7 +172,7 @@ def _finished(folder: Path, spec: ModelSpec, resume: bool) -> bool:
     """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
     if (folder / "model.json").exists():
         there = ModelSpec.read(folder / "model.json")
-        asked = [(one.method, one.channels, one.settings, one.training, one.scaling) for one in (there, spec)]
+        asked = [(one.method, one.channels, one.settings, one.training, one.scaling, one.grid) for one in (there, spec)]
         if resume and asked[0] == asked[1]:
             # The last moment at which a training may have been killed.
             (folder / TrainingState.NAME).unlink(missing_ok=True)
@@ -344,6 +347,7 @@ def _task(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
         "method": spec.method,
         "channels": list(spec.channels),
         "settings": spec.settings,
+        "scaling and grid": [asdict(spec.scaling), asdict(spec.grid)],
         "training": {name: value for name, value in schedule.items() if name not in MAY_CHANGE},
         "training cases": [case.fingerprint for case in packed["train"]],
         "validation cases": [case.fingerprint for case in packed["val"]],

@@ -35,6 +35,7 @@ def train(
     ] = None,
     noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
     noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
+    grid: Annotated[Optional[int], typer.Option(min=16, help="Pixels of a side of the working grid, as 192.")] = None,
     score: Annotated[
         Optional[str], typer.Option(help="How residuals become a map: own, auto, absolute, positive, ssim, mark, ...")
     ] = None,
@@ -79,6 +80,7 @@ def train(
             settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},
             score={name: value for name, value in {"kind": score, "passes": passes}.items() if value is not None},
+            grid=grid,
             splits=splits,
             cache=cache,
             resume=resume,

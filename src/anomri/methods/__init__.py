@@ -12,20 +12,21 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
-from anomri.spec import AnomriError, ModelSpec, Scaling, Score, Training
+from anomri.spec import AnomriError, Grid, ModelSpec, Scaling, Score, Training
 
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named choice of a method's settings, its training (``None``: nothing to train), scaling and score."""
+    """A named choice of a method's settings, its training (``None``: nothing to train), scaling, score and grid."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     training: Training | None = None
     scaling: Scaling = field(default_factory=Scaling)
     score: Score = field(default_factory=Score)
     """The kind ``auto``: chosen on held-out healthy slices when the training ends."""
+    grid: Grid = field(default_factory=Grid)
     weights_of: str | None = None
     """A method whose weights, from its preset of the same name, serve this one too: a comparison trains once."""
 

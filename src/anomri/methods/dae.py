@@ -16,7 +16,7 @@ from anomri.methods import LAPTOP, Box, Preset
 from anomri.networks import UNet
 from anomri.noise import Noise, add_on_foreground
 from anomri.residual import mean_absolute_residual
-from anomri.slices import cut_box, paste_box
+from anomri.slices import cut_box, paste_box, rescale
 from anomri.spec import AnomriError, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
@@ -60,6 +60,7 @@ class DAE(nn.Module):
     * ``anomalies``: blobs of healthy slices are changed as well (`anomalies.plant_anomalies`), and the network learns
       to give back what was there. ``mark``: one more map says where they are, for the scores ``mark...``.
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
+    * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
       then takes scans that have any of its channels.
     """
@@ -94,6 +95,7 @@ class DAE(nn.Module):
         mark: bool = False,
         augmentation: Mapping[str, Any] | None = None,
         channel_dropout: float = 0.0,
+        scales: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         if mark and not anomalies:
@@ -107,6 +109,7 @@ class DAE(nn.Module):
         self.anomalies = anomalies
         self.augmentation = Augmentation(**(augmentation or {}))
         self.channel_dropout = channel_dropout
+        self.scales = tuple(scales)
 
     @property
     def takes_subsets(self) -> bool:
@@ -115,14 +118,14 @@ class DAE(nn.Module):
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Squared error on the foreground, then the mean over all pixels; and the loss of the marks, if there are any."""
-        x, foreground = cut_box(x, box), cut_box(foreground, box)
+        x, foreground = self._at_some_scale(cut_box(x, box), cut_box(foreground, box), generator)
         if self.training:
             x, foreground = augment(x, foreground, self.augmentation, generator)
+        kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, self.channels, generator)
+            changed, where = plant_anomalies(x, foreground, self.channels, generator, kept)
         seen = self.with_noise(changed, foreground, generator)
-        kept = self._kept(x, generator)
         output = self.network(seen * kept).float()
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
@@ -134,15 +137,23 @@ class DAE(nn.Module):
         """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
         return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
 
+    def _at_some_scale(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        scale = self.scales[0]
+        if len(self.scales) > 1:
+            scale = self.scales[int(torch.randint(len(self.scales), (1,), generator=generator, device=x.device))]
+        if scale == 1:
+            return x, foreground
+        x, inside = (rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float()))
+        return x, inside[:, 0] > 0.5
+
     def _kept(self, x: Tensor, generator: Generator) -> Tensor:
-        """Which channels a slice keeps, (n, c, 1, 1): at least one."""
+        """Which channels a slice keeps, (n, c, 1, 1): all, or any number from one to all but one, each as likely."""
         n, c = x.shape[:2]
         if not (self.training and self.channel_dropout):
             return torch.ones((n, c, 1, 1), device=x.device)
-        kept = uniform((n, c), generator) < 0.5
-        kept = (
-            kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
-        )
+        size = 1 + (uniform((n, 1), generator) * (c - 1)).floor()
+        kept = uniform((n, c), generator).argsort(1).argsort(1) < size
+        kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
         return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:

@@ -1,0 +1,65 @@
+"""Where in a brain a pixel lies, roughly: its place in the box around the brain, so that no common space is needed.
+
+In a cohort that is in one space a cell holds the same tissue in every scan; in another, nearly the same.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from anomri.slices import brain_box, cut_box
+
+CELLS = 8
+"""Cells along each axis of the brain's box, about 2 cm: finer than this, twenty patients do not tell tissue from chance."""
+LEAST = 50
+"""Pixels that a cell needs for a mean and a spread of its own; one with fewer takes the channel's."""
+
+
+def statistics_by_position(residuals: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and spread of residuals in each cell, (c, 8, 8, 8) twice, smoothed over neighbouring cells.
+
+    Each scan gives its residual (n, c, h, w), its foreground (n, h, w) bool, and which slices count (n,) bool.
+    """
+    sums = torch.zeros(())
+    for residual, foreground, counted in residuals:
+        inside = (foreground & counted[:, None, None])[:, None].double()
+        parts = torch.cat([inside, residual * inside, residual.square() * inside], 1)
+        box = cut_box(parts, brain_box(foreground, 1)).movedim(0, 1)
+        # A mean over cells, times their size: cells of a scan with few slices count for as many pixels as they have.
+        sums = sums + functional.adaptive_avg_pool3d(box, CELLS) * (box[0].numel() / CELLS**3)
+    everywhere = sums.sum((1, 2, 3), keepdim=True)
+    smooth = ndimage.gaussian_filter(sums.numpy(), (0, 0.7, 0.7, 0.7), mode="nearest")
+    total = torch.where(torch.from_numpy(smooth)[:1] >= LEAST, torch.from_numpy(smooth), everywhere)
+    count, (first, second) = total[:1].clamp_min(1), total[1:].chunk(2)
+    mean = first / count
+    return mean.float(), (second / count - mean.square()).clamp_min(1e-12).sqrt().float()
+
+
+def spread_over(cells: Tensor, foreground: Tensor) -> Tensor:
+    """Values of cells (k, 8, 8, 8), interpolated for every pixel of a foreground (n, h, w) bool: (n, k, h, w).
+
+    Outside the brain's box they are those of its edge.
+    """
+    n, h, w = foreground.shape
+    top, bottom, left, right = brain_box(foreground, 1)
+    inside = functional.interpolate(cells[None], (n, bottom - top, right - left), mode="trilinear")[0].movedim(1, 0)
+    return functional.pad(inside, (left, w - right, top, h - bottom), mode="replicate")
+
+
+def packed_maps(mean: Tensor, spread: Tensor) -> str:
+    """Both as text: float16, (2, c, 8, 8, 8), base64."""
+    return base64.b64encode(torch.stack([mean, spread]).numpy().astype("<f2").tobytes()).decode("ascii")
+
+
+def unpacked_maps(text: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread, (channels, 8, 8, 8) float32; raises ``ValueError`` if the text holds anything else."""
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float32)
+    mean, spread = torch.from_numpy(values.reshape(2, channels, CELLS, CELLS, CELLS))
+    return mean, spread

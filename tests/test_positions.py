@@ -1,0 +1,75 @@
+"""Statistics by place in the brain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anomri.positions import CELLS, packed_maps, spread_over, statistics_by_position, unpacked_maps
+from anomri.residual import score_of
+from anomri.spec import Score
+
+
+def brain(n: int = 24, size: int = 40, first: int = 4) -> torch.Tensor:
+    inside = torch.zeros(n, size, size, dtype=torch.bool)
+    inside[:, first : first + 32, first : first + 32] = True
+    return inside
+
+
+def test_a_cell_has_the_mean_and_spread_of_its_own_tissue() -> None:
+    """The left half of the brain leaves residuals of 0.1 +- 0.02, the right half of 0.4 +- 0.1."""
+    inside, generator = brain(), torch.Generator().manual_seed(0)
+    noise = torch.randn(24, 1, 40, 40, generator=generator)
+    residual = torch.where(torch.arange(40)[:, None] < 20, 0.1 + 0.02 * noise, 0.4 + 0.1 * noise)
+    counted = torch.ones(24, dtype=torch.bool)
+    mean, spread = statistics_by_position([(residual, inside, counted)] * 2)
+    assert mean.shape == (1, CELLS, CELLS, CELLS)
+    torch.testing.assert_close(mean[0, :, 0], torch.full((CELLS, CELLS), 0.1), atol=0.01, rtol=0)
+    torch.testing.assert_close(mean[0, :, -1], torch.full((CELLS, CELLS), 0.4), atol=0.02, rtol=0)
+    assert spread[0, 4, 0, 4] == pytest.approx(0.02, rel=0.2)
+    assert spread[0, 4, -1, 4] == pytest.approx(0.1, rel=0.2)
+
+
+def test_slices_that_do_not_count_are_not_looked_at() -> None:
+    """A lesion in the upper half of a scan changes nothing, and cells without a healthy slice take the mean of all."""
+    inside = brain()
+    residual = torch.full((24, 2, 40, 40), 0.2)
+    residual[12:] = 9.0
+    mean, spread = statistics_by_position([(residual, inside, torch.arange(24) < 12)])
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.2))
+    assert float(spread.max()) < 1e-3
+
+
+def test_cells_follow_the_brain_wherever_it_lies() -> None:
+    """A brain in another place, of another size, in more slices, gets the same values at the same relative place."""
+    cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
+    here = spread_over(cells, brain(first=0))[:, 0]
+    there = spread_over(cells, brain(48, 40, 8))[:, 0]
+    torch.testing.assert_close(here[0, 0:32], there[0, 8:40])
+    assert float(there[0, 0, 0]) == 0.0  # what lies outside takes the edge's
+    assert float(there[0, -1, 0]) == 1.0
+
+
+def test_maps_survive_their_text() -> None:
+    """Base64 of float16: exact to three digits; anything else is refused."""
+    mean, spread = torch.rand(2, 3, CELLS, CELLS, CELLS)
+    text = packed_maps(mean, spread)
+    for there, here in zip(unpacked_maps(text, 3), (mean, spread), strict=True):
+        torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)
+    for wrong, channels in ((text, 4), ("!", 3), (text[:-8], 3)):
+        with pytest.raises(ValueError, match=r".+"):
+            unpacked_maps(wrong, channels)
+
+
+def test_the_score_measures_a_residual_by_what_is_usual_there() -> None:
+    """The same residual counts for less where healthy tissue leaves as much."""
+    x = torch.where(brain()[:, None], 1.0, 0.0).expand(-1, 2, -1, -1)
+    cells = torch.full((2, CELLS, CELLS, CELLS), 0.1)
+    usual = cells.clone()
+    usual[:, :, CELLS // 2 :] = 0.5
+    score = Score("standardised_by_position", healthy_maps=packed_maps(usual, cells))
+    found = score_of(x, x - 0.5, ("flair", "t1"), score)
+    assert float(found[12, 6, 20]) == pytest.approx(4.0, abs=0.02)
+    assert float(found[12, 34, 20]) == 0.0
+    alone = score_of(x * torch.tensor([1.0, 0.0])[:, None, None], x - 0.5, ("flair", "t1"), score)
+    assert float(alone[12, 6, 20]) == pytest.approx(4.0, abs=0.02)
