@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,60 @@ def test_the_average_of_the_weights_is_what_is_kept(cohort: Path, cache: Path, t
     mean = train(cohort, tmp_path / "mean", training={**training, "average": 0.9}, **common)  # type: ignore[arg-type]
     weights = [one.method.state_dict()["network.head.bias"] for one in (last, mean)]
     assert not torch.equal(*weights)
+
+
+@pytest.fixture(scope="module")
+def fine(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few steps on a finer working grid, which knows the published one too; by the command."""
+    folder = tmp_path_factory.mktemp("fine") / "model"
+    chosen = [
+        "--preset",
+        "accurate",
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--grid",
+        "192",
+        "--set",
+        "widths=[4,8,16,32]",
+    ]
+    assert main(["train", "-i", str(cohort), "-o", str(folder), "--set", "scales=[1,0.667]", *chosen]) == 0
+    return folder
+
+
+def test_a_finer_grid_is_fused_with_a_coarser_one(fine: Path, cohort: Path) -> None:
+    """The output is the mean of both looks; where the coarse one explains all, its residual is none at the fine one."""
+    detector = anomri.load(fine).with_score(flips=False)
+    assert detector.spec.grid.size == (192, 192)
+    detection = detector.detect(case_of(cohort, "case0"))
+    assert detection.scores.shape[1:] == (192, 192)
+    one, other, both = (
+        detector.with_score(scales=scales).output(detection.stack) for scales in ((1.0,), (0.667,), (1.0, 0.667))
+    )
+    assert torch.allclose(both, (one + other) / 2, atol=1e-5) and not torch.allclose(one, other, atol=1e-3)
+    twin = copy(detector)
+    twin.inference = _Echo(detector.inference.method)  # type: ignore[assignment]
+    seen = twin.with_score(scales=(0.667,)).output(detection.stack)
+    inside = detection.stack.foreground[:, None]
+    assert torch.allclose(seen[:, :2] * inside, detection.stack.x * inside, atol=1e-5)
+
+
+class _Echo:
+    """Gives back what it is shown."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __call__(self, x: torch.Tensor, box: Any = None) -> torch.Tensor:
+        return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+
+
+def test_a_finer_grid_is_evaluated_on_the_published_one(fine: Path, cohort: Path, tmp_path: Path) -> None:
+    """As many pixels count as for a model of the published grid, and the label is the same."""
+    result = anomri.evaluate(cohort, tmp_path / "result", model=fine)
+    stacks = [
+        slice_volume(anomri.load(fine).read(case_of(cohort, one.case)), scaling=STANDARD) for one in result.patients
+    ]
+    slices = sum(len(stack.index) for stack in stacks)
+    assert result.protocol["voxels"].endswith(f"{slices * 128 * 128:,}")

@@ -10,9 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from anomri.cases import SUFFIXES, Case, find_cases
 from anomri.detection import CASE_ERRORS, LOGS, problem, read_ahead
-from anomri.detector import Detector
+from anomri.detector import Detection, Detector
 from anomri.distribution import Processes, processes
 from anomri.files import output_folder, sole_use, write_text
 from anomri.pooling import Evaluation, Pool, Scored, spool
@@ -20,7 +24,7 @@ from anomri.previews import save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
 from anomri.residual import describe
-from anomri.slices import pixels_per_voxel
+from anomri.slices import label_slices, pixels_per_voxel, rescale
 from anomri.spec import AnomriError, Grid, Score
 from anomri.volume import read_label, read_map
 
@@ -28,7 +32,7 @@ SCORES = ".scores"
 EVALUATION = "evaluation"
 """In ``logs``, where the records of cases end in ``.json``."""
 GRIDS = {
-    "model": "every pixel of the slices with brain, on the model's working grid",
+    "model": "every pixel of the slices with brain, on the model's working grid (of a finer one: on 128 x 128)",
     "input": "every voxel of the scan's own grid",
 }
 
@@ -233,13 +237,23 @@ def _detected(detector: Detector, cases: Sequence[Case], grid: str, folder: Path
                 save_preview(detection, folder)
             dropped = float(detector.spec.score.max_dropped_voxels)
             if grid == "model":
-                assert detection.stack.label is not None
-                yield Scored(case.name, detection.scores, detection.stack.label.numpy(), dropped)
+                yield Scored(case.name, *_on_published_grid(detection), dropped)
             else:
                 dropped *= pixels_per_voxel(volume.geometry, detector.spec.grid)
                 yield Scored(case.name, detection.anomaly_map, volume.label, dropped)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
+
+
+def _on_published_grid(detection: Detection) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Scores and label (n, h, w) on the working grid, but on no finer one than the paper's: figures compare."""
+    stack, published, here = detection.stack, Grid().size, detection.spec.grid.size
+    assert stack.label is not None
+    assert detection.volume.label is not None
+    if min(here) <= max(published):
+        return detection.scores, stack.label.numpy()
+    scores = rescale(torch.from_numpy(detection.scores)[:, None], published[0] / here[0], 1)[:, 0]
+    return scores.numpy(), label_slices(detection.volume.label, stack.window, Grid(published), stack.index).numpy()
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:

@@ -6,8 +6,9 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,12 @@ from anomri.score_choice import choose_score
 from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.thresholds import healthy_thresholds, subset_thresholds
-from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits
+from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
 """The most that a training which is killed between two validations loses."""
-MAY_CHANGE = ("learning_rate", "precision")
-"""Settings that a training may be resumed with others of: the way out when its loss stops being a number."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _train(
         cohort=describe_cohort(packed, len(cases)),
         crop=common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
     )
-    state = TrainingState.load(folder, _task(spec, packed))
+    state = TrainingState.load(folder, task_of(spec, packed))
     team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
     if team.first:
         write_splits(folder / "splits.csv", cases)
@@ -171,9 +170,8 @@ def _train(
 def _finished(folder: Path, spec: ModelSpec, resume: bool) -> bool:
     """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
     if (folder / "model.json").exists():
-        there = ModelSpec.read(folder / "model.json")
-        asked = [(one.method, one.channels, one.settings, one.training, one.scaling, one.grid) for one in (there, spec)]
-        if resume and asked[0] == asked[1]:
+        same = ("method", "channels", "settings", "training", "scaling", "grid")
+        if resume and attrgetter(*same)(ModelSpec.read(folder / "model.json")) == attrgetter(*same)(spec):
             # The last moment at which a training may have been killed.
             (folder / TrainingState.NAME).unlink(missing_ok=True)
             return True
@@ -338,17 +336,3 @@ def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | N
         return replace(schedule, **changes)
     except TypeError as error:
         raise AnomriError(f"the training settings {changes} do not fit: {error}") from error
-
-
-def _task(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
-    """All that decides what a training does; resuming with anything else is another training."""
-    schedule = asdict(spec.training) if spec.training else {}
-    return {
-        "method": spec.method,
-        "channels": list(spec.channels),
-        "settings": spec.settings,
-        "scaling and grid": [asdict(spec.scaling), asdict(spec.grid)],
-        "training": {name: value for name, value in schedule.items() if name not in MAY_CHANGE},
-        "training cases": [case.fingerprint for case in packed["train"]],
-        "validation cases": [case.fingerprint for case in packed["val"]],
-    }

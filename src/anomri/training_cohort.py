@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from anomri.spec import AnomriError, Cohort, ModelSpec
 
 Packed = dict[str, list[PackedCase]]
 """By side, ``train`` and ``val``."""
+MAY_CHANGE = ("learning_rate", "precision")
+"""Settings that a training may be resumed with others of: the way out when its loss stops being a number."""
 
 
 def pack_splits(
@@ -65,3 +68,17 @@ def common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
     """The part of the grid that holds every brain, as the network needs its sides."""
     boxes = [case.box for side in packed.values() for case in side]
     return functools.reduce(lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes)
+
+
+def task_of(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
+    """All that decides what a training does; resuming with anything else is another training."""
+    schedule = asdict(spec.training) if spec.training else {}
+    return {
+        "method": spec.method,
+        "channels": list(spec.channels),
+        "settings": spec.settings,
+        "scaling and grid": [asdict(spec.scaling), asdict(spec.grid)],
+        "training": {name: value for name, value in schedule.items() if name not in MAY_CHANGE},
+        "training cases": [case.fingerprint for case in packed["train"]],
+        "validation cases": [case.fingerprint for case in packed["val"]],
+    }
