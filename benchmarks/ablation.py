@@ -77,7 +77,7 @@ class Trial:
         with tempfile.TemporaryDirectory() as place:
             pool = Pool(Path(place))
             for case, (stack, output) in zip(self.cases, self._outputs[key], strict=True):
-                raw = score_of(stack.x, output, detector.spec.channels, score)
+                raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                 scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
                 assert stack.label is not None
                 pool.add(Scored(case.name, scores, stack.label.numpy(), float(score.max_dropped_voxels)))

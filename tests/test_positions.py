@@ -7,6 +7,7 @@ import torch
 
 from anomri.positions import CELLS, packed_maps, spread_over, statistics_by_position, unpacked_maps
 from anomri.residual import score_of
+from anomri.slices import Position, SliceStack, Window
 from anomri.spec import Score
 
 
@@ -43,11 +44,23 @@ def test_slices_that_do_not_count_are_not_looked_at() -> None:
 def test_cells_follow_the_brain_wherever_it_lies() -> None:
     """A brain in another place, of another size, in more slices, gets the same values at the same relative place."""
     cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
-    here = spread_over(cells, brain(first=0))[:, 0]
-    there = spread_over(cells, brain(48, 40, 8))[:, 0]
+    here = spread_over(cells, Position.of(brain(first=0)), (40, 40))[:, 0]
+    there = spread_over(cells, Position.of(brain(48, 40, 8)), (40, 40))[:, 0]
     torch.testing.assert_close(here[0, 0:32], there[0, 8:40])
     assert float(there[0, 0, 0]) == 0.0  # what lies outside takes the edge's
     assert float(there[0, -1, 0]) == 1.0
+
+
+def test_some_slices_of_a_brain_stay_in_their_place() -> None:
+    """Slices taken out of a stack have the values that they had among the others."""
+    inside = brain()
+    inside[12:, 4:20] = False  # the upper half of this brain is narrower
+    window = Window(0, 0, 40, 40)
+    stack = SliceStack(inside[:, None].float(), inside, range(24), (), None, window)
+    part = stack.take([20, 3]).take([0])
+    cells = torch.rand(2, CELLS, CELLS, CELLS)
+    among = spread_over(cells, stack.position, (40, 40))[[20]]
+    torch.testing.assert_close(spread_over(cells, part.position, (40, 40)), among)
 
 
 def test_maps_survive_their_text() -> None:

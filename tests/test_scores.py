@@ -16,6 +16,7 @@ import anomri
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.detector import Detector
+from anomri.positions import CELLS, packed_maps
 from anomri.residual import SCORES, anomaly_score, score_of, structural_similarity
 from anomri.score_choice import choose_score, plant_balls
 from anomri.slices import intensity_scale, slice_volume
@@ -56,6 +57,13 @@ def test_each_score_is_its_formula() -> None:
     assert at("standardised", healthy_mean=(0.1, 0.1), healthy_spread=(0.1, 0.4)) == pytest.approx((3 + 0.5) / 2)
     assert at("mark") == pytest.approx(0.25)
     assert at("mark_positive") == pytest.approx(0.5 * 0.22)
+    maps = packed_maps(torch.full((2, CELLS, CELLS, CELLS), 0.1), torch.full((2, CELLS, CELLS, CELLS), 0.2))
+    assert at("standardised_by_position", healthy_maps=maps) == pytest.approx((1.5 + 1) / 2, abs=2e-3)
+    assert at("positive_by_position", healthy_maps=maps) == pytest.approx(0.75, abs=2e-3)
+    assert at("mark_by_position", healthy_maps=maps) == pytest.approx(0.25**0.25 * 0.95, abs=2e-3)
+    # No channel of this scan is one of the score's: dark counts as much as bright.
+    assert at("positive_by_position", channels=("t2",), healthy_maps=maps) == pytest.approx(1.25, abs=2e-3)
+    assert at("mark_positive", channels=("t2",)) == pytest.approx(0.5 * 0.37)
     assert at("ssim") > 0.1 > float(score_of(x, x, CHANNELS, Score("ssim")).abs().max())
     with pytest.raises(AnomriError, match="no score 'best'"):
         at("best")
@@ -69,10 +77,11 @@ def test_each_score_is_its_formula() -> None:
 def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, output = torch.rand((2, 2, 16, 16), generator=generator), torch.rand((2, 3, 16, 16), generator=generator)
-    score = Score(kind, healthy_mean=(0.1, 0.2), healthy_spread=(0.1, 0.2))
+    mean, spread = torch.rand((2, 2, CELLS, CELLS, CELLS), generator=generator)
+    score = Score(kind, healthy_mean=(0.1, 0.2), healthy_spread=(0.1, 0.2), healthy_maps=packed_maps(mean, spread))
     x[:, 1] = 0
     with_both = score_of(x, output, CHANNELS, score)
-    alone = replace(score, healthy_mean=(0.1,), healthy_spread=(0.1,))
+    alone = replace(score, healthy_mean=(0.1,), healthy_spread=(0.1,), healthy_maps=packed_maps(mean[:1], spread[:1]))
     assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
 
 

@@ -302,7 +302,7 @@ class Detector:
             with torch.no_grad():
                 raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
         else:
-            raw = score_of(stack.x, output, self.spec.channels, self.spec.score)
+            raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
         # Outside the brain a method is free to make up anything; nobody should see it.
         return raw, output[:, :c] * stack.foreground[:, None]
 

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from anomri.slices import brain_box, cut_box
+from anomri.slices import Position, cut_box
 
 CELLS = 8
 """Cells along each axis of the brain's box, about 2 cm: finer than this, twenty patients do not tell tissue from chance."""
@@ -31,7 +31,7 @@ def statistics_by_position(residuals: Iterable[tuple[Tensor, Tensor, Tensor]]) -
     for residual, foreground, counted in residuals:
         inside = (foreground & counted[:, None, None])[:, None].double()
         parts = torch.cat([inside, residual * inside, residual.square() * inside], 1)
-        box = cut_box(parts, brain_box(foreground, 1)).movedim(0, 1)
+        box = cut_box(parts, Position.of(foreground).box).movedim(0, 1)
         # A mean over cells, times their size: cells of a scan with few slices count for as many pixels as they have.
         sums = sums + functional.adaptive_avg_pool3d(box, CELLS) * (box[0].numel() / CELLS**3)
     everywhere = sums.sum((1, 2, 3), keepdim=True)
@@ -42,15 +42,21 @@ def statistics_by_position(residuals: Iterable[tuple[Tensor, Tensor, Tensor]]) -
     return mean.float(), (second / count - mean.square()).clamp_min(1e-12).sqrt().float()
 
 
-def spread_over(cells: Tensor, foreground: Tensor) -> Tensor:
-    """Values of cells (k, 8, 8, 8), interpolated for every pixel of a foreground (n, h, w) bool: (n, k, h, w).
+def spread_over(cells: Tensor, position: Position, size: tuple[int, int]) -> Tensor:
+    """Values of cells (k, 8, 8, 8), interpolated for every pixel of slices (n, h, w) in their place: (n, k, h, w).
 
     Outside the brain's box they are those of its edge.
     """
-    n, h, w = foreground.shape
-    top, bottom, left, right = brain_box(foreground, 1)
-    inside = functional.interpolate(cells[None], (n, bottom - top, right - left), mode="trilinear")[0].movedim(1, 0)
-    return functional.pad(inside, (left, w - right, top, h - bottom), mode="replicate")
+    top, bottom, left, right = position.box
+    # Places are given from -1 to 1, as torch counts them: x, y, z.
+    axes = [
+        2 * position.heights - 1,
+        (2 * torch.arange(size[0]) + 1 - 2 * top) / (bottom - top) - 1,
+        (2 * torch.arange(size[1]) + 1 - 2 * left) / (right - left) - 1,
+    ]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1)
+    found = functional.grid_sample(cells[None], places[None], padding_mode="border", align_corners=False)
+    return found[0].movedim(1, 0)
 
 
 def packed_maps(mean: Tensor, spread: Tensor) -> str:

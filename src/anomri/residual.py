@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.positions import spread_over, unpacked_maps
+from anomri.slices import Position
 from anomri.spec import AnomriError, Score
 
 SSIM_WINDOWS = (5, 9, 15)
 RESIDUAL_FLOOR = 0.02
 """What a mark is worth where nothing is brighter than reconstructed."""
+DEVIATION_FLOOR = 0.2
+"""The same in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,16 @@ def standardised_by_position(seen: Evidence) -> Tensor:
     return standardised(seen)
 
 
+def positive_by_position(seen: Evidence) -> Tensor:
+    """How much brighter than reconstructed, in standard deviations above what healthy tissue in that part of the brain is.
+
+    Of a scan without any of the score's channels, say T1 alone, the residual counts either way.
+    """
+    if seen.mean is None or seen.spread is None or not seen.bright:
+        return standardised(seen)
+    return ((seen.residual - seen.mean) / seen.spread).clamp_min(0).mean(dim=1)
+
+
 def ssim(seen: Evidence) -> Tensor:
     """1 - structural similarity (Wang et al. 2004), mean of three windows and the channels (Behrendt et al. 2024)."""
     windows = [1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS]
@@ -91,9 +104,17 @@ def mark_positive(seen: Evidence) -> Tensor:
     return mark(seen).sqrt() * ((positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR)
 
 
-SCORES: dict[str, Callable[[Evidence], Tensor]] = {
-    function.__name__: function
-    for function in (absolute, positive, negative, standardised, standardised_by_position, ssim, mark, mark_positive)
+def mark_by_position(seen: Evidence) -> Tensor:
+    """Fourth root of the marks x `positive_by_position` (+ `DEVIATION_FLOOR`): the residual, with a second witness."""
+    return mark(seen).pow(0.25) * (positive_by_position(seen) + DEVIATION_FLOOR)
+
+
+BY_POSITION: dict[str, Callable[[Evidence], Tensor]] = {
+    function.__name__: function for function in (standardised_by_position, positive_by_position, mark_by_position)
+}
+"""Scores that need `Score.healthy_maps`."""
+SCORES: dict[str, Callable[[Evidence], Tensor]] = BY_POSITION | {
+    function.__name__: function for function in (absolute, positive, negative, standardised, ssim, mark, mark_positive)
 }
 
 
@@ -103,11 +124,14 @@ def describe(score: Score) -> str:
     return words + (f", smoothed {score.smoothing_mm:g} mm" if score.smoothing_mm else "")
 
 
-def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -> Tensor:
+def score_of(
+    x: Tensor, output: Tensor, channels: Sequence[str], score: Score, position: Position | None = None
+) -> Tensor:
     """The score ``score.kind`` of slices (n, c, h, w) and what a method made of them, before erosion: (n, h, w).
 
     ``output`` (n, c + marks, h, w) is a reconstruction and, maybe, marks. A channel that is zero in all slices is one
-    that the scan does not have, and is left out. Raises `AnomriError` if there is no such score.
+    that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
+    of its. Raises `AnomriError` if there is no such score.
     """
     if score.kind not in SCORES:
         raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
@@ -115,7 +139,7 @@ def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -
     present = [k for k in range(c) if x[:, k].any()] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
-    mean, spread = _healthy_residual(x, score)
+    mean, spread = _healthy_residual(x, score, position)
     if mean is not None and spread is not None:
         mean, spread = mean[..., chosen, :, :], spread[..., chosen, :, :]
     marks = output[:, c] if output.shape[1] > c else None
@@ -124,13 +148,13 @@ def score_of(x: Tensor, output: Tensor, channels: Sequence[str], score: Score) -
     )
 
 
-def _healthy_residual(x: Tensor, score: Score) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _healthy_residual(x: Tensor, score: Score, position: Position | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Mean and spread of the absolute residual in healthy tissue, (c, 1, 1) or (n, c, h, w), as far as they are known."""
-    if score.kind == "standardised_by_position" and score.healthy_maps:
-        inside = x.amax(1) > 0
-        mean, spread = (spread_over(cells, inside) for cells in unpacked_maps(score.healthy_maps, x.shape[1]))
+    if score.kind in BY_POSITION and score.healthy_maps:
+        place, size = position or Position.of(x.amax(1) > 0), (x.shape[2], x.shape[3])
+        mean, spread = (spread_over(cells, place, size) for cells in unpacked_maps(score.healthy_maps, x.shape[1]))
         return mean, spread.clamp_min(1e-4)
-    if score.healthy_mean and score.healthy_spread:
+    if score.kind == "standardised" and score.healthy_mean and score.healthy_spread:
         mean, spread = (torch.tensor(values)[:, None, None] for values in (score.healthy_mean, score.healthy_spread))
         return mean, spread
     return None, None

@@ -19,7 +19,7 @@ from anomri.detector import Detector
 from anomri.metrics import precision_recall
 from anomri.packing import PackedCase, spread_healthy
 from anomri.positions import packed_maps, statistics_by_position
-from anomri.residual import anomaly_score, describe, score_of
+from anomri.residual import BY_POSITION, anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 
@@ -29,7 +29,8 @@ MAX_TRAINING_CASES = 8
 """Beside the held-out ones, to tell how residuals differ from one part of the brain to another."""
 WHOLE = ("absolute", "positive", "standardised", "standardised_by_position", "ssim")
 """Scores that are tried for all channels together."""
-STANDARDISED = ("standardised", "standardised_by_position")
+STANDARDISED = ("standardised", *BY_POSITION)
+"""Scores that need to know the residual of healthy tissue."""
 SEED = 2022
 LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
 """How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
@@ -47,8 +48,10 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     scores += [replace(spec.score, kind="positive", channels=(name,)) for name in bright]
     if len(bright) > 1:
         scores.append(replace(spec.score, kind="positive", channels=bright))
+    scores.append(replace(spec.score, kind="positive_by_position", channels=bright))
     if marks:
-        scores += [replace(spec.score, kind="mark"), replace(spec.score, kind="mark_positive", channels=bright)]
+        scores.append(replace(spec.score, kind="mark"))
+        scores += [replace(spec.score, kind=kind, channels=bright) for kind in ("mark_positive", "mark_by_position")]
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
 
@@ -87,7 +90,7 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
         why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
     if best.kind != "standardised":
         best = replace(best, healthy_mean=(), healthy_spread=())
-    if best.kind != "standardised_by_position":
+    if best.kind not in BY_POSITION:
         best = replace(best, healthy_maps="")
     return replace(best, chosen_by=why)
 
@@ -119,7 +122,7 @@ class _Planted:
         key = score.kind, score.channels
         if key not in self.raw:
             pairs = zip(self.stacks, self.outputs, strict=True)
-            self.raw[key] = [score_of(stack.x, output, spec.channels, score) for stack, output in pairs]
+            self.raw[key] = [score_of(stack.x, output, spec.channels, score, stack.position) for stack, output in pairs]
         for stack, where, raw in zip(self.stacks, self.truth, self.raw[key], strict=True):
             inside = stack.foreground.numpy()
             scores.append(anomaly_score(raw, stack.foreground, score, stack.spacing_mm)[inside])

@@ -67,13 +67,26 @@ class Affine(NamedTuple):
         return (scaled * self.scale + self.offset) * foreground
 
 
+class Position(NamedTuple):
+    """Where slices lie in a brain: the ``box`` around all of it, and each slice's height, from 0 (lowest) to 1 (n,)."""
+
+    box: tuple[int, int, int, int]
+    heights: Tensor
+
+    @classmethod
+    def of(cls, foreground: Tensor) -> Position:
+        """Of all slices of a brain, by their foreground (n, h, w) bool."""
+        return cls(brain_box(foreground, 1), (torch.arange(len(foreground)) + 0.5) / len(foreground))
+
+
 @dataclass(frozen=True)
 class SliceStack:
     """The axial slices of one scan on the working grid.
 
     ``x`` (n, c, h, w) float32, scaled; ``foreground`` (n, h, w) bool; ``index`` their place along z; ``scale``
     how each channel was scaled; ``label`` (n, h, w) bool, if the scan has one. ``window`` is what the grid
-    shows of the scan; ``spacing_mm`` that of slices, rows and columns.
+    shows of the scan; ``spacing_mm`` that of slices, rows and columns. ``part`` says where they lie in the brain, if
+    they are not all of it.
     """
 
     x: Tensor
@@ -83,11 +96,19 @@ class SliceStack:
     label: Tensor | None
     window: Window
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    part: Position | None = None
+
+    @property
+    def position(self) -> Position:
+        """Where the slices lie in the brain."""
+        return self.part or Position.of(self.foreground)
 
     def take(self, numbers: Sequence[int]) -> SliceStack:
         """These slices as if they lay next to each other, without label."""
         chosen = list(numbers)
-        return replace(self, x=self.x[chosen], foreground=self.foreground[chosen], index=range(len(chosen)), label=None)
+        part = self.position._replace(heights=self.position.heights[chosen])
+        x, foreground = self.x[chosen], self.foreground[chosen]
+        return replace(self, x=x, foreground=foreground, index=range(len(chosen)), label=None, part=part)
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
