@@ -19,28 +19,33 @@ from torch import Tensor
 import anomri
 from anomri.cases import find_cases
 from anomri.detector import Detector
+from anomri.evaluation import on_published_grid
 from anomri.methods.dae import DAE
 from anomri.pooling import Pool, Scored
 from anomri.residual import anomaly_score, describe, score_of
 from anomri.slices import SliceStack, slice_volume
 from anomri.spec import Scaling, Score
+from anomri.volume import Volume
 
 BRIGHT = ("flair", "t2")
 SCORES: dict[str, dict[str, Any]] = {
     "the paper's score": asdict(Score("absolute")),
-    "+ flips": asdict(Score("absolute", flips=True)),
-    "positive residual, all channels": asdict(Score("positive", flips=True)),
-    "positive residual, FLAIR and T2": asdict(Score("positive", BRIGHT, flips=True)),
-    "+ smoothed": asdict(Score("positive", BRIGHT, flips=True, smoothing_mm=1.7)),
-    "marks": asdict(Score("mark", flips=True)),
-    "marks, smoothed": asdict(Score("mark", flips=True, smoothing_mm=1.7)),
-    "marks x positive residual": asdict(Score("mark_positive", BRIGHT, flips=True)),
-    "+ smoothed, no flips": asdict(Score("mark_positive", BRIGHT, smoothing_mm=1.7)),
-    "without erosion": asdict(Score("mark_positive", BRIGHT, flips=True, smoothing_mm=1.7, erosion=0)),
-    "median in three dimensions": asdict(Score("mark_positive", BRIGHT, flips=True, median_slices=3)),
-    "4 passes with noise": asdict(Score("mark_positive", BRIGHT, flips=True, smoothing_mm=1.7, passes=4)),
-    "SSIM": asdict(Score("ssim", flips=True)),
+    "positive residual, all channels": asdict(Score("positive")),
+    "positive residual, FLAIR and T2": asdict(Score("positive", BRIGHT)),
+    "+ smoothed": asdict(Score("positive", BRIGHT, smoothing_mm=1.7)),
+    "SSIM": asdict(Score("ssim")),
+    "marks": asdict(Score("mark", median=3, smoothing_mm=1.7)),
+    "marks x positive residual": asdict(Score("mark_positive", BRIGHT, median=3, smoothing_mm=1.7)),
+    "standardised by position, all channels": {"kind": "standardised_by_position", "channels": ()},
+    "positive by position, FLAIR and T2": {"kind": "positive_by_position"},
+    "not smoothed": {"smoothing_mm": 0.0},
+    "median of 5 x 5": {"median": 5},
+    "median in three dimensions": {"median_slices": 3},
+    "without erosion": {"erosion": 0},
+    "with flips": {"flips": True},
+    "with 4 passes with noise": {"passes": 4},
 }
+"""What is changed of the score that the model chose."""
 PARTS = (("flair",), ("t2",), ("t1",), ("flair", "t1"), ("flair", "t1", "t2"))
 TRAININGS: dict[str, dict[str, Any]] = {
     "all choices": {},
@@ -53,6 +58,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "noise in blobs": {"settings": {"noise_in_blobs": True}},
     "no augmentation": {"settings": {"augmentation": {}}},
     "no channel dropout": {"settings": {"channel_dropout": 0.0}},
+    "a network of twice the width": {"settings": {"widths": [32, 64, 128, 256]}},
+    "a finer grid (192), fused with 128": {
+        "settings": {"scales": [1.0, 2 / 3]},
+        "grid": 192,
+        "score": {"scales": (1.0, 2 / 3)},
+    },
     "no averaged weights": {"training": {"average": 0.0}},
     "the paper's scaling": {"scaling": Scaling()},
 }
@@ -63,24 +74,25 @@ class Trial:
 
     def __init__(self, cohort: Path, split: str) -> None:
         self.cases = [case for case in find_cases(cohort) if case.split == split and case.label]
-        self._outputs: dict[Any, list[tuple[SliceStack, Tensor]]] = {}
+        self._outputs: dict[Any, list[tuple[Volume, SliceStack, Tensor]]] = {}
 
     def row(self, name: str, detector: Detector) -> None:
         """Print a row of the table."""
         score = detector.spec.score
-        key = (detector.method, detector.channels, score.flips, score.passes)
+        key = (detector.method, detector.channels, score.flips, score.passes, score.scales)
         if key not in self._outputs:
             self._outputs = {} if len(self._outputs) > 3 else self._outputs
-            volumes = (detector.read(case) for case in self.cases)
-            stacks = [slice_volume(volume, detector.spec.grid, detector.spec.scaling) for volume in volumes]
-            self._outputs[key] = [(stack, detector.output(stack)) for stack in stacks]
+            seen = self._outputs[key] = []
+            for volume in map(detector.read, self.cases):
+                stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
+                seen.append((volume, stack, detector.output(stack)))
         with tempfile.TemporaryDirectory() as place:
             pool = Pool(Path(place))
-            for case, (stack, output) in zip(self.cases, self._outputs[key], strict=True):
+            for case, (volume, stack, output) in zip(self.cases, self._outputs[key], strict=True):
                 raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                 scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
-                assert stack.label is not None
-                pool.add(Scored(case.name, scores, stack.label.numpy(), float(score.max_dropped_voxels)))
+                found = on_published_grid(scores, stack, volume, detector.spec.grid)
+                pool.add(Scored(case.name, *found, float(score.max_dropped_voxels)))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
         print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)
@@ -123,6 +135,8 @@ def main() -> None:
                 preset="ablation",
                 settings=change.get("settings"),
                 training={**steps, **change.get("training", {})},
+                score=change.get("score"),
+                grid=change.get("grid"),
                 resume=True,
             )
             trial.row(f"trained with {name}: {describe(model.spec.score)}", model)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anomri.cases import SUFFIXES, Case, find_cases
 from anomri.detection import CASE_ERRORS, LOGS, problem, read_ahead
-from anomri.detector import Detection, Detector
+from anomri.detector import Detector
 from anomri.distribution import Processes, processes
 from anomri.files import output_folder, sole_use, write_text
 from anomri.pooling import Evaluation, Pool, Scored, spool
@@ -24,9 +24,9 @@ from anomri.previews import save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
 from anomri.residual import describe
-from anomri.slices import label_slices, pixels_per_voxel, rescale
+from anomri.slices import SliceStack, label_slices, pixels_per_voxel, rescale
 from anomri.spec import AnomriError, Grid, Score
-from anomri.volume import read_label, read_map
+from anomri.volume import Volume, read_label, read_map
 
 SCORES = ".scores"
 EVALUATION = "evaluation"
@@ -237,7 +237,8 @@ def _detected(detector: Detector, cases: Sequence[Case], grid: str, folder: Path
                 save_preview(detection, folder)
             dropped = float(detector.spec.score.max_dropped_voxels)
             if grid == "model":
-                yield Scored(case.name, *_on_published_grid(detection), dropped)
+                found = on_published_grid(detection.scores, detection.stack, volume, detector.spec.grid)
+                yield Scored(case.name, *found, dropped)
             else:
                 dropped *= pixels_per_voxel(volume.geometry, detector.spec.grid)
                 yield Scored(case.name, detection.anomaly_map, volume.label, dropped)
@@ -245,15 +246,17 @@ def _detected(detector: Detector, cases: Sequence[Case], grid: str, folder: Path
             yield Scored(case.name, error=problem(case, error))
 
 
-def _on_published_grid(detection: Detection) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Scores and label (n, h, w) on the working grid, but on no finer one than the paper's: figures compare."""
-    stack, published, here = detection.stack, Grid().size, detection.spec.grid.size
+def on_published_grid(
+    scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare."""
+    published = Grid().size
     assert stack.label is not None
-    assert detection.volume.label is not None
-    if min(here) <= max(published):
-        return detection.scores, stack.label.numpy()
-    scores = rescale(torch.from_numpy(detection.scores)[:, None], published[0] / here[0], 1)[:, 0]
-    return scores.numpy(), label_slices(detection.volume.label, stack.window, Grid(published), stack.index).numpy()
+    assert volume.label is not None
+    if min(grid.size) <= max(published):
+        return scores, stack.label.numpy()
+    coarse = rescale(torch.from_numpy(scores)[:, None], published[0] / grid.size[0], 1)[:, 0]
+    return coarse.numpy(), label_slices(volume.label, stack.window, Grid(published), stack.index).numpy()
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:

@@ -29,7 +29,7 @@ ACCURATE = {
     "noise_share": 0.5,
     "anomalies": True,
     "mark": True,
-    "channel_dropout": 0.4,
+    "channel_dropout": 0.5,
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
 QUICK = replace(
@@ -73,7 +73,7 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=10_000), Scaling("standard"), Score("auto")),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
