@@ -139,23 +139,25 @@ def score_of(
     present = [k for k in range(c) if x[:, k].any()] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
-    mean, spread = _healthy_residual(x, score, position)
-    if mean is not None and spread is not None:
-        mean, spread = mean[..., chosen, :, :], spread[..., chosen, :, :]
+    mean, spread = _healthy_residual(x, score, position, chosen)
     marks = output[:, c] if output.shape[1] > c else None
     return SCORES[score.kind](
         Evidence(x[:, chosen], output[:, chosen], marks, mean, spread, bool(asked or not score.channels))
     )
 
 
-def _healthy_residual(x: Tensor, score: Score, position: Position | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Mean and spread of the absolute residual in healthy tissue, (c, 1, 1) or (n, c, h, w), as far as they are known."""
+def _healthy_residual(
+    x: Tensor, score: Score, position: Position | None, chosen: list[int]
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and spread of the ``chosen`` channels' absolute residual in healthy tissue, as far as the score knows them."""
     if score.kind in BY_POSITION and score.healthy_maps:
         place, size = position or Position.of(x.amax(1) > 0), (x.shape[2], x.shape[3])
-        mean, spread = (spread_over(cells, place, size) for cells in unpacked_maps(score.healthy_maps, x.shape[1]))
+        maps = unpacked_maps(score.healthy_maps, x.shape[1])
+        mean, spread = (spread_over(cells[chosen], place, size) for cells in maps)
         return mean, spread.clamp_min(1e-4)
     if score.kind == "standardised" and score.healthy_mean and score.healthy_spread:
-        mean, spread = (torch.tensor(values)[:, None, None] for values in (score.healthy_mean, score.healthy_spread))
+        known = (score.healthy_mean, score.healthy_spread)
+        mean, spread = (torch.tensor(values)[chosen, None, None] for values in known)
         return mean, spread
     return None, None
 
