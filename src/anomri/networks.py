@@ -83,7 +83,9 @@ class UNet(nn.Module):
         skips.pop()
         for level in reversed(range(len(self.decoder))):
             x = self.decoder[level](torch.cat([self.upsample[level](x), skips[level]], dim=1))
-        return self.head(x)
+        # Rounded to bfloat16, a reconstruction would be as coarse as the residuals that it is to show.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())
 
 
 def fold_weight_standardisation(network: nn.Module) -> nn.Module:

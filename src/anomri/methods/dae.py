@@ -70,7 +70,7 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            replace(QUICK, steps=2400),
+            replace(QUICK, steps=3600),
             scaling=Scaling("standard"),
         ),
         "accurate": Preset(ACCURATE, replace(QUICK, steps=10_000), Scaling("standard"), Score("auto")),
