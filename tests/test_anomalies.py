@@ -30,7 +30,7 @@ def seeded(seed: int = 0) -> Generator:
 
 def test_planted_anomalies_change_what_they_say_and_leave_the_rest() -> None:
     x, foreground = slices()
-    changed, where = plant_anomalies(x, foreground, CHANNELS, seeded(), torch.ones(len(x), len(CHANNELS), 1, 1))
+    changed, where = plant_anomalies(x, foreground, CHANNELS, seeded())
     assert torch.equal(changed[~foreground[:, None].expand_as(x)], x[~foreground[:, None].expand_as(x)])
     assert not (where & ~foreground).any()
     assert 0.6 < float(where.any(2).any(1).float().mean()) < 1.0  # some slices stay healthy
@@ -75,7 +75,7 @@ def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
     how = Augmentation(True, 10, 0.1, 0.05, 0.2, 0.1, 0.02, 0.02, 1.0)
     noise = Noise([8, 16], [0.1, 0.3], share=0.5, in_blobs=True)
     does = {
-        "anomalies": lambda x, f, g: plant_anomalies(x, f, CHANNELS, g, torch.ones(len(x), len(CHANNELS), 1, 1))[0],
+        "anomalies": lambda x, f, g: plant_anomalies(x, f, CHANNELS, g)[0],
         "augmentation": lambda x, f, g: augment(x, f, how, g)[0],
         "noise": noise.draw,
     }[work]

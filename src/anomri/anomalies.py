@@ -79,17 +79,16 @@ def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
 
 
 def plant_anomalies(
-    x: Tensor, foreground: Tensor, channels: Sequence[str], generator: Generator, kept: Tensor
+    x: Tensor, foreground: Tensor, channels: Sequence[str], generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Change up to three blobs of each slice; returns the slices (n, c, h, w) and where they changed (n, h, w) bool.
 
     In a blob every channel is shifted, gets a random texture and loses a part of its own detail; some of the larger
-    ones have a core, and some of the cores a ring. A change counts where a channel that is ``kept`` (n, c, 1, 1; 0 or
-    1) shows it.
+    ones have a core, and some of the cores a ring.
     """
     changed, where = x, torch.zeros_like(foreground)
     for chance in CHANCES:
-        changed, there = _plant(changed, foreground, channels, chance, generator, kept)
+        changed, there = _plant(changed, foreground, channels, chance, generator)
         where = where | there
     return changed.clamp_min(0) * foreground[:, None], where
 
@@ -116,7 +115,7 @@ def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typica
 
 
 def _plant(
-    x: Tensor, foreground: Tensor, channels: Sequence[str], chance: float, generator: Generator, kept: Tensor
+    x: Tensor, foreground: Tensor, channels: Sequence[str], chance: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     depth, radius = random_depths(foreground, generator)
@@ -130,7 +129,7 @@ def _plant(
     mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
     x = x + weight * (shift + texture + flattened * (mean - x))
     x = x + _core(depth, radius, edge, blob, channels, generator)
-    return x, (blob > 0.5) & ((shift * kept).abs().amax(1) > VISIBLE)
+    return x, (blob > 0.5) & (shift.abs().amax(1) > VISIBLE)
 
 
 def _core(

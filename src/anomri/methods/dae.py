@@ -29,7 +29,7 @@ ACCURATE = {
     "noise_share": 0.5,
     "anomalies": True,
     "mark": True,
-    "channel_dropout": 0.5,
+    "channel_dropout": 0.4,
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
 QUICK = replace(
@@ -70,10 +70,10 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            replace(QUICK, steps=3600),
+            replace(QUICK, steps=2400),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=10_000), Scaling("standard"), Score("auto")),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
@@ -121,11 +121,11 @@ class DAE(nn.Module):
         x, foreground = self._at_some_scale(cut_box(x, box), cut_box(foreground, box), generator)
         if self.training:
             x, foreground = augment(x, foreground, self.augmentation, generator)
-        kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, self.channels, generator, kept)
+            changed, where = plant_anomalies(x, foreground, self.channels, generator)
         seen = self.with_noise(changed, foreground, generator)
+        kept = self._kept(x, generator)
         output = self.network(seen * kept).float()
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
@@ -147,13 +147,14 @@ class DAE(nn.Module):
         return x, inside[:, 0] > 0.5
 
     def _kept(self, x: Tensor, generator: Generator) -> Tensor:
-        """Which channels a slice keeps, (n, c, 1, 1): all, or any number from one to all but one, each as likely."""
+        """Which channels a slice keeps, (n, c, 1, 1): at least one."""
         n, c = x.shape[:2]
         if not (self.training and self.channel_dropout):
             return torch.ones((n, c, 1, 1), device=x.device)
-        size = 1 + (uniform((n, 1), generator) * (c - 1)).floor()
-        kept = uniform((n, c), generator).argsort(1).argsort(1) < size
-        kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
+        kept = uniform((n, c), generator) < 0.5
+        kept = (
+            kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
+        )
         return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
