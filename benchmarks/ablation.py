@@ -36,13 +36,11 @@ SCORES: dict[str, dict[str, Any]] = {
     "SSIM": asdict(Score("ssim")),
     "marks": asdict(Score("mark", median=3, smoothing_mm=1.7)),
     "marks x positive residual": asdict(Score("mark_positive", BRIGHT, median=3, smoothing_mm=1.7)),
-    "standardised by position, all channels": {"kind": "standardised_by_position", "channels": ()},
-    "positive by position, FLAIR and T2": {"kind": "positive_by_position"},
     "not smoothed": {"smoothing_mm": 0.0},
     "median of 5 x 5": {"median": 5},
     "median in three dimensions": {"median_slices": 3},
     "without erosion": {"erosion": 0},
-    "with flips": {"flips": True},
+    "without flips": {"flips": False},
     "with 4 passes with noise": {"passes": 4},
 }
 """What is changed of the score that the model chose."""

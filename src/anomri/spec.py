@@ -80,7 +80,7 @@ class Score:
     healthy_spread: tuple[float, ...] = ()
     """Its standard deviation."""
     healthy_maps: str = ""
-    """Both for parts of the brain (`positions.packed_maps`), for ``standardised_by_position``."""
+    """Both for parts of the brain (`positions.packed_maps`), for the scores by position."""
     flips: bool = False
     """Average over the scan and its mirror image."""
     passes: int = 0

@@ -21,13 +21,13 @@ def averaged_output(inference: Inference, stack: SliceStack, score: Score, box: 
 
     Raises `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct from noise.
     """
-    total, count = torch.zeros(()), 0
-    for x in _noised(inference.method, stack, score.passes):
-        for mirrored in (False, True) if score.flips else (False,):
-            for scale in score.scales:
-                total = total + _look(inference, x, box, mirrored, scale)
-                count += 1
-    return total / count
+    outputs = [
+        _look(inference, x, box, mirrored, scale)
+        for x in _noised(inference.method, stack, score.passes)
+        for mirrored in ((False, True) if score.flips else (False,))
+        for scale in score.scales
+    ]
+    return torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
 
 
 def _noised(method: object, stack: SliceStack, passes: int) -> Iterator[Tensor]:
