@@ -2,7 +2,9 @@
 
     python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --model runs/accurate      # scores only: minutes
     python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --train [--steps 600]      # and training's choices
+    python benchmarks/ablation.py ../shared/data/brats18 runs/folds --folds 3 --steps 1000        # without test patients
 
+The last is for choosing: as many networks as folds, each scored on the patients that neither it nor the table saw. It
 prints a Markdown table; trainings that are finished in the folder are reused, and a stopped one goes on.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 import anomri
-from anomri.cases import find_cases
+from anomri.cases import Case, find_cases
 from anomri.detector import Detector
 from anomri.evaluation import on_published_grid
 from anomri.methods.dae import DAE
@@ -36,11 +39,15 @@ SCORES: dict[str, dict[str, Any]] = {
     "SSIM": asdict(Score("ssim")),
     "marks": asdict(Score("mark", median=3, smoothing_mm=1.7)),
     "marks x positive residual": asdict(Score("mark_positive", BRIGHT, median=3, smoothing_mm=1.7)),
+    "marks x positive residual, as the chosen score otherwise": {"kind": "mark_positive"},
+    "marks x residual by position": {"kind": "mark_by_position"},
+    "residual by position": {"kind": "positive_by_position"},
     "not smoothed": {"smoothing_mm": 0.0},
     "median of 5 x 5": {"median": 5},
     "median in three dimensions": {"median_slices": 3},
     "without erosion": {"erosion": 0},
-    "without flips": {"flips": False},
+    "without the view of FLAIR alone": {"parts": ()},
+    "with flips": {"flips": True},
     "with 4 passes with noise": {"passes": 4},
 }
 """What is changed of the score that the model chose."""
@@ -68,32 +75,53 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 class Trial:
-    """Test scans read once, and what a model makes of them computed once for all scores that look at the same."""
+    """Scans read once, and what models make of them computed once for all scores that look at the same.
 
-    def __init__(self, cohort: Path, split: str) -> None:
-        self.cases = [case for case in find_cases(cohort) if case.split == split and case.label]
+    ``groups`` are the cases of each model: one group for a table of one model, or one for each fold.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Case]]) -> None:
+        self.groups = [[case for case in group if case.label] for group in groups]
         self._outputs: dict[Any, list[tuple[Volume, SliceStack, Tensor]]] = {}
 
-    def row(self, name: str, detector: Detector) -> None:
-        """Print a row of the table."""
-        score = detector.spec.score
-        key = (detector.method, detector.channels, score.flips, score.passes, score.scales)
-        if key not in self._outputs:
-            self._outputs = {} if len(self._outputs) > 3 else self._outputs
-            seen = self._outputs[key] = []
-            for volume in map(detector.read, self.cases):
-                stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
-                seen.append((volume, stack, detector.output(stack)))
+    def row(self, name: str, detectors: Sequence[Detector]) -> None:
+        """Print a row of the table: all groups pooled."""
         with tempfile.TemporaryDirectory() as place:
             pool = Pool(Path(place))
-            for case, (volume, stack, output) in zip(self.cases, self._outputs[key], strict=True):
-                raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
-                scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
-                found = on_published_grid(scores, stack, volume, detector.spec.grid)
-                pool.add(Scored(case.name, *found, float(score.max_dropped_voxels)))
+            for cases, detector in zip(self.groups, detectors, strict=True):
+                score = detector.spec.score
+                for case, (volume, stack, output) in zip(cases, self._seen(cases, detector), strict=True):
+                    raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
+                    scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
+                    found = on_published_grid(scores, stack, volume, detector.spec.grid)
+                    pool.add(Scored(case.name, *found, float(score.max_dropped_voxels)))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
         print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)
+
+    def _seen(self, cases: Sequence[Case], detector: Detector) -> list[tuple[Volume, SliceStack, Tensor]]:
+        score = detector.spec.score
+        key = (detector.method, detector.channels, score.flips, score.passes, score.scales, score.parts)
+        if key not in self._outputs:
+            if len(self._outputs) >= 2 * len(self.groups):
+                self._outputs.clear()
+            seen = self._outputs[key] = []
+            for volume in map(detector.read, cases):
+                stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
+                seen.append((volume, stack, detector.output(stack)))
+        return self._outputs[key]
+
+
+def folds_of(cases: Sequence[Case], folds: int) -> list[list[Case]]:
+    """The cohort ``folds`` times without its test patients, every case once for ``test`` and two of the others ``val``."""
+    usable = sorted((case for case in cases if case.split in ("train", "val")), key=lambda case: case.name)
+    found = []
+    for fold in range(folds):
+        others = [case for number, case in enumerate(usable) if number % folds != fold]
+        val = others[len(others) // 4 :: len(others) // 2][:2]
+        splits = [replace(case, split="val" if case in val else "train") for case in others]
+        found.append([*splits, *(replace(case, split="test") for case in usable[fold::folds])])
+    return found
 
 
 def main() -> None:
@@ -106,21 +134,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="Instead of the preset's.")
     parser.add_argument("--split", default="test", help="val to choose by; test for the table.")
     parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
+    parser.add_argument("--folds", type=int, help="Train so many networks without test patients instead.")
+    parser.add_argument("--preset", default="accurate", help="Of the folds.")
     arguments = parser.parse_args()
-    trial = Trial(arguments.cohort, arguments.split)
     wanted = tuple(arguments.only or ("",))
-    print("| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|", flush=True)
+    steps = {"steps": arguments.steps} if arguments.steps else {}
+    groups, detectors = [[case for case in find_cases(arguments.cohort) if case.split == arguments.split]], []
     if arguments.model:
-        detector = anomri.load(arguments.model)
-        trial.row(f"**as trained**: {describe(detector.spec.score)}", detector)
+        detectors = [anomri.load(arguments.model)]
+    if arguments.folds:
+        splits = folds_of(find_cases(arguments.cohort), arguments.folds)
+        groups = [[case for case in cases if case.split == "test"] for cases in splits]
+        detectors = [
+            anomri.train(cases, arguments.out / f"fold{fold}", preset=arguments.preset, training=steps, resume=True)
+            for fold, cases in enumerate(splits)
+        ]
+    trial = Trial(groups)
+    print("| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|", flush=True)
+    if detectors:
+        chosen = "; ".join(dict.fromkeys(describe(detector.spec.score) for detector in detectors))
+        trial.row(f"**as trained**: {chosen}", detectors)
         for name, score in SCORES.items():
             if name.startswith(wanted):
-                trial.row(name, detector.with_score(**score))
+                trial.row(name, [detector.with_score(**score) for detector in detectors])
         for part in PARTS:
             if (name := f"only {', '.join(part)}").startswith(wanted):
-                trial.row(name, detector.with_channels(part))
+                trial.row(name, [detector.with_channels(part) for detector in detectors])
     if arguments.train:
-        steps = {"steps": arguments.steps} if arguments.steps else {}
         base = DAE.PRESETS["accurate"]
         for name, change in TRAININGS.items():
             if not name.startswith(wanted):
@@ -137,7 +177,7 @@ def main() -> None:
                 grid=change.get("grid"),
                 resume=True,
             )
-            trial.row(f"trained with {name}: {describe(model.spec.score)}", model)
+            trial.row(f"trained with {name}: {describe(model.spec.score)}", [model])
 
 
 if __name__ == "__main__":

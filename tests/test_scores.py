@@ -60,7 +60,7 @@ def test_each_score_is_its_formula() -> None:
     maps = packed_maps(torch.full((2, CELLS, CELLS, CELLS), 0.1), torch.full((2, CELLS, CELLS, CELLS), 0.2))
     assert at("standardised_by_position", healthy_maps=maps) == pytest.approx((1.5 + 1) / 2, abs=2e-3)
     assert at("positive_by_position", healthy_maps=maps) == pytest.approx(0.75, abs=2e-3)
-    assert at("mark_by_position", healthy_maps=maps) == pytest.approx(0.25**0.25 * 0.95, abs=2e-3)
+    assert at("mark_by_position", healthy_maps=maps) == pytest.approx(0.5 * 0.95, abs=2e-3)
     # No channel of this scan is one of the score's: dark counts as much as bright.
     assert at("positive_by_position", channels=("t2",), healthy_maps=maps) == pytest.approx(1.25, abs=2e-3)
     assert at("mark_positive", channels=("t2",)) == pytest.approx(0.5 * 0.37)
@@ -166,6 +166,28 @@ def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -
     thresholding = Detector(replace(detector.spec, method="thresholding", settings={}, score=Score(passes=1)), _plain())
     with pytest.raises(AnomriError, match="cannot reconstruct from noise"):
         thresholding.output(stack)
+
+
+def test_parts_of_the_channels_are_views_like_any_other(marking: Path, model: Path, cohort: Path) -> None:
+    """Marks are the mean over all views, a channel's reconstruction over those that show it."""
+    detector = anomri.load(marking, precision="32-true").with_score(flips=False, parts=())
+    stack = slice_volume(detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling)
+    alone = replace(stack, x=stack.x * torch.tensor([1.0, 0.0])[:, None, None])
+    whole, part = detector.output(stack), detector.output(alone)
+    both = detector.with_score(parts=("flair",))
+    seen = both.output(stack)
+    for k in (0, 2):
+        assert torch.allclose(seen[:, k], (whole[:, k] + part[:, k]) / 2, atol=1e-5)
+    assert torch.equal(seen[:, 1], whole[:, 1]) and not torch.allclose(whole[:, 2], part[:, 2], atol=1e-4)
+    # A scan that is that part, or a part that it lacks, is one view.
+    assert torch.equal(both.output(alone), part)
+    assert torch.equal(detector.with_score(parts=("t2", "flair+t1")).output(stack), whole)
+    needs_all = anomri.load(model).with_score(parts=("flair",))
+    with pytest.raises(AnomriError, match="needs all of its channels"):
+        needs_all.output(stack)
+    with pytest.raises(AnomriError, match="needs all of its channels"):
+        train(cohort, model.parent / "parts", preset="small", score={"parts": ("flair",)})
+    assert not (model.parent / "parts").exists()
 
 
 def _plain() -> torch.nn.Module:

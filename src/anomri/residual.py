@@ -105,8 +105,8 @@ def mark_positive(seen: Evidence) -> Tensor:
 
 
 def mark_by_position(seen: Evidence) -> Tensor:
-    """Fourth root of the marks x `positive_by_position` (+ `DEVIATION_FLOOR`): the residual, with a second witness."""
-    return mark(seen).pow(0.25) * (positive_by_position(seen) + DEVIATION_FLOOR)
+    """The same with `positive_by_position` (+ `DEVIATION_FLOOR`) in place of the plain positive residual."""
+    return mark(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
 BY_POSITION: dict[str, Callable[[Evidence], Tensor]] = {

@@ -44,8 +44,8 @@ FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0))
 def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     """The scores that are tried for a model: the paper's, signed ones, and with marks those.
 
-    Those by position are not among them and have to be asked for: they win on synthetic balls, and lose on tumours of
-    patients not seen (docs/results.md).
+    By position only with marks: a residual by position alone wins on synthetic balls, but not on tumours of patients not
+    seen (docs/results.md).
     """
     bright = tuple(name for name in BRIGHT if name in spec.channels)
     scores = [replace(spec.score, kind=kind) for kind in WHOLE]
@@ -53,7 +53,8 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     if len(bright) > 1:
         scores.append(replace(spec.score, kind="positive", channels=bright))
     if marks:
-        scores += [replace(spec.score, kind="mark"), replace(spec.score, kind="mark_positive", channels=bright)]
+        scores.append(replace(spec.score, kind="mark"))
+        scores += [replace(spec.score, kind=kind, channels=bright) for kind in ("mark_positive", "mark_by_position")]
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
 
@@ -68,13 +69,14 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
         return spec.score
     healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_CASES)]
     mean, spread = _residual_statistics(detector, healthy)
-    seen = [*spread_healthy(held_out, MAX_CASES), *spread_healthy(training, MAX_TRAINING_CASES)]
-    maps = _maps_by_position(detector, seen, mean) if spec.score.kind in BY_POSITION else ""
+    marks, maps = bool(getattr(detector.method, "extra_maps", 0)), ""
+    if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and marks):
+        seen = [*spread_healthy(held_out, MAX_CASES), *spread_healthy(training, MAX_TRAINING_CASES)]
+        maps = _maps_by_position(detector, seen, mean)
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread, healthy_maps=maps)
     if spec.score.kind in STANDARDISED:
         return base
     large = _Planted.of(detector, healthy, LARGE)
-    marks = large.outputs[0].shape[1] > len(spec.channels)
     found = {score: large.found_by(score, spec) for score in candidates(replace(spec, score=base), marks)}
     best = max(found, key=lambda score: found[score])
     slices = sum(len(stack.x) for stack in healthy)
@@ -92,6 +94,8 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
         why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
     if best.kind != "standardised":
         best = replace(best, healthy_mean=(), healthy_spread=())
+    if best.kind not in BY_POSITION:
+        best = replace(best, healthy_maps="")
     return replace(best, chosen_by=why)
 
 

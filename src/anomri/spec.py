@@ -87,6 +87,8 @@ class Score:
     """Average over so many reconstructions of the scan with noise added; 0: one of the scan as it is."""
     scales: tuple[float, ...] = (1.0,)
     """Average over the working grid and grids coarser by these factors; 1: the working grid itself."""
+    parts: tuple[str, ...] = ()
+    """Average over the scan and these parts of its channels, seen without the others, named as ``flair+t2``."""
     erosion: int = 5
     erosion_level: float = 0.95
     median: int = 5

@@ -33,6 +33,7 @@ from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
+from anomri.views import check_parts
 
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
@@ -108,7 +109,11 @@ def train(
     )
     # What does not fit is told before a cohort is packed.
     spec.checked()
-    methods.build(spec)
+    built = methods.build(spec)
+    if "parts" not in (score or {}) and not getattr(built, "takes_subsets", False):
+        # The preset's go with its channel_dropout.
+        spec = replace(spec, score=replace(spec.score, parts=()))
+    check_parts(built, spec.score)
     kind = resolve_device(device).type
     if schedule:
         spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))

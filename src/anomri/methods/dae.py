@@ -73,7 +73,7 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", parts=("flair",))),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
