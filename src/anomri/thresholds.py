@@ -14,11 +14,14 @@ from anomri.detector import Detector
 from anomri.metrics import drop_small_components
 from anomri.packing import PackedCase, spread_healthy
 from anomri.slices import brain_box, foreground_of
-from anomri.spec import HealthyScores, Thresholds
+from anomri.spec import HealthyScores, Score, Thresholds
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.003, 0.001)
-DEFAULT_RATE = 0.003
-"""Whose masks had the best Dice on 23 cross-validated patients, whatever the score: 0.80, with 1 % 0.75 (docs/results.md)."""
+DEFAULT_RATE, SPARING_RATE = 0.01, 0.003
+"""Whose masks had the best Dice on 23 cross-validated patients (docs/results.md): healthy tissue differs a little from its
+reconstruction nearly everywhere, but is seldom much brighter, and seldom marked."""
+SPARING = ("positive", "mark")
+"""How the names of scores begin that take `SPARING_RATE`."""
 MAX_CASES = 64
 """More held-out cases than this do not move the quantiles; their scores are held in memory at once (5 MB a case)."""
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
@@ -36,6 +39,11 @@ class _Healthy:
     counted: NDArray[np.bool_]
     ml_per_pixel: float
     """Volume of a pixel, divided by the share of the scan's slices that are healthy."""
+
+
+def default_rate(score: Score) -> float:
+    """The share of healthy voxels above a score's threshold unless another is asked for."""
+    return SPARING_RATE if score.kind.startswith(SPARING) else DEFAULT_RATE
 
 
 def healthy_thresholds(
@@ -57,7 +65,7 @@ def healthy_thresholds(
     return Thresholds(
         false_positive_rate=FALSE_POSITIVE_RATES,
         value=tuple(float(value) for value in quantiles),
-        chosen=DEFAULT_RATE,
+        chosen=default_rate(detector.spec.score),
         healthy_slices=sum(len(case.healthy) for case in usable),
         healthy_cases=len(usable),
         healthy=_describe(scored, pooled, detector.spec.score.max_dropped_voxels),
@@ -77,7 +85,7 @@ def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dic
         stack, middle = case.stack(detector.spec.scaling), len(case.healthy) // 2
         chosen = case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES]
         stacks.append(stack.take(chosen))
-    found = {}
+    found, rate = {}, default_rate(detector.spec.score)
     for size in range(1, len(channels)):
         for names in combinations(channels, size):
             scores = []
@@ -92,7 +100,7 @@ def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dic
                 values = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
                 slices = sum(len(stack.x) for stack in stacks)
                 found["+".join(names)] = Thresholds(
-                    FALSE_POSITIVE_RATES, tuple(float(v) for v in values), DEFAULT_RATE, slices, len(stacks)
+                    FALSE_POSITIVE_RATES, tuple(float(v) for v in values), rate, slices, len(stacks)
                 )
     return found
 

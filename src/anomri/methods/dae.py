@@ -70,7 +70,8 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            replace(QUICK, steps=2400),
+            # bfloat16 saves a tenth of the time of so small a network.
+            replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
         "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", parts=("flair",))),
