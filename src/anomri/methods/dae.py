@@ -70,7 +70,7 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            # bfloat16 saves a tenth of the time of so small a network.
+            # So small a network gains little time by bfloat16, and may lose by it (docs/results.md).
             replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
