@@ -46,8 +46,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "median of 5 x 5": {"median": 5},
     "median in three dimensions": {"median_slices": 3},
     "without erosion": {"erosion": 0},
-    "without the view of FLAIR alone": {"parts": ()},
-    "with flips": {"flips": True},
+    "without flips": {"flips": False},
+    "with a view of FLAIR alone": {"parts": ("flair",)},
     "with 4 passes with noise": {"passes": 4},
 }
 """What is changed of the score that the model chose."""

@@ -74,7 +74,7 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", parts=("flair",))),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
