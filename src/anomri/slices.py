@@ -47,15 +47,17 @@ class Affine(NamedTuple):
     offset: float = 0.0
     floor: float = 0.0
 
-    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scaled values of an image (x, ...); zeros stay zeros."""
-        if not self.offset and not self.floor:
-            return values / np.float32(self.scale)
-        scaled = np.zeros_like(values)
+    def __call__(self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scaled values of an image (x, ...), in ``out`` if that is given, which is zero; zeros stay zeros."""
+        scaled = np.zeros_like(values) if out is None else out
         # Plane by plane: several passes over what the processor's cache holds are as good as one.
         for plane, target in zip(values, scaled, strict=True):
             inside = plane > 0
-            if inside.any():
+            if not inside.any():
+                continue
+            if not self.offset and not self.floor:
+                np.divide(plane, np.float32(self.scale), out=target)
+            else:
                 np.subtract(plane, np.float32(self.offset), out=target)
                 target /= np.float32(self.scale)
                 np.maximum(target, np.float32(self.floor), out=target)
@@ -114,7 +116,9 @@ class SliceStack:
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
     """Scale a scan and cut it into slices on the working grid; raises `AnomriError` if no slice holds brain."""
     scale = intensity_scale(volume.data, scaling)
-    scaled = np.stack([affine(channel) for affine, channel in zip(scale, volume.data, strict=True)])
+    scaled = np.zeros_like(volume.data)
+    for affine, channel, target in zip(scale, volume.data, scaled, strict=True):
+        affine(channel, out=target)
     index = slice_range(scaled, scaling.slice_sum)
     if not index:
         raise AnomriError(f"{volume.name}: no slice holds enough brain; is the image nearly empty?")
