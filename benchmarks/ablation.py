@@ -4,7 +4,7 @@
     python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --train [--steps 600]      # and training's choices
     python benchmarks/ablation.py ../shared/data/brats18 runs/folds --folds 3 --steps 1000        # without test patients
 
-The last is for choosing: as many networks as folds, each scored on the patients that neither it nor the table saw. It
+The last is for choosing: as many networks as folds, each scored on patients that it has not seen, none of them for testing. It
 prints a Markdown table; trainings that are finished in the folder are reused, and a stopped one goes on.
 """
 
@@ -137,17 +137,20 @@ def main() -> None:
     parser.add_argument("--folds", type=int, help="Train so many networks without test patients instead.")
     parser.add_argument("--preset", default="accurate", help="Of the folds.")
     arguments = parser.parse_args()
+    if arguments.folds and (arguments.model or arguments.train):
+        parser.error("--folds trains networks of its own, on other patients; give it without --model and --train.")
     wanted = tuple(arguments.only or ("",))
     steps = {"steps": arguments.steps} if arguments.steps else {}
-    groups, detectors = [[case for case in find_cases(arguments.cohort) if case.split == arguments.split]], []
+    cases = find_cases(arguments.cohort)
+    groups, detectors = [[case for case in cases if case.split == arguments.split]], []
     if arguments.model:
         detectors = [anomri.load(arguments.model)]
     if arguments.folds:
-        splits = folds_of(find_cases(arguments.cohort), arguments.folds)
-        groups = [[case for case in cases if case.split == "test"] for cases in splits]
+        splits = folds_of(cases, arguments.folds)
+        groups = [[case for case in split if case.split == "test"] for split in splits]
         detectors = [
-            anomri.train(cases, arguments.out / f"fold{fold}", preset=arguments.preset, training=steps, resume=True)
-            for fold, cases in enumerate(splits)
+            anomri.train(split, arguments.out / f"fold{fold}", preset=arguments.preset, training=steps, resume=True)
+            for fold, split in enumerate(splits)
         ]
     trial = Trial(groups)
     print("| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|", flush=True)

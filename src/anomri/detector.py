@@ -308,10 +308,7 @@ class Detector:
 
     def output(self, stack: SliceStack) -> Tensor:
         """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
-        output = averaged_output(self.inference, stack, self.spec.channels, self.spec.score, self._box(stack))
-        # Nothing is known of a channel that the scan does not have.
-        output[:, [k for k in range(stack.x.shape[1]) if not stack.x[:, k].any()]] = 0
-        return output
+        return averaged_output(self.inference, stack, self.spec.channels, self.spec.score, self._box(stack))
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.positions import spread_over, unpacked_maps
-from anomri.slices import Position
+from anomri.slices import Position, present_channels
 from anomri.spec import AnomriError, Score
 
 SSIM_WINDOWS = (5, 9, 15)
@@ -136,7 +136,7 @@ def score_of(
     if score.kind not in SCORES:
         raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
     c = x.shape[1]
-    present = [k for k in range(c) if x[:, k].any()] or list(range(c))
+    present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
     mean, spread = _healthy_residual(x, score, position, chosen)

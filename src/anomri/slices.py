@@ -133,6 +133,11 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     return SliceStack(x, foreground_of(x, scaling), index, scale, label, window, (mm[2], rows, columns))
 
 
+def present_channels(x: Tensor) -> list[bool]:
+    """Whether slices (n, c, h, w) show each channel: one that a scan does not have is zero in all of them."""
+    return [bool(x[:, k].any()) for k in range(x.shape[1])]
+
+
 def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine, ...]:
     """How each channel of (c, x, y, z) is scaled, by its voxels > 0; one without any stays as it is."""
     if scaling.kind == "percentile":

@@ -85,7 +85,7 @@ def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dic
         stack, middle = case.stack(detector.spec.scaling), len(case.healthy) // 2
         chosen = case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES]
         stacks.append(stack.take(chosen))
-    found, rate = {}, default_rate(detector.spec.score)
+    found = {}
     for size in range(1, len(channels)):
         for names in combinations(channels, size):
             scores = []
@@ -100,7 +100,11 @@ def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dic
                 values = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
                 slices = sum(len(stack.x) for stack in stacks)
                 found["+".join(names)] = Thresholds(
-                    FALSE_POSITIVE_RATES, tuple(float(v) for v in values), rate, slices, len(stacks)
+                    FALSE_POSITIVE_RATES,
+                    tuple(float(v) for v in values),
+                    default_rate(detector.spec.score),
+                    slices,
+                    len(stacks),
                 )
     return found
 

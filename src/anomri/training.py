@@ -109,11 +109,7 @@ def train(
     )
     # What does not fit is told before a cohort is packed.
     spec.checked()
-    built = methods.build(spec)
-    if "parts" not in (score or {}) and not getattr(built, "takes_subsets", False):
-        # The preset's go with its channel_dropout.
-        spec = replace(spec, score=replace(spec.score, parts=()))
-    check_parts(built, spec.score)
+    check_parts(methods.build(spec), spec.score)
     kind = resolve_device(device).type
     if schedule:
         spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from anomri.inference import Inference
 from anomri.methods import Box
-from anomri.slices import SliceStack, cut_box, paste_box, rescale, resize
+from anomri.slices import SliceStack, cut_box, paste_box, present_channels, rescale, resize
 from anomri.spec import AnomriError, Score
 
 TEST_SEED = 2022
@@ -21,24 +21,34 @@ def averaged_output(
 ) -> Tensor:
     """What a method makes of a scan's slices in the box: (n, c + its further maps, h, w), mean of a score's views.
 
-    A channel's reconstruction is the mean of the views that show it; ``channels`` names those of the stack. Raises
-    `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct from noise, or for ``parts`` of the
-    channels of one that needs them all.
+    A channel's reconstruction is the mean of the views that show it, and zero if the scan does not have it; ``channels``
+    names those of the stack. Raises `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct
+    from noise, or for ``parts`` of the channels of one that needs them all.
     """
     check_parts(inference.method, score)
-    c = stack.x.shape[1]
-    total, views = torch.zeros(()), torch.zeros(())
-    for kept in _parts(stack.x, channels, score.parts):
-        shown = torch.tensor(kept)[:, None, None]
+    total: Tensor | None = None
+    views = torch.zeros(())
+    for shown, output in _views(inference, stack, channels, score, box):
+        counted = torch.tensor([*shown, *[True] * (output.shape[1] - len(shown))])
+        output[:, ~counted] = 0
+        # In place: an output is as large as the scan.
+        total = output if total is None else total.add_(output)
+        views = views + counted
+    assert total is not None
+    return total.div_(views.clamp_min(1)[:, None, None]) if views.max() > 1 else total
+
+
+def _views(
+    inference: Inference, stack: SliceStack, channels: Sequence[str], score: Score, box: Box | None
+) -> Iterator[tuple[list[bool], Tensor]]:
+    """Which channels each view shows, and what the method makes of it."""
+    present = present_channels(stack.x)
+    for shown in (present, *_parts(present, channels, score.parts)):
         for noised in _noised(inference.method, stack, score.passes):
-            seen = noised if all(kept) else noised * shown
+            seen = noised if shown is present else noised * torch.tensor(shown)[:, None, None]
             for mirrored in (False, True) if score.flips else (False,):
                 for scale in score.scales:
-                    output = _look(inference, seen, box, mirrored, scale)
-                    counted = torch.ones((output.shape[1], 1, 1))
-                    counted[:c] = shown
-                    total, views = total + output * counted, views + counted
-    return total / views.clamp_min(1)
+                    yield shown, _look(inference, seen, box, mirrored, scale)
 
 
 def check_parts(method: object, score: Score) -> None:
@@ -50,15 +60,12 @@ def check_parts(method: object, score: Score) -> None:
         )
 
 
-def _parts(x: Tensor, channels: Sequence[str], parts: Sequence[str]) -> list[list[bool]]:
-    """Which channels are shown: first all, then those of each part, as far as the scan (n, c, h, w) has them."""
-    present = [bool(x[:, k].any()) for k in range(x.shape[1])]
-    shown = [[True] * len(present)]
-    for part in parts:
-        kept = [there and name in part.split("+") for name, there in zip(channels, present, strict=True)]
-        if any(kept) and kept != present:
-            shown.append(kept)
-    return shown
+def _parts(present: list[bool], channels: Sequence[str], parts: Sequence[str]) -> list[list[bool]]:
+    """Which of the ``present`` channels each part shows; one that shows none, or all of them, is no view of its own."""
+    shown = [
+        [there and name in part.split("+") for name, there in zip(channels, present, strict=True)] for part in parts
+    ]
+    return [kept for kept in shown if any(kept) and kept != present]
 
 
 def _noised(method: object, stack: SliceStack, passes: int) -> Iterator[Tensor]:
