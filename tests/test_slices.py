@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -13,6 +13,7 @@ from anomri.slices import (
     from_slices,
     join_boxes,
     percentile_scale,
+    resize,
     slice_range,
     to_slices,
     window_of,
@@ -30,13 +31,28 @@ def test_what_a_window_cuts_is_pasted_back_in_place(
     # Anywhere between the slice's first and last rows, or the slice anywhere within the window.
     top, left = round(down * (h - rows)), round(right * (w - columns))
     window = Window(top, left, rows, columns)
-    x = 1 + torch.arange(h * w, dtype=torch.float32).reshape(1, 1, h, w)
+    x = 1 + np.arange(h * w, dtype=np.float32).reshape(1, h, w, 1)
     there = window.cut(x)
-    assert there.shape[-2:] == (rows, columns)
-    back = window.paste(there, (h, w))
-    seen = torch.zeros(h, w, dtype=torch.bool)
+    assert there.shape == (1, rows, columns, 1)
+    back = window.paste(torch.from_numpy(there[..., 0]), (h, w))
+    seen = np.zeros((h, w), dtype=bool)
     seen[max(top, 0) : max(top + rows, 0), max(left, 0) : max(left + columns, 0)] = True
-    assert torch.equal(back[0, 0], x[0, 0] * seen)
+    np.testing.assert_array_equal(back[0], x[0, ..., 0] * seen)
+
+
+@settings(deadline=None)  # torch takes a second the first time
+@given(st.lists(st.integers(0, 59), min_size=4, max_size=4), SIZE, SIZE, st.integers(-20, 50), st.integers(-20, 50))
+def test_a_brain_resized_alone_is_what_the_whole_window_gives(
+    corners: list[int], h: int, w: int, top: int, left: int
+) -> None:
+    data = np.zeros((2, 60, 60, 3), np.float32)
+    brain = tuple(slice(min(pair), max(pair)) for pair in (corners[:2], corners[2:]))
+    part = data[:, brain[0], brain[1]]
+    part[:] = np.random.default_rng(0).uniform(0.5, 1, part.shape)
+    window, grid = Window(top, left, 40, 36), Grid(size=(h, w))
+    x = to_slices(data, window, grid, range(1, 3))
+    whole = torch.from_numpy(window.cut(data)).permute(3, 0, 1, 2)[1:]
+    torch.testing.assert_close(x, resize(whole, (h, w)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_window_follows_a_brain_that_lies_off_the_middle() -> None:

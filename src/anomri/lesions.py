@@ -12,7 +12,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 
-from anomri.metrics import box_around
+from anomri.boxes import box_around
 from anomri.sensitivity import confidence
 from anomri.spec import HealthyScores
 from anomri.volume import Geometry
@@ -45,17 +45,21 @@ def find_lesions(
     The scan's ``data`` (channels, x, y, z), zero outside the brain, gives their distance from its edge, and what the
     model knows of ``healthy`` scans their confidence; without, these are ``None``.
     """
-    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
-    inside = components[mask].astype(np.int64)
-    if not inside.size:
+    box = box_around(mask)
+    if not mask[box].size:
         return ()
-    scores = anomaly_map[mask]
+    found = cc3d.connected_components(mask[box].astype(np.uint8), connectivity=26)
+    inside, scores = found[mask[box]].astype(np.int64), anomaly_map[box][mask[box]]
     counts = np.bincount(inside)[1:]
     means = np.bincount(inside, weights=scores)[1:] / counts
     peaks = np.zeros(len(counts) + 1)
     np.maximum.at(peaks, inside, scores)
-    distances = None if data is None else smallest_edge_distances(components, data, geometry.spacing_mm)
-    centroids = cc3d.statistics(components)["centroids"][1:]
+    distances = None
+    if data is not None:
+        components = np.zeros(mask.shape, dtype=found.dtype)
+        components[box] = found
+        distances = smallest_edge_distances(components, data, geometry.spacing_mm)
+    centroids = cc3d.statistics(found)["centroids"][1:] + [side.start for side in box]
     centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
     largest_first = np.argsort(-counts, kind="stable")
     return tuple(
@@ -88,6 +92,6 @@ def smallest_edge_distances(
         np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=min(os.cpu_count() or 1, 4)
     )
     inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]
-    smallest = np.full(int(components.max()) + 1, np.inf)
-    np.minimum.at(smallest, inner[inner > 0], distance[1:-1, 1:-1, 1:-1][inner > 0])
+    smallest, there = np.full(int(components.max()) + 1, np.inf), inner > 0
+    np.minimum.at(smallest, inner[there], distance[1:-1, 1:-1, 1:-1][there])
     return smallest[1:]

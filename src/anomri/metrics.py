@@ -9,6 +9,8 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
+from anomri.boxes import box_around
+
 Counts = NDArray[np.int64]
 
 
@@ -127,23 +129,19 @@ def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
     return 2 * int((prediction & label).sum()) / total if total else 1.0
 
 
-def box_around(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The smallest box that holds all of a mask of any number of axes; empty if the mask is."""
-    box = []
-    for axis in range(mask.ndim):
-        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0))
-    return tuple(box)
-
-
 def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: float) -> NDArray[np.bool_]:
     """``mask`` (3D) without 26-connected components of at most ``max_dropped_voxels``.
 
     The paper counts a component's holes as its own. With 26-connected holes that changes nothing up to 26
     voxels: it takes all 26 neighbours of a voxel to enclose it.
     """
-    kept = cc3d.dust(np.ascontiguousarray(mask, np.uint8), threshold=int(max_dropped_voxels) + 1, connectivity=26)
-    return kept.astype(bool)
+    box = box_around(mask)
+    if not mask[box].size:
+        return mask
+    kept = np.zeros_like(mask)
+    least = int(max_dropped_voxels) + 1
+    kept[box] = cc3d.dust(np.ascontiguousarray(mask[box], np.uint8), threshold=least, connectivity=26)
+    return kept
 
 
 @dataclass(frozen=True)

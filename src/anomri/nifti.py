@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
+from numpy.typing import NDArray
 
 from anomri.files import whole_file
 from anomri.spec import AnomriError
@@ -37,11 +38,21 @@ def read_image(path: Path) -> nib.Nifti1Image:
             image = nib.funcs.squeeze_image(image)
         if image.ndim != 3:
             raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
-        np.asanyarray(image.dataobj)
         return image
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, _UNPACKING_ERROR, *_NIBABEL_ERRORS) as error:
         reason = getattr(error, "strerror", None) or error
         raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
+
+
+def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
+    """What nibabel would read; whole numbers that the header scales in float32, not float64: a third of the time."""
+    proxy: Any = image.dataobj
+    if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu" or (proxy.slope, proxy.inter) == (1, 0):
+        return np.asanyarray(proxy)
+    values: NDArray[np.float32] = proxy.get_unscaled().astype(np.float32)
+    values *= proxy.slope
+    values += proxy.inter
+    return values
 
 
 def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:

@@ -183,7 +183,7 @@ def _pack_case(
     if facts is None:
         volume = read_volume(case, channels, grid)
         stack = slice_volume(volume, grid, scaling)
-        slices = stack.x.numpy().astype(np.float16)
+        slices = stack.x.half().numpy()
         with whole_file(file) as written, written.open("wb") as target:
             np.save(target, slices)
         facts = _facts(stack, [path for path in sources if path is not None])

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomri.boxes import box_around
 from anomri.cases import shown_channel
 from anomri.detector import Detection
 from anomri.files import whole_file
-from anomri.metrics import box_around, drop_small_components
+from anomri.metrics import drop_small_components
 from anomri.slices import brain_box
 
 Rgb = NDArray[np.uint8]

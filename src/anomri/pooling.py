@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anomri.boxes import box_around
 from anomri.detection import tsv
 from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import (
@@ -19,7 +20,6 @@ from anomri.metrics import (
     Figure,
     LesionCounts,
     bootstrap_weights,
-    box_around,
     count_at,
     count_lesions,
     curve_of,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anomri.bias import correct_bias
+from anomri.boxes import box_around
 from anomri.cases import Case
 from anomri.registration import register
 from anomri.skull import brain_mask, has_skull, refusal
@@ -80,18 +81,20 @@ def without_spikes(volume: Volume) -> Volume:
     score. Where the median is no lower, as in a saturated patch, the ceiling itself is taken.
     """
     notes, data = list(volume.notes), volume.data
-    for number, channel in enumerate(volume.data):
+    _, *brain = box_around(data)
+    for number, whole in enumerate(volume.data):
+        channel = whole[tuple(brain)]
         most, above_zero = float(channel.max()), np.count_nonzero(channel > 0)
         # If p is the 99th percentile, mean <= 0.99 p + 0.01 max: mostly that spares a sort.
         if most <= CEILING * (float(channel.sum(dtype=np.float64)) / above_zero - 0.01 * most):
             continue
         ceiling = CEILING * float(np.percentile(channel[channel > 0], 99))
-        places = np.argwhere(channel > ceiling)
+        places = np.argwhere(whole > ceiling)
         if not len(places):
             continue
         if data is volume.data:
             data = volume.data.copy()
-        around = np.pad(channel, 1, mode="edge")
+        around = np.pad(whole, 1, mode="edge")
         for x, y, z in places:
             data[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
         notes.append(

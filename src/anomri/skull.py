@@ -36,9 +36,10 @@ def has_skull(volume: Volume) -> str | None:
     """
     inside = volume.data[0] > 0
     across, down, _ = volume.geometry.spacing_mm
-    filled = float(inside.mean())
-    millilitres = float(inside.sum()) * volume.geometry.voxel_mm3 / 1000
-    widest = float(inside.sum(axis=(0, 1)).max()) * across * down
+    slices = np.count_nonzero(inside, axis=(0, 1))
+    filled = float(slices.sum() / inside.size)
+    millilitres = float(slices.sum()) * volume.geometry.voxel_mm3 / 1000
+    widest = float(slices.max()) * across * down
     if millilitres > MAX_BRAIN_ML:
         return f"{millilitres:,.0f} ml of it are above zero, and no brain has more than {MAX_BRAIN_ML:,.0f} ml"
     if widest > MAX_SLICE_MM2:

@@ -1,0 +1,22 @@
+"""The box that a brain, or a mask, fills of an array: most of a scan is air."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def box_around(values: NDArray[Any]) -> tuple[slice, ...]:
+    """The smallest box, a slice along each axis, that holds all of ``values`` >= 0 above zero; empty if nothing is."""
+    # Two passes over the array, of which the first leaves one plane.
+    plane = values.max(axis=-1, initial=0)
+    box = tuple(_first_to_last(plane, axis) for axis in range(plane.ndim))
+    return (*box, _first_to_last(values[box], values.ndim - 1))
+
+
+def _first_to_last(values: NDArray[Any], axis: int) -> slice:
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    (inside,) = np.nonzero(values.max(axis=others, initial=0))
+    return slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0)
