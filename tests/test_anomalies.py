@@ -30,7 +30,7 @@ def seeded(seed: int = 0) -> Generator:
 
 def test_planted_anomalies_change_what_they_say_and_leave_the_rest() -> None:
     x, foreground = slices()
-    changed, where = plant_anomalies(x, foreground, CHANNELS, seeded())
+    changed, where = plant_anomalies(x, foreground, torch.ones(32, 4, 1, 1), CHANNELS, seeded())
     assert torch.equal(changed[~foreground[:, None].expand_as(x)], x[~foreground[:, None].expand_as(x)])
     assert not (where & ~foreground).any()
     assert 0.6 < float(where.any(2).any(1).float().mean()) < 1.0  # some slices stay healthy
@@ -69,13 +69,33 @@ def test_an_unknown_channel_changes_either_way() -> None:
     assert 0.45 < float((shifts[:, 1] > 0).float().mean()) < 0.55
 
 
+def test_half_of_the_parts_show_what_people_have_alone() -> None:
+    x, _ = slices(600)
+    kept = DAE(CHANNELS, [4, 8, 16, 32], channel_dropout=0.5, alone=["flair", "swi"]).train()._kept(x, seeded())
+    alone = kept[:, 0].flatten().bool() & (kept.flatten(1).sum(1) == 1)
+    assert 0.22 < float(alone.float().mean()) < 0.33
+    assert float((kept.flatten(1).sum(1) == 4).float().mean()) > 0.48
+    assert bool(kept.flatten(1).any(1).all())
+
+
+def test_what_no_shown_channel_shows_is_not_asked_for() -> None:
+    x, foreground = slices(300)
+    shown = torch.zeros(300, 4, 1, 1)
+    assert not plant_anomalies(x, foreground, shown, CHANNELS, seeded())[1].any()
+    shown[:, 1] = 1
+    changed, where = plant_anomalies(x, foreground, shown, CHANNELS, seeded())
+    everything = plant_anomalies(x, foreground, torch.ones(300, 4, 1, 1), CHANNELS, seeded())[1]
+    assert 0.3 < where.sum() / everything.sum() < 0.8 and not (where & ~everything).any()
+    assert (changed - x)[:, 1].abs()[where].mean() > 0.1
+
+
 @pytest.mark.parametrize("work", ["anomalies", "augmentation", "noise"])
 def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
     x, foreground = slices(6)
     how = Augmentation(True, 10, 0.1, 0.05, 0.2, 0.1, 0.02, 0.02, 1.0)
     noise = Noise([8, 16], [0.1, 0.3], share=0.5, in_blobs=True)
     does = {
-        "anomalies": lambda x, f, g: plant_anomalies(x, f, CHANNELS, g)[0],
+        "anomalies": lambda x, f, g: plant_anomalies(x, f, torch.ones(len(x), 4, 1, 1), CHANNELS, g)[0],
         "augmentation": lambda x, f, g: augment(x, f, how, g)[0],
         "noise": noise.draw,
     }[work]

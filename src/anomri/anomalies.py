@@ -79,16 +79,17 @@ def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
 
 
 def plant_anomalies(
-    x: Tensor, foreground: Tensor, channels: Sequence[str], generator: Generator
+    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Change up to three blobs of each slice; returns the slices (n, c, h, w) and where they changed (n, h, w) bool.
 
     In a blob every channel is shifted, gets a random texture and loses a part of its own detail; some of the larger
-    ones have a core, and some of the cores a ring.
+    ones have a core, and some of the cores a ring. What changed in no channel that is ``shown``, (n, c, 1, 1) of 0 and 1,
+    did not change: nobody could find it.
     """
     changed, where = x, torch.zeros_like(foreground)
     for chance in CHANCES:
-        changed, there = _plant(changed, foreground, channels, chance, generator)
+        changed, there = _plant(changed, foreground, shown, channels, chance, generator)
         where = where | there
     return changed.clamp_min(0) * foreground[:, None], where
 
@@ -115,7 +116,7 @@ def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typica
 
 
 def _plant(
-    x: Tensor, foreground: Tensor, channels: Sequence[str], chance: float, generator: Generator
+    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], chance: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     depth, radius = random_depths(foreground, generator)
@@ -129,7 +130,7 @@ def _plant(
     mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
     x = x + weight * (shift + texture + flattened * (mean - x))
     x = x + _core(depth, radius, edge, blob, channels, generator)
-    return x, (blob > 0.5) & (shift.abs().amax(1) > VISIBLE)
+    return x, (blob > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
 
 
 def _core(

@@ -29,7 +29,8 @@ ACCURATE = {
     "noise_share": 0.5,
     "anomalies": True,
     "mark": True,
-    "channel_dropout": 0.4,
+    "channel_dropout": 0.5,
+    "alone": ["flair"],
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
 QUICK = replace(
@@ -42,6 +43,7 @@ QUICK = replace(
     average=0.99,
     validate_every=200,
 )
+ALONE_SHARE = 0.5
 MARK_WEIGHT = 0.025
 """Of the marks' loss beside the squared error: each is about half of a trained network's loss."""
 
@@ -62,7 +64,8 @@ class DAE(nn.Module):
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
     * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
-      then takes scans that have any of its channels.
+      then takes scans that have any of its channels. Half of them show one of the channels ``alone`` instead, if any of
+      these is the network's: what most people have.
     """
 
     half_precision = True
@@ -74,7 +77,7 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=4000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=8000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
@@ -96,6 +99,7 @@ class DAE(nn.Module):
         mark: bool = False,
         augmentation: Mapping[str, Any] | None = None,
         channel_dropout: float = 0.0,
+        alone: Sequence[str] = (),
         scales: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
@@ -110,6 +114,7 @@ class DAE(nn.Module):
         self.anomalies = anomalies
         self.augmentation = Augmentation(**(augmentation or {}))
         self.channel_dropout = channel_dropout
+        self.alone = [number for number, name in enumerate(channels) if name in alone]
         self.scales = tuple(scales)
 
     @property
@@ -122,11 +127,11 @@ class DAE(nn.Module):
         x, foreground = self._at_some_scale(cut_box(x, box), cut_box(foreground, box), generator)
         if self.training:
             x, foreground = augment(x, foreground, self.augmentation, generator)
+        kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, self.channels, generator)
+            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator)
         seen = self.with_noise(changed, foreground, generator)
-        kept = self._kept(x, generator)
         output = self.network(seen * kept).float()
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
@@ -152,10 +157,12 @@ class DAE(nn.Module):
         n, c = x.shape[:2]
         if not (self.training and self.channel_dropout):
             return torch.ones((n, c, 1, 1), device=x.device)
-        kept = uniform((n, c), generator) < 0.5
-        kept = (
-            kept | (uniform((n, c), generator).argsort(1) == 0) | (uniform((n, 1), generator) >= self.channel_dropout)
-        )
+        kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
+        if self.alone:
+            drawn = (uniform((n, 1), generator) * len(self.alone)).long()
+            single = torch.arange(c, device=x.device) == torch.tensor(self.alone, device=x.device)[drawn]
+            kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
+        kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
         return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
