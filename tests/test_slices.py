@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from anomri.boxes import box_around
 from anomri.noise import coarse_noise
 from anomri.residual import anomaly_score, erode_foreground, median_filter
 from anomri.slices import (
@@ -106,6 +107,24 @@ def test_scale_and_range() -> None:
     assert scale == (pytest.approx(np.percentile(data[0][data[0] > 0], 99)), 1.0)
     assert slice_range(data / 50, 0.5) == range(1, 4)
     assert not slice_range(np.zeros_like(data))
+
+
+@given(st.lists(st.integers(1, 70_000), min_size=1, max_size=60), st.sampled_from([1.0, 0.5]), st.floats(0, 100))
+def test_percentiles_are_numpys_also_where_whole_numbers_are_counted(
+    values: list[int], step: float, percent: float
+) -> None:
+    data = np.zeros((1, 4, 4, 4), np.float32)
+    data.flat[: len(values)] = step * np.array(values)
+    expected = np.percentile(data[data > 0].astype(np.float64), percent)
+    assert percentile_scale(data, percent) == (pytest.approx(expected, rel=1e-6),)
+
+
+def test_a_box_holds_all_above_zero_and_no_more() -> None:
+    values = np.zeros((3, 6, 7, 8), np.float32)
+    assert all(side == slice(0, 0) for side in box_around(values))
+    values[1, 2, 3, 4] = values[2, 2, 5, 4] = 1
+    assert box_around(values) == (slice(1, 3), slice(2, 3), slice(3, 6), slice(4, 5))
+    assert box_around(np.asfortranarray(values > 0)) == box_around(values)
 
 
 def test_median_filter_is_scipys_with_reflection() -> None:
