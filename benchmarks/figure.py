@@ -1,6 +1,6 @@
 """Stack the previews of an evaluation into one picture with column titles: the README's figure.
 
-python benchmarks/figure.py runs/small-test docs/brats18-test.png CASE [CASE ...]
+python benchmarks/figure.py runs/accurate-test docs/brats18-test.png CASE [CASE ...]
 """
 
 import sys
