@@ -43,13 +43,8 @@ class Window:
 
         Returns that and the pixels, which are those the whole window would give, and all others zero.
         """
-        first = [
-            _steps(part, start, length, pixels)
-            for part, start, length, pixels in zip(
-                brain, (self.top, self.left), (self.rows, self.columns), size, strict=True
-            )
-        ]
-        (rows, across), (columns, along) = first
+        rows, across = _steps(brain[0], self.top, self.rows, size[0])
+        columns, along = _steps(brain[1], self.left, self.columns, size[1])
         return Window(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start), (across, along)
 
     def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -44,6 +44,7 @@ QUICK = replace(
     validate_every=200,
 )
 ALONE_SHARE = 0.5
+"""Of the slices with channel dropout, how many show one of the channels ``alone``."""
 MARK_WEIGHT = 0.025
 """Of the marks' loss beside the squared error: each is about half of a trained network's loss."""
 
@@ -64,8 +65,8 @@ class DAE(nn.Module):
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
     * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
-      then takes scans that have any of its channels. Half of them show one of the channels ``alone`` instead, if any of
-      these is the network's: what most people have.
+      then takes scans that have any of its channels. Half of them show one of the channels ``alone`` instead, if the
+      network has any of these: what people often have without the others.
     """
 
     half_precision = True
