@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,18 @@ def read_image(path: Path) -> nib.Nifti1Image:
 
 
 def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
-    """What nibabel would read; whole numbers that the header scales in float32, not float64: a third of the time."""
+    """What nibabel would read, of an image that `read_image` gave; whole numbers, most of what there is, take less.
+
+    They are not copied, and so read-only; those that the header scales become float32, not float64.
+    """
     proxy: Any = image.dataobj
-    if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu" or (proxy.slope, proxy.inter) == (1, 0):
+    if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu":
         return np.asanyarray(proxy)
-    values: NDArray[np.float32] = proxy.get_unscaled().astype(np.float32)
+    content = proxy.file_like.getvalue()
+    stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(proxy.shape, order="F")
+    if (proxy.slope, proxy.inter) == (1, 0):
+        return stored
+    values = stored.astype(np.float32)
     values *= proxy.slope
     values += proxy.inter
     return values

@@ -137,7 +137,7 @@ def read_volume(
     was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
     grid, or, with ``resampled``, that does not overlap the first at all.
     """
-    files, notes = case.files(channels), list[str]()
+    files, notes, filled = case.files(channels), list[str](), list[bool]()
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
@@ -151,12 +151,14 @@ def read_volume(
                 first = _geometry(path, image, grid)
                 data = np.zeros((len(files), *first.canonical_shape), dtype=np.float32)
             notes += found
-            _copy_positive(_onto(path, image, values, files[0], first, notes if resampled else None), data[number])
+            here = _onto(path, image, values, files[0], first, notes if resampled else None)
+            filled.append(_copy_positive(here, data[number]))
     assert first is not None
     if case.mask is not None:
         data *= _read_mask(case.mask, files[0], first, notes if resampled else None)
-    for path, channel in zip(files, data, strict=True):
-        if not channel.max() > 0:
+        filled = [bool(channel.any()) for channel in data]
+    for path, there in zip(files, filled, strict=True):
+        if not there:
             raise AnomriError(
                 f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask)."
             )
@@ -247,10 +249,11 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
     return data
 
 
-def _copy_positive(values: NDArray[Any], target: NDArray[Any]) -> None:
-    """Copy values >= 0 into zeros of the same shape: where they are above zero, two fifths of a scan of a brain."""
+def _copy_positive(values: NDArray[Any], target: NDArray[Any]) -> bool:
+    """Copy values >= 0 into zeros of the same shape, in the box of those above zero alone; whether there are any."""
     part = box_around(values)
     target[part] = values[part]
+    return target[part].size > 0
 
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
