@@ -28,8 +28,8 @@ class Inference:
         self.half = found == "bf16-mixed" and bool(getattr(method, "half_precision", False))
         folded: Any = fold_weight_standardisation(method).eval().to(self.device)
         self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
-        # What a processor's cache does not hold is slower, and bfloat16 is fast enough to feel it sooner.
-        self.batch = 64 if self.device.type != "cpu" else 4 if self.half else 8
+        # What a processor's cache does not hold is slower.
+        self.batch = 64 if self.device.type != "cpu" else 8
 
     def __call__(self, x: Tensor, box: Box | None = None) -> Tensor:
         """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32."""

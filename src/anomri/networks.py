@@ -35,7 +35,10 @@ class WeightStandardisedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of (n, in, h, w)."""
         weight = self.weight if self.standardised else standardise_weight(self.weight)
-        return self._conv_forward(x, weight, self.bias)
+        # Autocast would pad in float32: two more passes over the maps, for the same values.
+        with torch.autocast(x.device.type, enabled=False):
+            x = functional.pad(x, (1, 1, 1, 1), mode="reflect")
+        return functional.conv2d(x, weight, self.bias)
 
 
 class ConvBlock(nn.Module):
