@@ -46,10 +46,11 @@ def find_lesions(
     model knows of ``healthy`` scans their confidence; without, these are ``None``.
     """
     box = box_around(mask)
-    if not mask[box].size:
+    part = mask[box]
+    if not part.size:
         return ()
-    found = cc3d.connected_components(mask[box].astype(np.uint8), connectivity=26)
-    inside, scores = found[mask[box]].astype(np.int64), anomaly_map[box][mask[box]]
+    found = cc3d.connected_components(part.astype(np.uint8), connectivity=26)
+    inside, scores = found[part].astype(np.int64), anomaly_map[box][part]
     counts = np.bincount(inside)[1:]
     means = np.bincount(inside, weights=scores)[1:] / counts
     peaks = np.zeros(len(counts) + 1)

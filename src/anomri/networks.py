@@ -28,7 +28,7 @@ def standardise_weight(weight: Tensor) -> Tensor:
 
 
 class WeightStandardisedConv2d(nn.Conv2d):
-    """A convolution whose filters are standardised at every call (Qiao et al. 2019)."""
+    """A 3 x 3 convolution, padded by reflection, whose filters are standardised at every call (Qiao et al. 2019)."""
 
     standardised = False  # True once `fold_weight_standardisation` has done it for good
 
@@ -46,9 +46,9 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.conv1 = WeightStandardisedConv2d(channels_in, channels_out, 3, padding=1, padding_mode="reflect")
+        self.conv1 = WeightStandardisedConv2d(channels_in, channels_out, 3)
         self.norm1 = nn.GroupNorm(group_count(channels_out), channels_out)
-        self.conv2 = WeightStandardisedConv2d(channels_out, channels_out, 3, padding=1, padding_mode="reflect")
+        self.conv2 = WeightStandardisedConv2d(channels_out, channels_out, 3)
         self.norm2 = nn.GroupNorm(group_count(channels_out), channels_out)
 
     def forward(self, x: Tensor) -> Tensor:

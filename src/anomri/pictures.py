@@ -115,7 +115,7 @@ def brain_sides(data: NDArray[np.float32], margin: int = 2) -> tuple[slice, slic
     """The sides of a box around the brain in (channels, x, y, z), with a margin; all of it if there is none."""
     x, y, z = (
         slice(max(side.start - margin, 0), min(side.stop + margin, length)) if side.stop else slice(0, length)
-        for side, length in zip(box_around(np.any(data > 0, axis=0)), data.shape[1:], strict=True)
+        for side, length in zip(box_around(data)[1:], data.shape[1:], strict=True)
     )
     return x, y, z
 

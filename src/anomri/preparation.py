@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from anomri.bias import correct_bias
-from anomri.boxes import box_around
 from anomri.cases import Case
 from anomri.registration import register
 from anomri.skull import brain_mask, has_skull, refusal
@@ -81,9 +80,8 @@ def without_spikes(volume: Volume) -> Volume:
     score. Where the median is no lower, as in a saturated patch, the ceiling itself is taken.
     """
     notes, data = list(volume.notes), volume.data
-    _, *brain = box_around(data)
     for number, whole in enumerate(volume.data):
-        channel = whole[tuple(brain)]
+        channel = whole[volume.brain]
         most, above_zero = float(channel.max()), np.count_nonzero(channel > 0)
         # If p is the 99th percentile, mean <= 0.99 p + 0.01 max: mostly that spares a sort.
         if most <= CEILING * (float(channel.sum(dtype=np.float64)) / above_zero - 0.01 * most):
@@ -101,4 +99,5 @@ def without_spikes(volume: Volume) -> Volume:
             f"channel {volume.channels[number]} has {len(places):,} voxels above {CEILING:g} times its 99th percentile (up "
             f"to {channel.max():.4g}), saturated or faulty; they were given the values around them."
         )
-    return replace(volume, data=data, notes=tuple(notes))
+    # The same scan, if it had none, so that what is known of it is not looked for again.
+    return volume if data is volume.data else replace(volume, data=data, notes=tuple(notes))

@@ -135,7 +135,7 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     except AnomriError as error:
         raise AnomriError(f"{volume.name}: {error}") from error
     # Outside the brain all is zero: that, three fifths of most scans, is neither scaled nor resized.
-    _, *in_plane, high = box_around(volume.data)
+    *in_plane, high = volume.brain
     view, pixels = window.around(in_plane, grid.size)
     part = view.cut(volume.data[..., high])
     scale = intensity_scale(part, scaling)
@@ -280,13 +280,12 @@ def brain_box(foreground: Tensor, multiple: int) -> tuple[int, int, int, int]:
     Its sides are rounded up to ``multiple`` (what the network's downsamplings divide by) within the grid.
     """
     _, h, w = foreground.shape
-    rows = torch.nonzero(foreground.any(dim=0).any(dim=1)).flatten()
-    columns = torch.nonzero(foreground.any(dim=0).any(dim=0)).flatten()
-    if not len(rows):
+    _, rows, columns = box_around(foreground.numpy())
+    if rows.start == rows.stop:
         return 0, h, 0, w
     return (
-        *_rounded(int(rows[0]), int(rows[-1]) + 1, multiple, h),
-        *_rounded(int(columns[0]), int(columns[-1]) + 1, multiple, w),
+        *_rounded(rows.start, rows.stop, multiple, h),
+        *_rounded(columns.start, columns.stop, multiple, w),
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ class Volume:
     geometry: Geometry
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+
+    @cached_property
+    def brain(self) -> tuple[slice, ...]:
+        """The box (x, y, z) that holds all voxels above zero."""
+        return box_around(self.data)[1:]
 
     @property
     def in_plane_mm(self) -> tuple[float, float]:
