@@ -76,6 +76,15 @@ def prepare(folder: Path) -> tuple[Tensor, list[int], nib.Nifti1Image]:
     return functional.interpolate(slices, size=(128, 128), mode="bilinear"), places, image
 
 
+def pack(folder: Path, out: Path) -> None:
+    """Slices of a BraTS case and of its label, on disk for training."""
+    slices, places, _ = prepare(folder)
+    label = nib.load(folder / f"{folder.name}_seg.nii.gz").get_fdata() > 0
+    label_slices = torch.from_numpy(label[None][..., places]).float().permute(3, 0, 1, 2)
+    labels = functional.interpolate(label_slices, size=(128, 128), mode="bilinear") > 0.5
+    np.savez(out, slices=slices.numpy(), labels=labels.numpy())
+
+
 def score(network: Network, x: Tensor) -> NDArray[np.float32]:
     """The anomaly map (n, 128, 128) of a scan's slices, 16 at once."""
     with torch.no_grad():
@@ -94,6 +103,11 @@ def detect(network: Network, folder: Path, out: Path) -> None:
     size = image.shape[:2]
     whole[..., places] = functional.interpolate(scores, size=size, mode="bilinear")[:, 0].permute(1, 2, 0).numpy()
     nib.save(nib.Nifti1Image(whole, image.affine), out)
+
+
+def optimizer_of(network: Network) -> torch.optim.Optimizer:
+    """The published one."""
+    return torch.optim.Adam(network.parameters(), 1e-4, amsgrad=True, weight_decay=1e-5)
 
 
 def training_step(network: Network, optimizer: torch.optim.Optimizer, x: Tensor) -> None:

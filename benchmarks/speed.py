@@ -3,13 +3,15 @@
     python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512]
 
 Each figure is the median over repeats, in each of which the plain program and anomri do the same work one after the
-other, so that what else a machine does weighs on both. Weights are random: speed does not depend on them.
+other, so that what else a machine does weighs on both. The plain program has a process of its own, so that nothing that
+anomri sets in its process helps it. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import platform
 import statistics
 import subprocess
@@ -17,11 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import plain
 from anomri import methods
@@ -38,19 +43,59 @@ from anomri.spec import Grid, ModelSpec, Scaling, Training
 from anomri.volume import read_volume
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[..., object], *arguments: object) -> float:
     """How long it takes."""
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begun
 
 
-def paired(name: str, target: str, repeats: int, slow: Callable[[], object], fast: Callable[[], object]) -> None:
-    """Print the medians of both and of their ratio."""
-    times = [(seconds(slow), seconds(fast)) for _ in range(repeats)]
-    ratio = statistics.median(a / b for a, b in times)
-    before, after = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"| {name} | {before:.3g} s | {after:.3g} s | {ratio:.2f} x | {target} |", flush=True)
+@dataclass(frozen=True)
+class Pairs:
+    """Prints the rows of the table: the plain program in the one process of ``pool``, anomri in this one."""
+
+    pool: ProcessPoolExecutor
+    repeats: int
+
+    def row(
+        self, name: str, target: str, fast: Callable[[], object], slow: Callable[..., object], *arguments: object
+    ) -> None:
+        """Print the medians of both and of their ratio; ``arguments`` are those of ``slow``."""
+        times = [(self.pool.submit(seconds, slow, *arguments).result(), seconds(fast)) for _ in range(self.repeats)]
+        ratio = statistics.median(a / b for a, b in times)
+        before, after = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| {name} | {before:.3g} s | {after:.3g} s | {ratio:.2f} x | {target} |", flush=True)
+
+
+@cache
+def _plain(widths: tuple[int, ...]) -> tuple[plain.Network, torch.optim.Optimizer]:
+    """The plain program's network, of the process that asks."""
+    network = plain.Network(widths)
+    return network, plain.optimizer_of(network)
+
+
+def _plain_detect(widths: tuple[int, ...], folder: Path, out: Path) -> None:
+    plain.detect(_plain(widths)[0], folder, out)
+
+
+def _plain_pass(widths: tuple[int, ...], x: torch.Tensor) -> None:
+    with torch.no_grad():
+        _plain(widths)[0](x)
+
+
+def _plain_step(widths: tuple[int, ...], x: torch.Tensor) -> None:
+    plain.training_step(*_plain(widths), x)
+
+
+def _plain_pack(folders: list[Path], out: Path) -> None:
+    for folder in folders:
+        plain.pack(folder, out / f"{folder.name}.npz")
+
+
+def _plain_evaluate(scores: NDArray[np.float32], labels: NDArray[np.bool_]) -> None:
+    plain.evaluate(scores, labels)
+    for threshold in (0.3, 0.31):
+        drop_small_components(scores > threshold, 20)
 
 
 def main() -> None:
@@ -77,91 +122,90 @@ def main() -> None:
     spec = ModelSpec(plain.CHANNELS, settings={"widths": list(widths)})
     whole = Detector(spec, methods.build(spec))
     cropped = Detector(replace(spec, crop=box), methods.build(spec))
-    network, built_in = plain.Network(widths), Detector.load()
+    built_in = Detector.load()
 
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     print(
         f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, widths {widths}"
     )
     print(f"precision {resolve_precision('auto')}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n")
-    print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
+    print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|", flush=True)
+    own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as place, own_process as pool:
+        out, pairs, numbers = Path(place), Pairs(pool, repeats), itertools.count()
         rows = (
             ("whole slices", "6", whole),
             ("brain's box", "8", cropped),
             ("the model in the package (two passes)", "", built_in),
         )
         for name, target, detector in rows:
-            paired(
+            pairs.row(
                 f"detect, one scan, file to files, {name}",
                 target,
-                repeats,
-                lambda: plain.detect(network, folders[0], out / "plain.nii.gz"),
                 lambda detector=detector: detector.detect(cases[0]).save(out),  # type: ignore[misc]
+                *(_plain_detect, widths, folders[0], out / "plain.nii.gz"),
             )
         cropped.save(out / "model")
-        numbers = iter(range(1000))
-        paired(
+        pairs.row(
             "the same by command, start of Python included, brain's box",
             "",
-            repeats,
-            lambda: _command(plain.__file__, folders[0], out / "plain.nii.gz"),
             lambda: _command(
                 "-m", "anomri", "detect", "-i", folders[0], "-o", out / f"run{next(numbers)}", "-m", out / "model"
             ),
+            *(_command, plain.__file__, folders[0], out / "plain.nii.gz"),
         )
         x = stacks[0].x[40:56]
         few = replace(stacks[0], x=x, foreground=stacks[0].foreground[40:56], index=range(16))
-        paired("network alone, 16 slices, whole", "1.5", repeats, lambda: _pass(network, x), lambda: whole.output(few))
-        paired("network alone, 16 slices, box", "1.5", repeats, lambda: _pass(network, x), lambda: cropped.output(few))
-        paired(
+        for name, detector in (("whole", whole), ("box", cropped)):
+            pairs.row(
+                f"network alone, 16 slices, {name}",
+                "1.5 in float32, 6 in bfloat16",
+                lambda detector=detector: detector.output(few),  # type: ignore[misc]
+                *(_plain_pass, widths, x),
+            )
+        pairs.row(
             "preparing 4 scans into the cache",
             "8",
-            repeats,
-            lambda: [plain.prepare(folder) for folder in folders[:4]],
             lambda: pack_cohort(cases[:4], plain.CHANNELS, Grid(), Scaling(), out / f"cache{next(numbers)}"),
+            *(_plain_pack, folders[:4], out),
         )
-        _training(network, spec, box, x, repeats)
-        _evaluation(stacks, out, repeats)
-        shown = [seconds(lambda: _command("-m", "anomri", "--help")) for _ in range(repeats)]
+        _training(spec, box, x, pairs)
+        _evaluation(stacks, out, pairs)
+        shown = [seconds(_command, "-m", "anomri", "--help") for _ in range(repeats)]
         print(f"| start of `anomri --help` | | {statistics.median(shown):.2f} s | | < 0.4 s |")
-        # In a process of its own: what the plain program took must not count.
+        # In a process of its own: what the others took must not count.
         print(_command(__file__, arguments.cohort, "--memory"), end="")
 
 
-def _training(
-    network: plain.Network, spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, repeats: int
-) -> None:
-    method = methods.build(spec).train()
-    optimizers = [torch.optim.Adam(one.parameters(), 1e-4, amsgrad=True) for one in (network, method)]
-    generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
+def _training(spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, pairs: Pairs) -> None:
     half = resolve_precision("auto") == "bf16-mixed"
+    # As `training.fit` does.
+    method = methods.build(spec).train().to(memory_format=torch.channels_last if half else torch.contiguous_format)
+    optimizer = plain.optimizer_of(method)
+    generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
 
     def step(part: tuple[int, int, int, int] | None) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = method(x, foreground, generator, part)
-        optimizers[1].zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(method.parameters(), Training().gradient_clip)
-        optimizers[1].step()
+        optimizer.step()
 
     for name, part in (("whole slices", None), ("brain's box", box)):
-        paired(
+        pairs.row(
             f"one training step, batch 16, {name}",
             "5",
-            repeats,
-            lambda: plain.training_step(network, optimizers[0], x),
             lambda part=part: step(part),  # type: ignore[misc]
+            *(_plain_step, tuple(spec.settings["widths"]), x),
         )
 
 
-def _evaluation(stacks: list, out: Path, repeats: int) -> None:  # type: ignore[type-arg]
+def _evaluation(stacks: list, out: Path, pairs: Pairs) -> None:  # type: ignore[type-arg]
     rng = np.random.default_rng(0)
     labels = [stack.label.numpy() for stack in stacks]
     scores = [(0.3 * label + 0.3 * rng.random(label.shape)).astype(np.float32) for label in labels]
-    pooled_scores, pooled_labels = np.concatenate(scores), np.concatenate(labels)
-    numbers = iter(range(1000))
+    numbers = itertools.count()
 
     def ours() -> None:
         folder = out / f"pool{next(numbers)}"
@@ -171,12 +215,8 @@ def _evaluation(stacks: list, out: Path, repeats: int) -> None:  # type: ignore[
             pool.add(Scored(str(number), score, label, 20.0))
         pool.evaluate({}, 0.3)
 
-    def sweep() -> None:
-        plain.evaluate(pooled_scores, pooled_labels)
-        for threshold in (0.3, 0.31):
-            drop_small_components(pooled_scores > threshold, 20)
-
-    paired(f"evaluate, {len(stacks)} patients, intervals too", "20", repeats, sweep, ours)
+    pooled = np.concatenate(scores), np.concatenate(labels)
+    pairs.row(f"evaluate, {len(stacks)} patients, intervals too", "20", ours, _plain_evaluate, *pooled)
 
 
 def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore[type-arg]
@@ -195,11 +235,6 @@ def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore
 
 def _command(*arguments: str | Path) -> str:
     return subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
-
-
-def _pass(network: plain.Network, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        network(x)
 
 
 def _lines(path: str) -> list[str]:

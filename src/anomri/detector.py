@@ -126,7 +126,10 @@ class Detector:
         self.splits: dict[str, str] = {}
         """Which cases the model was trained on and held out, if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
-        self._state = {name: value.detach().cpu().clone() for name, value in method.state_dict().items()}
+        self._state = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in method.state_dict().items()
+        }
         self.inference = Inference(method, device, precision)
 
     @property

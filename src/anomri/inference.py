@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anomri.devices import resolve_precision
-from anomri.memory import smaller_until_it_fits
+from anomri.memory import keep_memory, smaller_until_it_fits
 from anomri.methods import Box
 from anomri.networks import fold_weight_standardisation
 
@@ -28,6 +28,7 @@ class Inference:
         self.half = found == "bf16-mixed" and bool(getattr(method, "half_precision", False))
         folded: Any = fold_weight_standardisation(method).eval().to(self.device)
         self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
+        keep_memory()
         # What a processor's cache does not hold is slower.
         self.batch = 64 if self.device.type != "cpu" else 8
 

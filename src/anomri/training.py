@@ -24,6 +24,7 @@ from anomri.detector import Detector
 from anomri.devices import resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes
 from anomri.interruption import StopRequest
+from anomri.memory import keep_memory
 from anomri.methods import Player
 from anomri.packing import HealthySlices, default_cache
 from anomri.schedule import batch_numbers, learning_rate
@@ -199,6 +200,11 @@ def fit(
     slices, held_out = HealthySlices(packed["train"]), HealthySlices(packed["val"])
     if state.step:
         network.load_state_dict(state.network)
+    if training.precision == "bf16-mixed":
+        # What convolutions in bfloat16 are computed in; any other layout is turned at every layer.
+        network.to(memory_format=torch.channels_last)
+    if fabric.device.type == "cpu":
+        keep_memory()
     players = methods.players(network)
     batches = Batches(fabric, team, slices, training.batch_size, accumulate, divisible=not players[0].name)
     model, *optimizers = fabric.setup(network, *(_optimizer(player, training) for player in players))
