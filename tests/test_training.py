@@ -107,6 +107,18 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     assert [[row[n] for n in names] for row in log(tmp_path / "m")] == [[row[n] for n in names] for row in log(model)]
 
 
+def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 6, "precision": "bf16-mixed"}
+    arguments = {"preset": "tiny", "cache": cache, "device": "cpu", "training": schedule}
+    whole = train(cohort, tmp_path / "whole", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(Interrupted):
+        train(cohort, tmp_path / "m", progress=StopAt(3), **arguments)  # type: ignore[arg-type]
+    train(cohort, tmp_path / "m", resume=True, **arguments)  # type: ignore[arg-type]
+    assert weights(tmp_path / "m") == weights(tmp_path / "whole")
+    whole.save(tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(tmp_path / "m")
+
+
 def test_what_is_killed_between_validations_goes_on_from_the_last_save(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,18 @@ def box_around(values: NDArray[Any]) -> tuple[slice, ...]:
     plane = values.max(axis=-1, initial=0)
     box = tuple(_first_to_last(plane, axis) for axis in range(plane.ndim))
     return (*box, _first_to_last(values[box], values.ndim - 1))
+
+
+def is_empty(box: tuple[slice, ...]) -> bool:
+    """Whether nothing is in a box."""
+    return any(side.start == side.stop for side in box)
+
+
+def join(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The smallest box around some that are not empty."""
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
+    )
 
 
 def _first_to_last(values: NDArray[Any], axis: int) -> slice:

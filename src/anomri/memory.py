@@ -13,6 +13,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 KEPT_BYTES = 2**27
+"""Blocks larger than this, and as much of it at the end of the heap, are given back: memory stays bounded."""
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -20,8 +21,8 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 def keep_memory() -> None:
     """Have this process keep freed memory, where the C library is glibc, instead of giving it back to the kernel.
 
-    By itself glibc gives every block of some megabytes back, and gets it again as pages that the kernel has to find and
-    zero one by one: for each layer of a network and each channel of a scan, a quarter of the time on a virtual machine.
+    By itself glibc gives large blocks back, and gets each one again as pages that the kernel finds and zeroes one by one:
+    for every layer of a network and every channel of a scan, a quarter of the time on a virtual machine.
     """
     setter = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if setter is not None:

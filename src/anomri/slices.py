@@ -63,14 +63,14 @@ class Affine(NamedTuple):
     floor: float = 0.0
 
     def __call__(self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Scaled values of an image (x, ...), in ``out`` if that is given, which is zero; zeros stay zeros."""
-        scaled = np.zeros_like(values) if out is None else out
+        """Scaled values of an image (x, ...), in ``out`` if that is given; zeros stay zeros."""
+        scaled = np.empty_like(values) if out is None else out
         # Plane by plane: several passes over what the processor's cache holds are as good as one.
         for plane, target in zip(values, scaled, strict=True):
             inside = plane > 0
             if not inside.any():
-                continue
-            if not self.offset and not self.floor:
+                target[:] = 0
+            elif not self.offset and not self.floor:
                 np.divide(plane, np.float32(self.scale), out=target)
             else:
                 np.subtract(plane, np.float32(self.offset), out=target)
@@ -139,7 +139,7 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     view, pixels = window.around(in_plane, grid.size)
     part = view.cut(volume.data[..., high])
     scale = intensity_scale(part, scaling)
-    scaled = np.zeros_like(part)
+    scaled = np.empty_like(part)
     for affine, channel, target in zip(scale, part, scaled, strict=True):
         affine(channel, out=target)
     chosen = slice_range(scaled, scaling.slice_sum)
@@ -182,14 +182,19 @@ def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tup
 
 
 def _percentiles(values: NDArray[np.float32], percents: Sequence[float]) -> list[float]:
-    """Percentiles of values > 0, linear between ranks; whole numbers, which scanners give, are counted and not sorted."""
-    most = np.iinfo(np.uint16).max
-    if values.max() > most or ((whole := values.astype(np.uint16)) != values).any():
-        return [float(value) for value in np.percentile(values, percents)]
-    up_to = np.bincount(whole).cumsum()
-    ranks = (len(values) - 1) * np.asarray(percents) / 100
-    below, above = (np.searchsorted(up_to, edge(ranks), side="right") for edge in (np.floor, np.ceil))
-    return [float(value) for value in below + (above - below) * (ranks % 1)]
+    """`numpy.percentile` of values > 0, linear between ranks, which would sort them.
+
+    The leading half of a positive number's bits rises with it: counted, they tell the few values among which a rank lies.
+    """
+    leading = values.view(np.uint32) >> 16
+    up_to = np.bincount(leading).cumsum()
+    found = []
+    for rank in (len(values) - 1) * np.asarray(percents) / 100:
+        first, last = np.searchsorted(up_to, (math.floor(rank), math.ceil(rank)), side="right")
+        among = np.sort(values[(leading >= first) & (leading <= last)])
+        smaller = up_to[first - 1] if first else 0
+        found.append(float(np.interp(rank - smaller, np.arange(len(among)), among)))
+    return found
 
 
 def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:

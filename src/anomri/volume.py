@@ -15,7 +15,7 @@ import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
 
-from anomri.boxes import box_around
+from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
 from anomri.nifti import read_image, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
@@ -143,7 +143,7 @@ def read_volume(
     was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
     grid, or, with ``resampled``, that does not overlap the first at all.
     """
-    files, notes, filled = case.files(channels), list[str](), list[bool]()
+    files, notes, boxes = case.files(channels), list[str](), list[tuple[slice, ...]]()
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
@@ -158,20 +158,23 @@ def read_volume(
                 data = np.zeros((len(files), *first.canonical_shape), dtype=np.float32)
             notes += found
             here = _onto(path, image, values, files[0], first, notes if resampled else None)
-            filled.append(_copy_positive(here, data[number]))
+            boxes.append(_copy_positive(here, data[number]))
     assert first is not None
     if case.mask is not None:
         data *= _read_mask(case.mask, files[0], first, notes if resampled else None)
-        filled = [bool(channel.any()) for channel in data]
-    for path, there in zip(files, filled, strict=True):
-        if not there:
+        boxes = [box_around(data[number]) for number in range(len(data))]
+    for path, box in zip(files, boxes, strict=True):
+        if is_empty(box):
             raise AnomriError(
                 f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask)."
             )
     label: NDArray[np.bool_] | None = None
     if case.label is not None and with_label:
         label = _read_mask(case.label, files[0], first, None)
-    return Volume(case.name, tuple(channels), data, label, first, tuple(notes))
+    volume = Volume(case.name, tuple(channels), data, label, first, tuple(notes))
+    # Known already: looking for it again would take longer than reading a channel.
+    vars(volume)["brain"] = join(boxes)
+    return volume
 
 
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
@@ -255,11 +258,11 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
     return data
 
 
-def _copy_positive(values: NDArray[Any], target: NDArray[Any]) -> bool:
-    """Copy values >= 0 into zeros of the same shape, in the box of those above zero alone; whether there are any."""
-    part = box_around(values)
-    target[part] = values[part]
-    return target[part].size > 0
+def _copy_positive(values: NDArray[Any], target: NDArray[Any]) -> tuple[slice, ...]:
+    """Copy values >= 0 into zeros of the same shape, in the box of those above zero alone; returns the box."""
+    box = box_around(values)
+    target[box] = values[box]
+    return box
 
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
