@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cc3d
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -51,6 +52,17 @@ def test_small_anomalies_are_as_frequent_as_large_ones() -> None:
     assert octaves.min() > 0.7 * octaves.max()
     areas = (random_blobs(foreground, seeded()) > 0.5).sum((1, 2))
     assert int(areas.min()) < 20 and int(areas.max()) > 1000
+
+
+def test_some_slices_get_several_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anomri.anomalies.CHANCES", ())
+    x, foreground = slices(400)
+    _, where = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded())
+    counts = torch.tensor([int(cc3d.connected_components(one.numpy(), return_N=True)[1]) for one in where])
+    assert 0.15 < float((counts > 0).float().mean()) < 0.3  # a share of those drawn is too faint to ask for
+    assert int(counts.max()) >= 6
+    areas = where.flatten(1).sum(1)[counts == 1]
+    assert int(areas.min()) >= 1 and int(areas.max()) < 40
 
 
 def test_every_part_of_the_foreground_may_hold_an_anomaly() -> None:
@@ -144,6 +156,18 @@ def test_marks_that_are_right_cost_least() -> None:
     assert mark_loss(-right, where, foreground) > mark_loss(torch.zeros_like(right), where, foreground)
     outside = torch.where(foreground, right, 8.0)
     assert torch.equal(mark_loss(outside, where, foreground), mark_loss(right, where, foreground))
+
+
+def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
+    _, foreground = slices(1)
+    small, large = torch.zeros_like(foreground), torch.zeros_like(foreground)
+    small[0, 32:35, 32:35] = True
+    large[0, 20:44, 24:48] = True
+    missed = torch.where(small, -8.0, 0.0)
+    both = [torch.where(truth, 8.0, -8.0) for truth in (small, large)]
+    cost_small = mark_loss(both[0] + 2 * missed, small, foreground) - mark_loss(both[0], small, foreground)
+    cost_large = mark_loss(both[1] + 2 * missed, large, foreground) - mark_loss(both[1], large, foreground)
+    assert float(cost_small) > 2 * float(cost_large)
 
 
 def test_channel_dropout_keeps_at_least_one_and_leaves_the_rest_out_of_the_loss() -> None:

@@ -20,6 +20,8 @@ from anomri.draws import normal, uniform
 RADIUS_PIXELS = (1.5, 28.0)
 CHANCES = (0.7, 0.4, 0.25)
 """Of a first, second and third blob in a slice: an eighth of the slices stay healthy."""
+PLAQUES, PLAQUE_SHARE, PLAQUE_PIXELS = 8, 0.3, (0.8, 3.0)
+"""At most so many small ones at once, in this share of the slices, of these radii: like those of multiple sclerosis."""
 TYPICAL = 0.85
 """Share of the blobs that follow `CONTRASTS`; the others change every channel either way."""
 CONTRASTS = {"flair": (0.40, 0.18), "t2": (0.35, 0.22), "t1": (-0.15, 0.12), "t1ce": (-0.08, 0.15)}
@@ -32,6 +34,8 @@ CORES = {"flair": (-0.5, 0.3), "t2": (-0.1, 0.6), "t1": (-0.3, 0.0), "t1ce": (-0
 """Range of the change in a core, as of necrosis, inside a blob."""
 RING = ("t1ce", (0.2, 1.0))
 """What a contrast agent does around such a core."""
+NEIGHBOURHOOD, SMALL_WEIGHT = 9, 4.0
+"""The less an anomaly fills of so many pixels squared around, the more a pixel of it counts: at most so much."""
 
 
 def between(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
@@ -50,6 +54,16 @@ def smooth_field(shape: tuple[int, int, int, int], resolution: int, generator: G
     return functional.interpolate(low, size=shape[2:], mode="bicubic", align_corners=False)
 
 
+def random_places(foreground: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Rows and columns, (n, count) twice, of pixels drawn from each (n, h, w) bool foreground."""
+    n, h, w = foreground.shape
+    inside = foreground.flatten(1).cumsum(1)
+    # The pixel whose place among the foreground's is drawn; a slice without any takes its first.
+    drawn = uniform((n, count), generator) * inside[:, -1:]
+    pixel = torch.searchsorted(inside.double(), drawn.double(), right=True).clamp_max(h * w - 1)
+    return pixel // w, pixel % w
+
+
 def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """One ragged ellipse somewhere in each (n, h, w) bool foreground: depth below its edge in pixels, and its radius.
 
@@ -57,12 +71,9 @@ def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Ten
     as frequent as large ones.
     """
     n, h, w = foreground.shape
-    inside = foreground.flatten(1).cumsum(1)
-    # The pixel whose place among the foreground's is drawn; a slice without any takes its first.
-    drawn = uniform((n, 1), generator) * inside[:, -1:]
-    centre = torch.searchsorted(inside.double(), drawn.double(), right=True).clamp_max(h * w - 1)[..., None]
-    rows = torch.arange(h, device=foreground.device)[None, :, None] - centre // w
-    columns = torch.arange(w, device=foreground.device)[None, None, :] - centre % w
+    row, column = random_places(foreground, 1, generator)
+    rows = torch.arange(h, device=foreground.device)[None, :, None] - row[..., None]
+    columns = torch.arange(w, device=foreground.device)[None, None, :] - column[..., None]
     radius = log_between(*RADIUS_PIXELS, (n, 1, 1), generator)
     stretch, angle = between(-0.4, 0.4, (n, 1, 1), generator).exp(), between(0, math.pi, (n, 1, 1), generator)
     u = (angle.cos() * rows + angle.sin() * columns) * stretch
@@ -81,7 +92,7 @@ def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
 def plant_anomalies(
     x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Change up to three blobs of each slice; returns the slices (n, c, h, w) and where they changed (n, h, w) bool.
+    """Change up to three blobs of each slice, and plaques in some; returns them (n, c, h, w) and where (n, h, w) bool.
 
     In a blob every channel is shifted, gets a random texture and loses a part of its own detail; some of the larger
     ones have a core, and some of the cores a ring. What changed in no channel that is ``shown``, (n, c, 1, 1) of 0 and 1,
@@ -91,13 +102,20 @@ def plant_anomalies(
     for chance in CHANCES:
         changed, there = _plant(changed, foreground, shown, channels, chance, generator)
         where = where | there
+    changed, there = _plant_plaques(changed, foreground, shown, channels, generator)
+    where = where | there
     return changed.clamp_min(0) * foreground[:, None], where
 
 
 def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor) -> Tensor:
-    """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w)."""
+    """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w).
+
+    A pixel of a small anomaly counts for more, up to `SMALL_WEIGHT`, than one of a large anomaly or of none.
+    """
     inside, truth = foreground.float(), where.float()
-    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    share = functional.avg_pool2d(truth[:, None], NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2)[:, 0]
+    weight = 1 + truth * (share.clamp_min(SMALL_WEIGHT**-2).rsqrt() - 1)
+    entropy = functional.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none")
     entropy = (entropy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
     marks = logits.sigmoid() * inside
     # The constant counts an unchanged slice without marks as right, and keeps tiny blobs from ruling the gradient.
@@ -131,6 +149,24 @@ def _plant(
     x = x + weight * (shift + texture + flattened * (mean - x))
     x = x + _core(depth, radius, edge, blob, channels, generator)
     return x, (blob > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
+
+
+def _plant_plaques(
+    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Small round anomalies, of about the same contrast within a slice."""
+    n, _, h, w = x.shape
+    row, column = (place[..., None, None] for place in random_places(foreground, PLAQUES, generator))
+    shape = (n, PLAQUES, 1, 1)
+    rows = torch.arange(h, device=x.device)[:, None] - row + between(-0.5, 0.5, shape, generator)
+    columns = torch.arange(w, device=x.device) - column + between(-0.5, 0.5, shape, generator)
+    depth = log_between(*PLAQUE_PIXELS, shape, generator) - (rows.square() + columns.square()).sqrt()
+    wanted = uniform((n, 1, 1, 1), generator) * (uniform((n, 1, 1, 1), generator) < PLAQUE_SHARE)
+    plaques = torch.sigmoid(depth / between(0.3, 1.0, shape, generator)) * (uniform(shape, generator) < wanted)
+    plaques = plaques * foreground[:, None]
+    shift = typical_shifts(n, channels, generator)[..., None, None]
+    changed = x + (plaques * between(0.6, 1.4, shape, generator)).amax(1, keepdim=True) * shift
+    return changed, (plaques.amax(1) > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
 
 
 def _core(

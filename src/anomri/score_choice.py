@@ -44,8 +44,8 @@ FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0))
 def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     """The scores that are tried for a model: the paper's, signed ones, and with marks those.
 
-    By position only with marks: a residual by position alone wins on synthetic balls, but not on tumours of patients not
-    seen (docs/results.md).
+    Neither marks alone nor a residual by position alone: each wins on synthetic balls at times, but both together are
+    better on tumours of patients not seen (docs/results.md).
     """
     bright = tuple(name for name in BRIGHT if name in spec.channels)
     scores = [replace(spec.score, kind=kind) for kind in WHOLE]
@@ -53,7 +53,6 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     if len(bright) > 1:
         scores.append(replace(spec.score, kind="positive", channels=bright))
     if marks:
-        scores.append(replace(spec.score, kind="mark"))
         scores += [replace(spec.score, kind=kind, channels=bright) for kind in ("mark_positive", "mark_by_position")]
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
