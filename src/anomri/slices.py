@@ -66,11 +66,13 @@ class Affine(NamedTuple):
         """Scaled values of an image (x, ...), in ``out`` if that is given; zeros stay zeros."""
         scaled = np.empty_like(values) if out is None else out
         # Plane by plane: several passes over what the processor's cache holds are as good as one.
-        for plane, target in zip(values, scaled, strict=True):
+        for number, plane in enumerate(values):
             inside = plane > 0
             if not inside.any():
-                target[:] = 0
-            elif not self.offset and not self.floor:
+                scaled[number] = 0
+                continue
+            target = scaled[number]
+            if not self.offset and not self.floor:
                 np.divide(plane, np.float32(self.scale), out=target)
             else:
                 np.subtract(plane, np.float32(self.offset), out=target)
