@@ -105,7 +105,7 @@ def detect(network: Network, folder: Path, out: Path) -> None:
     nib.save(nib.Nifti1Image(whole, image.affine), out)
 
 
-def optimizer_of(network: Network) -> torch.optim.Optimizer:
+def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
     """The published one."""
     return torch.optim.Adam(network.parameters(), 1e-4, amsgrad=True, weight_decay=1e-5)
 

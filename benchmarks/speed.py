@@ -143,7 +143,10 @@ def main() -> None:
                 f"detect, one scan, file to files, {name}",
                 target,
                 lambda detector=detector: detector.detect(cases[0]).save(out),  # type: ignore[misc]
-                *(_plain_detect, widths, folders[0], out / "plain.nii.gz"),
+                _plain_detect,
+                widths,
+                folders[0],
+                out / "plain.nii.gz",
             )
         cropped.save(out / "model")
         pairs.row(
@@ -152,7 +155,10 @@ def main() -> None:
             lambda: _command(
                 "-m", "anomri", "detect", "-i", folders[0], "-o", out / f"run{next(numbers)}", "-m", out / "model"
             ),
-            *(_command, plain.__file__, folders[0], out / "plain.nii.gz"),
+            _command,
+            plain.__file__,
+            folders[0],
+            out / "plain.nii.gz",
         )
         x = stacks[0].x[40:56]
         few = replace(stacks[0], x=x, foreground=stacks[0].foreground[40:56], index=range(16))
@@ -161,13 +167,17 @@ def main() -> None:
                 f"network alone, 16 slices, {name}",
                 "1.5 in float32, 6 in bfloat16",
                 lambda detector=detector: detector.output(few),  # type: ignore[misc]
-                *(_plain_pass, widths, x),
+                _plain_pass,
+                widths,
+                x,
             )
         pairs.row(
             "preparing 4 scans into the cache",
             "8",
             lambda: pack_cohort(cases[:4], plain.CHANNELS, Grid(), Scaling(), out / f"cache{next(numbers)}"),
-            *(_plain_pack, folders[:4], out),
+            _plain_pack,
+            folders[:4],
+            out,
         )
         _training(spec, box, x, pairs)
         _evaluation(stacks, out, pairs)
@@ -197,7 +207,9 @@ def _training(spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.T
             f"one training step, batch 16, {name}",
             "5",
             lambda part=part: step(part),  # type: ignore[misc]
-            *(_plain_step, tuple(spec.settings["widths"]), x),
+            _plain_step,
+            tuple(spec.settings["widths"]),
+            x,
         )
 
 

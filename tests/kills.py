@@ -185,8 +185,8 @@ def attack(verb: Verb, root: Path, kills: int, rng: random.Random) -> dict[str, 
             elif code:
                 raise SystemExit(f"{verb.name}: exit code {code}\n{log.read_text()}")
             after = verb.done(place)
-            # What is killed between its last file and its end has ended.
-            _compare(row, before, after, ended=code == 0 or any(place.rglob("metrics.json")))
+            # The scores of an evaluation go after its last file, the report: what is killed in between has ended.
+            _compare(row, before, after, ended=code == 0 or (place / "out" / "report.html").exists())
             before = after
         finished(start(verb.arguments(place), log), log)
         _compare(row, before, verb.done(place), ended=True)

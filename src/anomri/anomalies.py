@@ -148,7 +148,7 @@ def _plant(
     mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
     x = x + weight * (shift + texture + flattened * (mean - x))
     x = x + _core(depth, radius, edge, blob, channels, generator)
-    return x, (blob > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
+    return x, _visible(blob, shift, shown)
 
 
 def _plant_plaques(
@@ -166,7 +166,12 @@ def _plant_plaques(
     plaques = plaques * foreground[:, None]
     shift = typical_shifts(n, channels, generator)[..., None, None]
     changed = x + (plaques * between(0.6, 1.4, shape, generator)).amax(1, keepdim=True) * shift
-    return changed, (plaques.amax(1) > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
+    return changed, _visible(plaques.amax(1), shift, shown)
+
+
+def _visible(blob: Tensor, shift: Tensor, shown: Tensor) -> Tensor:
+    """Where a blob (n, h, w) is, if its shift (n, c, 1, 1) can be seen in a channel that is shown."""
+    return (blob > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)
 
 
 def _core(

@@ -135,6 +135,7 @@ def _train(
     progress: Report,
 ) -> Detector:
     schedule = spec.training
+    keep_memory()
     packed = pack_splits(cases, spec, cache, team, lambda done, total: progress(Progress("pack", done, total)))
     spec = replace(
         spec,
@@ -203,8 +204,6 @@ def fit(
     if training.precision == "bf16-mixed":
         # What convolutions in bfloat16 are computed in; any other layout is turned at every layer.
         network.to(memory_format=torch.channels_last)
-    if fabric.device.type == "cpu":
-        keep_memory()
     players = methods.players(network)
     batches = Batches(fabric, team, slices, training.batch_size, accumulate, divisible=not players[0].name)
     model, *optimizers = fabric.setup(network, *(_optimizer(player, training) for player in players))
