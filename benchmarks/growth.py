@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import plain
@@ -49,8 +50,9 @@ def main() -> None:
     box = brain_box(stack.foreground, 8)
     base = detector_of(plain.CHANNELS, WIDTHS, box)
     z = stack.index
-    half = replace(volume, data=volume.data * 0)
-    half.data[..., z.start : z.start + len(z) // 2] = volume.data[..., z.start : z.start + len(z) // 2]
+    kept = np.zeros_like(volume.data)
+    kept[..., z.start : z.start + len(z) // 2] = volume.data[..., z.start : z.start + len(z) // 2]
+    half = volume.with_data(kept, "the upper half was taken away.")
 
     def saved(detector: Detector, scan: object, out: Path) -> Callable[[], object]:
         return lambda: detector.detect(scan).save(out)  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: 
     def watched(self: Detector, *scan: object) -> object:
         nonlocal most
         volume = read(self, *scan)  # type: ignore[arg-type]
-        alive.append(weakref.ref(volume.data))
+        alive.append(weakref.ref(volume.inside))
         gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))
         return volume

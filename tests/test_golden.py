@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from anomri.geometry import Geometry
 from anomri.metrics import dice, drop_small_components, precision_recall
 from anomri.networks import UNet, fold_weight_standardisation, rename_released_parameters
 from anomri.noise import add_on_foreground, upsample_noise
 from anomri.residual import anomaly_score, mean_absolute_residual
 from anomri.slices import foreground_of, slice_volume
 from anomri.spec import Grid, Scaling, Score
-from anomri.volume import Geometry, Volume
+from anomri.volume import Volume
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,7 +56,7 @@ def test_preprocessing() -> None:
     golden = np.load(GOLDEN / "preprocessing.npz")
     channels = ("flair", "t1", "t1ce", "t2")
     geometry = Geometry(golden["flair"].shape, np.eye(4), np.array([[0, 1], [1, 1], [2, 1]]), None)
-    volume = Volume("golden", channels, np.stack([golden[c] for c in channels]), golden["label"] > 0, geometry)
+    volume = Volume.of("golden", channels, np.stack([golden[c] for c in channels]), golden["label"] > 0, geometry)
     stack = slice_volume(volume, Grid(field_of_view_mm=None))
     assert list(stack.index) == golden["slice_index"].tolist()
     np.testing.assert_allclose(stack.x.numpy(), golden["slices"], atol=1e-5, rtol=0)

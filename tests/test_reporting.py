@@ -163,7 +163,8 @@ def test_planes_show_the_peak_and_both_outlines_the_right_way_up(detection: Dete
     label = np.zeros_like(lesion)
     label[40:44, 10:14, 9:11] = True
     score = lesion.astype(np.float32)
-    made = replace(detection, anomaly_map=score, mask=lesion, volume=replace(detection.volume, data=data, label=label))
+    volume = replace(detection.volume.with_data(data, "as drawn"), label=label)
+    made = replace(detection, anomaly_map=score, mask=lesion, volume=volume)
     picture = planes(made, 460).astype(int)
     assert picture.shape[1] == 460
 

@@ -67,7 +67,7 @@ def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes
     components[13:16, 9:11, 4], components[4:8, 10, 4] = 1, 2
     holed = brain.copy()
     holed[15, 12, 4] = False
-    found = smallest_edge_distances(components, holed[None].astype(np.float32), spacing)
+    found = smallest_edge_distances(components, holed, spacing)
     assert found == pytest.approx([expected[components == number].min() for number in (1, 2)], rel=1e-5)
     assert found[0] > found[1] > 0
 

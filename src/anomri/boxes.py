@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 
 def box_around(values: NDArray[Any]) -> tuple[slice, ...]:
     """The smallest box, a slice along each axis, that holds all of ``values`` >= 0 above zero; empty if nothing is."""
+    # As it lies in memory: NumPy goes through an array backwards at a fifth of the speed.
+    backwards = [axis for axis, stride in enumerate(values.strides) if stride < 0]
+    values = np.flip(values, tuple(backwards))
     # Two passes over the array, of which the first leaves one plane.
     plane = values.max(axis=-1, initial=0)
-    box = tuple(_first_to_last(plane, axis) for axis in range(plane.ndim))
-    return (*box, _first_to_last(values[box], values.ndim - 1))
+    box = [_first_to_last(plane, axis) for axis in range(plane.ndim)]
+    box.append(_first_to_last(values[tuple(box)], values.ndim - 1))
+    for axis in backwards:
+        if not is_empty((box[axis],)):
+            box[axis] = slice(values.shape[axis] - box[axis].stop, values.shape[axis] - box[axis].start)
+    return tuple(box)
 
 
 def is_empty(box: tuple[slice, ...]) -> bool:

@@ -206,7 +206,7 @@ class Detector:
             mask = anomaly_map > spec.thresholds.threshold
             per_voxel = pixels_per_voxel(volume.geometry, spec.grid)
             mask = drop_small_components(mask, spec.score.max_dropped_voxels * per_voxel)
-            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.data, spec.thresholds.healthy)
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, spec.thresholds.healthy)
         return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
 
     def with_threshold(

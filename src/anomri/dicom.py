@@ -32,8 +32,9 @@ from anomri.dicom_files import (
     text_of,
 )
 from anomri.files import output_folder
+from anomri.geometry import Geometry
 from anomri.spec import AnomriError
-from anomri.volume import Geometry, write_image
+from anomri.volume import write_image
 
 MIN_SLICES = 10
 """Series with fewer slices are taken for localizers."""

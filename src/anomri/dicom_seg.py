@@ -20,8 +20,8 @@ from anomri.dicom import stack
 from anomri.dicom_channels import Series
 from anomri.dicom_files import optional, quiet, reason_of
 from anomri.files import whole_file
+from anomri.geometry import Geometry
 from anomri.spec import AnomriError
-from anomri.volume import Geometry
 
 OFFSET_TOLERANCE = 0.1
 """How far, in voxels, a voxel of the mask may lie from the pixel of the source series that it becomes."""

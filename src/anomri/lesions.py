@@ -13,9 +13,9 @@ from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 
 from anomri.boxes import box_around
+from anomri.geometry import Geometry
 from anomri.sensitivity import confidence
 from anomri.spec import HealthyScores
-from anomri.volume import Geometry
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def find_lesions(
     mask: NDArray[np.bool_],
     anomaly_map: NDArray[np.float32],
     geometry: Geometry,
-    data: NDArray[np.float32] | None = None,
+    brain: NDArray[np.bool_] | None = None,
     healthy: HealthyScores | None = None,
 ) -> tuple[Lesion, ...]:
     """The 26-connected components of a mask (x, y, z) in the working orientation, largest first.
 
-    The scan's ``data`` (channels, x, y, z), zero outside the brain, gives their distance from its edge, and what the
-    model knows of ``healthy`` scans their confidence; without, these are ``None``.
+    The ``brain`` (x, y, z) gives their distance from its edge, and what the model knows of ``healthy`` scans their
+    confidence; without, these are ``None``.
     """
     box = box_around(mask)
     part = mask[box]
@@ -56,10 +56,10 @@ def find_lesions(
     peaks = np.zeros(len(counts) + 1)
     np.maximum.at(peaks, inside, scores)
     distances = None
-    if data is not None:
+    if brain is not None:
         components = np.zeros(mask.shape, dtype=found.dtype)
         components[box] = found
-        distances = smallest_edge_distances(components, data, geometry.spacing_mm)
+        distances = smallest_edge_distances(components, brain, geometry.spacing_mm)
     centroids = cc3d.statistics(found)["centroids"][1:] + [side.start for side in box]
     centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
     largest_first = np.argsort(-counts, kind="stable")
@@ -78,17 +78,16 @@ def find_lesions(
 
 
 def smallest_edge_distances(
-    components: NDArray[np.integer[Any]], data: NDArray[np.float32], spacing_mm: tuple[float, float, float]
+    components: NDArray[np.integer[Any]], brain: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
 ) -> NDArray[np.float64]:
     """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside the brain.
 
-    Distances are those between centres of voxels. The brain is where any channel of ``data`` is above zero, with its
-    holes; what lies beyond the image is outside.
+    Distances are those between centres of voxels. Holes of the ``brain`` (x, y, z) are inside; what lies beyond the
+    image is outside.
     """
-    brain = np.zeros(np.add(data.shape[1:], 2), dtype=bool)
-    brain[1:-1, 1:-1, 1:-1] = (data > 0).any(axis=0) | (components > 0)
-    box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(brain))
-    air = cc3d.connected_components((~brain[box]).astype(np.uint8), connectivity=6)
+    inside = np.pad(brain | (components > 0), 1)
+    box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(inside))
+    air = cc3d.connected_components((~inside[box]).astype(np.uint8), connectivity=6)
     distance = edt.edt(
         np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=min(os.cpu_count() or 1, 4)
     )

@@ -10,10 +10,10 @@ from functools import cache
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's ``mallopt``."""
-KEPT_BYTES = 2**27
-"""Blocks larger than this, and as much of it at the end of the heap, are given back: memory stays bounded."""
+LARGEST_KEPT_BLOCK, MOST_KEPT = 2**27, 2**30
+"""Bytes: blocks larger than the one, and what is free at the end of the heap beyond the other, are given back."""
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -22,12 +22,14 @@ def keep_memory() -> None:
     """Have this process keep freed memory, where the C library is glibc, instead of giving it back to the kernel.
 
     By itself glibc gives large blocks back, and gets each one again as pages that the kernel finds and zeroes one by one:
-    for every layer of a network and every channel of a scan, a quarter of the time on a virtual machine.
+    for every layer of a network and every channel of a scan, a quarter of the time on a virtual machine. All threads take
+    from one heap, so that what one of them has freed serves the others.
     """
     setter = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if setter is not None:
-        setter(M_MMAP_THRESHOLD, KEPT_BYTES)
-        setter(M_TRIM_THRESHOLD, KEPT_BYTES)
+        setter(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
+        setter(M_TRIM_THRESHOLD, MOST_KEPT)
+        setter(M_ARENA_MAX, 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

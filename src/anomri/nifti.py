@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,9 @@ def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
     stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(proxy.shape, order="F")
     if (proxy.slope, proxy.inter) == (1, 0):
         return stored
-    values = stored.astype(np.float32)
-    values *= proxy.slope
-    values += proxy.inter
+    values: NDArray[np.float32] = np.multiply(stored, np.float32(proxy.slope), dtype=np.float32)
+    if proxy.inter:
+        values += np.float32(proxy.inter)
     return values
 
 
@@ -80,13 +79,14 @@ def write_image_file(path: Path, image: nib.Nifti1Image) -> None:
 
 
 def _header(path: Path) -> nib.Nifti1Header:
-    start = _unpack(path, HEADER_BYTES, whole=False)
+    # Whatever text may follow it is read with the image.
+    start = _unpack(path, nib.Nifti2Header.sizeof_hdr, whole=False)
     if not start:
         raise AnomriError(f"{path}: the file is empty.")
     for image_class in (nib.Nifti1Image, nib.Nifti2Image):
         header_class = image_class.header_class
         if header_class.may_contain_header(start[: header_class.sizeof_hdr]):
-            return header_class.from_fileobj(io.BytesIO(start), check=True)
+            return header_class(start[: header_class.sizeof_hdr])  # type: ignore[no-untyped-call]
     raise AnomriError(f"{path}: is not a NIfTI image.")
 
 

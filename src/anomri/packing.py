@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 import torch
+from isal import isal_zlib
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class PackedCase:
     def _checked(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
         rows = [np.array(self.memory_map[number]) for number in numbers]
         for number, row in zip(numbers, rows, strict=True):
-            if zlib.crc32(row.data) != self.checksums[number]:
+            if isal_zlib.crc32(row.data) != self.checksums[number]:
                 raise ValueError(f"the checksum of slice {number} does not fit")
         return rows
 
@@ -146,7 +147,9 @@ def pack_cohort(
         finally:
             progress(case)
 
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
+    processors = os.cpu_count() or 1
+    workers = max(min(len(cases), processors, 8), 1)
+    with _torch_threads(processors // workers), ThreadPoolExecutor(workers) as pool:
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(
@@ -165,6 +168,17 @@ def spread_healthy(cases: Sequence[PackedCase], most: int) -> list[PackedCase]:
 def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
     """A SHA-256 of the content of all files of the cases, whatever their names and order."""
     return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """So many threads for an operation of torch, also of threads begun meanwhile; they wait busily for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=128)
@@ -189,7 +203,7 @@ def _pack_case(
         facts = _facts(stack, [path for path in sources if path is not None])
         facts["pixel_mm3"] = pixels_per_voxel(volume.geometry, grid) * volume.geometry.voxel_mm3
         facts["spacing_mm"] = stack.spacing_mm
-        facts["checksums"] = [zlib.crc32(one.data) for one in slices]
+        facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.
         write_text(sidecar, json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}))
     facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"]), "spacing_mm": tuple(facts["spacing_mm"])}
@@ -209,7 +223,7 @@ def _packed_before(file: Path, sidecar: Path) -> dict[str, Any] | None:
 
 
 def _crc32(facts: object) -> int:
-    return zlib.crc32(json.dumps(facts).encode())
+    return isal_zlib.crc32(json.dumps(facts).encode())
 
 
 def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, Any]:

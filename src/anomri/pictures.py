@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anomri.boxes import box_around
 from anomri.cases import shown_channel
 from anomri.detector import Detection
 from anomri.files import whole_file
 from anomri.metrics import drop_small_components
 from anomri.slices import brain_box
+from anomri.volume import Volume
 
 Rgb = NDArray[np.uint8]
 
@@ -62,7 +62,8 @@ def planes(detection: Detection, width: int = SIDE) -> Rgb:
     The scan is under the map, with the outlines of mask and label. (height, ``width``, 3) uint8; the sides are
     marked R, L, A, P, S, I.
     """
-    x, y, z = brain_sides(detection.volume.data)
+    x, y, z = brain_sides(detection.volume)
+    image = _shown_image(detection.volume)
     score = detection.anomaly_map
     weight = score if detection.mask is None or not detection.mask.any() else np.where(detection.mask, score, -1)
     peak = np.unravel_index(int(np.argmax(weight)), score.shape)
@@ -76,7 +77,7 @@ def planes(detection: Detection, width: int = SIDE) -> Rgb:
     ]
     panels = []
     for place, size, marks in views:
-        panel = _marked(_layered(detection, place, size, upward=marks[2] == "S"), marks)
+        panel = _marked(_layered(detection, image, place, size, upward=marks[2] == "S"), marks)
         panels.append(np.pad(panel, ((0, max(d, h) - size[1]), (0, 0), (0, 0))))
     return np.concatenate(panels, axis=1)
 
@@ -86,7 +87,8 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
 
     (height, ``width``, 3) uint8; the first slice is marked R and L, each with its height in mm (scanner).
     """
-    x, y, _ = brain_sides(detection.volume.data)
+    x, y, _ = brain_sides(detection.volume)
+    image = _shown_image(detection.volume)
     geometry, index = detection.volume.geometry, detection.stack.index
     chosen = np.unique(np.linspace(index.start, index.stop - 1, columns * rows + 2)[1:-1].round().astype(int))
     across, down, _ = geometry.spacing_mm
@@ -95,7 +97,7 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
     middle = ((x.start + x.stop) / 2, (y.start + y.stop) / 2)
     cells = []
     for number, z in enumerate(chosen.tolist()):
-        cell = _layered(detection, (x, y, z), (w, h))
+        cell = _layered(detection, image, (x, y, z), (w, h))
         height_mm = float((geometry.canonical_affine @ (*middle, z, 1))[2])
         _text(cell, f"{height_mm:.0f}", (3, h - 4), 0.33)
         cells.append(_marked(cell, "RL") if number == 0 else cell)
@@ -111,11 +113,11 @@ def score_counts(detection: Detection, bins: int) -> tuple[list[int], float]:
     return np.histogram(scores, bins, (0, top))[0].tolist(), top
 
 
-def brain_sides(data: NDArray[np.float32], margin: int = 2) -> tuple[slice, slice, slice]:
-    """The sides of a box around the brain in (channels, x, y, z), with a margin; all of it if there is none."""
+def brain_sides(volume: Volume, margin: int = 2) -> tuple[slice, slice, slice]:
+    """The sides (x, y, z) of a box around the brain of a scan, with a margin; all of the scan if there is none."""
     x, y, z = (
         slice(max(side.start - margin, 0), min(side.stop + margin, length)) if side.stop else slice(0, length)
-        for side, length in zip(box_around(data)[1:], data.shape[1:], strict=True)
+        for side, length in zip(volume.brain, volume.geometry.canonical_shape, strict=True)
     )
     return x, y, z
 
@@ -165,10 +167,19 @@ def _mask(detection: Detection) -> NDArray[np.bool_]:
     return drop_small_components(above, detection.spec.score.max_dropped_voxels)
 
 
+def _shown_image(volume: Volume) -> NDArray[np.float32]:
+    return volume.channel(shown_channel(volume.channels, volume.missing))
+
+
 def _layered(
-    detection: Detection, place: tuple[int | slice, ...], size: tuple[int, int], *, upward: bool = False
+    detection: Detection,
+    image: NDArray[np.float32],
+    place: tuple[int | slice, ...],
+    size: tuple[int, int],
+    *,
+    upward: bool = False,
 ) -> Rgb:
-    """One plane of a scan on its own grid, ``size`` = (width, height), under the map and the outlines."""
+    """One plane of a scan's ``image`` on its own grid, ``size`` = (width, height), under the map and the outlines."""
 
     def plane(data: NDArray[Any]) -> NDArray[np.float32]:
         turned = data[place].T[::-1] if upward else data[place].T
@@ -177,7 +188,7 @@ def _layered(
 
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
     low, high = detection.display_range
-    drawn = grey(detection.stack.scale[shown](plane(detection.volume.data[shown])))
+    drawn = grey(detection.stack.scale[shown](plane(image)))
     drawn = overlay(drawn, plane(detection.anomaly_map), low, high)
     for mask, colour in ((detection.mask, MASK_COLOUR), (detection.volume.label, TRUTH_COLOUR)):
         if mask is not None and mask[place].any():

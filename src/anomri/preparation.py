@@ -52,8 +52,8 @@ def prepare(
     if preparation.skull_strip:
         mask, tool = brain_mask(volume)
         note = f"the brain was found by {tool} in channel {channels[0]}: {mask.sum() * volume.geometry.voxel_mm3 / 1000:,.0f} ml."
-        volume = replace(volume, data=volume.data * mask, notes=(*volume.notes, note))
-        for name, channel in zip(channels, volume.data, strict=True):
+        volume = volume.with_data(volume.data * mask, note)
+        for name, channel in zip(channels, volume.inside, strict=True):
             if not channel.any():
                 raise AnomriError(
                     f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
@@ -67,7 +67,7 @@ def prepare(
             correct_bias(channel, spacing, f"{case.name}, channel {name}")
             for name, channel in zip(channels, volume.data, strict=True)
         ]
-        volume = replace(volume, data=np.stack(corrected), notes=(*volume.notes, "shading was corrected by N4."))
+        volume = volume.with_data(np.stack(corrected), "shading was corrected by N4.")
     if preparation.register:
         volume, _ = register(volume)
     return volume
@@ -79,25 +79,23 @@ def without_spikes(volume: Volume) -> Volume:
     A saturated voxel is worth hundreds of times what a network has seen, and would fill its surroundings with
     score. Where the median is no lower, as in a saturated patch, the ceiling itself is taken.
     """
-    notes, data = list(volume.notes), volume.data
-    for number, whole in enumerate(volume.data):
-        channel = whole[volume.brain]
+    notes, inside = list(volume.notes), volume.inside
+    for number, channel in enumerate(volume.inside):
         most, above_zero = float(channel.max()), np.count_nonzero(channel > 0)
         # If p is the 99th percentile, mean <= 0.99 p + 0.01 max: mostly that spares a sort.
         if most <= CEILING * (float(channel.sum(dtype=np.float64)) / above_zero - 0.01 * most):
             continue
         ceiling = CEILING * float(np.percentile(channel[channel > 0], 99))
-        places = np.argwhere(whole > ceiling)
+        places = np.argwhere(channel > ceiling)
         if not len(places):
             continue
-        if data is volume.data:
-            data = volume.data.copy()
-        around = np.pad(whole, 1, mode="edge")
+        if inside is volume.inside:
+            inside = volume.inside.copy()
+        around = np.pad(channel, 1)
         for x, y, z in places:
-            data[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
+            inside[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
         notes.append(
             f"channel {volume.channels[number]} has {len(places):,} voxels above {CEILING:g} times its 99th percentile (up "
             f"to {channel.max():.4g}), saturated or faulty; they were given the values around them."
         )
-    # The same scan, if it had none, so that what is known of it is not looked for again.
-    return volume if data is volume.data else replace(volume, data=data, notes=tuple(notes))
+    return volume if inside is volume.inside else replace(volume, inside=inside, notes=tuple(notes))

@@ -60,13 +60,14 @@ def register(volume: Volume) -> tuple[Volume, NDArray[np.float64]]:
     fixed, grid = template()
     number = volume.channels.index("t1") if "t1" in volume.channels else 0
     here = Lattice(volume.geometry.canonical_shape, volume.geometry.canonical_affine)
-    transform = _rigid(fixed, volume.data[number], here, volume.name)
-    _check(fixed, volume.data[number] > 0, here, transform, volume.name)
+    moving = volume.channel(number)
+    transform = _rigid(fixed, moving, here, volume.name)
+    _check(fixed, moving > 0, here, transform, volume.name)
     working = Lattice(grid.shape, transform @ grid.affine)
     data = np.stack([resample(channel, here, working) for channel in volume.data])
     label = None if volume.label is None else resample(volume.label, here, working)
-    moved = replace(volume, data=data, label=label, geometry=replace(volume.geometry, working=working))
-    return replace(moved, notes=(*volume.notes, _words(here, working))), transform
+    moved = replace(volume, label=label, geometry=replace(volume.geometry, working=working))
+    return moved.with_data(data, _words(here, working)), transform
 
 
 def _rigid(fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice, name: str) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -34,10 +35,10 @@ def has_skull(volume: Volume) -> str | None:
     A scan is a head if what is not zero in it has more volume than a brain, a larger axial slice, or fills the field.
     Where air is noise, not zero, all three hold.
     """
-    inside = volume.data[0] > 0
+    inside = volume.inside[0] > 0
     across, down, _ = volume.geometry.spacing_mm
     slices = np.count_nonzero(inside, axis=(0, 1))
-    filled = float(slices.sum() / inside.size)
+    filled = float(slices.sum()) / math.prod(volume.geometry.canonical_shape)
     millilitres = float(slices.sum()) * volume.geometry.voxel_mm3 / 1000
     widest = float(slices.max()) * across * down
     if millilitres > MAX_BRAIN_ML:
@@ -69,7 +70,7 @@ def brain_mask(volume: Volume) -> tuple[NDArray[np.bool_], str]:
     is there, if the tool fails, or if what it finds is no brain by its volume.
     """
     geometry = volume.geometry
-    head = nib.Nifti1Image(volume.data[0], geometry.canonical_affine)
+    head = nib.Nifti1Image(volume.channel(0), geometry.canonical_affine)
     tool = next((name for name in TOOLS if shutil.which(name)), None)
     mask = _by_program(tool, head, volume.name) if tool else _by_deepbet(head, volume.name)
     millilitres = float(mask.sum()) * geometry.voxel_mm3 / 1000

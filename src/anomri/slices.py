@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.boxes import box_around
+from anomri.geometry import Geometry
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Grid, Scaling
-from anomri.volume import Geometry, Volume
+from anomri.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,16 @@ class Affine(NamedTuple):
     floor: float = 0.0
 
     def __call__(self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Scaled values of an image (x, ...), in ``out`` if that is given; zeros stay zeros."""
+        """Scaled values of an image (x, ...) >= 0, in ``out`` if that is given; zeros stay zeros."""
         scaled = np.empty_like(values) if out is None else out
+        if not self.offset and not self.floor:
+            return np.divide(values, np.float32(self.scale), out=scaled)
         # Plane by plane: several passes over what the processor's cache holds are as good as one.
-        for number, plane in enumerate(values):
-            inside = plane > 0
-            if not inside.any():
-                scaled[number] = 0
-                continue
-            target = scaled[number]
-            if not self.offset and not self.floor:
-                np.divide(plane, np.float32(self.scale), out=target)
-            else:
-                np.subtract(plane, np.float32(self.offset), out=target)
-                target /= np.float32(self.scale)
-                np.maximum(target, np.float32(self.floor), out=target)
-                target *= inside
+        for plane, target in zip(values, scaled, strict=True):
+            np.subtract(plane, np.float32(self.offset), out=target)
+            target /= np.float32(self.scale)
+            np.maximum(target, np.float32(self.floor), out=target)
+            target *= plane > 0
         return scaled
 
     def inverse(self, scaled: Tensor, foreground: Tensor) -> Tensor:
@@ -133,16 +128,18 @@ class SliceStack:
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
     """Scale a scan and cut it into slices on the working grid; raises `AnomriError` if no slice holds brain."""
     try:
-        window = window_of(volume.data, volume.in_plane_mm, grid)
+        window = window_of(volume.geometry.canonical_shape, volume.brain, volume.in_plane_mm, grid)
     except AnomriError as error:
         raise AnomriError(f"{volume.name}: {error}") from error
     # Outside the brain all is zero: that, three fifths of most scans, is neither scaled nor resized.
-    *in_plane, high = volume.brain
-    view, pixels = window.around(in_plane, grid.size)
-    part = view.cut(volume.data[..., high])
-    scale = intensity_scale(part, scaling)
-    scaled = np.empty_like(part)
-    for affine, channel, target in zip(scale, part, scaled, strict=True):
+    across, along, high = volume.brain
+    view, pixels = window.around((across, along), grid.size)
+    scale = intensity_scale(volume.inside, scaling)
+    scaled = np.zeros((len(scale), view.rows, view.columns, high.stop - high.start), dtype=np.float32)
+    place = scaled[
+        :, across.start - view.top : across.stop - view.top, along.start - view.left : along.stop - view.left
+    ]
+    for affine, channel, target in zip(scale, volume.inside, place, strict=True):
         affine(channel, out=target)
     chosen = slice_range(scaled, scaling.slice_sum)
     if not chosen:
@@ -166,11 +163,11 @@ def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine
         return tuple(Affine(scale) for scale in percentile_scale(data, scaling.percentile))
     affines = []
     for channel in data:
-        values = channel[channel > 0]
-        if not values.size:
+        quartiles = _percentiles(channel, [25, 50, 75])
+        if quartiles is None:
             affines.append(Affine(1.0))
             continue
-        low, median, high = _percentiles(values, [25, 50, 75])
+        low, median, high = quartiles
         # A channel of one value only has no spread; any will do.
         scale = (high - low or abs(median)) / SPREAD
         affines.append(Affine(scale, median - LEVEL * scale, FLOOR))
@@ -179,48 +176,42 @@ def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine
 
 def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tuple[float, ...]:
     """The ``percentile`` of each channel of (c, x, y, z) over its voxels > 0; 1 for a channel without any."""
-    positive = (channel[channel > 0] for channel in data)
-    return tuple(_percentiles(values, [percentile])[0] if values.size else 1.0 for values in positive)
+    return tuple((_percentiles(channel, [percentile]) or [1.0])[0] for channel in data)
 
 
-def _percentiles(values: NDArray[np.float32], percents: Sequence[float]) -> list[float]:
-    """`numpy.percentile` of values > 0, linear between ranks, which would sort them.
-
-    The leading half of a positive number's bits rises with it: counted, they tell the few values among which a rank lies.
-    """
-    leading = values.view(np.uint32) >> 16
-    up_to = np.bincount(leading).cumsum()
-    found = []
-    for rank in (len(values) - 1) * np.asarray(percents) / 100:
-        first, last = np.searchsorted(up_to, (math.floor(rank), math.ceil(rank)), side="right")
-        among = np.sort(values[(leading >= first) & (leading <= last)])
-        smaller = up_to[first - 1] if first else 0
-        found.append(float(np.interp(rank - smaller, np.arange(len(among)), among)))
-    return found
+def _percentiles(channel: NDArray[np.float32], percents: Sequence[float]) -> list[float] | None:
+    """`numpy.percentile` of the values > 0, linear between ranks; ``None`` if there are none."""
+    # NumPy sorts with vector instructions, several times as fast as it looks for two ranks next to each other.
+    values = np.sort(channel[channel > 0])
+    if not values.size:
+        return None
+    ranks = (len(values) - 1) * np.asarray(percents) / 100
+    lower = ranks.astype(np.intp)
+    below, above = (values[np.minimum(k, len(values) - 1)].astype(np.float64) for k in (lower, lower + 1))
+    return (below + (ranks - lower) * (above - below)).tolist()
 
 
 def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
     """Axial slices from the first to the last whose channel mean sums to more than ``slice_sum``."""
-    sums = scaled.sum(axis=(0, 1, 2)) / len(scaled)
+    # In two steps: three times as fast as over all axes but the last at once.
+    sums = scaled.sum(axis=(0, 1)).sum(axis=0) / len(scaled)
     (above,) = np.nonzero(sums > slice_sum)
     return range(int(above[0]), int(above[-1]) + 1) if above.size else range(0)
 
 
-def window_of(data: NDArray[np.float32], spacing_mm: tuple[float, float], grid: Grid) -> Window:
-    """The grid's field of view on a scan (c, x, y, z): in the middle, or around a brain that lies off it.
+def window_of(shape: Sequence[int], brain: Sequence[slice], spacing_mm: tuple[float, float], grid: Grid) -> Window:
+    """The grid's field of view on a scan (x, y, z): in the middle, or around a brain that lies off it.
 
     Raises `AnomriError` if the brain is larger than the field of view.
     """
-    h, w = data.shape[1:3]
     if grid.field_of_view_mm is None:
-        return Window(0, 0, h, w)
+        return Window(0, 0, *shape[:2])
     starts, sizes = [], []
     for axis, (mm, spacing) in enumerate(zip(grid.field_of_view_mm, spacing_mm, strict=True)):
-        have, size = data.shape[1 + axis], max(round(mm / spacing), 1)
+        have, size = shape[axis], max(round(mm / spacing), 1)
         start = (have - size) // 2 if have > size else -((size - have) // 2)
         if have > size:
-            (inside,) = np.nonzero((data > 0).any(axis=(0, 2 - axis, 3)))
-            first, stop = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (start, start)
+            first, stop = brain[axis].start, brain[axis].stop
             if stop - first > size:
                 raise AnomriError(
                     f"the image is above zero over {(stop - first) * spacing:.0f} mm, more than the {mm:.0f} mm that "
@@ -325,8 +316,10 @@ def _on_grid(part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid,
     rows, columns = pixels
     resized = resize(z_last, (rows.stop - rows.start, columns.stop - columns.start))
     x = np.zeros((len(index), len(part), *grid.size), dtype=np.float32)
-    # By NumPy, which turns it in half of torch's time.
-    x[:, :, rows, columns] = resized[:, index.start : index.stop].transpose(0, 1).numpy()
+    # By NumPy, which turns it in half of torch's time, and some rows at a time, which halves that again.
+    turned, place = resized[:, index.start : index.stop].transpose(0, 1).numpy(), x[:, :, rows, columns]
+    for first in range(0, turned.shape[2], 4):
+        place[:, :, first : first + 4] = turned[:, :, first : first + 4]
     return torch.from_numpy(x)
 
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
+from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, geometry_of
 from anomri.nifti import read_image, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
 
-AFFINE_TOLERANCE_MM = 1e-2
 MAX_NEGATIVE = 0.1
 """An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
 MAX_UNDERSHOOT = 0.1
@@ -29,93 +29,57 @@ MAX_UNDERSHOOT = 0.1
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where the voxels of a scan lie, and how to write an image that lies on them.
-
-    ``shape`` is that of the file, ``to_canonical`` the nibabel orientation transform into the working
-    orientation, ``header`` the file's own, ``affine`` voxel indices of the file -> scanner mm (RAS+).
-    ``working`` replaces the file's own grid inside, where a scan is turned into the model's space: a grid that lies
-    oblique in the scan; its axes are those of the working orientation.
-    """
-
-    shape: tuple[int, int, int]
-    affine: NDArray[np.float64]
-    to_canonical: NDArray[np.float64]
-    header: nib.Nifti1Header
-    working: Lattice | None = None
-
-    @property
-    def file_lattice(self) -> Lattice:
-        """The grid of the file, on the file's own axes."""
-        return Lattice(self.shape, self.affine)
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size in mm along the axes of the working orientation."""
-        if self.working is not None:
-            return self.working.spacing_mm
-        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
-        spacing = np.empty(3)
-        spacing[self.to_canonical[:, 0].astype(int)] = sizes
-        return float(spacing[0]), float(spacing[1]), float(spacing[2])
-
-    @property
-    def canonical_shape(self) -> tuple[int, int, int]:
-        """The shape in the working orientation."""
-        if self.working is not None:
-            return self.working.shape
-        shape = np.empty(3, int)
-        shape[self.to_canonical[:, 0].astype(int)] = self.shape
-        return int(shape[0]), int(shape[1]), int(shape[2])
-
-    @property
-    def canonical_affine(self) -> NDArray[np.float64]:
-        """Voxel indices in the working orientation -> scanner mm (RAS+)."""
-        if self.working is not None:
-            return self.working.affine
-        return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
-
-    @property
-    def voxel_mm3(self) -> float:
-        """Volume of a voxel of the working orientation in mm3."""
-        return float(abs(np.linalg.det(self.canonical_affine[:3, :3])))
-
-    def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
-        """An array on the file's axes turned into the working orientation: a view of it, where that is possible."""
-        if self.working is not None:
-            return resample(data, self.file_lattice, self.working)
-        turned: NDArray[Any] = orientations.apply_orientation(data, self.to_canonical)
-        return turned
-
-    def native(self, data: NDArray[Any]) -> NDArray[Any]:
-        """An array in the working orientation turned back onto the file's axes."""
-        if self.working is not None:
-            return resample(data, self.working, self.file_lattice)
-        order = self.to_canonical[:, 0].astype(int)
-        flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
-        return np.ascontiguousarray(np.flip(np.transpose(data, order), tuple(flip)))
-
-
-@dataclass(frozen=True)
 class Volume:
-    """A scan in the working orientation: ``data`` (channels, x, y, z) float32, zero outside the brain.
+    """A scan in the working orientation, of which only what is not air is kept: a third or so of most scans.
 
-    ``label`` (x, y, z) bool is the lesion mask, if there is one; ``notes`` say what was done to the scan that its
-    owner should know. ``missing`` names channels that the scan does not have, and that are zero.
+    ``brain`` is the box (x, y, z) that holds all voxels above zero, and ``inside`` (channels, x, y, z) float32 what is
+    in it. ``label`` (x, y, z) bool is the lesion mask of the whole scan, if there is one; ``notes`` say what was done to
+    the scan that its owner should know. ``missing`` names channels that the scan does not have, and that are zero.
     """
 
     name: str
     channels: tuple[str, ...]
-    data: NDArray[np.float32]
+    inside: NDArray[np.float32]
+    brain: tuple[slice, ...]
     label: NDArray[np.bool_] | None
     geometry: Geometry
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        channels: Sequence[str],
+        data: NDArray[np.float32],
+        label: NDArray[np.bool_] | None,
+        geometry: Geometry,
+    ) -> Volume:
+        """A scan whose ``data`` is (channels, x, y, z) >= 0, zero outside the brain."""
+        return cls(name, tuple(channels), *_cut_to_brain(data), label, geometry)
+
     @cached_property
-    def brain(self) -> tuple[slice, ...]:
-        """The box (x, y, z) that holds all voxels above zero."""
-        return box_around(self.data)[1:]
+    def data(self) -> NDArray[np.float32]:
+        """All of the scan, air as well: (channels, x, y, z), zero outside the brain."""
+        return np.stack([self.channel(number) for number in range(len(self.channels))])
+
+    def channel(self, number: int) -> NDArray[np.float32]:
+        """All of one channel (x, y, z)."""
+        channel = np.zeros(self.geometry.canonical_shape, dtype=np.float32)
+        channel[self.brain] = self.inside[number]
+        return channel
+
+    @cached_property
+    def foreground(self) -> NDArray[np.bool_]:
+        """Where any channel is above zero (x, y, z)."""
+        foreground = np.zeros(self.geometry.canonical_shape, dtype=bool)
+        foreground[self.brain] = (self.inside > 0).any(axis=0)
+        return foreground
+
+    def with_data(self, data: NDArray[np.float32], note: str) -> Volume:
+        """The scan with other ``data`` (channels, x, y, z) on the same grid, and a note of why."""
+        inside, brain = _cut_to_brain(data)
+        return replace(self, inside=inside, brain=brain, notes=(*self.notes, note))
 
     @property
     def in_plane_mm(self) -> tuple[float, float]:
@@ -124,12 +88,12 @@ class Volume:
 
     def completed(self, channels: Sequence[str], absent: Sequence[str]) -> Volume:
         """The scan with a channel of zeros for each one that was not read, and a note of those ``absent`` from it."""
-        data = np.zeros((len(channels), *self.data.shape[1:]), dtype=np.float32)
-        for name, channel in zip(self.channels, self.data, strict=True):
-            data[list(channels).index(name)] = channel
+        inside = np.zeros((len(channels), *self.inside.shape[1:]), dtype=np.float32)
+        for name, channel in zip(self.channels, self.inside, strict=True):
+            inside[list(channels).index(name)] = channel
         missing = tuple(name for name in channels if name not in self.channels)
         notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without."] if absent else []
-        return replace(self, channels=tuple(channels), data=data, missing=missing, notes=(*self.notes, *notes))
+        return replace(self, channels=tuple(channels), inside=inside, missing=missing, notes=(*self.notes, *notes))
 
 
 def read_volume(
@@ -143,26 +107,21 @@ def read_volume(
     was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
     grid, or, with ``resampled``, that does not overlap the first at all.
     """
-    files, notes, boxes = case.files(channels), list[str](), list[tuple[slice, ...]]()
+    files, notes, read = case.files(channels), list[str](), list[NDArray[Any]]()
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
-    data = np.empty(0, dtype=np.float32)
     # Unpacking leaves other threads alone, so that channels are read side by side.
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        for number, (path, (image, values, found)) in enumerate(
-            zip(files, pool.map(_read_positive, files), strict=True)
-        ):
-            if first is None:
-                first = _geometry(path, image, grid)
-                data = np.zeros((len(files), *first.canonical_shape), dtype=np.float32)
+        for path, (image, values, found) in zip(files, pool.map(_read_positive, files), strict=True):
+            first = first or geometry_of(path, image, grid)
             notes += found
-            here = _onto(path, image, values, files[0], first, notes if resampled else None)
-            boxes.append(_copy_positive(here, data[number]))
+            read.append(_onto(path, image, values, files[0], first, notes if resampled else None))
     assert first is not None
     if case.mask is not None:
-        data *= _read_mask(case.mask, files[0], first, notes if resampled else None)
-        boxes = [box_around(data[number]) for number in range(len(data))]
+        mask = _read_mask(case.mask, files[0], first, notes if resampled else None)
+        read = [values * mask for values in read]
+    boxes = [box_around(values) for values in read]
     for path, box in zip(files, boxes, strict=True):
         if is_empty(box):
             raise AnomriError(
@@ -171,24 +130,25 @@ def read_volume(
     label: NDArray[np.bool_] | None = None
     if case.label is not None and with_label:
         label = _read_mask(case.label, files[0], first, None)
-    volume = Volume(case.name, tuple(channels), data, label, first, tuple(notes))
-    # Known already: looking for it again would take longer than reading a channel.
-    vars(volume)["brain"] = join(boxes)
-    return volume
+    brain = join(boxes)
+    inside = np.empty((len(read), *(side.stop - side.start for side in brain)), dtype=np.float32)
+    for values, channel in zip(read, inside, strict=True):
+        _copy(values[brain], channel)
+    return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes))
 
 
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
     """The lesion label (x, y, z) of a case in the grid's orientation, and where it lies."""
     assert case.label is not None
     image = read_image(case.label)
-    geometry = _geometry(case.label, image, grid)
+    geometry = geometry_of(case.label, image, grid)
     return np.ascontiguousarray(geometry.canonical(_finite(case.label, image) > 0)), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
     """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``."""
     image = read_image(path)
-    _check_grid(path, image, label, geometry)
+    check_grid(path, image, label, geometry)
     return np.ascontiguousarray(geometry.canonical(_finite(path, image)), dtype=np.float32)
 
 
@@ -214,34 +174,6 @@ def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tup
     write_image_file(path, image)
 
 
-def _geometry(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
-    affine = np.asarray(image.affine, dtype=np.float64)
-    i, j, k = affine[:3, :3].T
-    if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
-        raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
-    axes = orientations.io_orientation(affine)
-    if np.isnan(axes).any():
-        raise AnomriError(f"{path}: its header gives two axes of the image the same direction; it is damaged.")
-    transform = orientations.ornt_transform(axes, orientations.axcodes2ornt(tuple(grid.orientation)))
-    rows, columns, slices = image.shape
-    return Geometry((rows, columns, slices), affine, transform, image.header)
-
-
-def _check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
-    if image.shape != first.shape:
-        raise AnomriError(
-            f"{path}: has {image.shape} voxels, but {first_path.name} has {first.shape}. All images of a case "
-            f"lie on one grid; resample this one to that one's."
-        )
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
-    apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
-    if not apart <= AFFINE_TOLERANCE_MM:
-        raise AnomriError(
-            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
-            f"case lie on one grid; register or resample this one to that one's."
-        )
-
-
 def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
     """The values of an image: whole numbers as they are in the file, others float32."""
     data = values_of(image)
@@ -258,17 +190,24 @@ def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
     return data
 
 
-def _copy_positive(values: NDArray[Any], target: NDArray[Any]) -> tuple[slice, ...]:
-    """Copy values >= 0 into zeros of the same shape, in the box of those above zero alone; returns the box."""
-    box = box_around(values)
-    target[box] = values[box]
-    return box
+def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple[slice, ...]]:
+    """What is in the box (x, y, z) around all of (channels, x, y, z) above zero, and the box."""
+    brain = box_around(data)[1:]
+    return np.ascontiguousarray(data[(slice(None), *brain)], dtype=np.float32), brain
+
+
+def _copy(values: NDArray[Any], target: NDArray[Any]) -> None:
+    """Copy (x, y, z) into ``target``: files have x next to each other, arrays here z."""
+    # Some rows at a time, as many as stay in the processor's cache while they are turned.
+    for first in range(0, values.shape[1], 8):
+        target[:, first : first + 8] = values[:, first : first + 8]
 
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
     image = read_image(path)
-    mask = np.zeros(first.canonical_shape, dtype=bool)
-    _copy_positive(_onto(path, image, _finite(path, image) > 0, first_path, first, notes), mask)
+    inside = _onto(path, image, _finite(path, image) > 0, first_path, first, notes)
+    mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
+    _copy(inside[box], mask[box])
     return mask
 
 
@@ -282,10 +221,10 @@ def _onto(
 ) -> NDArray[Any]:
     """``values`` of an image in the working orientation of ``first``; without ``notes`` it must lie there already."""
     if notes is None:
-        _check_grid(path, image, first_path, first)
+        check_grid(path, image, first_path, first)
         return first.canonical(values)
     axes = orientations.io_orientation(first.canonical_affine)
-    here = _geometry(path, image, Grid())
+    here = geometry_of(path, image, Grid())
     here = replace(here, to_canonical=orientations.ornt_transform(orientations.io_orientation(here.affine), axes))
     source, target = (
         Lattice(here.canonical_shape, here.canonical_affine),

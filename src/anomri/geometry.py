@@ -1,0 +1,115 @@
+"""Where the voxels of a scan lie: the grid of its file, and the axes that anomri works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from numpy.typing import NDArray
+
+from anomri.resampling import Lattice, resample
+from anomri.spec import AnomriError, Grid
+
+AFFINE_TOLERANCE_MM = 1e-2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the voxels of a scan lie, and how to write an image that lies on them.
+
+    ``shape`` is that of the file, ``to_canonical`` the nibabel orientation transform into the working
+    orientation, ``header`` the file's own, ``affine`` voxel indices of the file -> scanner mm (RAS+).
+    ``working`` replaces the file's own grid inside, where a scan is turned into the model's space: a grid that lies
+    oblique in the scan; its axes are those of the working orientation.
+    """
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    to_canonical: NDArray[np.float64]
+    header: nib.Nifti1Header
+    working: Lattice | None = None
+
+    @property
+    def file_lattice(self) -> Lattice:
+        """The grid of the file, on the file's own axes."""
+        return Lattice(self.shape, self.affine)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the axes of the working orientation."""
+        if self.working is not None:
+            return self.working.spacing_mm
+        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        spacing = np.empty(3)
+        spacing[self.to_canonical[:, 0].astype(int)] = sizes
+        return float(spacing[0]), float(spacing[1]), float(spacing[2])
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int]:
+        """The shape in the working orientation."""
+        if self.working is not None:
+            return self.working.shape
+        shape = np.empty(3, int)
+        shape[self.to_canonical[:, 0].astype(int)] = self.shape
+        return int(shape[0]), int(shape[1]), int(shape[2])
+
+    @property
+    def canonical_affine(self) -> NDArray[np.float64]:
+        """Voxel indices in the working orientation -> scanner mm (RAS+)."""
+        if self.working is not None:
+            return self.working.affine
+        return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel of the working orientation in mm3."""
+        return float(abs(np.linalg.det(self.canonical_affine[:3, :3])))
+
+    def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
+        """An array on the file's axes turned into the working orientation: a view of it, where that is possible."""
+        if self.working is not None:
+            return resample(data, self.file_lattice, self.working)
+        turned: NDArray[Any] = orientations.apply_orientation(data, self.to_canonical)
+        return turned
+
+    def native(self, data: NDArray[Any]) -> NDArray[Any]:
+        """An array in the working orientation turned back onto the file's axes."""
+        if self.working is not None:
+            return resample(data, self.working, self.file_lattice)
+        order = self.to_canonical[:, 0].astype(int)
+        flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
+        return np.ascontiguousarray(np.flip(np.transpose(data, order), tuple(flip)))
+
+
+def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
+    """Where the voxels of the image in a file lie; raises `AnomriError` naming it if its header does not say so."""
+    affine = np.asarray(image.affine, dtype=np.float64)
+    i, j, k = affine[:3, :3].T
+    if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
+        raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
+    axes = orientations.io_orientation(affine)
+    if np.isnan(axes).any():
+        raise AnomriError(f"{path}: its header gives two axes of the image the same direction; it is damaged.")
+    transform = orientations.ornt_transform(axes, orientations.axcodes2ornt(tuple(grid.orientation)))
+    rows, columns, slices = image.shape
+    return Geometry((rows, columns, slices), affine, transform, image.header)
+
+
+def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
+    """Raise `AnomriError` unless the image in a file lies on the grid ``first`` of another."""
+    if image.shape != first.shape:
+        raise AnomriError(
+            f"{path}: has {image.shape} voxels, but {first_path.name} has {first.shape}. All images of a case "
+            f"lie on one grid; resample this one to that one's."
+        )
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
+    apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
+    if not apart <= AFFINE_TOLERANCE_MM:
+        raise AnomriError(
+            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
+            f"case lie on one grid; register or resample this one to that one's."
+        )
