@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from anomri.anomalies import mark_loss, plant_anomalies, random_blobs, random_depths, typical_shifts
 from anomri.augmentation import Augmentation, augment
 from anomri.draws import PartGenerator
-from anomri.methods.dae import DAE
+from anomri.methods.dae import DAE, mirrored
 from anomri.noise import Noise
 from anomri.spec import AnomriError
 
@@ -187,3 +187,36 @@ def test_channel_dropout_keeps_at_least_one_and_leaves_the_rest_out_of_the_loss(
     assert method.takes_subsets and not DAE(CHANNELS, [4, 8, 16, 32]).takes_subsets
     with pytest.raises(AnomriError, match="mark needs anomalies"):
         DAE(CHANNELS, [4, 8, 16, 32], mark=True)
+
+
+@pytest.mark.parametrize("shift", [0, 3, -5])
+def test_a_mirror_image_lies_on_its_slice_wherever_the_brain_is(shift: int) -> None:
+    x, _ = slices(2)
+    x[:, :, 5:9, 30:40] = 0.5 * x[:, :, 5:9, 30:40]
+    x[0, 0] = 0  # a channel that is not shown has no say
+    mirror = mirrored(x)
+    assert torch.equal((mirror != 0).any(1), (x != 0).any(1))
+    assert torch.equal(mirrored(mirror), x)
+    assert torch.equal(mirror[:, :, 55:60, 30:40].flip(2), x[:, :, 5:10, 30:40])
+    assert torch.equal(mirrored(x.roll(shift, 2)), mirror.roll(shift, 2))
+    assert torch.equal(mirrored(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+def test_the_network_finds_what_differs_from_the_other_side_only_with_a_mirror_image() -> None:
+    """Bright tissue on both sides, or on one: far beyond a small network's sight, but for the mirror image."""
+    x, _ = slices(2)
+    one_side = x.clone()
+    one_side[:, :, 5:9, 30:40] += 0.5
+    both = one_side.clone()
+    both[:, :, 55:59, 30:40] += 0.5
+    here = (slice(None), slice(None), slice(5, 8), slice(32, 38))
+    for mirror in (False, True):
+        torch.manual_seed(0)
+        method = DAE(CHANNELS, [4, 8], mirror=mirror).eval()
+        for module in method.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                # Its mean over the whole slice would tell one side of the other.
+                module.forward = torch.nn.Identity().forward  # type: ignore[method-assign]
+        with torch.no_grad():
+            a, b = (method.reconstruct(one)[here] for one in (one_side, both))
+        assert bool((a - b).abs().max() > 1e-3) is mirror

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from anomri.boxes import box_around
+from anomri.boxes import box_around, is_empty
 from anomri.noise import coarse_noise
 from anomri.residual import anomaly_score, erode_foreground, median_filter
 from anomri.slices import (
@@ -121,6 +121,8 @@ def test_a_box_holds_all_above_zero_and_no_more() -> None:
     values[1, 2, 3, 4] = values[2, 2, 5, 4] = 1
     assert box_around(values) == (slice(1, 3), slice(2, 3), slice(3, 6), slice(4, 5))
     assert box_around(np.asfortranarray(values > 0)) == box_around(values)
+    assert box_around(values[::-1, :, ::-1]) == (slice(0, 2), slice(2, 3), slice(1, 4), slice(4, 5))
+    assert is_empty(box_around(0 * values[::-1])[:1])
 
 
 def test_median_filter_is_scipys_with_reflection() -> None:

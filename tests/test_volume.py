@@ -15,7 +15,7 @@ from isal import igzip
 from anomri.cases import Case
 from anomri.nifti import MAX_VOXELS, read_image
 from anomri.spec import AnomriError
-from anomri.volume import read_volume, write_image
+from anomri.volume import Volume, read_volume, write_image
 from conftest import AFFINE, SHAPE, write
 
 ORIENTATIONS = ["".join(p) for axes in itertools.permutations(("LR", "AP", "SI")) for p in itertools.product(*axes)]
@@ -23,6 +23,26 @@ ORIENTATIONS = ["".join(p) for axes in itertools.permutations(("LR", "AP", "SI")
 
 def image_of_ones(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.ones(shape, np.float32)
+
+
+def test_only_the_box_around_the_brain_is_kept_and_nothing_is_lost(tmp_path: Path) -> None:
+    data = np.zeros((9, 8, 7, 2), np.float32)
+    data[2:5, 3:6, 1, 0], data[4:7, 2:4, 2:4, 1] = 1, 2
+    paths = {}
+    for number, name in enumerate(("t1", "t2")):
+        paths[name] = tmp_path / f"a_{name}.nii.gz"
+        nib.save(nib.Nifti1Image(data[..., number], np.diag([-1.0, -1, 1, 1])), paths[name])
+    volume = read_volume(Case("a", paths), ["t1", "t2"])
+    assert volume.brain == (slice(2, 7), slice(2, 6), slice(1, 4))
+    assert volume.inside.shape == (2, 5, 4, 3)
+    np.testing.assert_array_equal(volume.data, np.moveaxis(data, -1, 0))
+    np.testing.assert_array_equal(volume.foreground, data.any(axis=-1))
+    moved = volume.with_data(np.roll(volume.data, 1, axis=1), "it was moved.")
+    np.testing.assert_array_equal(moved.data, np.roll(volume.data, 1, axis=1))
+    assert moved.notes == ("it was moved.",)
+    again = Volume.of("a", volume.channels, volume.data, None, volume.geometry)
+    assert again.brain == volume.brain
+    np.testing.assert_array_equal(again.inside, volume.inside)
 
 
 @pytest.mark.parametrize("axes", ORIENTATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from anomri.devices import resolve_precision
 from anomri.memory import keep_memory, smaller_until_it_fits
 from anomri.methods import Box
 from anomri.networks import fold_weight_standardisation
+from anomri.parallel import side_by_side
+
+MOST_WORKERS = 4
+"""How many batches go through the network side by side, on a processor of so many cores or more: each takes memory."""
 
 
 class Inference:
@@ -38,13 +43,22 @@ class Inference:
 
         def reconstruct(size: int) -> None:
             parts.clear()
-            for start in range(0, len(x), size):
-                some = x[start : start + size].to(self.device)
-                if self.half:
-                    some = some.contiguous(memory_format=torch.channels_last)
-                parts.append(self.method.reconstruct(some, box).float().cpu())
+            some = [x[start : start + size] for start in range(0, len(x), size)]
+            workers = min(len(some), MOST_WORKERS, torch.get_num_threads()) if self.device.type == "cpu" else 1
+            if workers > 1:
+                with side_by_side(workers) as pool:
+                    parts.extend(pool.map(self._reconstruct, some, repeat(box)))
+            else:
+                parts.extend(map(self._reconstruct, some, repeat(box)))
 
-        # Not inference mode: a method may follow gradients to its reconstruction.
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            self.batch = smaller_until_it_fits(reconstruct, self.batch)
+        self.batch = smaller_until_it_fits(reconstruct, self.batch)
         return torch.cat(parts).contiguous()
+
+    def _reconstruct(self, x: Tensor, box: Box | None) -> Tensor:
+        x = x.to(self.device)
+        if self.half:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one thread alone.
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            output: Tensor = self.method.reconstruct(x, box)
+        return output.float().cpu()

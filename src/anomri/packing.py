@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from anomri.cases import Case
 from anomri.files import output_folder, remove_partial, whole_file, write_text
+from anomri.parallel import side_by_side
 from anomri.slices import SliceStack, Window, brain_box, foreground_of, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
@@ -147,9 +146,7 @@ def pack_cohort(
         finally:
             progress(case)
 
-    processors = os.cpu_count() or 1
-    workers = max(min(len(cases), processors, 8), 1)
-    with _torch_threads(processors // workers), ThreadPoolExecutor(workers) as pool:
+    with side_by_side(max(min(len(cases), os.cpu_count() or 1, 8), 1)) as pool:
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(
@@ -168,17 +165,6 @@ def spread_healthy(cases: Sequence[PackedCase], most: int) -> list[PackedCase]:
 def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
     """A SHA-256 of the content of all files of the cases, whatever their names and order."""
     return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()
-
-
-@contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
-    """So many threads for an operation of torch, also of threads begun meanwhile; they wait busily for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=128)

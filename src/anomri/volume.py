@@ -30,7 +30,7 @@ MAX_UNDERSHOOT = 0.1
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan in the working orientation, of which only what is not air is kept: a third or so of most scans.
+    """A scan in the working orientation, of which only the box around the brain is kept: two fifths of most scans.
 
     ``brain`` is the box (x, y, z) that holds all voxels above zero, and ``inside`` (channels, x, y, z) float32 what is
     in it. ``label`` (x, y, z) bool is the lesion mask of the whole scan, if there is one; ``notes`` say what was done to

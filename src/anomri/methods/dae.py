@@ -31,6 +31,7 @@ ACCURATE = {
     "mark": True,
     "channel_dropout": 0.5,
     "alone": ["flair"],
+    "mirror": True,
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
 QUICK = replace(
@@ -67,6 +68,8 @@ class DAE(nn.Module):
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
       then takes scans that have any of its channels. Half of them show one of the channels ``alone`` instead, if the
       network has any of these: what people often have without the others.
+    * ``mirror``: the network sees every slice's mirror image beside it, as further channels: brains are nearly
+      symmetric, and lesions are not.
     """
 
     half_precision = True
@@ -102,13 +105,15 @@ class DAE(nn.Module):
         channel_dropout: float = 0.0,
         alone: Sequence[str] = (),
         scales: Sequence[float] = (1.0,),
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         if mark and not anomalies:
             raise AnomriError("mark needs anomalies: there is nothing else to mark.")
         self.channels = tuple(channels)
         self.extra_maps = int(mark)
-        self.network = UNet(len(channels), widths, len(channels) + self.extra_maps)
+        self.mirror = mirror
+        self.network = UNet(len(channels) * (1 + mirror), widths, len(channels) + self.extra_maps)
         self.box_multiple = 2 ** (len(widths) - 1)
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
         self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
@@ -133,7 +138,7 @@ class DAE(nn.Module):
         if self.anomalies:
             changed, where = plant_anomalies(x, foreground, kept, self.channels, generator)
         seen = self.with_noise(changed, foreground, generator)
-        output = self.network(seen * kept).float()
+        output = self._output(seen * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
         if self.extra_maps:
@@ -168,12 +173,26 @@ class DAE(nn.Module):
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
         """``x`` without what the network takes for noise, then the marks (0 to 1), if any; zero outside ``box``."""
-        output = self.network(cut_box(x, box)).float()
+        output = self._output(cut_box(x, box))
         if self.extra_maps:
             c = len(self.channels)
             output = torch.cat([output[:, :c], output[:, c:].sigmoid()], 1)
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
+    def _output(self, x: Tensor) -> Tensor:
+        seen = torch.cat([x, mirrored(x)], 1) if self.mirror else x
+        return self.network(seen).float()
+
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""
         return mean_absolute_residual(x, reconstruction)
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Slices (n, c, h, w) with left and right, their rows, exchanged about the middle of what is not zero in each."""
+    h = x.shape[2]
+    inside = (x != 0).any(dim=1).any(dim=2).int()
+    first, last = inside.argmax(1), h - 1 - inside.flip(1).argmax(1)
+    opposite = (first + last)[:, None] - torch.arange(h, device=x.device)
+    within = (opposite >= 0) & (opposite < h)
+    return x.gather(2, opposite.clamp(0, h - 1)[:, None, :, None].expand_as(x)) * within[:, None, :, None]

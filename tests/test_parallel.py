@@ -1,0 +1,55 @@
+"""Parts of some work side by side: threads of torch divided among them and given back, results the same."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import anomri.inference as module
+from anomri import methods
+from anomri.inference import Inference
+from anomri.parallel import side_by_side
+from anomri.spec import ModelSpec
+
+
+def test_threads_are_divided_and_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with side_by_side(2) as outer:
+            assert list(outer.map(lambda _: torch.get_num_threads(), range(4))) == [2] * 4
+            with side_by_side(4) as inner:
+                assert inner.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 4
+        with pytest.raises(ValueError, match="wrong"), side_by_side(8) as pool:
+            pool.submit(int, "wrong").result()
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inference = Inference(methods.build(ModelSpec(("flair", "t1"), settings={"widths": [8, 16]})))
+    x, before, used = torch.rand(20, 2, 32, 32), torch.get_num_threads(), set()
+    reconstruct = inference.method.reconstruct
+
+    def watched(*arguments: object) -> torch.Tensor:
+        used.add(threading.get_ident())
+        assert not torch.is_grad_enabled()
+        found: torch.Tensor = reconstruct(*arguments)
+        return found
+
+    monkeypatch.setattr(inference.method, "reconstruct", watched)
+    torch.set_num_threads(2)
+    try:
+        beside = inference(x, (0, 24, 4, 32))
+        assert threading.get_ident() not in used
+        used.clear()
+        monkeypatch.setattr(module, "MOST_WORKERS", 1)
+        torch.testing.assert_close(inference(x, (0, 24, 4, 32)), beside, rtol=1e-5, atol=1e-6)
+        assert used == {threading.get_ident()}
+    finally:
+        torch.set_num_threads(before)
