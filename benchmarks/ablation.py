@@ -64,7 +64,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "no augmentation": {"settings": {"augmentation": {}}},
     "no channel dropout": {"settings": {"channel_dropout": 0.0}},
     "no channel seen alone more often": {"settings": {"alone": []}},
-    "no mirror image beside a slice": {"settings": {"mirror": False}},
+    "a mirror image beside every slice": {"settings": {"mirror": True}},
     "a network of twice the width": {"settings": {"widths": [32, 64, 128, 256]}},
     "a finer grid (192), fused with 128": {
         "settings": {"scales": [1.0, 2 / 3]},

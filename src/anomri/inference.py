@@ -52,7 +52,7 @@ class Inference:
                 parts.extend(map(self._reconstruct, some, repeat(box)))
 
         self.batch = smaller_until_it_fits(reconstruct, self.batch)
-        return torch.cat(parts).contiguous()
+        return torch.cat(parts)
 
     def _reconstruct(self, x: Tensor, box: Box | None) -> Tensor:
         x = x.to(self.device)
@@ -61,4 +61,4 @@ class Inference:
         # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one thread alone.
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             output: Tensor = self.method.reconstruct(x, box)
-        return output.float().cpu()
+        return output.float().cpu().contiguous()

@@ -186,8 +186,11 @@ def erode_foreground(foreground: Tensor, kernel: int = 5, level: float = 0.95) -
 
     What lies outside the slice counts as background.
     """
-    share = functional.avg_pool2d(foreground[:, None].float(), kernel, stride=1, padding=kernel // 2)
-    return share[:, 0] > level
+    shares = [
+        cv2.boxFilter(inside, cv2.CV_32F, (kernel, kernel), borderType=cv2.BORDER_CONSTANT)
+        for inside in foreground.cpu().numpy().astype(np.uint8)
+    ]
+    return torch.from_numpy(np.stack(shares) > level).to(foreground.device)
 
 
 def median_filter(score: NDArray[np.float32], kernel: int = 5) -> NDArray[np.float32]:

@@ -154,7 +154,8 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
 
 def present_channels(x: Tensor) -> list[bool]:
     """Whether slices (n, c, h, w) show each channel: one that a scan does not have is zero in all of them."""
-    return [bool(x[:, k].any()) for k in range(x.shape[1])]
+    # The first slice mostly tells.
+    return [any(bool(one.any()) for one in x[:, k]) for k in range(x.shape[1])]
 
 
 def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine, ...]:

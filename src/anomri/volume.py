@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
-from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, geometry_of
+from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, copy_turned, geometry_of
 from anomri.nifti import read_image, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
@@ -133,7 +133,7 @@ def read_volume(
     brain = join(boxes)
     inside = np.empty((len(read), *(side.stop - side.start for side in brain)), dtype=np.float32)
     for values, channel in zip(read, inside, strict=True):
-        _copy(values[brain], channel)
+        copy_turned(values[brain], channel)
     return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes))
 
 
@@ -196,18 +196,11 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
     return np.ascontiguousarray(data[(slice(None), *brain)], dtype=np.float32), brain
 
 
-def _copy(values: NDArray[Any], target: NDArray[Any]) -> None:
-    """Copy (x, y, z) into ``target``: files have x next to each other, arrays here z."""
-    # Some rows at a time, as many as stay in the processor's cache while they are turned.
-    for first in range(0, values.shape[1], 8):
-        target[:, first : first + 8] = values[:, first : first + 8]
-
-
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
     image = read_image(path)
     inside = _onto(path, image, _finite(path, image) > 0, first_path, first, notes)
     mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
-    _copy(inside[box], mask[box])
+    copy_turned(inside[box], mask[box])
     return mask
 
 

@@ -31,7 +31,6 @@ ACCURATE = {
     "mark": True,
     "channel_dropout": 0.5,
     "alone": ["flair"],
-    "mirror": True,
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
 QUICK = replace(
