@@ -49,17 +49,23 @@ def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
 
     They are not copied, and so read-only; those that the header scales become float32, not float64.
     """
+    values, slope = stored_values_of(image)
+    return values if slope == 1 else np.multiply(values, np.float32(slope), dtype=np.float32)
+
+
+def stored_values_of(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
+    """`values_of` an image before they are multiplied by a slope > 0, and the slope: scaled later, fewer need be."""
     proxy: Any = image.dataobj
     if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu":
-        return np.asanyarray(proxy)
+        return np.asanyarray(proxy), 1.0
     content = proxy.file_like.getvalue()
     stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(proxy.shape, order="F")
-    if (proxy.slope, proxy.inter) == (1, 0):
-        return stored
+    # A damaged header may say anything: only what float32 can hold is left for later.
+    if not proxy.inter and 0 < proxy.slope * np.iinfo(stored.dtype).max < np.finfo(np.float32).max:
+        return stored, float(proxy.slope)
     values: NDArray[np.float32] = np.multiply(stored, np.float32(proxy.slope), dtype=np.float32)
-    if proxy.inter:
-        values += np.float32(proxy.inter)
-    return values
+    values += np.float32(proxy.inter)
+    return values, 1.0
 
 
 def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
 from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, copy_turned, geometry_of
-from anomri.nifti import read_image, type_of, values_of, write_image_file
+from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
 
@@ -107,15 +107,16 @@ def read_volume(
     was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
     grid, or, with ``resampled``, that does not overlap the first at all.
     """
-    files, notes, read = case.files(channels), list[str](), list[NDArray[Any]]()
+    files, notes, read, slopes = case.files(channels), list[str](), list[NDArray[Any]](), list[float]()
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
     # Unpacking leaves other threads alone, so that channels are read side by side.
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-        for path, (image, values, found) in zip(files, pool.map(_read_positive, files), strict=True):
+        for path, (image, values, slope, found) in zip(files, pool.map(_read_positive, files), strict=True):
             first = first or geometry_of(path, image, grid)
             notes += found
+            slopes.append(slope)
             read.append(_onto(path, image, values, files[0], first, notes if resampled else None))
     assert first is not None
     if case.mask is not None:
@@ -132,8 +133,10 @@ def read_volume(
         label = _read_mask(case.label, files[0], first, None)
     brain = join(boxes)
     inside = np.empty((len(read), *(side.stop - side.start for side in brain)), dtype=np.float32)
-    for values, channel in zip(read, inside, strict=True):
+    for values, slope, channel in zip(read, slopes, inside, strict=True):
         copy_turned(values[brain], channel)
+        if slope != 1:
+            channel *= np.float32(slope)
     return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes))
 
 
@@ -142,14 +145,14 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     assert case.label is not None
     image = read_image(case.label)
     geometry = geometry_of(case.label, image, grid)
-    return np.ascontiguousarray(geometry.canonical(_finite(case.label, image) > 0)), geometry
+    return np.ascontiguousarray(geometry.canonical(_finite(case.label, values_of(image)) > 0)), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
     """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``."""
     image = read_image(path)
     check_grid(path, image, label, geometry)
-    return np.ascontiguousarray(geometry.canonical(_finite(path, image)), dtype=np.float32)
+    return np.ascontiguousarray(geometry.canonical(_finite(path, values_of(image))), dtype=np.float32)
 
 
 def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:
@@ -174,9 +177,8 @@ def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tup
     write_image_file(path, image)
 
 
-def _finite(path: Path, image: nib.Nifti1Image) -> NDArray[Any]:
-    """The values of an image: whole numbers as they are in the file, others float32."""
-    data = values_of(image)
+def _finite(path: Path, data: NDArray[Any]) -> NDArray[Any]:
+    """The values of an image, checked: whole numbers as they are, others float32."""
     if data.dtype.kind not in "iuf":
         raise AnomriError(f"{path}: holds values of type {data.dtype}; an image of real numbers is expected.")
     if data.dtype.kind in "iu":
@@ -198,7 +200,7 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
     image = read_image(path)
-    inside = _onto(path, image, _finite(path, image) > 0, first_path, first, notes)
+    inside = _onto(path, image, _finite(path, values_of(image)) > 0, first_path, first, notes)
     mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
     copy_turned(inside[box], mask[box])
     return mask
@@ -246,12 +248,17 @@ def _size(lattice: Lattice) -> str:
     return f"{' x '.join(map(str, lattice.shape))} voxels of {spacing} mm"
 
 
-def _read_positive(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any], list[str]]:
-    """An image, its values with negative ones, which interpolation leaves behind, set to zero, and a note if any were."""
+def _read_positive(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any], float, list[str]]:
+    """An image, its values to be multiplied by a slope, which follows, and a note if any were below zero.
+
+    Those, which interpolation leaves behind, are set to zero.
+    """
     image = read_image(path)
-    data = _finite(path, image)
-    if data.min() >= 0:
-        return image, data, []
+    stored, slope = stored_values_of(image)
+    stored = _finite(path, stored)
+    if stored.min() >= 0:
+        return image, stored, slope, []
+    data = _finite(path, values_of(image))
     negative = int((data < 0).sum())
     positive = int((data > 0).sum())
     if negative > MAX_NEGATIVE * (negative + positive) and float(-data.min()) > MAX_UNDERSHOOT * float(data.max()):
@@ -261,4 +268,4 @@ def _read_positive(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any], list[str]
             f"before that, with intensities from zero up."
         )
     note = f"{path.name} has {negative:,} negative voxels (down to {data.min():.3g}); they were set to zero."
-    return image, np.maximum(data, 0), [note]
+    return image, np.maximum(data, 0), 1.0, [note]
