@@ -89,7 +89,7 @@ class Geometry:
 
 
 def copy_turned(values: NDArray[Any], target: NDArray[Any]) -> None:
-    """Copy (x, y, z) into ``target``, one of which has x next to each other in memory, as files do, the other z."""
+    """Copy (x, y, z) into ``target`` where one has x next to each other in memory, as files do, and the other z."""
     # Some rows at a time, as many as stay in the processor's cache while they are turned.
     for first in range(0, values.shape[1], 8):
         target[:, first : first + 8] = values[:, first : first + 8]

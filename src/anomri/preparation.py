@@ -91,7 +91,8 @@ def without_spikes(volume: Volume) -> Volume:
             continue
         if inside is volume.inside:
             inside = volume.inside.copy()
-        around = np.pad(channel, 1)
+        around = np.pad(volume.channel(number), 1, mode="edge")
+        around = around[tuple(slice(side.start, side.stop + 2) for side in volume.brain)]
         for x, y, z in places:
             inside[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
         notes.append(

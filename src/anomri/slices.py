@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.boxes import box_around
-from anomri.geometry import Geometry
+from anomri.geometry import Geometry, copy_turned
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Grid, Scaling
 from anomri.volume import Volume
 
@@ -317,10 +317,9 @@ def _on_grid(part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid,
     rows, columns = pixels
     resized = resize(z_last, (rows.stop - rows.start, columns.stop - columns.start))
     x = np.zeros((len(index), len(part), *grid.size), dtype=np.float32)
-    # By NumPy, which turns it in half of torch's time, and some rows at a time, which halves that again.
-    turned, place = resized[:, index.start : index.stop].transpose(0, 1).numpy(), x[:, :, rows, columns]
-    for first in range(0, turned.shape[2], 4):
-        place[:, :, first : first + 4] = turned[:, :, first : first + 4]
+    # Torch would take four times as long to turn them.
+    for number, channel in enumerate(resized[:, index.start : index.stop].numpy()):
+        copy_turned(channel, x[:, number, rows, columns])
     return torch.from_numpy(x)
 
 
