@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from anomri.draws import normal, uniform
+from anomri.draws import constants, normal, uniform
 
 RADIUS_PIXELS = (1.5, 28.0)
 CHANCES = (0.7, 0.4, 0.25)
@@ -125,8 +125,8 @@ def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor) -> Tensor:
 
 def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typical: float = TYPICAL) -> Tensor:
     """Changes (n, c) of the channels in n anomalies; a share of them, ``typical``, follows `CONTRASTS`."""
-    contrasts = [CONTRASTS.get(name, UNKNOWN_CONTRAST) for name in channels]
-    mean, spread = torch.tensor(contrasts, device=generator.device).T
+    contrasts = tuple(CONTRASTS.get(name, UNKNOWN_CONTRAST) for name in channels)
+    mean, spread = constants(contrasts, generator.device).T
     drawn = normal((n, len(channels)), generator)
     follows = uniform((n, 1), generator) < typical
     direction = torch.where(follows, mean + spread * drawn, UNKNOWN_CONTRAST[1] * drawn)
@@ -181,10 +181,10 @@ def _core(
     n = len(depth)
     blob = blob * ((uniform((n,), generator) < 0.4) & (radius > 6))[:, None, None]
     below = depth - (1 - between(0.3, 0.75, (n,), generator))[:, None, None] * radius[:, None, None]
-    ranges = torch.tensor([CORES.get(name, (-0.3, 0.3)) for name in channels], device=depth.device)
+    ranges = constants(tuple(CORES.get(name, (-0.3, 0.3)) for name in channels), depth.device)
     shift = ranges[:, 0] + (ranges[:, 1] - ranges[:, 0]) * uniform((n, len(channels)), generator)
     added = (torch.sigmoid(below / edge) * blob)[:, None] * shift[..., None, None]
     ring = (-(below / between(1.0, 3.0, (n, 1, 1), generator)).square()).exp() * blob
     ring = ring * (uniform((n, 1, 1), generator) < 0.6) * between(*RING[1], (n, 1, 1), generator)
-    takes_up = torch.tensor([float(name == RING[0]) for name in channels], device=depth.device)
+    takes_up = constants(tuple(float(name == RING[0]) for name in channels), depth.device)
     return added + ring[:, None] * takes_up[:, None, None]

@@ -78,7 +78,7 @@ class Batches:
         rows, parts = self.processes.rows(len(numbers)), []
         for part in range(self.count):
             chosen = rows[len(rows) * part // self.count : len(rows) * (part + 1) // self.count]
-            x = self.fabric.to_device(self.slices.batch([numbers[row] for row in chosen]))
+            x = self.slices.batch([numbers[row] for row in chosen])
             generator = PartGenerator(self.fabric.device, chosen.start, len(numbers)).manual_seed(seed)
             # Processes' gradients are averaged, parts' are added.
             parts.append(Part(x, generator, len(chosen) * self.processes.count / len(numbers)))

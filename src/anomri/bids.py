@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CaseResult, detect_case, read_ahead, tsv, write_run, write_tables
+from anomri.detection import CaseResult, detect_each, tsv, write_run, write_tables
 from anomri.detector import Detection, Detector
 from anomri.files import output_folder, write_text
 from anomri.launch import alone
@@ -154,11 +154,11 @@ def run_participant(
     logs, started, results = output_folder(out / "logs"), time.time(), list[CaseResult]()
     write_run(out, detector, len(cases), started)
     try:
-        for case, volume, begun in read_ahead(cases, lambda case: _read(detector, root, case)):
-            save = partial(_save, case=case, root=root, out=out)
-            results.append(detect_case(detector, case, volume, begun, out, save))
-            write_text(logs / f"{case.name}.json", json.dumps(asdict(results[-1]), indent=2) + "\n")
-            progress(results[-1], len(cases))
+        save = partial(_save, root=root, out=out)
+        for result in detect_each(detector, cases, lambda case: _read(detector, root, case), save, out):
+            results.append(result)
+            write_text(logs / f"{result.case}.json", json.dumps(asdict(result), indent=2) + "\n")
+            progress(result, len(cases))
     finally:
         write_run(out, detector, len(cases), started)
     return results
@@ -254,7 +254,7 @@ def _read(detector: Detector, root: Path, case: Case) -> Volume:
     return detector.read(case)
 
 
-def _save(detection: Detection, case: Case, root: Path, out: Path) -> None:
+def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:
     geometry, spec, thresholds = detection.volume.geometry, detection.spec, detection.spec.thresholds
     images = [case.channels[channel] for channel in spec.channels]
     sources = [f"bids:source:{quote(path.relative_to(root).as_posix())}" for path in (*images, case.mask) if path]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from anomri.cases import Case
 from anomri.detector import Detection, Detector
 from anomri.distribution import Processes, processes
 from anomri.files import sole_use, write_text
+from anomri.parallel import side_by_side
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
 from anomri.records import Records, Shard, keys_of
@@ -30,6 +32,8 @@ from anomri.volume import Volume
 CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
 LOGS = "logs"
+MOST_SCANS = 8
+"""How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
 T = TypeVar("T")
 CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error", "notes")
 LESION_COLUMNS = (
@@ -91,8 +95,8 @@ def detect_cohort(
 ) -> list[CaseResult]:
     """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
 
-    ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. The next
-    scan is read while the network works on this one, so memory holds a few scans, however many there are.
+    ``preparation`` is done to every case. A case that fails is noted in ``cases.tsv`` and the run goes on. Scans are
+    worked on as `detect_each` says, so memory holds a few of them, however many there are.
     ``sensitivity`` or ``false_positive_ml`` choose another of the model's thresholds, as `sensitivity.choose_threshold`
     says.
 
@@ -109,7 +113,6 @@ def detect_cohort(
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
-    save = partial(Detection.save, folder=folder, reconstruction=reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases))}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
@@ -121,10 +124,16 @@ def detect_cohort(
             for result in results.values():
                 progress(result, len(mine))
             waiting = [case for case in mine if case.name not in results]
-            for case, volume, begun in read_ahead(waiting, lambda case: detector.read(case, preparation)):
-                results[case.name] = detect_case(detector, case, volume, begun, folder, save)
-                records.save(case.name, results[case.name].to_record())
-                progress(results[case.name], len(mine))
+            for result in detect_each(
+                detector,
+                waiting,
+                lambda case: detector.read(case, preparation),
+                lambda case, detection: detection.save(folder, reconstruction=reconstruction),
+                folder,
+            ):
+                results[result.case] = result
+                records.save(result.case, result.to_record())
+                progress(result, len(mine))
 
         if part:
             detect()
@@ -170,26 +179,54 @@ def _finished(records: Records, case: str, folder: Path) -> CaseResult | None:
     return result if all(path.is_file() for path in result.files) else None
 
 
+def detect_each(
+    detector: Detector,
+    cases: Sequence[Case],
+    read: Callable[[Case], Volume],
+    save: Callable[[Case, Detection], Sequence[Path] | None],
+    folder: Path,
+) -> Iterator[CaseResult]:
+    """What becomes of each case as soon as that is known: ``read``, detected, ``save`` called, its preview in ``folder``.
+
+    Beside a GPU, whose part is short, several scans are read, searched and written side by side, in no order; on a
+    processor one after another, each read while the network works on the one before.
+    """
+    workers = 1 if detector.device.type == "cpu" else min((os.cpu_count() or 1) // 2, MOST_SCANS, len(cases))
+    if workers < 2:
+        for case, volume, begun in read_ahead(cases, read):
+            yield _detect_case(detector, case, volume, begun, save, folder)
+        return
+    with side_by_side(workers) as pool:
+        futures = [
+            pool.submit(lambda case: _detect_case(detector, *_attempt(case, read), save, folder), case)
+            for case in cases
+        ]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def read_ahead(
     cases: Sequence[Case], read: Callable[[Case], Volume]
 ) -> Iterator[tuple[Case, Volume | AnomriError, float]]:
     """Each case with its volume (or why there is none) and when work on it began; one is read ahead."""
-
-    def attempt(case: Case) -> tuple[Case, Volume | AnomriError, float]:
-        begun = time.monotonic()
-        try:
-            return case, read(case), begun
-        except CASE_ERRORS as error:
-            return case, AnomriError(problem(case, error)), begun
-
     waiting = None
     for case in cases:
-        upcoming = _in_background(partial(attempt, case))
+        upcoming = _in_background(partial(_attempt, case, read))
         if waiting is not None:
             yield waiting.result()
         waiting = upcoming
     if waiting is not None:
         yield waiting.result()
+
+
+def _attempt(case: Case, read: Callable[[Case], Volume]) -> tuple[Case, Volume | AnomriError, float]:
+    begun = time.monotonic()
+    try:
+        return case, read(case), begun
+    except CASE_ERRORS as error:
+        return case, AnomriError(problem(case, error)), begun
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:
@@ -206,20 +243,19 @@ def _in_background(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def detect_case(
+def _detect_case(
     detector: Detector,
     case: Case,
     volume: Volume | AnomriError,
     begun: float,
+    save: Callable[[Case, Detection], Sequence[Path] | None],
     folder: Path,
-    save: Callable[[Detection], Sequence[Path] | None],
 ) -> CaseResult:
-    """Detect in what `read_ahead` gave of a case, ``save`` it and its preview; an error becomes the result's."""
     try:
         if isinstance(volume, AnomriError):
             raise volume
         detection = detector.detect(volume)
-        files = tuple(save(detection) or ())
+        files = tuple(save(case, detection) or ())
         save_preview(detection, folder)
         return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
     except CASE_ERRORS as error:

@@ -46,3 +46,13 @@ def resolve_precision(precision: str, device: str = "cpu") -> Any:
 def _processor_flags() -> frozenset[str]:
     facts = Path("/proc/cpuinfo")
     return frozenset(facts.read_text().split()) if facts.exists() else frozenset()
+
+
+@cache
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` works here for a device: Triton and a C compiler may be missing, or not fit."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+        return True
+    except Exception:  # whatever a part that is missing raises
+        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -17,11 +18,21 @@ class PartGenerator(Generator):
 
     first: int
     total: int
+    host: Generator | None
+    """Draws what the processor has to know, where the rest is drawn on an accelerator: it does not wait for that."""
 
     def __new__(cls, device: torch.device, first: int, total: int) -> PartGenerator:  # noqa: D102
         generator = super().__new__(cls, device)  # type: ignore[call-arg]
         generator.first, generator.total = first, total
+        generator.host = None if device.type == "cpu" else Generator()
         return generator
+
+    def manual_seed(self, seed: int) -> PartGenerator:
+        """Begin anew from ``seed``."""
+        super().manual_seed(seed)
+        if self.host is not None:
+            self.host.manual_seed(seed)
+        return self
 
 
 def normal(shape: Sequence[int], generator: Generator | None) -> Tensor:
@@ -40,6 +51,18 @@ def integers(low: int, high: int, shape: Sequence[int], generator: Generator | N
     """Whole numbers from ``low`` up to ``high`` - 1 of ``shape`` (n, ...), a row for each slice; int64."""
     rows, place = _rows(shape, generator)
     return torch.randint(low, high, rows, generator=generator, device=_device(generator))[place]
+
+
+def for_all(below: int, count: int, generator: Generator | None) -> list[int]:
+    """So many whole numbers from 0 up to ``below`` - 1, the same for all slices of a batch."""
+    source = generator.host or generator if isinstance(generator, PartGenerator) else generator
+    return torch.randint(0, below, (count,), generator=source, device=_device(source)).tolist()
+
+
+@lru_cache(maxsize=64)
+def constants(values: Sequence[float] | Sequence[tuple[float, float]], device: torch.device) -> Tensor:
+    """Numbers that stay on a device: while they are copied to an accelerator, the processor waits for all before."""
+    return torch.tensor(values, device=device)
 
 
 def _rows(shape: Sequence[int], generator: Generator | None) -> tuple[tuple[int, ...], slice]:

@@ -101,6 +101,13 @@ def fold_weight_standardisation(network: nn.Module) -> nn.Module:
     return network
 
 
+def compile_networks(network: nn.Module) -> None:
+    """Have every `UNet` of ``network`` compiled at its next call, in place; parameters and their names stay."""
+    for module in network.modules():
+        if isinstance(module, UNet):
+            module.compile(dynamic=False)
+
+
 def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of the program released with the paper (``down_path.0.block.1.weight``) under `UNet`'s names.
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from anomri.anomalies import between, random_blobs
-from anomri.draws import normal, uniform
+from anomri.draws import for_all, normal, uniform
 from anomri.simplex import simplex_noise
 from anomri.spec import AnomriError
 
@@ -31,7 +31,7 @@ def coarse_noise(
     """
     n, c, h, w = shape
     low = std * normal((n, c, resolution, resolution), generator)
-    rows, columns = torch.randint(0, 2**31, (2,), generator=generator, device=low.device).tolist()
+    rows, columns = for_all(2**31, 2, generator)
     return upsample_noise(low, (h, w), (rows % h, columns % w))
 
 
@@ -63,9 +63,7 @@ class Noise:
         """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``."""
         n, c, h, w = x.shape
         resolutions = [self.resolution] if isinstance(self.resolution, int) else list(self.resolution)
-        resolution = resolutions[0]
-        if len(resolutions) > 1:
-            resolution = resolutions[int(torch.randint(len(resolutions), (1,), generator=generator, device=x.device))]
+        resolution = resolutions[for_all(len(resolutions), 1, generator)[0] if len(resolutions) > 1 else 0]
         many = not isinstance(self.std, int | float)
         std = 1.0 if many else float(self.std)  # type: ignore[arg-type]
         if self.kind == "coarse":

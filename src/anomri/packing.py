@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,12 +91,16 @@ class PackedCase:
 
 
 class HealthySlices:
-    """The healthy slices of several packed cases, by one running number."""
+    """The healthy slices of several packed cases, by one running number, as tensors on ``device``.
 
-    def __init__(self, cases: Sequence[PackedCase]) -> None:
-        self.cases = list(cases)
+    On a GPU that has room for all of them twice over, they are read once and stay there.
+    """
+
+    def __init__(self, cases: Sequence[PackedCase], device: torch.device | str = "cpu") -> None:
+        self.cases, self.device = list(cases), torch.device(device)
         # One number a case, not one a slice: a large cohort has millions of slices.
         self._ends = np.cumsum([len(case.healthy) for case in cases], dtype=np.int64)
+        self._resident = self._all() if self.device.type == "cuda" and len(self) else None
 
     def __len__(self) -> int:
         """Number of slices."""
@@ -103,12 +108,32 @@ class HealthySlices:
 
     def batch(self, numbers: Sequence[int]) -> Tensor:
         """The slices ``numbers`` as (n, c, h, w) float32."""
+        if self._resident is not None:
+            return self._resident[self._moved(torch.tensor(numbers))].float()
         rows = [row for case, index in map(self._find, numbers) for row in case.read([index])]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.stack(rows).astype(np.float32))
+        return self._moved(torch.from_numpy(np.stack(rows))).float()
 
     def names(self, numbers: Sequence[int]) -> list[str]:
         """The names of the cases that the slices ``numbers`` are of, each once."""
         return sorted({self._find(number)[0].name for number in numbers})
+
+    def _all(self) -> Tensor | None:
+        """All slices on the GPU, or ``None`` where they would take more than half of what it has free."""
+        first = self.cases[0].memory_map
+        shape = (len(self), *first.shape[1:])
+        if math.prod(shape) * first.itemsize > torch.cuda.mem_get_info(self.device)[0] // 2:
+            return None
+        slices = torch.empty(shape, dtype=torch.float16, device=self.device)
+        for case, end in zip(self.cases, self._ends.tolist(), strict=True):
+            if case.healthy:
+                slices[end - len(case.healthy) : end] = torch.from_numpy(np.stack(case.read(case.healthy)))
+        return slices
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """On the device; from pinned memory a GPU fetches it without the processor waiting for all that it does before."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def _find(self, number: int) -> tuple[PackedCase, int]:
         place = int(np.searchsorted(self._ends, number, side="right"))

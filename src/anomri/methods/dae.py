@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from anomri.anomalies import mark_loss, plant_anomalies
 from anomri.augmentation import Augmentation, augment
-from anomri.draws import uniform
+from anomri.draws import constants, for_all, uniform
 from anomri.methods import LAPTOP, Box, Preset
 from anomri.networks import UNet
 from anomri.noise import Noise, add_on_foreground
@@ -119,7 +119,7 @@ class DAE(nn.Module):
         self.anomalies = anomalies
         self.augmentation = Augmentation(**(augmentation or {}))
         self.channel_dropout = channel_dropout
-        self.alone = [number for number, name in enumerate(channels) if name in alone]
+        self.alone = tuple(number for number, name in enumerate(channels) if name in alone)
         self.scales = tuple(scales)
 
     @property
@@ -149,9 +149,7 @@ class DAE(nn.Module):
         return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
 
     def _at_some_scale(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        scale = self.scales[0]
-        if len(self.scales) > 1:
-            scale = self.scales[int(torch.randint(len(self.scales), (1,), generator=generator, device=x.device))]
+        scale = self.scales[for_all(len(self.scales), 1, generator)[0] if len(self.scales) > 1 else 0]
         if scale == 1:
             return x, foreground
         x, inside = (rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float()))
@@ -165,7 +163,7 @@ class DAE(nn.Module):
         kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
         if self.alone:
             drawn = (uniform((n, 1), generator) * len(self.alone)).long()
-            single = torch.arange(c, device=x.device) == torch.tensor(self.alone, device=x.device)[drawn]
+            single = torch.arange(c, device=x.device) == constants(self.alone, x.device)[drawn]
             kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
         kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
         return kept[..., None, None].float()

@@ -1,0 +1,88 @@
+"""What only a GPU can show; all of it is skipped where there is none."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import anomri
+from anomri import training
+from anomri.cases import find_cases
+from anomri.detection import detect_cohort
+from anomri.devices import can_compile
+from anomri.draws import PartGenerator
+from anomri.methods.dae import ACCURATE, DAE
+from anomri.packing import HealthySlices, pack_cohort
+from anomri.spec import Grid, Scaling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+GPU = "cuda"
+
+
+def losses(model: Path) -> list[float]:
+    with (model / "log.csv").open(newline="") as file:
+        return [float(row["validation_loss"]) for row in csv.DictReader(file)]
+
+
+def test_slices_that_stay_on_the_gpu_are_those_of_the_files(cohort: Path, cache: Path) -> None:
+    packed = pack_cohort(find_cases(cohort), ("flair", "t1"), Grid(), Scaling(), cache)
+    there, here = HealthySlices(packed, GPU), HealthySlices(packed)
+    numbers = [0, len(here) - 1, 7, 7]
+    assert torch.equal(there.batch(numbers).cpu(), here.batch(numbers))
+    there._resident = None
+    assert torch.equal(there.batch(numbers).cpu(), here.batch(numbers))
+
+
+def test_no_step_of_the_dae_waits_for_the_gpu() -> None:
+    network = DAE(("flair", "t1", "t1ce", "t2"), **ACCURATE).to(GPU)
+    x = torch.rand((4, 4, 96, 88), device=GPU)
+    generator = PartGenerator(torch.device(GPU), 0, 4).manual_seed(1)
+    network(x, x.sum(1) > 0, generator).backward()  # constants are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        network(x, x.sum(1) > 0, generator).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gpu_learns_what_a_processor_learns(
+    cohort: Path, cache: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"preset": "tiny", "cache": cache, "training": {"precision": precision, "average": 0.9}}
+    here = anomri.train(cohort, tmp_path / "here", device="cpu", **settings)
+    there = anomri.train(cohort, tmp_path / "there", device=GPU, **settings)
+    assert losses(tmp_path / "there")[-1] == pytest.approx(losses(tmp_path / "here")[-1], rel=0.15)
+    assert there.spec.settings == here.spec.settings
+    if can_compile(torch.device(GPU)):
+        monkeypatch.setattr(training, "COMPILED_FROM", 1)
+        anomri.train(cohort, tmp_path / "compiled", device=GPU, **settings)
+        assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "there"), rel=0.05)
+        assert anomri.load(tmp_path / "compiled", "cpu").fingerprint
+
+
+def test_a_training_goes_on_where_it_was_stopped(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    def stop(state: training.Progress) -> None:
+        if state.stage == "train" and state.done == 30:
+            raise KeyboardInterrupt
+
+    settings = {"preset": "tiny", "cache": cache, "device": GPU, "training": {"average": 0.9}}
+    anomri.train(cohort, tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        anomri.train(cohort, tmp_path / "part", progress=stop, **settings)
+    anomri.train(cohort, tmp_path / "part", resume=True, **settings)
+    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
+
+
+def test_scans_side_by_side_give_the_maps_of_a_processor(cohort: Path, model: Path, tmp_path: Path) -> None:
+    for device in (GPU, "cpu"):
+        results = detect_cohort(cohort, tmp_path / device, anomri.load(model, device, "32-true"))
+        assert [result.error for result in results] == [None] * 9
+    for path in (tmp_path / "cpu").glob("*_anomaly.nii.gz"):
+        here, there = (np.asanyarray(nib.load(tmp_path / device / path.name).dataobj) for device in ("cpu", GPU))
+        assert np.abs(there - here).max() < 0.01
