@@ -36,6 +36,14 @@ from anomri.spec import ModelSpec
 
 Row = dict[str, float]
 PUBLISHED_STEPS = 67_200
+VARIANTS = (
+    ("paper", "32-true", False),
+    ("paper", "bf16-mixed", False),
+    ("paper", "bf16-mixed", True),
+    ("accurate", "bf16-mixed", False),
+    ("accurate", "bf16-mixed", True),
+)
+"""Preset, precision, and whether networks are compiled."""
 
 
 def main() -> None:
@@ -61,16 +69,14 @@ def _training(cohort: Path, packed: list[PackedCase], steps: int, folder: Path) 
     slow = _plain_step(packed)
     print(f"| the plain program, float32 | {1000 * slow:.1f} | 1 | | {slow * PUBLISHED_STEPS / 60:.1f} |", flush=True)
     curves: dict[str, list[Row]] = {}
-    for preset in ("paper", "accurate"):
-        for precision in ("32-true", "bf16-mixed"):
-            for compiled in (False, True):
-                name = f"{preset}, {precision}{', compiled' if compiled else ''}"
-                rows = curves[name] = _train(cohort, folder / name, preset, precision, compiled, steps)
-                begun = rows[0]["seconds"]
-                each = (rows[-1]["seconds"] - begun) / (rows[-1]["step"] - rows[0]["step"])
-                whole = f"{(each * PUBLISHED_STEPS + begun) / 60:.1f}" if preset == "paper" else ""
-                ratio = f"{slow / each:.1f}" if preset == "paper" else ""
-                print(f"| {name} | {1000 * each:.2f} | {ratio} | {begun:.1f} | {whole} |", flush=True)
+    for preset, precision, compiled in VARIANTS:
+        name = f"{preset}, {precision}{', compiled' if compiled else ''}"
+        rows = curves[name] = _train(cohort, folder / name, preset, precision, compiled, steps)
+        begun = rows[0]["seconds"]
+        each = (rows[-1]["seconds"] - begun) / (rows[-1]["step"] - rows[0]["step"])
+        whole = f"{(each * PUBLISHED_STEPS + begun) / 60:.1f}" if preset == "paper" else ""
+        ratio = f"{slow / each:.1f}" if preset == "paper" else ""
+        print(f"| {name} | {1000 * each:.2f} | {ratio} | {begun:.1f} | {whole} |", flush=True)
     print("\n| step | " + " | ".join(name for name in curves) + " |\n|---|" + "---|" * len(curves))
     for rows in zip(*curves.values(), strict=True):
         told = (f"{row['loss']:.6f}, {row['validation_loss']:.6f}" for row in rows)
