@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anomri
-from anomri import training
+from anomri import steps, training
 from anomri.cases import find_cases
 from anomri.detection import detect_cohort
 from anomri.devices import can_compile
@@ -57,13 +57,38 @@ def test_a_gpu_learns_what_a_processor_learns(
     settings = {"preset": "tiny", "cache": cache, "training": {"precision": precision, "average": 0.9}}
     here = anomri.train(cohort, tmp_path / "here", device="cpu", **settings)
     there = anomri.train(cohort, tmp_path / "there", device=GPU, **settings)
-    assert losses(tmp_path / "there")[-1] == pytest.approx(losses(tmp_path / "here")[-1], rel=0.15)
+    # Their random numbers differ, and so does the noise of the validation.
+    assert losses(tmp_path / "there")[-1] == pytest.approx(losses(tmp_path / "here")[-1], rel=0.35)
     assert there.spec.settings == here.spec.settings
     if precision == "bf16-mixed" and can_compile(torch.device(GPU)):
         monkeypatch.setattr(training, "COMPILED_FROM", 1)
         anomri.train(cohort, tmp_path / "compiled", device=GPU, **settings)
         assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "there"), rel=0.05)
         assert anomri.load(tmp_path / "compiled", "cpu").fingerprint
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_recorded_step_does_what_its_kernels_do_one_by_one(
+    cohort: Path, cache: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "preset": "tiny",
+        "settings": {**ACCURATE, "widths": [4, 8, 16, 32]},
+        "cache": cache,
+        "device": GPU,
+        "training": {"precision": precision, "average": 0.9, "validate_every": 10},
+    }
+    recorded = []
+    record = steps.Step._record
+    monkeypatch.setattr(
+        steps.Step, "_record", lambda step, part: (record(step, part), recorded.append(step.graph is not None))
+    )
+    anomri.train(cohort, tmp_path / "recorded", **settings)
+    assert recorded == [True]
+    monkeypatch.setattr(steps, "WARM_UP", 100)
+    anomri.train(cohort, tmp_path / "launched", **settings)
+    assert recorded == [True]
+    assert losses(tmp_path / "recorded") == pytest.approx(losses(tmp_path / "launched"), rel=0.02)
 
 
 def test_a_training_goes_on_where_it_was_stopped(cohort: Path, cache: Path, tmp_path: Path) -> None:

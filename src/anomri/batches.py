@@ -93,7 +93,7 @@ class Batches:
         while True:
             try:
                 optimizer.zero_grad()
-                return self._sum(model, batch.parts, loss_of)
+                return self.sum(model, batch.parts, loss_of)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -103,7 +103,8 @@ class Batches:
             free_memory()
             batch.parts = self.load(batch.numbers, batch.seed).parts
 
-    def _sum(self, model: Any, parts: Sequence[Part], loss_of: Loss) -> Tensor:
+    def sum(self, model: Any, parts: Sequence[Part], loss_of: Loss) -> Tensor:
+        """Add the gradient of ``parts`` to what the parameters have; returns their loss."""
         losses = []
         for part in parts[:-1]:
             with self.processes.unsynchronised(self.fabric, model):

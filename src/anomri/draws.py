@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
+
+Option = TypeVar("Option")
 
 
 class PartGenerator(Generator):
@@ -18,21 +21,11 @@ class PartGenerator(Generator):
 
     first: int
     total: int
-    host: Generator | None
-    """Draws what the processor has to know, where the rest is drawn on an accelerator: it does not wait for that."""
 
     def __new__(cls, device: torch.device, first: int, total: int) -> PartGenerator:  # noqa: D102
         generator = super().__new__(cls, device)  # type: ignore[call-arg]
         generator.first, generator.total = first, total
-        generator.host = None if device.type == "cpu" else Generator()
         return generator
-
-    def manual_seed(self, seed: int) -> PartGenerator:
-        """Begin anew from ``seed``."""
-        super().manual_seed(seed)
-        if self.host is not None:
-            self.host.manual_seed(seed)
-        return self
 
 
 def normal(shape: Sequence[int], generator: Generator | None) -> Tensor:
@@ -53,15 +46,28 @@ def integers(low: int, high: int, shape: Sequence[int], generator: Generator | N
     return torch.randint(low, high, rows, generator=generator, device=_device(generator))[place]
 
 
-def for_all(below: int, count: int, generator: Generator | None) -> list[int]:
-    """So many whole numbers from 0 up to ``below`` - 1, the same for all slices of a batch."""
-    source = generator.host or generator if isinstance(generator, PartGenerator) else generator
-    return torch.randint(0, below, (count,), generator=source, device=_device(source)).tolist()
+def for_all(below: int, count: int, generator: Generator | None) -> Tensor:
+    """So many whole numbers from 0 up to ``below`` - 1, the same for all slices of a batch; int64."""
+    return torch.randint(0, below, (count,), generator=generator, device=_device(generator))
+
+
+def one_of(options: Sequence[Option], make: Callable[[Option], Tensor], generator: Generator | None) -> Tensor:
+    """What ``make`` makes of one of the options, drawn for the whole batch.
+
+    An accelerator makes something of each and takes one: a processor that has to know which would wait for it.
+    """
+    if len(options) == 1:
+        return make(options[0])
+    drawn, kinds = for_all(len(options), 1, generator), list(dict.fromkeys(options))
+    if drawn.device.type == "cpu":
+        return make(options[int(drawn)])
+    kind = constants(tuple(kinds.index(option) for option in options), drawn.device)[drawn]
+    return torch.stack([make(option) for option in kinds]).index_select(0, kind)[0]
 
 
 @lru_cache(maxsize=64)
 def constants(values: Sequence[float] | Sequence[tuple[float, float]], device: torch.device) -> Tensor:
-    """Numbers that stay on a device: while they are copied to an accelerator, the processor waits for all before."""
+    """Numbers that stay on a device: a processor that copies them to an accelerator waits for all that it does before."""
     return torch.tensor(values, device=device)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import cc3d
-import edt
 import numpy as np
 from nibabel.affines import apply_affine
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 
 from anomri.boxes import box_around
 from anomri.geometry import Geometry
@@ -85,13 +84,35 @@ def smallest_edge_distances(
     Distances are those between centres of voxels. Holes of the ``brain`` (x, y, z) are inside; what lies beyond the
     image is outside.
     """
-    inside = np.pad(brain | (components > 0), 1)
-    box = tuple(slice(side.start - 1, side.stop + 1) for side in box_around(inside))
-    air = cc3d.connected_components((~inside[box]).astype(np.uint8), connectivity=6)
-    distance = edt.edt(
-        np.ascontiguousarray(air != air[0, 0, 0]), anisotropy=spacing_mm, parallel=min(os.cpu_count() or 1, 4)
-    )
-    inner = components[tuple(slice(side.start, side.stop - 2) for side in box)]
-    smallest, there = np.full(int(components.max()) + 1, np.inf), inner > 0
-    np.minimum.at(smallest, inner[there], distance[1:-1, 1:-1, 1:-1][there])
+    found = components > 0
+    inside = brain | found
+    box = box_around(inside)
+    # Holes of the brain are air that the air around does not reach.
+    air = cc3d.connected_components(np.pad(~inside[box], 1, constant_values=True).view(np.uint8), connectivity=6)
+    outside = air == air[0, 0, 0]
+    skin = np.argwhere(outside & _rim(outside)) - 1
+    # Nearest to each other are a voxel on the rim of a component and one on the rim of the air.
+    lesions = box_around(found[box])
+    near = components[box][lesions]
+    rim = np.nonzero((near > 0) & _rim(near))
+    places = (np.stack(rim, 1) + [side.start for side in lesions]) * spacing_mm
+    tree = KDTree(skin * np.array(spacing_mm), balanced_tree=False, compact_nodes=False)
+    numbers, smallest = near[rim], np.full(int(components.max()) + 1, np.inf)
+    # Further and further until every component has met the air: what is deep inside one is hardly looked at.
+    left, reach = np.arange(len(numbers)), 2 * max(spacing_mm)
+    while left.size:
+        distances, _ = tree.query(places[left], distance_upper_bound=reach)
+        np.minimum.at(smallest, numbers[left], distances)
+        left, reach = left[np.isinf(smallest[numbers[left]])], 2 * reach
     return smallest[1:]
+
+
+def _rim(parts: NDArray[Any]) -> NDArray[np.bool_]:
+    """Voxels of (x, y, z) that differ from one of their six neighbours."""
+    differs = np.zeros(parts.shape, dtype=bool)
+    for axis in range(3):
+        before, after = (np.moveaxis(array, axis, 0) for array in (parts, differs))
+        step = before[1:] != before[:-1]
+        after[1:] |= step
+        after[:-1] |= step
+    return differs

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from anomri.anomalies import between, random_blobs
-from anomri.draws import for_all, normal, uniform
+from anomri.draws import for_all, normal, one_of, uniform
 from anomri.simplex import simplex_noise
 from anomri.spec import AnomriError
 
@@ -31,8 +31,15 @@ def coarse_noise(
     """
     n, c, h, w = shape
     low = std * normal((n, c, resolution, resolution), generator)
-    rows, columns = for_all(2**31, 2, generator)
-    return upsample_noise(low, (h, w), (rows % h, columns % w))
+    shift = for_all(2**31, 2, generator)
+    if low.device.type == "cpu":
+        rows, columns = shift.tolist()
+        return upsample_noise(low, (h, w), (rows % h, columns % w))
+    # The same on an accelerator, without the processor having to know the shift.
+    rows, columns = (
+        (torch.arange(side, device=low.device) - by) % side for side, by in zip((h, w), shift, strict=True)
+    )
+    return upsample_noise(low, (h, w), (0, 0))[:, :, rows[:, None], columns]
 
 
 def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
@@ -63,13 +70,15 @@ class Noise:
         """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``."""
         n, c, h, w = x.shape
         resolutions = [self.resolution] if isinstance(self.resolution, int) else list(self.resolution)
-        resolution = resolutions[for_all(len(resolutions), 1, generator)[0] if len(resolutions) > 1 else 0]
         many = not isinstance(self.std, int | float)
         std = 1.0 if many else float(self.std)  # type: ignore[arg-type]
-        if self.kind == "coarse":
-            noise = coarse_noise((n, c, h, w), resolution, std, generator)
-        else:
-            noise = std * simplex_noise((n, c, h, w), w / resolution, generator=generator)
+
+        def of(resolution: int) -> Tensor:
+            if self.kind == "coarse":
+                return coarse_noise((n, c, h, w), resolution, std, generator)
+            return std * simplex_noise((n, c, h, w), w / resolution, generator=generator)
+
+        noise = one_of(resolutions, of, generator)
         if many:
             noise = noise * between(min(self.std), max(self.std), (n, 1, 1, 1), generator)  # type: ignore[arg-type]
         if self.share < 1:

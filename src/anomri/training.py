@@ -32,6 +32,7 @@ from anomri.schedule import batch_numbers, learning_rate
 from anomri.score_choice import choose_score
 from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
+from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
@@ -209,12 +210,17 @@ def fit(
         network.to(memory_format=torch.channels_last)
     players = methods.players(network)
     batches = Batches(fabric, team, slices, training.batch_size, accumulate, divisible=not players[0].name)
-    model, *optimizers = fabric.setup(network, *(_optimizer(player, training, fabric.device) for player in players))
+    model, *optimizers = fabric.setup(network, *(optimizer_of(player, training, fabric.device) for player in players))
     if fabric.device.type == "cuda" and training.steps - state.step >= COMPILED_FROM and can_compile(fabric.device):
         compile_networks(network)
     if state.step:
         for player, optimizer in zip(players, optimizers, strict=True):
-            optimizer.load_state_dict(state.optimizers[player.name])
+            load_optimizer(optimizer, state.optimizers[player.name])
+    loss_of = functools.partial(functools.partial, _loss, model, spec)
+    steps = [
+        Step(fabric, batches, model, optimizer, loss_of(player), training.gradient_clip)
+        for player, optimizer in zip(players, optimizers, strict=True)
+    ]
     log = Log(folder, state.step) if team.first else None
     start = time.monotonic() - (log.seconds if log else 0.0)
     loss_mean = loss_held_out = math.nan
@@ -226,16 +232,11 @@ def fit(
         for step in range(state.step - unvalidated, training.steps):
             if step == state.step:
                 batch = batches.load(batch_numbers(len(slices), training, step), training.seed * 2**32 + step)
-                losses = []
-                for player, optimizer in zip(players, optimizers, strict=True):
-                    if not player.plays(step, training.steps):
-                        continue
-                    for group in optimizer.param_groups:
-                        group["lr"] = player.rate * learning_rate(training, step)
-                    loss_of = functools.partial(_loss, model, spec, player)
-                    losses.append(batches.gradient(model, optimizer, batch, loss_of))
-                    fabric.clip_gradients(model, optimizer, max_norm=training.gradient_clip, error_if_nonfinite=False)
-                    optimizer.step()
+                losses = [
+                    move(batch, player.rate * learning_rate(training, step))
+                    for player, move in zip(players, steps, strict=True)
+                    if player.plays(step, training.steps)
+                ]
                 state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
                 if training.average:
                     state.follow(network, training.average)
@@ -316,18 +317,6 @@ def validation_loss(
             return float(team.mean(total, fabric.device)) * team.count / count
     model.train()
     return None
-
-
-def _optimizer(player: Player, training: Training, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.Adam(
-        player.module.parameters(),
-        training.learning_rate,
-        player.betas,
-        weight_decay=training.weight_decay,
-        amsgrad=training.amsgrad,
-        # One kernel for all parameters; on a processor that gains nothing.
-        fused=device.type == "cuda" or None,
-    )
 
 
 def _check_losses(state: TrainingState, saved: int, training: Training, slices: HealthySlices) -> None:

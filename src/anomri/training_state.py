@@ -112,7 +112,7 @@ class Log:
     def add(self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float) -> None:
         """Append one row."""
         with self._path.open("a", newline="") as file:
-            row = (step, f"{loss:.8g}", f"{validation_loss:.8g}", f"{learning_rate:.6g}", f"{seconds:.1f}")
+            row = (step, f"{loss:.8g}", f"{validation_loss:.8g}", f"{learning_rate:.6g}", f"{seconds:.2f}")
             csv.writer(file, lineterminator="\n").writerow(row)
         for name, value in (("loss", loss), ("validation_loss", validation_loss), ("learning_rate", learning_rate)):
             self._board.add_scalar(name, value, step)

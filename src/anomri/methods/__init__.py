@@ -82,7 +82,8 @@ class Method(Protocol):
     (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
     A method whose networks train against each other also has ``players() -> list[Player]``; one that takes scans
     without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``; one whose
-    ``reconstruct`` bears rounding to bfloat16, ``half_precision``.
+    ``reconstruct`` bears rounding to bfloat16, ``half_precision``; one whose loss is always the same kernels on arrays
+    of the same shape and never waits for them, ``capturable``.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]

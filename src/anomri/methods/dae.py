@@ -123,6 +123,11 @@ class DAE(nn.Module):
         self.scales = tuple(scales)
 
     @property
+    def capturable(self) -> bool:
+        """Whether every step launches the same kernels on arrays of the same shape."""
+        return len(self.scales) == 1 and self.noise.kind == "coarse"
+
+    @property
     def takes_subsets(self) -> bool:
         """Whether a scan may lack some of the channels; they are zero then."""
         return self.channel_dropout > 0
@@ -149,7 +154,7 @@ class DAE(nn.Module):
         return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
 
     def _at_some_scale(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        scale = self.scales[for_all(len(self.scales), 1, generator)[0] if len(self.scales) > 1 else 0]
+        scale = self.scales[int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0]
         if scale == 1:
             return x, foreground
         x, inside = (rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float()))
