@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ class Step:
         self.optimizer.step()
 
     def _record(self, part: Part) -> None:
-        graph = torch.cuda.CUDAGraph()
+        # Of the very type that a graph takes; a process with the whole batch draws the same from either.
+        graph, part = torch.cuda.CUDAGraph(), replace(part, generator=torch.Generator(self.fabric.device))
         graph.register_generator_state(part.generator)
         # Gradients are to lie in the graph's own memory.
         self.optimizer.zero_grad()

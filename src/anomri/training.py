@@ -41,6 +41,8 @@ from anomri.views import check_parts
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
 """The most that a training which is killed between two validations loses."""
+QUICK_S, SAVING_SHARE = 0.1, 0.05
+"""A validation is followed by saving where that takes no longer, or less than this share of the time since the last."""
 COMPILED_FROM = 5000
 """Steps that are worth the time which compiling the networks for a GPU takes."""
 
@@ -224,7 +226,7 @@ def fit(
     log = Log(folder, state.step) if team.first else None
     start = time.monotonic() - (log.seconds if log else 0.0)
     loss_mean = loss_held_out = math.nan
-    saved, saved_at = state.step, time.monotonic()
+    saved, saved_at, took = state.step, time.monotonic(), 0.0
     # Losses that are left are those of a step whose validation was cut short.
     unvalidated = bool(state.losses) and _validated(training, state.step)
 
@@ -242,7 +244,8 @@ def fit(
                     state.follow(network, training.average)
 
             due = _validated(training, state.step)
-            late = team.first and time.monotonic() - saved_at > SAVE_EVERY_S
+            since = time.monotonic() - saved_at
+            late = team.first and (since > SAVE_EVERY_S or (due and took < QUICK_S + SAVING_SHARE * since))
             stopping, saving = divmod(team.largest(2 * (stop.signal or 0) + late, fabric.device), 2)
             if due or stopping or saving:
                 state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
@@ -261,12 +264,13 @@ def fit(
                         rate, seconds = learning_rate(training, step), time.monotonic() - start
                         log.add(state.step, loss_mean, loss_held_out, rate, seconds)
                     state.losses = []
-            if due or stopping or saving:
-                saved, saved_at = state.step, time.monotonic()
+            if stopping or saving or state.step == training.steps:
+                saved, begun = state.step, time.monotonic()
                 state.network = network.state_dict()
                 state.optimizers = {p.name: o.state_dict() for p, o in zip(players, optimizers, strict=True)}
                 if team.first:
                     state.save(folder)
+                saved_at, took = time.monotonic(), time.monotonic() - begun
             progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out, batches.told()))
             if stopping:
                 raise Interrupted(
