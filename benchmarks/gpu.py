@@ -106,7 +106,7 @@ def _train(cohort: Path, folder: Path, preset: str, precision: str, compiled: bo
             training={
                 "steps": steps,
                 "precision": precision,
-                "validate_every": max(steps // 6, 1),
+                "validate_every": max(steps // 3, 1),
                 "validation_slices": 64,
             },
             score={} if preset == "paper" else {"kind": "mark_positive", "channels": ("flair", "t2")},

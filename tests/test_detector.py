@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from scipy import ndimage
 import anomri
 from anomri.cases import Case, find_cases
 from anomri.detection import detect_cohort
-from anomri.detector import Detector
+from anomri.detector import Detection, Detector
 from anomri.pictures import COLUMNS, preview
 from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import Volume
 from conftest import AFFINE, write
 
 
@@ -144,6 +147,40 @@ def test_weights_of_another_network_are_refused(model: Path, tmp_path: Path) -> 
     (tmp_path / "m" / "model.json").write_text(json.dumps(description))
     with pytest.raises(AnomriError, match="does not hold the weights that model.json describes"):
         Detector.load(tmp_path / "m")
+
+
+def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
+    model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "scans"
+    for name in ("case3", "case6", "case7", "case8"):
+        shutil.copytree(cohort / name, folder / name)
+    (folder / "case6" / "case6_flair.nii.gz").write_bytes(b"no image")
+    detect_cohort(folder, tmp_path / "alone", model)
+    # As beside a GPU with eight processors.
+    monkeypatch.setattr(Detector, "device", property(lambda detector: torch.device("cuda")))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    at_once, most = set[int](), list[int]()
+    detect = Detector.detect
+
+    def counted(detector: Detector, volume: Volume) -> Detection:
+        at_once.add(threading.get_ident())
+        most.append(len(at_once))
+        time.sleep(0.2)
+        try:
+            return detect(detector, volume)
+        finally:
+            at_once.discard(threading.get_ident())
+
+    monkeypatch.setattr(Detector, "detect", counted)
+    results = detect_cohort(folder, tmp_path / "beside", Detector.load(model, "cpu"))
+    assert max(most) > 1
+    assert [result.case for result in results] == ["case3", "case6", "case7", "case8"]
+    assert [result.error is None for result in results] == [True, False, True, True]
+    maps = sorted(path.name for path in (tmp_path / "alone").glob("*.nii.gz"))
+    assert maps == sorted(path.name for path in (tmp_path / "beside").glob("*.nii.gz"))
+    for name in maps:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
 
 
 def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_path: Path) -> None:

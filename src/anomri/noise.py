@@ -15,10 +15,14 @@ from anomri.simplex import simplex_noise
 from anomri.spec import AnomriError
 
 
-def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: Sequence[int] | Tensor) -> Tensor:
     """Noise of (n, c, r, r) enlarged bilinearly (corners aligned) to ``size`` and rolled by ``shift`` pixels."""
     noise = functional.interpolate(low_resolution, size=size, mode="bilinear", align_corners=True)
-    return torch.roll(noise, shifts=shift, dims=(-2, -1))
+    # Not by torch.roll: where the shift lies on an accelerator, the processor would have to wait for it.
+    rows, columns = (
+        (torch.arange(side, device=noise.device) - by) % side for side, by in zip(size, shift, strict=True)
+    )
+    return noise[:, :, rows[:, None], columns]
 
 
 def coarse_noise(
@@ -31,15 +35,7 @@ def coarse_noise(
     """
     n, c, h, w = shape
     low = std * normal((n, c, resolution, resolution), generator)
-    shift = for_all(2**31, 2, generator)
-    if low.device.type == "cpu":
-        rows, columns = shift.tolist()
-        return upsample_noise(low, (h, w), (rows % h, columns % w))
-    # The same on an accelerator, without the processor having to know the shift.
-    rows, columns = (
-        (torch.arange(side, device=low.device) - by) % side for side, by in zip((h, w), shift, strict=True)
-    )
-    return upsample_noise(low, (h, w), (0, 0))[:, :, rows[:, None], columns]
+    return upsample_noise(low, (h, w), for_all(2**31, 2, generator))
 
 
 def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class PackedCase:
 class HealthySlices:
     """The healthy slices of several packed cases, by one running number, as tensors on ``device``.
 
-    On a GPU that has room for all of them twice over, they are read once and stay there.
+    On a GPU of whose free memory they take no more than a quarter, they are read once and stay there.
     """
 
     def __init__(self, cases: Sequence[PackedCase], device: torch.device | str = "cpu") -> None:
@@ -120,10 +120,10 @@ class HealthySlices:
         return sorted({self._find(number)[0].name for number in numbers})
 
     def _all(self) -> Tensor | None:
-        """All slices on the GPU, or ``None`` where they would take more than half of what it has free."""
+        """All slices on the GPU, or ``None`` where they would take more than a quarter of what it has free."""
         first = self.cases[0].memory_map
         shape = (len(self), *first.shape[1:])
-        if math.prod(shape) * first.itemsize > torch.cuda.mem_get_info(self.device)[0] // 2:
+        if math.prod(shape) * first.itemsize > torch.cuda.mem_get_info(self.device)[0] // 4:
             return None
         slices = torch.empty(shape, dtype=torch.float16, device=self.device)
         for case, end in zip(self.cases, self._ends.tolist(), strict=True):
