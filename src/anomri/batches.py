@@ -14,7 +14,7 @@ from anomri.distribution import Processes
 from anomri.draws import PartGenerator
 from anomri.memory import free_memory, is_out_of_memory
 from anomri.packing import HealthySlices
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, first_line
 
 Loss = Callable[[Tensor, Generator], Tensor]
 
@@ -68,8 +68,12 @@ class Batches:
         self.count = min(max(accumulate, 1), len(processes.rows(batch_size)))
         self._note = ""
 
+    def tell(self, note: str) -> None:
+        """Leave something for `told`."""
+        self._note = note
+
     def told(self) -> str:
-        """What the user should know of how batches are divided, once."""
+        """What the user should know of how batches are worked on, once."""
         note, self._note = self._note, ""
         return note
 
@@ -125,7 +129,7 @@ class Batches:
         if self.processes.count > 1 or "accumulate" not in advice:
             # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
             raise AnomriError(
-                f"memory does not hold a batch ({str(error).splitlines()[0]:.200}); continue with --resume and {advice}."
+                f"memory does not hold a batch ({first_line(error)}); continue with --resume and {advice}."
             ) from error
         self.count *= 2
-        self._note = f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result."
+        self.tell(f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result.")

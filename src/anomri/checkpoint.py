@@ -13,7 +13,7 @@ from torch import Tensor
 from anomri import methods
 from anomri.detector import Detector
 from anomri.networks import rename_released_parameters
-from anomri.spec import AnomriError, ModelSpec
+from anomri.spec import AnomriError, ModelSpec, first_line
 
 RELEASED_CHANNELS = ("flair", "t1", "t1ce", "t2")
 
@@ -30,9 +30,7 @@ def import_checkpoint(file: str | Path, model: str | Path, channels: Sequence[st
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise AnomriError(
-            f"{file}: cannot be read as a checkpoint of tensors alone ({str(error).splitlines()[0]})."
-        ) from error
+        raise AnomriError(f"{file}: cannot be read as a checkpoint of tensors alone ({first_line(error)}).") from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AnomriError(f'{file}: holds no {{"model_state_dict": ...}} with the parameters of a network.')

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from anomri.spec import AnomriError, Precision
+from anomri.spec import AnomriError, Precision, first_line
 
 
 def resolve_device(device: str) -> torch.device:
@@ -21,8 +21,7 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise AnomriError(f"the device {device!r} cannot be used ({reason}); try --device cpu.") from error
+        raise AnomriError(f"the device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
 
 
 def resolve_precision(precision: str, device: str = "cpu") -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri import extras
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, first_line
 
 REASONS = {
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
@@ -95,7 +95,7 @@ def check_pixels(one: Any) -> None:
 
 def reason_of(error: Exception) -> str:
     """What an error of a DICOM library says, without the header values it quotes: they may be a patient's."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     # The quotes of an attribute error hold the name of the attribute.
     return text if isinstance(error, AttributeError) else re.sub(r"(['\"]).*\1", "'...'", text)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from anomri.extras import optional
 from anomri.nifti import read_image
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, first_line
 from anomri.volume import Volume
 
 MAX_BRAIN_ML = 2200.0
@@ -90,9 +90,8 @@ def _by_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
             warnings.simplefilter("ignore")
             _, mask, _ = library.BrainExtraction(no_gpu=True).run(head)
     except Exception as error:  # it raises an assertion, or what torch raises, where it sees no brain
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise AnomriError(
-            f"{name}: deepbet finds no brain ({reason}). Name a mask of the brain with --brain-mask."
+            f"{name}: deepbet finds no brain ({first_line(error)}). Name a mask of the brain with --brain-mask."
         ) from error
     return np.asanyarray(mask.dataobj) > 0
 

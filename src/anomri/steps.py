@@ -12,7 +12,7 @@ from torch import Tensor
 from anomri.batches import Batch, Batches, Loss, Part
 from anomri.memory import free_memory
 from anomri.methods import Player
-from anomri.spec import Training
+from anomri.spec import Training, first_line
 
 WARM_UP = 5
 """Steps before one is recorded, in which libraries choose their kernels and networks are compiled."""
@@ -98,8 +98,8 @@ class Step:
             with torch.cuda.graph(graph):
                 loss = self.batches.sum(self.model, [part], self.loss_of)
                 self._move()
-        except RuntimeError:
-            # What cannot be recorded, for lack of memory too, is launched as before.
+        except RuntimeError as error:
+            self.batches.tell(f"steps are launched kernel by kernel: they cannot be recorded ({first_line(error)}).")
             self.capturable = False
             self.optimizer.zero_grad()
             free_memory()
