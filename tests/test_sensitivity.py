@@ -65,11 +65,16 @@ def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes
     expected = ndimage.distance_transform_edt(~outside, sampling=spacing)[1:-1, 1:-1, 1:-1]
     components = np.zeros(brain.shape, np.uint32)
     components[13:16, 9:11, 4], components[4:8, 10, 4] = 1, 2
+    # One alone, a cuboid and one voxel: what is around it is no part of the box that it fills.
+    alone, voxel, capped = (np.zeros_like(components) for _ in range(3))
+    alone[6:12, 8:12, 3:6], voxel[9, 9, 4], capped[6:12, 8:12, 3:6] = 1, 1, 1
+    capped[6, 8, 3] = capped[8, 9, 5] = 0
     holed = brain.copy()
     holed[15, 12, 4] = False
-    found = smallest_edge_distances(components, holed, spacing)
-    assert found == pytest.approx([expected[components == number].min() for number in (1, 2)], rel=1e-5)
-    assert found[0] > found[1] > 0
+    for some in (components, alone, voxel, capped):
+        found = smallest_edge_distances(some, holed, spacing)
+        assert found == pytest.approx([expected[some == number].min() for number in range(1, some.max() + 1)], rel=1e-5)
+        assert (found > 0).all()
 
 
 def test_what_healthy_scans_look_like_survives_the_model_folder(model: Path, tmp_path: Path) -> None:

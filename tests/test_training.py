@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import anomri
 from anomri.cases import find_cases
 from anomri.detector import Detector
 from anomri.interruption import StopRequest
+from anomri.methods import Player
 from anomri.methods.dae import DAE
 from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
+from anomri.steps import load_optimizer, optimizer_of
 from anomri.training import batch_numbers, learning_rate, train
 from anomri.training_state import TrainingState
 
@@ -117,6 +120,21 @@ def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(cohort: Path
     assert weights(tmp_path / "m") == weights(tmp_path / "whole")
     whole.save(tmp_path / "again")
     assert weights(tmp_path / "again") == weights(tmp_path / "m")
+
+
+def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
+    schedule, networks = Training(), [torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3)]
+    before = optimizer_of(Player(networks[0]), schedule, torch.device("cpu"))
+    networks[0](torch.rand(1, 4, 5, 5)).sum().backward()
+    before.step()
+    networks[1].to(memory_format=torch.channels_last)
+    after = optimizer_of(Player(networks[1]), replace(schedule, learning_rate=0.5), torch.device("cpu"))
+    load_optimizer(after, before.state_dict())
+    assert after.param_groups[0]["lr"] == 0.5
+    for old, new in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert after.state[new][name].stride() == new.stride()
+            assert torch.equal(after.state[new][name], before.state[old][name])
 
 
 def test_what_is_killed_between_validations_goes_on_from_the_last_save(

@@ -129,7 +129,7 @@ class Batches:
         if self.processes.count > 1 or "accumulate" not in advice:
             # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
             raise AnomriError(
-                f"memory does not hold a batch ({first_line(error)}); continue with --resume and {advice}."
+                f"memory does not hold a batch ({first_line(error):.200}); continue with --resume and {advice}."
             ) from error
         self.count *= 2
         self.tell(f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result.")

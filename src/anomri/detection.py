@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,8 @@ from anomri.cases import Case
 from anomri.detector import Detection, Detector
 from anomri.distribution import Processes, processes
 from anomri.files import sole_use, write_text
-from anomri.parallel import side_by_side
+from anomri.launch import processors
+from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
 from anomri.records import Records, Shard, keys_of
@@ -188,37 +189,38 @@ def detect_each(
 ) -> Iterator[CaseResult]:
     """What becomes of each case as soon as that is known: ``read``, detected, ``save`` called, its preview in ``folder``.
 
-    Beside a GPU, whose part is short, several scans are read, searched and written side by side, in no order; on a
-    processor one after another, each read while the network works on the one before.
+    Beside a GPU of CUDA, whose part is short, several scans are read, searched and written side by side; else one after
+    another, each read while the network works on the one before.
     """
-    workers = 1 if detector.device.type == "cpu" else min((os.cpu_count() or 1) // 2, MOST_SCANS, len(cases))
+    workers = min(processors() // 2, MOST_SCANS, len(cases)) if detector.device.type == "cuda" else 1
     if workers < 2:
         for case, volume, begun in read_ahead(cases, read):
             yield _detect_case(detector, case, volume, begun, save, folder)
         return
-    with side_by_side(workers) as pool:
-        futures = [
-            pool.submit(lambda case: _detect_case(detector, *_attempt(case, read), save, folder), case)
-            for case in cases
-        ]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def work(case: Case) -> CaseResult:
+        return _detect_case(detector, *_attempt(case, read), save, folder)
+
+    with threads_divided(workers):
+        yield from _ahead((partial(work, case) for case in cases), workers - 1)
 
 
 def read_ahead(
     cases: Sequence[Case], read: Callable[[Case], Volume]
 ) -> Iterator[tuple[Case, Volume | AnomriError, float]]:
     """Each case with its volume (or why there is none) and when work on it began; one is read ahead."""
-    waiting = None
-    for case in cases:
-        upcoming = _in_background(partial(_attempt, case, read))
-        if waiting is not None:
-            yield waiting.result()
-        waiting = upcoming
-    if waiting is not None:
-        yield waiting.result()
+    return _ahead((partial(_attempt, case, read) for case in cases), 1)
+
+
+def _ahead(works: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
+    """The results of ``works`` in their order, with so many of those after it begun before each is given."""
+    begun = deque[Future[T]]()
+    for work in works:
+        begun.append(_in_background(work))
+        if len(begun) > count:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def _attempt(case: Case, read: Callable[[Case], Volume]) -> tuple[Case, Volume | AnomriError, float]:

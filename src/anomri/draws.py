@@ -61,14 +61,16 @@ def one_of(options: Sequence[Option], make: Callable[[Option], Tensor], generato
     drawn, kinds = for_all(len(options), 1, generator), list(dict.fromkeys(options))
     if drawn.device.type == "cpu":
         return make(options[int(drawn)])
-    kind = constants(tuple(kinds.index(option) for option in options), drawn.device)[drawn]
+    kind = constants(tuple(kinds.index(option) for option in options), drawn.device, torch.int64)[drawn]
     return torch.stack([make(option) for option in kinds]).index_select(0, kind)[0]
 
 
 @lru_cache(maxsize=64)
-def constants(values: Sequence[float] | Sequence[tuple[float, float]], device: torch.device) -> Tensor:
+def constants(
+    values: Sequence[float] | Sequence[tuple[float, float]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Numbers that stay on a device: a processor that copies them to an accelerator waits for all that it does before."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def _rows(shape: Sequence[int], generator: Generator | None) -> tuple[tuple[int, ...], slice]:

@@ -51,7 +51,8 @@ class Inference:
             else:
                 parts.extend(map(self._reconstruct, some, repeat(box)))
 
-        self.batch = smaller_until_it_fits(reconstruct, self.batch)
+        # Several scans may be under way: what was too much for one stays so.
+        self.batch = min(smaller_until_it_fits(reconstruct, self.batch), self.batch)
         return torch.cat(parts)
 
     def _reconstruct(self, x: Tensor, box: Box | None) -> Tensor:

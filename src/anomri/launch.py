@@ -31,6 +31,12 @@ def launched() -> Launch:
         ) from error
 
 
+def processors() -> int:
+    """How many processors this process may use: its share of those that it is allowed, among the processes of a machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(allowed // launched().local_count, 1)
+
+
 def alone(what: str) -> None:
     """Raise `AnomriError` if this is one of several processes, for ``what`` does not share its work."""
     if launched().count > 1:

@@ -94,7 +94,7 @@ def smallest_edge_distances(
     # Nearest to each other are a voxel on the rim of a component and one on the rim of the air.
     lesions = box_around(found[box])
     near = components[box][lesions]
-    rim = np.nonzero((near > 0) & _rim(near))
+    rim = np.nonzero((near > 0) & _rim(np.pad(near, 1))[1:-1, 1:-1, 1:-1])
     places = (np.stack(rim, 1) + [side.start for side in lesions]) * spacing_mm
     tree = KDTree(skin * np.array(spacing_mm), balanced_tree=False, compact_nodes=False)
     numbers, smallest = near[rim], np.full(int(components.max()) + 1, np.inf)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -121,11 +120,11 @@ class HealthySlices:
 
     def _all(self) -> Tensor | None:
         """All slices on the GPU, or ``None`` where they would take more than a quarter of what it has free."""
-        first = self.cases[0].memory_map
-        shape = (len(self), *first.shape[1:])
-        if math.prod(shape) * first.itemsize > torch.cuda.mem_get_info(self.device)[0] // 4:
+        case, index = self._find(0)
+        (first,) = case.read([index])
+        if len(self) * first.nbytes > torch.cuda.mem_get_info(self.device)[0] // 4:
             return None
-        slices = torch.empty(shape, dtype=torch.float16, device=self.device)
+        slices = torch.empty((len(self), *first.shape), dtype=torch.float16, device=self.device)
         for case, end in zip(self.cases, self._ends.tolist(), strict=True):
             if case.healthy:
                 slices[end - len(case.healthy) : end] = torch.from_numpy(np.stack(case.read(case.healthy)))

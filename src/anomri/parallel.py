@@ -15,8 +15,8 @@ _undivided = 1
 
 
 @contextmanager
-def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads for parts of some work, among which those that torch has for each operation are divided.
+def threads_divided(workers: int) -> Iterator[None]:
+    """Torch's threads for each operation divided among so many that work at the same time.
 
     Threads that share every operation wait, busily, for the slowest of them at its end; that is lost wherever something
     else takes a processor for a moment. Threads that have a part each do not wait.
@@ -28,10 +28,16 @@ def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
         _open += 1
         torch.set_num_threads(max(_undivided // workers, 1))
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            yield pool
+        yield
     finally:
         with _guard:
             _open -= 1
             if not _open:
                 torch.set_num_threads(_undivided)
+
+
+@contextmanager
+def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads for parts of some work, among which those of torch are divided."""
+    with threads_divided(workers), ThreadPoolExecutor(workers) as pool:
+        yield pool

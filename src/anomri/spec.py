@@ -22,7 +22,7 @@ class AnomriError(Exception):
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says first, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Interrupted(BaseException):

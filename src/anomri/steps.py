@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from anomri.memory import free_memory
 from anomri.methods import Player
 from anomri.spec import Training, first_line
 
+SPARE = 0.15
+"""Share of a GPU's memory that a recorded step has to leave: what it works in serves nothing else."""
 WARM_UP = 5
 """Steps before one is recorded, in which libraries choose their kernels and networks are compiled."""
 
@@ -38,6 +41,11 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
     here = [{name: group[name] for name in ("lr", "fused", "capturable")} for group in optimizer.param_groups]
     groups = [{**group, **mine} for group, mine in zip(saved["param_groups"], here, strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                # Laid out in memory like the parameter: the other device may have had another layout.
+                state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 @dataclass
@@ -92,16 +100,26 @@ class Step:
         # Of the very type that a graph takes; a process with the whole batch draws the same from either.
         graph, part = torch.cuda.CUDAGraph(), replace(part, generator=torch.Generator(self.fabric.device))
         graph.register_generator_state(part.generator)
+        stream, problem = torch.cuda.current_stream(), ""
         # Gradients are to lie in the graph's own memory.
         self.optimizer.zero_grad()
         try:
             with torch.cuda.graph(graph):
                 loss = self.batches.sum(self.model, [part], self.loss_of)
                 self._move()
+            free, total = torch.cuda.mem_get_info()
+            if free < SPARE * total:
+                problem = "beside a recorded one, memory would not hold a validation"
         except RuntimeError as error:
-            self.batches.tell(f"steps are launched kernel by kernel: they cannot be recorded ({first_line(error)}).")
-            self.capturable = False
-            self.optimizer.zero_grad()
-            free_memory()
+            problem = f"{first_line(error):.200}"
+        if not problem:
+            self.graph, self.part, self.loss = graph, part, loss
             return
-        self.graph, self.part, self.loss = graph, part, loss
+        self.batches.tell(f"steps are launched kernel by kernel, not recorded: {problem}.")
+        self.capturable = False
+        # A recording that broke off may have left its stream in use, and the allocator in doubt.
+        torch.cuda.set_stream(stream)
+        self.optimizer.zero_grad()
+        del graph
+        with suppress(RuntimeError):
+            free_memory()

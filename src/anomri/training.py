@@ -40,7 +40,7 @@ from anomri.views import check_parts
 
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
-"""The most that a training which is killed between two validations loses."""
+"""The most that a training which is killed loses."""
 QUICK_S, SAVING_SHARE = 0.1, 0.05
 """A validation is followed by saving where that takes no longer, or less than this share of the time since the last."""
 COMPILED_FROM = 5000
@@ -157,6 +157,8 @@ def _train(
     if schedule:
         fabric = fabric_of(device, schedule.precision)
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
+        # Anew: the one that was trained may be compiled, for batches of its size.
+        network = methods.build(spec)
         network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
     spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))

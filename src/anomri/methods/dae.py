@@ -168,7 +168,7 @@ class DAE(nn.Module):
         kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
         if self.alone:
             drawn = (uniform((n, 1), generator) * len(self.alone)).long()
-            single = torch.arange(c, device=x.device) == constants(self.alone, x.device)[drawn]
+            single = torch.arange(c, device=x.device) == constants(self.alone, x.device, torch.int64)[drawn]
             kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
         kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
         return kept[..., None, None].float()
