@@ -16,12 +16,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -98,7 +98,7 @@ def _plain_step(packed: list[PackedCase], repeats: int = 30) -> float:
 
 
 def _train(cohort: Path, folder: Path, preset: str, precision: str, compiled: bool, steps: int) -> list[Row]:
-    with _compiled_from(0 if compiled else steps + 1):
+    with patch.object(training, "COMPILED_FROM", 0 if compiled else steps + 1):
         anomri.train(
             cohort,
             folder,
@@ -114,15 +114,6 @@ def _train(cohort: Path, folder: Path, preset: str, precision: str, compiled: bo
         )
     with (folder / "log.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-@contextmanager
-def _compiled_from(steps: int) -> Iterator[None]:
-    before, training.COMPILED_FROM = training.COMPILED_FROM, steps
-    try:
-        yield
-    finally:
-        training.COMPILED_FROM = before
 
 
 def _detection(cases: list[Case], scans: int, folder: Path) -> None:

@@ -110,8 +110,6 @@ class HealthySlices:
         if self._resident is not None:
             return self._resident[self._moved(torch.tensor(numbers))].float()
         rows = [row for case, index in map(self._find, numbers) for row in case.read([index])]
-        if self.device.type == "cpu":
-            return torch.from_numpy(np.stack(rows).astype(np.float32))
         return self._moved(torch.from_numpy(np.stack(rows))).float()
 
     def names(self, numbers: Sequence[int]) -> list[str]:

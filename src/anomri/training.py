@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -220,9 +220,8 @@ def fit(
     if state.step:
         for player, optimizer in zip(players, optimizers, strict=True):
             load_optimizer(optimizer, state.optimizers[player.name])
-    loss_of = functools.partial(functools.partial, _loss, model, spec)
     steps = [
-        Step(fabric, batches, model, optimizer, loss_of(player), training.gradient_clip)
+        Step(fabric, batches, model, optimizer, partial(_loss, model, spec, player), training.gradient_clip)
         for player, optimizer in zip(players, optimizers, strict=True)
     ]
     log = Log(folder, state.step) if team.first else None

@@ -41,14 +41,14 @@ class TrainingState:
         """Move the average towards the network's weights; it keeps ``share``, less in the first steps."""
         share = min(share, self.step / (self.step + 9))
         weights = network.state_dict()
-        moved = [name for name, value in weights.items() if value.is_floating_point() and name in self.average]
+        moved = {name: value for name, value in weights.items() if value.is_floating_point() and name in self.average}
         self.average = {
             name: self.average[name].to(value.device) if name in moved else value.clone()
             for name, value in weights.items()
         }
         if moved:
             # All at once: on a GPU one by one takes longer than the step.
-            get_ema_multi_avg_fn(share)([self.average[name] for name in moved], [weights[name] for name in moved], None)
+            get_ema_multi_avg_fn(share)([self.average[name] for name in moved], list(moved.values()), None)
 
     @contextmanager
     def averaged(self, network: nn.Module) -> Iterator[None]:
