@@ -16,6 +16,7 @@ from anomri.cases import find_cases
 from anomri.detector import Detector, load
 from anomri.devices import resolve_precision
 from anomri.metrics import precision_recall
+from anomri.networks import ConvBlock, fold_weight_standardisation
 from anomri.slices import slice_volume
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import read_volume
@@ -60,6 +61,23 @@ def test_bfloat16_rounds_and_nothing_else() -> None:
     exact, rounded = pair()[1].inference(x), pair("bf16-mixed")[1].inference(x)
     assert rounded.dtype == torch.float32 and rounded.is_contiguous() and not torch.equal(exact, rounded)
     assert float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("size", [(2, 5, 16, 24), (9, 5, 8, 8)])
+def test_swish_in_the_convolution_and_after_it_are_the_same(size: tuple[int, ...]) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    block = ConvBlock(5, 8)
+    expected = block(x)
+    fold_weight_standardisation(block)
+    with_gradient = block(x.requires_grad_())
+    with_gradient.square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    with torch.no_grad():
+        fused = block(x)
+        turned = block(x.contiguous(memory_format=torch.channels_last))
+    for found in (with_gradient, fused, turned):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_methods_that_do_not_say_so_are_computed_in_float32() -> None:

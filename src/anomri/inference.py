@@ -31,7 +31,8 @@ class Inference:
         self.precision = precision
         found = resolve_precision(precision, self.device.type)
         self.half = found == "bf16-mixed" and bool(getattr(method, "half_precision", False))
-        folded: Any = fold_weight_standardisation(method).eval().to(self.device)
+        dtype = torch.bfloat16 if self.half else torch.float32
+        folded: Any = fold_weight_standardisation(method, dtype).eval().to(self.device)
         self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
         keep_memory()
         # What a processor's cache does not hold is slower.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -34,11 +35,32 @@ class WeightStandardisedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of (n, in, h, w)."""
-        weight = self.weight if self.standardised else standardise_weight(self.weight)
+        x = self._padded(x)
+        return functional.conv2d(x, self.weight if self.standardised else standardise_weight(self.weight), self.bias)
+
+    def swish(self, x: Tensor) -> Tensor:
+        """Swish of the convolution of (n, in, h, w)."""
+        fusible = self.standardised and x.device.type == "cpu" and can_fuse_swish(self.weight.dtype)
+        if not fusible or torch.is_grad_enabled():  # the operator has no gradient
+            return functional.silu(self(x))
+        # One pass over the maps instead of two; autocast does not know the operator.
+        x = self._padded(x.to(self.weight.dtype))
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, [0, 0], self.stride, self.dilation, self.groups, "swish", [1.0], ""
+        )
+
+    def _padded(self, x: Tensor) -> Tensor:
         # Autocast would pad in float32: two more passes over the maps, for the same values.
         with torch.autocast(x.device.type, enabled=False):
-            x = functional.pad(x, (1, 1, 1, 1), mode="reflect")
-        return functional.conv2d(x, weight, self.bias)
+            return functional.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
+@cache
+def can_fuse_swish(dtype: torch.dtype) -> bool:
+    """Whether torch has, for this processor, the operator that `torch.compile` makes of a convolution and a Swish."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class ConvBlock(nn.Module):
@@ -53,8 +75,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in, h, w) -> (n, out, h, w)."""
-        x = self.norm1(functional.silu(self.conv1(x)))
-        x = self.norm2(functional.silu(self.conv2(x)))
+        x = self.norm1(self.conv1.swish(x))
+        x = self.norm2(self.conv2.swish(x))
         return x
 
 
@@ -91,13 +113,17 @@ class UNet(nn.Module):
             return self.head(x.float())
 
 
-def fold_weight_standardisation(network: nn.Module) -> nn.Module:
-    """Standardise the filters of ``network`` once, in place, for inference; its output does not change."""
+def fold_weight_standardisation(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Standardise the filters of ``network`` once, in place, for inference in ``dtype``; its output does not change.
+
+    Filters that autocast would round at every call are rounded once.
+    """
     for module in network.modules():
         if isinstance(module, WeightStandardisedConv2d) and not module.standardised:
             with torch.no_grad():
                 module.weight.copy_(standardise_weight(module.weight))
             module.standardised = True
+            module.to(dtype)
     return network
 
 

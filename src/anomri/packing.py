@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anomri.cases import Case
 from anomri.files import output_folder, remove_partial, whole_file, write_text
+from anomri.launch import processors
 from anomri.parallel import side_by_side
 from anomri.slices import SliceStack, Window, brain_box, foreground_of, pixels_per_voxel, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
@@ -168,7 +169,7 @@ def pack_cohort(
         finally:
             progress(case)
 
-    with side_by_side(max(min(len(cases), os.cpu_count() or 1, 8), 1)) as pool:
+    with side_by_side(max(min(len(cases), processors(), 8), 1)) as pool:
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(

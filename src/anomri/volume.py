@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
 from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, copy_turned, geometry_of
+from anomri.launch import processors
 from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
@@ -112,7 +112,7 @@ def read_volume(
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
     # Unpacking leaves other threads alone, so that channels are read side by side.
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(files), processors())) as pool:
         for path, (image, values, slope, found) in zip(files, pool.map(_read_positive, files), strict=True):
             first = first or geometry_of(path, image, grid)
             notes += found
