@@ -170,6 +170,40 @@ def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
     assert float(cost_small) > 2 * float(cost_large)
 
 
+def test_a_finer_grid_shows_anomalies_of_the_same_size() -> None:
+    x, foreground = slices(300)
+    fine = foreground.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    shown = torch.ones(300, 4, 1, 1)
+    _, where = plant_anomalies(x, foreground, shown, CHANNELS, seeded())
+    _, finer = plant_anomalies(
+        torch.nn.functional.interpolate(x, scale_factor=2), fine, shown, CHANNELS, seeded(), pixel=0.5
+    )
+    assert float(finer.float().mean()) == pytest.approx(float(where.float().mean()), rel=0.15)
+    logits = torch.where(where, 1.0, -2.0)
+    expected = mark_loss(logits, where, foreground)
+    truth, fine_logits = (one.repeat_interleave(2, 1).repeat_interleave(2, 2) for one in (where, logits))
+    assert float(mark_loss(fine_logits, truth, fine, pixel=0.5)) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_subpixels_are_channels_to_the_network_and_pixels_again_after_it() -> None:
+    x, foreground = slices(2)
+    torch.manual_seed(0)
+    method = DAE(CHANNELS, [4, 8], anomalies=True, mark=True, subpixels=2)
+    assert method.box_multiple == 4
+    assert method.reconstruct(x, (4, 60, 8, 64)).shape == (2, 5, *x.shape[2:])
+    method(x, foreground, seeded(), (4, 60, 8, 64)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.network.head.parameters())
+
+    def network(given: Tensor) -> Tensor:
+        assert given.shape == (2, 16, x.shape[2] // 2, x.shape[3] // 2)
+        return torch.cat([given, torch.zeros_like(given[:, :4])], 1)
+
+    method.network.forward = network  # type: ignore[method-assign]
+    found = method.reconstruct(x)
+    assert torch.equal(found[:, :4], x)
+    assert bool((found[:, 4] == 0.5).all())
+
+
 def test_channel_dropout_keeps_at_least_one_and_leaves_the_rest_out_of_the_loss() -> None:
     x, foreground = slices(64)
     method = DAE(CHANNELS, [4, 8, 16, 32], noise_std=0.0, channel_dropout=1.0)

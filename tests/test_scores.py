@@ -285,7 +285,7 @@ class _Echo:
     def __init__(self, method: Any) -> None:
         self.method = method
 
-    def __call__(self, x: torch.Tensor, box: Any = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, box: Any = None, mirrored: bool = False) -> torch.Tensor:
         return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
 
 

@@ -3,7 +3,8 @@
 They teach a network what to mark, and they tell on held-out healthy slices which score finds them (Zavrtanik et al. 2021,
 DRAEM; Tan et al. 2020, foreign patch interpolation; Kascenas et al. 2023 on the role of noise). Contrasts are those of
 the physics: water is bright on T2 and FLAIR and dark on T1. Random numbers come from the generator, arrays are float32
-in the units of the scaling ``standard``, of which 0.15 is the interquartile range of a brain.
+in the units of the scaling ``standard``, of which 0.15 is the interquartile range of a brain. Lengths are in pixels of the
+published grid of 128 x 128, some 1.9 mm; ``pixel`` says how large those at hand are (0.5 on a grid of 256 x 256).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.nn import functional
 
 from anomri.draws import constants, normal, uniform
 
-RADIUS_PIXELS = (1.5, 28.0)
+RADIUS = (1.5, 28.0)
 CHANCES = (0.7, 0.4, 0.25)
 """Of a first, second and third blob in a slice: an eighth of the slices stay healthy."""
-PLAQUES, PLAQUE_SHARE, PLAQUE_PIXELS = 8, 0.3, (0.8, 3.0)
+PLAQUES, PLAQUE_SHARE, PLAQUE_RADIUS = 8, 0.3, (0.8, 3.0)
 """At most so many small ones at once, in this share of the slices, of these radii: like those of multiple sclerosis."""
 TYPICAL = 0.85
 """Share of the blobs that follow `CONTRASTS`; the others change every channel either way."""
@@ -35,7 +36,7 @@ CORES = {"flair": (-0.5, 0.3), "t2": (-0.1, 0.6), "t1": (-0.3, 0.0), "t1ce": (-0
 RING = ("t1ce", (0.2, 1.0))
 """What a contrast agent does around such a core."""
 NEIGHBOURHOOD, SMALL_WEIGHT = 9, 4.0
-"""The less an anomaly fills of so many pixels squared around, the more a pixel of it counts: at most so much."""
+"""The less an anomaly fills of so much squared around, the more a pixel of it counts: at most so much."""
 
 
 def between(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
@@ -64,17 +65,17 @@ def random_places(foreground: Tensor, count: int, generator: Generator) -> tuple
     return pixel // w, pixel % w
 
 
-def random_depths(foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """One ragged ellipse somewhere in each (n, h, w) bool foreground: depth below its edge in pixels, and its radius.
+def random_depths(foreground: Tensor, generator: Generator, pixel: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One ragged ellipse somewhere in each (n, h, w) bool foreground: depth below its edge, and its radius.
 
-    The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS_PIXELS`, so that small ones are
+    The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS`, so that small ones are
     as frequent as large ones.
     """
     n, h, w = foreground.shape
     row, column = random_places(foreground, 1, generator)
-    rows = torch.arange(h, device=foreground.device)[None, :, None] - row[..., None]
-    columns = torch.arange(w, device=foreground.device)[None, None, :] - column[..., None]
-    radius = log_between(*RADIUS_PIXELS, (n, 1, 1), generator)
+    rows = pixel * (torch.arange(h, device=foreground.device)[None, :, None] - row[..., None])
+    columns = pixel * (torch.arange(w, device=foreground.device)[None, None, :] - column[..., None])
+    radius = log_between(*RADIUS, (n, 1, 1), generator)
     stretch, angle = between(-0.4, 0.4, (n, 1, 1), generator).exp(), between(0, math.pi, (n, 1, 1), generator)
     u = (angle.cos() * rows + angle.sin() * columns) * stretch
     v = (angle.cos() * columns - angle.sin() * rows) / stretch
@@ -90,7 +91,7 @@ def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
 
 
 def plant_anomalies(
-    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator
+    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator, pixel: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Change up to three blobs of each slice, and plaques in some; returns them (n, c, h, w) and where (n, h, w) bool.
 
@@ -100,26 +101,29 @@ def plant_anomalies(
     """
     changed, where = x, torch.zeros_like(foreground)
     for chance in CHANCES:
-        changed, there = _plant(changed, foreground, shown, channels, chance, generator)
+        changed, there = _plant(changed, foreground, shown, channels, chance, generator, pixel)
         where = where | there
-    changed, there = _plant_plaques(changed, foreground, shown, channels, generator)
+    changed, there = _plant_plaques(changed, foreground, shown, channels, generator, pixel)
     where = where | there
     return changed.clamp_min(0) * foreground[:, None], where
 
 
-def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor) -> Tensor:
+def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 1.0) -> Tensor:
     """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w).
 
     A pixel of a small anomaly counts for more, up to `SMALL_WEIGHT`, than one of a large anomaly or of none.
+
     """
     inside, truth = foreground.float(), where.float()
-    share = functional.avg_pool2d(truth[:, None], NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2)[:, 0]
+    window = (int(NEIGHBOURHOOD / pixel) - 1) | 1  # the largest odd number of pixels that fits
+    share = functional.avg_pool2d(truth[:, None], window, 1, window // 2)[:, 0]
     weight = 1 + truth * (share.clamp_min(SMALL_WEIGHT**-2).rsqrt() - 1)
     entropy = functional.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none")
     entropy = (entropy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
     marks = logits.sigmoid() * inside
     # The constant counts an unchanged slice without marks as right, and keeps tiny blobs from ruling the gradient.
-    dice = (2 * (marks * truth).sum((1, 2)) + 20) / (marks.sum((1, 2)) + truth.sum((1, 2)) + 20)
+    little = 20 / pixel**2
+    dice = (2 * (marks * truth).sum((1, 2)) + little) / (marks.sum((1, 2)) + truth.sum((1, 2)) + little)
     return entropy.mean() + 0.5 * (1 - dice.mean())
 
 
@@ -134,11 +138,17 @@ def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typica
 
 
 def _plant(
-    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], chance: float, generator: Generator
+    x: Tensor,
+    foreground: Tensor,
+    shown: Tensor,
+    channels: Sequence[str],
+    chance: float,
+    generator: Generator,
+    pixel: float,
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    depth, radius = random_depths(foreground, generator)
-    edge = between(0.4, 2.0, (n, 1, 1), generator)
+    depth, radius = random_depths(foreground, generator, pixel)
+    edge = between(0.4 * pixel, 2.0, (n, 1, 1), generator)
     blob = torch.sigmoid(depth / edge) * foreground * (uniform((n, 1, 1), generator) < chance)
     shift = typical_shifts(n, channels, generator)[..., None, None]
     texture = normal((n, c, 24, 24), generator)
@@ -152,7 +162,7 @@ def _plant(
 
 
 def _plant_plaques(
-    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator
+    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator, pixel: float
 ) -> tuple[Tensor, Tensor]:
     """Small round anomalies, of about the same contrast within a slice."""
     n, _, h, w = x.shape
@@ -160,9 +170,9 @@ def _plant_plaques(
     shape = (n, PLAQUES, 1, 1)
     rows = torch.arange(h, device=x.device)[:, None] - row + between(-0.5, 0.5, shape, generator)
     columns = torch.arange(w, device=x.device) - column + between(-0.5, 0.5, shape, generator)
-    depth = log_between(*PLAQUE_PIXELS, shape, generator) - (rows.square() + columns.square()).sqrt()
+    depth = log_between(*PLAQUE_RADIUS, shape, generator) - pixel * (rows.square() + columns.square()).sqrt()
     wanted = uniform((n, 1, 1, 1), generator) * (uniform((n, 1, 1, 1), generator) < PLAQUE_SHARE)
-    plaques = torch.sigmoid(depth / between(0.3, 1.0, shape, generator)) * (uniform(shape, generator) < wanted)
+    plaques = torch.sigmoid(depth / between(0.3 * pixel, 1.0, shape, generator)) * (uniform(shape, generator) < wanted)
     plaques = plaques * foreground[:, None]
     shift = typical_shifts(n, channels, generator)[..., None, None]
     changed = x + (plaques * between(0.6, 1.4, shape, generator)).amax(1, keepdim=True) * shift

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import repeat
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,29 +38,43 @@ class Inference:
         # What a processor's cache does not hold is slower.
         self.batch = 64 if self.device.type != "cpu" else 8
 
-    def __call__(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32."""
-        parts: list[Tensor] = []
+    def __call__(self, x: Tensor, box: Box | None = None, mirrored: bool = False) -> Tensor:
+        """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32.
+
+        If it is to see them ``mirrored``, its output is turned back.
+        """
+        output: Tensor | None = None
+        guard = Lock()
+
+        def place(some: slice) -> None:
+            nonlocal output
+            part = self._reconstruct(x[some], box, mirrored)
+            with guard:
+                if output is None:
+                    output = part.new_empty((len(x), *part.shape[1:]))
+            output[some] = part
 
         def reconstruct(size: int) -> None:
-            parts.clear()
-            some = [x[start : start + size] for start in range(0, len(x), size)]
-            workers = min(len(some), MOST_WORKERS, torch.get_num_threads()) if self.device.type == "cpu" else 1
-            if workers > 1:
-                with side_by_side(workers) as pool:
-                    parts.extend(pool.map(self._reconstruct, some, repeat(box)))
-            else:
-                parts.extend(map(self._reconstruct, some, repeat(box)))
+            parts = [slice(first, first + size) for first in range(0, len(x), size)]
+            workers = min(len(parts), MOST_WORKERS, torch.get_num_threads()) if self.device.type == "cpu" else 1
+            if workers == 1:
+                list(map(place, parts))
+                return
+            with side_by_side(workers) as pool:
+                list(pool.map(place, parts))
 
         # Several scans may be under way: what was too much for one stays so.
         self.batch = min(smaller_until_it_fits(reconstruct, self.batch), self.batch)
-        return torch.cat(parts)
+        assert output is not None
+        return output
 
-    def _reconstruct(self, x: Tensor, box: Box | None) -> Tensor:
+    def _reconstruct(self, x: Tensor, box: Box | None, mirrored: bool) -> Tensor:
         x = x.to(self.device)
+        if mirrored:
+            x, box = x.flip(2), box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
         if self.half:
             x = x.contiguous(memory_format=torch.channels_last)
         # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one thread alone.
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             output: Tensor = self.method.reconstruct(x, box)
-        return output.float().cpu().contiguous()
+        return (output.flip(2) if mirrored else output).float().cpu().contiguous()

@@ -18,6 +18,8 @@ from anomri.slices import Position, present_channels
 from anomri.spec import AnomriError, Score
 
 SSIM_WINDOWS = (5, 9, 15)
+AT_ONCE = 16
+"""Slices that are scored at the same time."""
 RESIDUAL_FLOOR = 0.02
 """What a mark is worth where nothing is brighter than reconstructed."""
 DEVIATION_FLOOR = 0.2
@@ -139,21 +141,26 @@ def score_of(
     present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
-    mean, spread = _healthy_residual(x, score, position, chosen)
-    marks = output[:, c] if output.shape[1] > c else None
-    return SCORES[score.kind](
-        Evidence(x[:, chosen], output[:, chosen], marks, mean, spread, bool(asked or not score.channels))
-    )
+    place = position or Position.of(x.amax(1) > 0)
+
+    def of(some: slice) -> Tensor:
+        here = place._replace(heights=place.heights[some])
+        mean, spread = _healthy_residual(x.shape, score, here, chosen)
+        marks = output[some, c] if output.shape[1] > c else None
+        bright = bool(asked or not score.channels)
+        return SCORES[score.kind](Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright))
+
+    # What lies between a scan and its score is several times as large as either.
+    return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
 
 
 def _healthy_residual(
-    x: Tensor, score: Score, position: Position | None, chosen: list[int]
+    shape: torch.Size, score: Score, position: Position, chosen: list[int]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Mean and spread of the ``chosen`` channels' absolute residual in healthy tissue, as far as the score knows them."""
     if score.kind in BY_POSITION and score.healthy_maps:
-        place, size = position or Position.of(x.amax(1) > 0), (x.shape[2], x.shape[3])
-        maps = unpacked_maps(score.healthy_maps, x.shape[1])
-        mean, spread = (spread_over(cells[chosen], place, size) for cells in maps)
+        maps = unpacked_maps(score.healthy_maps, shape[1])
+        mean, spread = (spread_over(cells[chosen], position, (shape[2], shape[3])) for cells in maps)
         return mean, spread.clamp_min(1e-4)
     if score.kind == "standardised" and score.healthy_mean and score.healthy_spread:
         known = (score.healthy_mean, score.healthy_spread)

@@ -80,15 +80,12 @@ def _noised(method: object, stack: SliceStack, passes: int) -> Iterator[Tensor]:
 
 
 def _look(inference: Inference, x: Tensor, box: Box | None, mirrored: bool, scale: float) -> Tensor:
-    if mirrored:
-        box = box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
-        return _look(inference, x.flip(2), box, False, scale).flip(2)
     if scale == 1:
-        return inference(x, box)
+        return inference(x, box, mirrored)
     inside = cut_box(x, box)
     size, c = (inside.shape[2], inside.shape[3]), x.shape[1]
     coarse = rescale(inside, scale, inference.method.box_multiple)
-    output = inference(coarse)
+    output = inference(coarse, mirrored=mirrored)
     # Subtracted while both are coarse: what is lost on the way there and back is no residual.
     output[:, :c] = coarse - output[:, :c]
     output = resize(output, size)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from anomri.anomalies import mark_loss, plant_anomalies
 from anomri.augmentation import Augmentation, augment
@@ -17,7 +18,7 @@ from anomri.networks import UNet
 from anomri.noise import Noise, add_on_foreground
 from anomri.residual import mean_absolute_residual
 from anomri.slices import cut_box, paste_box, rescale
-from anomri.spec import AnomriError, Scaling, Score, Training
+from anomri.spec import AnomriError, Grid, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
 VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}
@@ -69,6 +70,8 @@ class DAE(nn.Module):
       network has any of these: what people often have without the others.
     * ``mirror``: the network sees every slice's mirror image beside it, as further channels: brains are nearly
       symmetric, and lesions are not.
+    * ``subpixels``: squares of so many pixels a side are one pixel of the network, with as many times the channels, and
+      are taken apart again (Shi et al. 2016): a grid twice as fine for little more than the price of the coarse one.
     """
 
     half_precision = True
@@ -105,6 +108,7 @@ class DAE(nn.Module):
         alone: Sequence[str] = (),
         scales: Sequence[float] = (1.0,),
         mirror: bool = False,
+        subpixels: int = 1,
     ) -> None:
         super().__init__()
         if mark and not anomalies:
@@ -112,8 +116,10 @@ class DAE(nn.Module):
         self.channels = tuple(channels)
         self.extra_maps = int(mark)
         self.mirror = mirror
-        self.network = UNet(len(channels) * (1 + mirror), widths, len(channels) + self.extra_maps)
-        self.box_multiple = 2 ** (len(widths) - 1)
+        self.subpixels = subpixels
+        maps = len(channels) * (1 + mirror), len(channels) + self.extra_maps
+        self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
+        self.box_multiple = subpixels * 2 ** (len(widths) - 1)
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
         self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
         self.anomalies = anomalies
@@ -134,27 +140,28 @@ class DAE(nn.Module):
 
     def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
         """Squared error on the foreground, then the mean over all pixels; and the loss of the marks, if there are any."""
-        x, foreground = self._at_some_scale(cut_box(x, box), cut_box(foreground, box), generator)
+        scale = self.scales[int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0]
+        pixel = Grid().size[1] / (scale * x.shape[3])
+        x, foreground = self._at_scale(scale, cut_box(x, box), cut_box(foreground, box))
         if self.training:
             x, foreground = augment(x, foreground, self.augmentation, generator)
         kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator)
+            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator, pixel)
         seen = self.with_noise(changed, foreground, generator)
         output = self._output(seen * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
         if self.extra_maps:
-            loss = loss + MARK_WEIGHT * mark_loss(output[:, c], where, foreground)
+            loss = loss + MARK_WEIGHT * mark_loss(output[:, c], where, foreground, pixel)
         return loss
 
     def with_noise(self, x: Tensor, foreground: Tensor, generator: Generator) -> Tensor:
         """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
         return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
 
-    def _at_some_scale(self, x: Tensor, foreground: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        scale = self.scales[int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0]
+    def _at_scale(self, scale: float, x: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         if scale == 1:
             return x, foreground
         x, inside = (rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float()))
@@ -183,7 +190,10 @@ class DAE(nn.Module):
 
     def _output(self, x: Tensor) -> Tensor:
         seen = torch.cat([x, mirrored(x)], 1) if self.mirror else x
-        return self.network(seen).float()
+        if self.subpixels == 1:
+            return self.network(seen).float()
+        output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
+        return functional.pixel_shuffle(output, self.subpixels).float()
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""
