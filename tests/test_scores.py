@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import anomri
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.detector import Detector
 from anomri.positions import CELLS, packed_maps
-from anomri.residual import SCORES, anomaly_score, score_of, structural_similarity
+from anomri.residual import SCORES, anomaly_score, erode_foreground, score_of, structural_similarity
 from anomri.score_choice import choose_score, plant_balls
 from anomri.slices import intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
@@ -40,6 +41,21 @@ def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
 def case_of(cohort: Path, name: str) -> Any:
     """One case of the small cohort."""
     return next(case for case in find_cases(cohort) if case.name == name)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (9, 14), (20, 16)])
+def test_filters_look_no_further_than_they_reach_and_lose_nothing(corner: tuple[int, int]) -> None:
+    """A brain at an edge of the grid, in the middle and in a corner: as with filters over all of the grid."""
+    raw = torch.rand((6, 40, 36), generator=torch.Generator().manual_seed(0))
+    foreground = torch.zeros(raw.shape, dtype=torch.bool)
+    foreground[:, corner[0] : corner[0] + 20, corner[1] : corner[1] + 20] = True
+    score = Score(erosion=3, median=3, smoothing_mm=1.5)
+    eroded = erode_foreground(foreground, 3, score.erosion_level)
+    filtered = ndimage.median_filter((raw * eroded).numpy(), (1, 3, 3), mode="mirror")
+    expected = ndimage.gaussian_filter(filtered, (0.5, 1.5, 2.0), truncate=3.0)
+    found = anomaly_score(raw, foreground, score, (3.0, 1.0, 0.75))
+    assert expected[:, 25:].max() > 0.1 or corner[0] == 0
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_each_score_is_its_formula() -> None:

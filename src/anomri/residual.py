@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.positions import spread_over, unpacked_maps
-from anomri.slices import Position, present_channels
+from anomri.slices import Position, brain_box, cut_box, paste_box, present_channels
 from anomri.spec import AnomriError, Score
 
 SSIM_WINDOWS = (5, 9, 15)
+TRUNCATE = 3.0
+"""Standard deviations at which a Gaussian filter ends."""
 AT_ONCE = 16
 """Slices that are scored at the same time."""
 RESIDUAL_FLOOR = 0.02
@@ -133,7 +136,7 @@ def score_of(
 
     ``output`` (n, c + marks, h, w) is a reconstruction and, maybe, marks. A channel that is zero in all slices is one
     that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
-    of its. Raises `AnomriError` if there is no such score.
+    of its; the score is zero beyond the brain's box. Raises `AnomriError` if there is no such score.
     """
     if score.kind not in SCORES:
         raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
@@ -142,16 +145,28 @@ def score_of(
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
     place = position or Position.of(x.amax(1) > 0)
+    size = (x.shape[2], x.shape[3])
+    box = _wider(place.box, max(SSIM_WINDOWS) // 2, size)
+    x, output = cut_box(x, box), cut_box(output, box)
+    top, bottom, left, right = place.box
+    place = place._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
 
     def of(some: slice) -> Tensor:
         here = place._replace(heights=place.heights[some])
         mean, spread = _healthy_residual(x.shape, score, here, chosen)
         marks = output[some, c] if output.shape[1] > c else None
         bright = bool(asked or not score.channels)
-        return SCORES[score.kind](Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright))
+        seen = Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright)
+        return paste_box(SCORES[score.kind](seen), size, box)
 
     # What lies between a scan and its score is several times as large as either.
     return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
+
+
+def _wider(box: tuple[int, int, int, int], margin: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box with so many pixels more on every side, as far as the grid has them."""
+    top, bottom, left, right = box
+    return max(top - margin, 0), min(bottom + margin, size[0]), max(left - margin, 0), min(right + margin, size[1])
 
 
 def _healthy_residual(
@@ -221,6 +236,11 @@ def anomaly_score(
     ``raw`` is (n, h, w), what a method could not explain; ``foreground`` (n, h, w) bool. A kernel of 0 in
     ``score`` leaves that filter out. ``spacing_mm`` is that of slices, rows and columns.
     """
+    size = (raw.shape[1], raw.shape[2])
+    reach = math.ceil(TRUNCATE * score.smoothing_mm / min(spacing_mm[1:])) + score.median // 2 + 1
+    # Beyond the brain, and what a filter carries out of it, all is zero.
+    box = _wider(brain_box(foreground.cpu(), 1), reach, size)
+    raw, foreground = cut_box(raw, box), cut_box(foreground, box)
     if score.erosion:
         foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
     scores = (raw.float() * foreground).cpu().numpy()
@@ -229,5 +249,6 @@ def anomaly_score(
     elif score.median:
         scores = median_filter(scores, score.median)
     if score.smoothing_mm:
-        scores = ndimage.gaussian_filter(scores, [score.smoothing_mm / mm for mm in spacing_mm], truncate=3.0)
-    return scores
+        sigma = [score.smoothing_mm / mm for mm in spacing_mm]
+        scores = ndimage.gaussian_filter(scores, sigma, truncate=TRUNCATE)
+    return np.pad(scores, ((0, 0), (box[0], size[0] - box[1]), (box[2], size[1] - box[3])))
