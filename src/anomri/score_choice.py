@@ -37,8 +37,8 @@ LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
 BRIGHT = ("flair", "t2")
 """Channels on which most lesions are bright."""
 SMOOTHING_MM = 1.7
-FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0))
-"""Medians (pixels) and smoothings (mm) between which small anomalies decide as much as large ones."""
+FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
+"""Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""
 
 
 def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
