@@ -56,11 +56,15 @@ class Pairs:
 
     pool: ProcessPoolExecutor
     repeats: int
+    wanted: tuple[str, ...]
+    """Rows to print, by the beginning of their name."""
 
     def row(
         self, name: str, target: str, fast: Callable[[], object], slow: Callable[..., object], *arguments: object
     ) -> None:
         """Print the medians of both and of their ratio; ``arguments`` are those of ``slow``."""
+        if not name.startswith(self.wanted):
+            return
         times = [(self.pool.submit(seconds, slow, *arguments).result(), seconds(fast)) for _ in range(self.repeats)]
         ratio = statistics.median(a / b for a, b in times)
         before, after = (statistics.median(column) for column in zip(*times, strict=True))
@@ -105,6 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--widths", default="64,128,256,512")
     parser.add_argument("--memory", action="store_true", help="Print the last row alone: some minutes.")
+    parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
     arguments = parser.parse_args()
     repeats, widths = arguments.repeats, tuple(int(width) for width in arguments.widths.split(","))
     cases = find_cases(arguments.cohort)
@@ -132,7 +137,7 @@ def main() -> None:
     print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|", flush=True)
     own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as place, own_process as pool:
-        out, pairs, numbers = Path(place), Pairs(pool, repeats), itertools.count()
+        out, pairs, numbers = Path(place), Pairs(pool, repeats, tuple(arguments.only or ("",))), itertools.count()
         rows = (
             ("whole slices", "6", whole),
             ("brain's box", "8", cropped),
@@ -181,6 +186,8 @@ def main() -> None:
         )
         _training(spec, box, x, pairs)
         _evaluation(stacks, out, pairs)
+        if arguments.only:
+            return
         shown = [seconds(_command, "-m", "anomri", "--help") for _ in range(repeats)]
         print(f"| start of `anomri --help` | | {statistics.median(shown):.2f} s | | < 0.4 s |")
         # In a process of its own: what the others took must not count.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from threading import Lock
 from typing import Any
 
@@ -13,7 +14,10 @@ from anomri.memory import keep_memory, smaller_until_it_fits
 from anomri.methods import Box
 from anomri.networks import fold_weight_standardisation
 from anomri.parallel import side_by_side
+from anomri.slices import cut_box
 
+CACHED = 2**21
+"""Values of the finest maps that a processor has at once: half as many or twice as many take it longer (docs/performance.md)."""
 MOST_WORKERS = 4
 """How many batches go through the network side by side, on a processor of so many cores or more: each takes memory."""
 
@@ -35,8 +39,9 @@ class Inference:
         folded: Any = fold_weight_standardisation(method, dtype).eval().to(self.device)
         self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
         keep_memory()
-        # What a processor's cache does not hold is slower.
         self.batch = 64 if self.device.type != "cpu" else 8
+        convolutions = (module for module in method.modules() if isinstance(module, nn.Conv2d))
+        self._width = next((module.out_channels for module in convolutions), 1)
 
     def __call__(self, x: Tensor, box: Box | None = None, mirrored: bool = False) -> Tensor:
         """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32.
@@ -63,10 +68,20 @@ class Inference:
             with side_by_side(workers) as pool:
                 list(pool.map(place, parts))
 
-        # Several scans may be under way: what was too much for one stays so.
-        self.batch = min(smaller_until_it_fits(reconstruct, self.batch), self.batch)
+        size = min(self.batch, self._fast(x, box))
+        fitting = smaller_until_it_fits(reconstruct, size)
+        if fitting < size:
+            # Several scans may be under way: what was too much for one stays so.
+            self.batch = min(fitting, self.batch)
         assert output is not None
         return output
+
+    def _fast(self, x: Tensor, box: Box | None) -> int:
+        """How many slices keep the maps of a network's first layer near what a processor's cache holds."""
+        if self.device.type != "cpu":
+            return self.batch
+        slices = CACHED / (self._width * cut_box(x, box)[0, 0].numel())
+        return 2 ** max(math.ceil(math.log2(slices)), 0)
 
     def _reconstruct(self, x: Tensor, box: Box | None, mirrored: bool) -> Tensor:
         x = x.to(self.device)
