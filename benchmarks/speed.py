@@ -1,6 +1,6 @@
 """Every speed as a ratio to `plain`, paired in one run: `make bench`.
 
-    python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512]
+    python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512] [--only network]
 
 Each figure is the median over repeats, in each of which the plain program and anomri do the same work one after the
 other, so that what else a machine does weighs on both. The plain program has a process of its own, so that nothing that
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--widths", default="64,128,256,512")
     parser.add_argument("--memory", action="store_true", help="Print the last row alone: some minutes.")
-    parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
+    parser.add_argument("--only", action="append", help="Rows to print, by the beginning of their name.")
     arguments = parser.parse_args()
     repeats, widths = arguments.repeats, tuple(int(width) for width in arguments.widths.split(","))
     cases = find_cases(arguments.cohort)

@@ -84,10 +84,10 @@ def random_depths(foreground: Tensor, generator: Generator, pixel: float = 1.0) 
     return (1 - away + 0.25 * ragged * (1.8 - away).clamp(0, 1)) * radius, radius[:, 0, 0]
 
 
-def random_blobs(foreground: Tensor, generator: Generator) -> Tensor:
+def random_blobs(foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
     """One ragged blob with soft edges in each (n, h, w) bool foreground: (n, h, w) float32 from 0 to 1."""
-    depth, _ = random_depths(foreground, generator)
-    return torch.sigmoid(depth / between(0.4, 2.0, (len(depth), 1, 1), generator)) * foreground
+    depth, _ = random_depths(foreground, generator, pixel)
+    return torch.sigmoid(depth / between(0.4 * pixel, 2.0, (len(depth), 1, 1), generator)) * foreground
 
 
 def plant_anomalies(
@@ -112,7 +112,6 @@ def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 
     """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w).
 
     A pixel of a small anomaly counts for more, up to `SMALL_WEIGHT`, than one of a large anomaly or of none.
-
     """
     inside, truth = foreground.float(), where.float()
     window = (int(NEIGHBOURHOOD / pixel) - 1) | 1  # the largest odd number of pixels that fits

@@ -17,7 +17,7 @@ from anomri.parallel import side_by_side
 from anomri.slices import cut_box
 
 CACHED = 2**21
-"""Values of the finest maps that a processor has at once: half as many or twice as many take it longer (docs/performance.md)."""
+"""Values of the finest maps that a processor has at once: four times as many take it a sixth longer (docs/performance.md)."""
 MOST_WORKERS = 4
 """How many batches go through the network side by side, on a processor of so many cores or more: each takes memory."""
 
@@ -27,7 +27,7 @@ class Inference:
 
     ``precision`` is ``auto``, ``32-true`` or ``bf16-mixed``. A method whose ``half_precision`` is true is computed in
     bfloat16 where that is asked for, or where (``auto``) the hardware has instructions for it; all others in float32.
-    ``batch`` is how many slices go through the network at once; it falls where memory is short.
+    ``batch`` is how many slices go through the network at once, at most; it falls where memory is short.
     """
 
     def __init__(self, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto") -> None:
@@ -40,8 +40,6 @@ class Inference:
         self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
         keep_memory()
         self.batch = 64 if self.device.type != "cpu" else 8
-        convolutions = (module for module in method.modules() if isinstance(module, nn.Conv2d))
-        self._width = next((module.out_channels for module in convolutions), 1)
 
     def __call__(self, x: Tensor, box: Box | None = None, mirrored: bool = False) -> Tensor:
         """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32.
@@ -77,10 +75,11 @@ class Inference:
         return output
 
     def _fast(self, x: Tensor, box: Box | None) -> int:
-        """How many slices keep the maps of a network's first layer near what a processor's cache holds."""
-        if self.device.type != "cpu":
+        """How many slices keep a network's finest maps near what a processor's cache holds, if the method knows their size."""
+        values = getattr(self.method, "values_per_pixel", None)
+        if self.device.type != "cpu" or values is None:
             return self.batch
-        slices = CACHED / (self._width * cut_box(x, box)[0, 0].numel())
+        slices = CACHED / (values * cut_box(x, box)[0, 0].numel())
         return 2 ** max(math.ceil(math.log2(slices)), 0)
 
     def _reconstruct(self, x: Tensor, box: Box | None, mirrored: bool) -> Tensor:

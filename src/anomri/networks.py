@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -58,7 +59,8 @@ class WeightStandardisedConv2d(nn.Conv2d):
 @cache
 def can_fuse_swish(dtype: torch.dtype) -> bool:
     """Whether torch has, for this processor, the operator that `torch.compile` makes of a convolution and a Swish."""
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    # Elsewhere oneDNN may have no fast kernel for it.
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -114,14 +116,15 @@ class UNet(nn.Module):
 
 
 def fold_weight_standardisation(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Standardise the filters of ``network`` once, in place, for inference in ``dtype``; its output does not change.
+    """Standardise the filters of ``network`` once, in place, for inference; its output does not change.
 
-    Filters that autocast would round at every call are rounded once.
+    ``dtype`` is what autocast would round them to at every call, or float32 without it.
     """
     for module in network.modules():
-        if isinstance(module, WeightStandardisedConv2d) and not module.standardised:
-            with torch.no_grad():
-                module.weight.copy_(standardise_weight(module.weight))
+        if isinstance(module, WeightStandardisedConv2d):
+            if not module.standardised:
+                with torch.no_grad():
+                    module.weight.copy_(standardise_weight(module.weight))
             module.standardised = True
             module.to(dtype)
     return network

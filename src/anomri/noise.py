@@ -62,8 +62,8 @@ class Noise:
         if self.kind not in ("coarse", "simplex"):
             raise AnomriError(f"the noise can be coarse or simplex, not {self.kind!r}.")
 
-    def draw(self, x: Tensor, foreground: Tensor, generator: Generator) -> Tensor:
-        """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``."""
+    def draw(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
+        """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``; for ``pixel`` see `anomalies`."""
         n, c, h, w = x.shape
         resolutions = [self.resolution] if isinstance(self.resolution, int) else list(self.resolution)
         many = not isinstance(self.std, int | float)
@@ -81,5 +81,5 @@ class Noise:
             noise = noise * (uniform((n, 1, 1, 1), generator) < self.share)
         if self.in_blobs:
             everywhere = uniform((n, 1, 1), generator) < 0.5
-            noise = noise * torch.where(everywhere, 1.0, random_blobs(foreground, generator))[:, None]
+            noise = noise * torch.where(everywhere, 1.0, random_blobs(foreground, generator, pixel))[:, None]
         return noise

@@ -136,7 +136,7 @@ def score_of(
 
     ``output`` (n, c + marks, h, w) is a reconstruction and, maybe, marks. A channel that is zero in all slices is one
     that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
-    of its; the score is zero beyond the brain's box. Raises `AnomriError` if there is no such score.
+    of its; the score is zero beyond the brain's box and a margin. Raises `AnomriError` if there is no such score.
     """
     if score.kind not in SCORES:
         raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")

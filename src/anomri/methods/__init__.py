@@ -83,7 +83,8 @@ class Method(Protocol):
     A method whose networks train against each other also has ``players() -> list[Player]``; one that takes scans
     without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``; one whose
     ``reconstruct`` bears rounding to bfloat16, ``half_precision``; one whose loss is always the same kernels on arrays
-    of the same shape and never waits for them, ``capturable``.
+    of the same shape and never waits for them, ``capturable``; one whose slices do not change with those beside them,
+    ``values_per_pixel``, how many values its finest maps have for each pixel.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]

@@ -120,6 +120,7 @@ class DAE(nn.Module):
         maps = len(channels) * (1 + mirror), len(channels) + self.extra_maps
         self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
         self.box_multiple = subpixels * 2 ** (len(widths) - 1)
+        self.values_per_pixel = widths[0] / subpixels**2
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
         self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
         self.anomalies = anomalies
@@ -149,7 +150,7 @@ class DAE(nn.Module):
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
             changed, where = plant_anomalies(x, foreground, kept, self.channels, generator, pixel)
-        seen = self.with_noise(changed, foreground, generator)
+        seen = self.with_noise(changed, foreground, generator, pixel)
         output = self._output(seen * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
@@ -157,9 +158,9 @@ class DAE(nn.Module):
             loss = loss + MARK_WEIGHT * mark_loss(output[:, c], where, foreground, pixel)
         return loss
 
-    def with_noise(self, x: Tensor, foreground: Tensor, generator: Generator) -> Tensor:
+    def with_noise(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
         """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
-        return add_on_foreground(x, self.noise.draw(x, foreground, generator), foreground[:, None])
+        return add_on_foreground(x, self.noise.draw(x, foreground, generator, pixel), foreground[:, None])
 
     def _at_scale(self, scale: float, x: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         if scale == 1:
