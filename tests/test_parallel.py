@@ -53,3 +53,34 @@ def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.Mo
         assert used == {threading.get_ident()}
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "box", "expected"),
+    [
+        ("dae", {"widths": [8, 16]}, None, 2),
+        ("dae", {"widths": [8, 16]}, (0, 16, 0, 32), 4),
+        ("dae", {"widths": [8, 16], "subpixels": 2}, None, 8),
+        ("diffusion", {"widths": [8, 16], "start": 20}, None, 8),  # a slice's noise depends on those beside it
+    ],
+)
+def test_batches_follow_the_cache_where_a_method_allows_it(
+    method: str,
+    settings: dict[str, object],
+    box: tuple[int, int, int, int] | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "CACHED", 2 * 8 * 32 * 32)
+    inference = Inference(methods.build(ModelSpec(("flair",), method=method, settings=settings)))
+    sizes = []
+    reconstruct = inference.method.reconstruct
+
+    def watched(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+        sizes.append(len(x))
+        found: torch.Tensor = reconstruct(x, *arguments)
+        return found
+
+    monkeypatch.setattr(inference.method, "reconstruct", watched)
+    assert inference(torch.rand(20, 1, 32, 32), box).shape == (20, 1, 32, 32)
+    assert max(sizes) == expected
