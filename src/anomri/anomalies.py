@@ -114,7 +114,7 @@ def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 
     A pixel of a small anomaly counts for more, up to `SMALL_WEIGHT`, than one of a large anomaly or of none.
     """
     inside, truth = foreground.float(), where.float()
-    window = (int(NEIGHBOURHOOD / pixel) - 1) | 1  # the largest odd number of pixels that fits
+    window = max((int(NEIGHBOURHOOD / pixel) - 1) | 1, 1)  # the largest odd number of pixels that fits
     share = functional.avg_pool2d(truth[:, None], window, 1, window // 2)[:, 0]
     weight = 1 + truth * (share.clamp_min(SMALL_WEIGHT**-2).rsqrt() - 1)
     entropy = functional.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none")
