@@ -251,4 +251,4 @@ def anomaly_score(
     if score.smoothing_mm:
         sigma = [score.smoothing_mm / mm for mm in spacing_mm]
         scores = ndimage.gaussian_filter(scores, sigma, truncate=TRUNCATE)
-    return np.pad(scores, ((0, 0), (box[0], size[0] - box[1]), (box[2], size[1] - box[3])))
+    return paste_box(torch.from_numpy(scores), size, box).numpy()
