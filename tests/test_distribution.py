@@ -32,7 +32,10 @@ from anomri.training_state import TrainingState
 STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
 # One start of the processes for all commands.
 COMMANDS = """
-import json, sys
+import atexit, json, sys
+import torch
+# Registered first, so called last.
+atexit.register(lambda: print("connected" if torch.distributed.is_initialized() else "disconnected"))
 from anomri.cli import main
 for command in json.loads(sys.argv[1]):
     code = main(command)
@@ -106,7 +109,9 @@ def test_two_processes_of_torchrun_do_what_one_does(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     process = subprocess.Popen([*run, json.dumps(work)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert ended_well([process]).count("Trained on") == 1  # one speaks for all
+    printed = ended_well([process])
+    assert printed.count("Trained on") == 1  # one speaks for all
+    assert printed.split().count("disconnected") == 2  # a process that ends connected is aborted at times
     same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
     # With the very same model, their maps, tables and figures are those of one process of one thread.
     threads = torch.get_num_threads()

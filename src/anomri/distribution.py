@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +143,14 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
         plugins=[environment],
     )
     fabric.launch()
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    # Fabric does so for NCCL alone; a thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def processes(device: str = "auto") -> Processes:
