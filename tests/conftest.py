@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import anomri
 from anomri.methods.dae import DAE
 from anomri.spec import Scaling
 
@@ -127,4 +128,14 @@ def model(cohort: Path, cache: Path, tiny_preset: None, tmp_path_factory: pytest
 
     folder = tmp_path_factory.mktemp("model") / "model"
     train(cohort, folder, preset="tiny", cache=cache, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few steps that marks, takes a part of its channels and chose its score itself."""
+    folder = tmp_path_factory.mktemp("marking") / "model"
+    settings = {"widths": [4, 8, 16, 32]}
+    training = {"steps": 12, "batch_size": 4, "validate_every": 6}
+    anomri.train(cohort, folder, preset="accurate", settings=settings, training=training, cache=cache)
     return folder

@@ -318,3 +318,18 @@ def test_invalid_data_sets_are_refused(dataset: Path, detector: Detector, monkey
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     validate(dataset, told.append)
     assert "was not validated" in told[0]
+
+
+def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, marking: Path) -> None:
+    """With a model whose score has healthy maps, which `run.json` leaves out."""
+    shutil.rmtree(dataset / "derivatives")
+    (dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
+    detector, out = Detector.load(marking, "cpu"), dataset.parent / "out"
+    detector.spec = replace(detector.spec, score=replace(detector.spec.score, kind="mark", healthy_maps="x"))
+    for label in ("01", "03"):
+        (result,) = run_participant(dataset, out, detector, participant_labels=[label], skip_bids_validation=True)
+        assert result.error is None
+    said = json.loads((out / "sub-01/anat/sub-01_desc-anomaly_mask.json").read_text())
+    assert said["Threshold"] == detector.spec.subset_thresholds["flair"].threshold
+    said = json.loads((out / "sub-01/anat/sub-01_desc-anomaly_FLAIR.json").read_text())
+    assert said["Channels"] == ["flair"] and len(said["Sources"]) == 1

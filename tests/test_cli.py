@@ -205,3 +205,11 @@ def test_the_demo_runs_end_to_end(
     (tmp_path / "mine" / "thesis.txt").touch()
     assert main(["demo", "-o", str(tmp_path / "mine")]) == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_folders_with_brackets_are_printed_as_they_are(
+    cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study[old]" / "x[" / "b]"
+    assert main(["detect", "-i", str(cohort / "case7"), "-m", str(model), "-o", str(out)]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out

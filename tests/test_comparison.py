@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri import comparison_jobs, methods
+from anomri import comparison_jobs, comparison_report, methods
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.cli.options import numbers_of, settings_of
@@ -249,3 +249,14 @@ def test_settings_by_name() -> None:
     }
     with pytest.raises(AnomriError, match="noise: not a setting"):
         settings_of(["noise"])
+
+
+def test_a_preset_of_varied_noise_is_no_point_of_a_curve(tmp_path: Path) -> None:
+    def done(variant: str, settings: dict[str, object]) -> tuple[Job, dict[str, object]]:
+        figures = {name: {"auprc": [0.5, 0.4, 0.6]} for name in ("plain", "median")}
+        return replace(first(tmp_path), variant=variant), {"settings": settings, "figures": figures}
+
+    noised = [done(f"dae-noise_std-{value}", {"noise_std": value}) for value in (0.1, 0.2)]
+    varied = done("dae", {"noise_std": [0.03, 0.25]})
+    figure = comparison_report._curve("noise_std", "strength", [varied, *noised])
+    assert figure is not None and list(figure.axes[0].get_xticks()) == [0.1, 0.2]

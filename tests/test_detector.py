@@ -14,7 +14,8 @@ from scipy import ndimage
 import anomri
 from anomri.cases import Case, find_cases
 from anomri.detection import detect_cohort
-from anomri.detector import Detection, Detector
+from anomri.detector import Detector
+from anomri.findings import Detection
 from anomri.pictures import COLUMNS, preview
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import Volume

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case, find_cases, read_model_splits, write_splits
 from anomri.detector import Detector
-from anomri.evaluation import evaluate
+from anomri.evaluation import choose_cases, evaluate
 from anomri.metrics import count_lesions, dice, drop_small_components
 from anomri.spec import AnomriError
 from conftest import AFFINE, SHAPE, write
@@ -181,3 +182,54 @@ def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: 
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
     with pytest.raises(AnomriError, match="none of the 1 cases has a labelled lesion"):
         evaluate([healthy], maps=tmp_path)
+
+
+def test_a_patient_with_many_scans_is_one_patient(tmp_path: Path) -> None:
+    cases, _, _ = synthetic_maps(tmp_path)
+    once = evaluate(cases, maps=tmp_path, threshold=0.9)
+    many = []
+    for case in cases:
+        for visit in range(3):
+            name = f"sub-{case.name}_ses-{visit}"
+            shutil.copy(tmp_path / f"{case.name}.nii.gz", tmp_path / f"{name}.nii.gz")
+            many.append(replace(case, name=name))
+    often = evaluate(many, maps=tmp_path, threshold=0.9)
+    for one, other in zip(once.figures, often.figures, strict=True):
+        assert (other.name, other.value) == (one.name, pytest.approx(one.value))
+        assert (other.low, other.high) == (pytest.approx(one.low, abs=2e-3), pytest.approx(one.high, abs=2e-3))
+    assert "resamples of patients (4, of 12 scans)" in often.protocol["intervals"]
+    assert often.patients[4].patient == "sub-c1"
+    alone = evaluate(many[:3], maps=tmp_path)
+    assert all(figure.low is None for figure in alone.figures)
+
+
+def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
+    label = tmp_path / "x_seg.nii.gz"
+    cases = [Case(name, {}, label) for name in ("sub-01_ses-2", "sub-02_ses-1", "b")]
+    table = tmp_path / "splits.csv"
+    write_splits(table, [Case("sub-01_ses-1", {}, split="train"), Case("a", {}, split="val", subject="P7")])
+    seen = read_model_splits(table)
+    assert [case.name for case in choose_cases(cases, None, seen)[0]] == ["sub-02_ses-1", "b"]
+    known = [*cases[1:2], replace(cases[2], subject="P7")]
+    assert [case.name for case in choose_cases(known, None, seen)[0]] == ["sub-02_ses-1"]
+
+
+def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
+    marking: Path, cohort: Path, tmp_path: Path
+) -> None:
+    cases = [case for case in find_cases(cohort) if case.split == "test"]
+    cases[0] = replace(cases[0], channels={"flair": cases[0].channels["flair"]})
+    detector = Detector.load(marking)
+    evaluation = evaluate(cases, tmp_path, model=detector)
+    for case, row in zip(cases, evaluation.patients, strict=True):
+        found = detector.detect(case)
+        assert found.stack.label is not None
+        mask = drop_small_components(found.scores > found.threshold, 20)
+        assert row.dice == pytest.approx(dice(mask, found.stack.label.numpy()))
+    assert evaluation.protocol["threshold"].endswith("of 1 that lack channels, that for the channels they have")
+    preview = json.loads((tmp_path / "previews" / f"{cases[0].name}.preview.json").read_text())
+    assert preview["threshold"] == detector.spec.subset_thresholds["flair"].threshold
+    given = evaluate(cases, tmp_path / "given", model=detector, threshold=0.7)
+    assert given.threshold == 0.7
+    preview = json.loads((tmp_path / "given" / "previews" / f"{cases[0].name}.preview.json").read_text())
+    assert preview["threshold"] == 0.7

@@ -274,3 +274,19 @@ def test_simplex_noise_is_smooth_and_standard() -> None:
 def test_a_constant_rate_stays() -> None:
     schedule = replace(Training(), schedule="constant", learning_rate=0.5)
     assert {learning_rate(schedule, step) for step in (0, 1000, 67_000)} == {0.5}
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "simplex", "coarse"])
+def test_the_noises_of_diffusion_have_the_variance_of_its_schedule(noise: str) -> None:
+    method = Diffusion(("flair",), widths=[4, 8], noise=noise)  # type: ignore[arg-type]
+    drawn = method.draw(torch.zeros(64, 1, 64, 64), torch.Generator().manual_seed(3))
+    assert float(drawn.var()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("method", "grid", "sides"), [("dae", 100, 8), ("vae", 96, 128), ("fanogan", 96, 128)])
+def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
+    method: str, grid: int, sides: int, cohort: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AnomriError, match=f"{grid} x {grid} does not fit the method, .* multiples of {sides}"):
+        train(cohort, tmp_path / "model", method=method, grid=grid, preset="small", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

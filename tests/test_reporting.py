@@ -12,7 +12,7 @@ import pytest
 
 import anomri
 from anomri.detection import detect_cohort
-from anomri.detector import Detection
+from anomri.findings import Detection
 from anomri.pictures import MASK_COLOUR, TRUTH_COLOUR, lightbox, overlay, planes
 from anomri.plots import curves_plot, histogram, patients_plot
 from anomri.previews import Picture, Preview, read_preview, save_preview

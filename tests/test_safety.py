@@ -133,7 +133,7 @@ def test_no_case_is_called_so_that_its_files_leave_the_folder(
     table.write_text(f'case\tflair\tt1\n"{name}"\t{scan}\t{scan}\n')
     with pytest.raises(AnomriError, match="case .* is empty, named twice or holds a '/'|cannot read the table"):
         find_cases(table)
-    with pytest.raises(AnomriError, match="is no name for a file"):
+    with pytest.raises(AnomriError, match="is no name for its files"):
         anomri.detect_cohort([Case(name, {"flair": scan, "t1": scan})], tmp_path / "out", model)
     assert sorted(path.name for path in tmp_path.iterdir()) in (["cohort.tsv"], ["cohort.tsv", "out"])
 
@@ -243,3 +243,9 @@ def test_a_case_that_is_called_as_markup_is_shown_as_text(model: Path, tmp_path:
         assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
         assert "default-src 'none'" in page
     ModelSpec.read(model / "model.json")
+
+
+def test_no_case_is_called_as_a_file_of_the_run(cohort: Path, model: Path, tmp_path: Path) -> None:
+    case = Case("run", dict(find_cases(cohort)[0].channels))
+    with pytest.raises(AnomriError, match="a case is called 'run', which is no name for its files; rename it"):
+        anomri.detect_cohort([case], tmp_path / "out", model)

@@ -17,25 +17,17 @@ import anomri
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.detector import Detector
+from anomri.packing import pack_cohort
 from anomri.positions import CELLS, packed_maps
 from anomri.residual import SCORES, anomaly_score, erode_foreground, score_of, structural_similarity
 from anomri.score_choice import choose_score, plant_balls
-from anomri.slices import intensity_scale, slice_volume
+from anomri.slices import foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
 from anomri.training import train
+from anomri.volume import read_volume
 
 CHANNELS = ("flair", "t1")
 STANDARD = Scaling("standard")
-
-
-@pytest.fixture(scope="module")
-def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a few steps that marks, takes a part of its channels and chose its score itself."""
-    folder = tmp_path_factory.mktemp("marking") / "model"
-    settings = {"widths": [4, 8, 16, 32]}
-    training = {"steps": 12, "batch_size": 4, "validate_every": 6}
-    train(cohort, folder, preset="accurate", settings=settings, training=training, cache=cache)
-    return folder
 
 
 def case_of(cohort: Path, name: str) -> Any:
@@ -224,7 +216,7 @@ def test_any_part_of_the_channels(marking: Path, model: Path, cohort: Path, tmp_
     assert np.array_equal(asked.anomaly_map, found.anomaly_map)
     assert asked.spec.thresholds == found.spec.thresholds
     assert not np.array_equal(detector.detect(case).anomaly_map, found.anomaly_map)
-    assert not found.reconstruction[1].any()
+    assert len(found.reconstruction) == 1  # of the channels that there are
     found.save(tmp_path)
     with pytest.raises(AnomriError, match="no part of them"):
         detector.with_channels(["t2"])
@@ -313,3 +305,61 @@ def test_a_finer_grid_is_evaluated_on_the_published_one(fine: Path, cohort: Path
     ]
     slices = sum(len(stack.index) for stack in stacks)
     assert result.protocol["voxels"].endswith(f"{slices * 128 * 128:,}")
+
+
+def test_thresholds_for_parts_are_of_all_healthy_slices(marking: Path, cohort: Path, cache: Path) -> None:
+    detector = anomri.load(marking)
+    whole, part = detector.spec.thresholds, detector.spec.subset_thresholds["flair"]
+    assert whole is not None and part.healthy is not None
+    assert (part.healthy_slices, part.healthy_cases) == (whole.healthy_slices, whole.healthy_cases)
+    scores = []
+    for packed in pack_cohort(
+        [case for case in find_cases(cohort) if case.split == "val"], CHANNELS, detector.spec.grid, STANDARD, cache
+    ):
+        stack = packed.stack(STANDARD)
+        x = stack.x * torch.tensor([1, 0])[:, None, None]
+        seen = replace(stack, x=x, foreground=foreground_of(x, STANDARD))
+        healthy = list(packed.healthy)
+        scores.append(detector.score(seen)[0][healthy][seen.foreground[healthy].numpy()])
+    for rate, value in zip(part.false_positive_rate, part.value, strict=True):
+        assert np.mean(np.concatenate(scores) > value) == pytest.approx(rate, rel=0.2, abs=2e-4)
+
+
+def test_a_chosen_threshold_is_chosen_for_parts_too(marking: Path, cohort: Path, tmp_path: Path) -> None:
+    detector, case = anomri.load(marking), case_of(cohort, "case7")
+    alone = replace(case, channels={"flair": case.channels["flair"]})
+    part = detector.spec.subset_thresholds["flair"]
+    lowest = detector.with_threshold("lowest")
+    assert lowest.detect(alone).threshold == part.value[-1] == lowest.with_channels(["flair"]).detect(case).threshold
+    most = min(one.healthy.false_positive_ml[0] for one in (detector.spec.thresholds, part)) / 4  # type: ignore[union-attr]
+    sparing = detector.with_threshold(false_positive_ml=most)
+    for found in (sparing.detect(alone), sparing.with_channels(["flair"]).detect(case)):
+        summary = found.summary()
+        assert summary["voxel_false_positive_rate"] is None and 0 <= summary["false_positive_ml"] <= most
+        assert summary["threshold"] == sparing.spec.subset_thresholds["flair"].threshold
+    # What is looked at may be widened again, and is no part of what is saved.
+    narrow = detector.with_channels(["flair"])
+    assert narrow.with_channels(CHANNELS).channels == CHANNELS
+    narrow.save(tmp_path)
+    assert anomri.load(tmp_path).spec == detector.spec
+    given = detector.detect(alone, threshold=0.5).summary()
+    assert (given["threshold"], given["voxel_false_positive_rate"]) == (0.5, None)
+
+
+def test_a_volume_shows_the_channels_of_the_model_and_those_that_are_asked_for(marking: Path, cohort: Path) -> None:
+    detector, case = anomri.load(marking), case_of(cohort, "case7")
+    with pytest.raises(AnomriError, match="the volume's channels are t1, flair, the model's flair, t1"):
+        detector.detect(read_volume(case, ["t1", "flair"]))
+    narrow, volume = detector.with_channels(["flair"]), read_volume(case, CHANNELS)
+    found = narrow.detect(volume)
+    assert found.channels == ("flair",) and np.array_equal(found.anomaly_map, narrow.detect(case).anomaly_map)
+    assert volume.inside.all(axis=0).any()  # the scan itself is as it was
+
+
+@pytest.mark.parametrize(("channels", "counted"), [(("t1",), True), (("flair", "t1"), False)])
+def test_dark_lesions_count_where_no_bright_channel_is_seen(channels: tuple[str, ...], counted: bool) -> None:
+    x = torch.full((1, len(channels), 40, 40), 0.6)
+    healthy = torch.cat([x, torch.ones(1, 1, 40, 40)], 1)
+    x[:, :, 15:25, 15:25] = 0.3
+    score = score_of(x, healthy, channels, Score("mark_positive"))[0]
+    assert bool(score[20, 20] > 2 * score[5, 5]) == counted

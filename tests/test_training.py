@@ -268,8 +268,14 @@ def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: P
     before = {path: path.stat().st_mtime_ns for path in model.iterdir()}
     with pytest.raises(AnomriError, match="already holds a finished model"):
         train(cohort, model, preset="tiny", cache=cache)
-    with pytest.raises(AnomriError, match="already holds a finished model"):
-        train(cohort, model, preset="tiny", cache=cache, training={"steps": 61}, resume=True)
+    fewer = [case for case in find_cases(cohort) if case.name != "case0"]
+    for cases, changed in (
+        (cohort, {"training": {"steps": 61}}),
+        (cohort, {"score": {"median": 3}}),
+        (fewer, {}),
+    ):
+        with pytest.raises(AnomriError, match="already holds another finished model"):
+            train(cases, model, preset="tiny", cache=cache, resume=True, **changed)  # type: ignore[arg-type]
     assert train(cohort, model, preset="tiny", cache=cache, resume=True).spec == ModelSpec.read(model / "model.json")
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from anomri.cases import Case, find_cases
     from anomri.comparison import compare
     from anomri.detection import detect_cohort
-    from anomri.detector import Detection, Detector
+    from anomri.detector import Detector
     from anomri.evaluation import evaluate
+    from anomri.findings import Detection
     from anomri.merging import merge
     from anomri.pooling import Evaluation
     from anomri.reporting import report

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CaseResult, detect_each, tsv, write_run, write_tables
-from anomri.detector import Detection, Detector
+from anomri.detection import CaseResult, detect_each, run_facts, tsv, write_run, write_tables
+from anomri.detector import Detector
 from anomri.files import output_folder, write_text
+from anomri.findings import Detection
 from anomri.launch import alone
 from anomri.reporting import detection_report
 from anomri.spec import CITATION, AnomriError
@@ -245,7 +246,7 @@ def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Call
 def _read(detector: Detector, root: Path, case: Case) -> Volume:
     wanted = detector.spec.channels
     missing = ", ".join(f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels)
-    if missing:
+    if missing and not (detector.takes_subsets and case.channels):
         folder, found = root.joinpath(*case.name.split("_"), "anat"), ", ".join(case.channels) or "none"
         raise AnomriError(
             f"{case.name}: no image for channel {missing} in {folder} (channels found in one space: {found}). Add it, "
@@ -256,7 +257,7 @@ def _read(detector: Detector, root: Path, case: Case) -> Volume:
 
 def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:
     geometry, spec, thresholds = detection.volume.geometry, detection.spec, detection.spec.thresholds
-    images = [case.channels[channel] for channel in spec.channels]
+    images = [case.channels[channel] for channel in detection.channels]
     sources = [f"bids:source:{quote(path.relative_to(root).as_posix())}" for path in (*images, case.mask) if path]
     space = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
     folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
@@ -269,11 +270,11 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:
         write_text(folder / f"{stem}_{kind}.json", json.dumps(said, indent=2) + "\n")
         return ["bids::" + path.relative_to(out).as_posix()]
 
-    about = {"Description": SCORE, "SkullStripped": True, "Channels": spec.channels, "Method": spec.method}
-    made = write(CHANNELS[spec.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about)
+    about = {"Description": SCORE, "SkullStripped": True, "Channels": detection.channels, "Method": spec.method}
+    made = write(CHANNELS[detection.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about)
     if detection.mask is None or thresholds is None:
         return
-    about = {"Description": MASK, "Type": "Lesion", "Threshold": thresholds.threshold}
+    about = {"Description": MASK, "Type": "Lesion", "Threshold": detection.threshold}
     about["VoxelFalsePositiveRate"] = thresholds.chosen
     made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
     about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
@@ -300,8 +301,8 @@ def _start(root: Path, out: Path, detector: Detector) -> None:
     if old.get("DatasetLinks", {"source": link}) != {"source": link}:
         raise AnomriError(f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder.")
     if (out / "run.json").is_file():
-        said, spec = _json(out / "run.json"), json.loads(detector.spec.to_json())
-        if any(said.get(key) != spec[key] for key in ("method", "channels", "score", "thresholds")):
+        said, now = _json(out / "run.json"), json.loads(json.dumps(run_facts(detector, 0)))
+        if any(said.get(key) != now[key] for key in ("method", "channels", "score", "thresholds")):
             raise AnomriError(f"{out / 'run.json'}: holds results of another model; name another output folder.")
     described = {
         "Name": f"Anomalies in {source.get('Name', 'brain MRI')}",

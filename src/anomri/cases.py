@@ -180,6 +180,17 @@ def read_splits(path: Path) -> dict[str, str]:
     return splits
 
 
+def splits_of(cases: Sequence[Case]) -> dict[str, str]:
+    """The split of each case that has one, by its name and by its patient's."""
+    return {name: case.split for case in cases if case.split for name in (case.patient, case.name)}
+
+
+def read_model_splits(path: Path) -> dict[str, str]:
+    """`splits_of` the cases that `write_splits` noted."""
+    rows = _rows(path, ("case", "split"))
+    return splits_of([Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in rows])
+
+
 def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
     """The cases with their split from a table; those that the table does not name keep theirs.
 
@@ -194,10 +205,11 @@ def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
 
 
 def write_splits(path: Path, cases: Sequence[Case]) -> None:
-    """Write the table that `read_splits` reads."""
+    """Write the table that `read_splits` reads; with a column ``subject`` if patients are not known by their cases' names."""
     text = StringIO()
-    rows = [(case.name, case.split) for case in cases if case.split]
-    csv.writer(text, lineterminator="\n").writerows([("case", "split"), *rows])
+    columns = ("case", "split", "subject")[: 3 if any(case.subject for case in cases) else 2]
+    rows = [(case.name, case.split, case.subject or "")[: len(columns)] for case in cases if case.split]
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_text(path, text.getvalue())
 
 

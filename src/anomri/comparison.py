@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
@@ -65,7 +65,7 @@ def compare(
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     # Split once, so that the seed changes the training alone.
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed=0)
-    test_cases, chosen = choose_cases(cases, split, {case.name: case.split or "" for case in cases})
+    test_cases, chosen = choose_cases(cases, split, splits_of(cases))
     first = Job(
         variant="",
         method="",

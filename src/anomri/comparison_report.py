@@ -221,7 +221,8 @@ def _curve(setting: str, label: str, done: Done) -> Figure | None:
     points: dict[float, list[dict[str, Any]]] = {}
     for result in results:
         value = result["settings"].get(setting, _default(setting))
-        points.setdefault(float(value), []).append(result["figures"])
+        if isinstance(value, int | float):  # a preset of varied noise has a list of them
+            points.setdefault(float(value), []).append(result["figures"])
     if len(points) < 2:
         return None
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anomri.cases import Case
-from anomri.detector import Detection, Detector
+from anomri.detector import Detector
 from anomri.distribution import Processes, processes
 from anomri.files import sole_use, write_text
+from anomri.findings import Detection
 from anomri.launch import processors
 from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
@@ -318,18 +319,18 @@ def write_run(folder: Path, detector: Detector, cases: int, started: float) -> N
 
 def run_facts(detector: Detector, cases: int) -> dict[str, object]:
     """What ``run.json`` says beside times."""
-    spec = detector.spec
+    spec, thresholds = detector.spec, detector.thresholds
     return {
         "anomri": version("anomri"),
         "command": "detection",
         "cases": cases,
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "method": spec.method,
-        "channels": spec.channels,
+        "channels": detector.channels,
         # The maps by position are the model's, and long.
         "score": asdict(replace(spec.score, healthy_maps="")),
-        "thresholds": spec.thresholds and asdict(spec.thresholds),
-        "threshold": spec.thresholds and spec.thresholds.threshold,
+        "thresholds": thresholds and asdict(thresholds),
+        "threshold": thresholds and thresholds.threshold,
         "model_cohort": spec.cohort and asdict(spec.cohort),
         "citation": spec.citation,
     }

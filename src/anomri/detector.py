@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, bare_name, case_of_files, find_cases, read_splits
+from anomri.cases import Case, bare_name, case_of_files, find_cases, read_model_splits
 from anomri.devices import resolve_device
-from anomri.files import output_folder, write_text
+from anomri.findings import Detection
 from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
 from anomri.metrics import drop_small_components
@@ -29,86 +27,12 @@ from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
-from anomri.spec import AnomriError, ModelSpec
+from anomri.spec import AnomriError, ModelSpec, Thresholds
 from anomri.views import averaged_output
-from anomri.volume import Volume, write_image
+from anomri.volume import Volume
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What was found in one scan; arrays lie in the working orientation, `save` brings them to the input's grid.
-
-    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
-    ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
-    intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n, h, w) are what the method
-    saw and gave on the working grid.
-    """
-
-    name: str
-    spec: ModelSpec
-    volume: Volume
-    stack: SliceStack
-    scores: NDArray[np.float32]
-    reconstructed: Tensor
-    anomaly_map: NDArray[np.float32]
-    mask: NDArray[np.bool_] | None
-    lesions: tuple[Lesion, ...]
-
-    @property
-    def reconstruction(self) -> NDArray[np.float32]:
-        """The reconstruction (channels, x, y, z) in the input's intensities."""
-        shape, window = self.volume.geometry.canonical_shape, self.stack.window
-        channels = [
-            from_slices(
-                affine.inverse(self.reconstructed[:, number], self.stack.foreground), shape, window, self.stack.index
-            )
-            for number, affine in enumerate(self.stack.scale)
-        ]
-        return np.stack(channels)
-
-    @property
-    def display_range(self) -> tuple[float, float]:
-        """Scores between which a viewer shows colour: the same for all scans of a model."""
-        thresholds = self.spec.thresholds
-        return (thresholds.value[0], 2 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
-
-    def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
-        """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
-
-        Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
-        there. Raises `AnomriError` naming the file that cannot be written.
-        """
-        folder, geometry = output_folder(Path(folder)), self.volume.geometry
-        written = [folder / f"{self.name}_anomaly.nii.gz"]
-        write_image(written[0], self.anomaly_map, geometry, self.display_range)
-        if self.mask is not None:
-            written.append(folder / f"{self.name}_mask.nii.gz")
-            write_image(written[-1], self.mask.astype(np.uint8), geometry, (0, 1))
-        if reconstruction:
-            written.append(folder / f"{self.name}_reconstruction.nii.gz")
-            write_image(written[-1], self.reconstruction, geometry)
-        written.append(folder / f"{self.name}.json")
-        write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
-        return written
-
-    def summary(self) -> dict[str, Any]:
-        """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
-        return {
-            "case": self.name,
-            "channels": [name for name in self.volume.channels if name not in self.volume.missing],
-            "method": self.spec.method,
-            "threshold": self.spec.thresholds.threshold if self.spec.thresholds else None,
-            "voxel_false_positive_rate": self.spec.thresholds.voxel_rate if self.spec.thresholds else None,
-            "false_positive_ml": self.spec.thresholds.chosen_ml if self.spec.thresholds else None,
-            "peak": float(self.anomaly_map.max()),
-            "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
-            "lesions": [asdict(lesion) for lesion in self.lesions],
-            "notes": list(self.volume.notes),
-            "anomri": version("anomri"),
-        }
 
 
 class Detector:
@@ -124,7 +48,7 @@ class Detector:
         self.channels = spec.channels
         """Those of the model's channels that are looked at; see `with_channels`."""
         self.splits: dict[str, str] = {}
-        """Which cases the model was trained on and held out, if its folder says so."""
+        """Which cases and patients the model was trained on and held out (`cases.splits_of`), if its folder says so."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -151,6 +75,11 @@ class Detector:
         return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
 
     @property
+    def thresholds(self) -> Thresholds | None:
+        """The model's thresholds for scans that have all the channels that are looked at."""
+        return self.spec.thresholds_of(self.channels)
+
+    @property
     def takes_subsets(self) -> bool:
         """Whether a scan may lack some of the channels."""
         return bool(getattr(self.method, "takes_subsets", False))
@@ -175,18 +104,30 @@ class Detector:
             ) from error
         detector = cls(spec, method, resolve_device(device), precision)
         if (folder / "splits.csv").is_file():
-            detector.splits = read_splits(plain_file(folder / "splits.csv", MAX_TABLE))
+            detector.splits = read_model_splits(plain_file(folder / "splits.csv", MAX_TABLE))
         return detector
 
     def detect(
-        self, scan: Case | Volume | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
+        self,
+        scan: Case | Volume | Mapping[str, str | Path] | str | Path,
+        preparation: Preparation = Preparation(),
+        *,
+        threshold: float | None = None,
     ) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
-        ``preparation`` says what is done to files before (a `Volume` is taken as it is). Raises `AnomriError` if
-        the scan lacks a channel of the model or cannot be read.
+        ``preparation`` says what is done to files before (a `Volume` is taken as it is); ``threshold`` is a score that
+        makes the mask in place of the model's own. Raises `AnomriError` if the scan lacks a channel of the model or
+        cannot be read.
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
+        if volume.channels != self.spec.channels:
+            raise AnomriError(
+                f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
+                f"{', '.join(self.spec.channels)}; read it by the model's `read`, or complete it (`Volume.completed`)."
+            )
+        volume = volume.without([name for name in volume.channels if name not in (*self.channels, *volume.missing)])
+        seen = [name for name in volume.channels if name not in volume.missing]
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
         before = self.inference.batch
         scores, reconstructed = self.score(stack)
@@ -197,29 +138,43 @@ class Detector:
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
-        spec = self.spec
-        if volume.missing and self.channels == spec.channels:
-            spec = self.with_channels([name for name in spec.channels if name not in volume.missing]).spec
+        spec = replace(self.spec, thresholds=self.spec.thresholds_of(seen))
+        if threshold is None and spec.thresholds is not None:
+            threshold = spec.thresholds.threshold
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
-        if spec.thresholds is not None:
-            mask = anomaly_map > spec.thresholds.threshold
+        if threshold is not None:
             per_voxel = pixels_per_voxel(volume.geometry, spec.grid)
-            mask = drop_small_components(mask, spec.score.max_dropped_voxels * per_voxel)
-            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, spec.thresholds.healthy)
-        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, mask, lesions)
+            mask = drop_small_components(anomaly_map > threshold, spec.score.max_dropped_voxels * per_voxel)
+            healthy = spec.thresholds.healthy if spec.thresholds else None
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, healthy)
+        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, threshold, mask, lesions)
 
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
     ) -> Detector:
-        """The same model with another of its label-free thresholds; see `sensitivity.choose_threshold`."""
+        """The same model with another of its label-free thresholds, for parts of its channels too.
+
+        See `sensitivity.choose_threshold`.
+        """
+        chosen = choose_threshold(self.spec.thresholds, sensitivity, false_positive_ml)
+
+        def alike(part: Thresholds) -> Thresholds | None:
+            most = false_positive_ml
+            if most is not None and part.healthy is not None:
+                # Its volumes may end below that; the lowest threshold that it has then.
+                most = min(most, part.healthy.false_positive_ml[0])
+            return choose_threshold(part, sensitivity, most)
+
+        parts = {names: alike(part) for names, part in self.spec.subset_thresholds.items()}
         detector = copy(self)
-        thresholds = choose_threshold(self.spec.thresholds, sensitivity, false_positive_ml)
-        detector.spec = replace(self.spec, thresholds=thresholds)
+        detector.spec = replace(
+            self.spec, thresholds=chosen, subset_thresholds={name: one for name, one in parts.items() if one}
+        )
         return detector
 
     def with_channels(self, names: Sequence[str]) -> Detector:
-        """The same model, looking at these of its channels only, with the threshold for them.
+        """The same model, looking at these of its channels only, with the `thresholds` for them.
 
         Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
         """
@@ -228,19 +183,13 @@ class Detector:
             raise AnomriError(
                 f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is no part of them."
             )
-        if chosen == self.spec.channels:
-            return self
-        if not self.takes_subsets:
+        if chosen != self.spec.channels and not self.takes_subsets:
             raise AnomriError(
                 f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
                 f"accurate) takes a part of them."
             )
         detector = copy(self)
         detector.channels = chosen
-        thresholds = self.spec.subset_thresholds.get("+".join(chosen))
-        if thresholds is not None and self.spec.thresholds is not None:
-            thresholds = replace(thresholds, chosen=self.spec.thresholds.chosen)
-        detector.spec = replace(self.spec, thresholds=thresholds)
         return detector
 
     def with_score(self, **score: Any) -> Detector:

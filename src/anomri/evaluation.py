@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,17 +143,19 @@ def make_plan(
         facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": Score().max_dropped_voxels}
         with_maps = [replace(case, channels={"map": _map_of(place, case) or place}) for case in cases]
         keys = keys_of(with_maps, ["map"], facts)
-        return Plan(cases, lambda some: _read_maps(place, some), facts, keys)
+        return Plan(cases, lambda some: _read_maps(place, some, threshold), facts, keys)
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     spec = detector.spec
     cases, facts["chosen"] = choose_cases(cases, split, detector.splits)
-    if threshold is None and spec.thresholds is not None:
-        facts["threshold"] = spec.thresholds.threshold
+    if threshold is None and detector.thresholds is not None:
+        facts["threshold"] = detector.thresholds.threshold
     facts["dropped"] = spec.score.max_dropped_voxels
     facts["what"] = f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
     keys = keys_of(cases, spec.channels, facts, detector.fingerprint)
-    return Plan(cases, lambda some: _detected(detector, some, grid, folder), facts, keys, detector.device.type)
+    return Plan(
+        cases, lambda some: _detected(detector, some, grid, folder, threshold), facts, keys, detector.device.type
+    )
 
 
 def _spool(plan: Plan, cases: Sequence[Case], records: Records, progress: Callable[[str, int, int], None]) -> None:
@@ -203,12 +206,13 @@ def choose_cases(
 ) -> tuple[list[Case], str]:
     """The labelled cases of a split and how they were chosen, in words; raises `AnomriError` if there are none.
 
-    ``seen`` gives the split that cases had when the model was trained; unless a split is asked for, those of its
-    training and validation are left out.
+    ``seen`` gives the split that cases and patients had when the model was trained; unless a split is asked for, those
+    of its training and validation are left out.
     """
     known: set[str] = set()
     if split is None:
-        known = {case.name for case in cases if (seen or {}).get(case.name) in ("train", "val")}
+        held = {name for name, one in (seen or {}).items() if one in ("train", "val")}
+        known = {case.name for case in cases if held & {case.name, case.patient}}
         if any(case.split == "test" and case.name not in known for case in cases):
             split, known = "test", {case.name for case in cases if case.split == "test"} & known
     in_split = [case for case in cases if (split is None or case.split == split) and case.name not in known]
@@ -227,21 +231,25 @@ def choose_cases(
     return labelled, words + (f", without {len(known)} that the model was trained or validated on" if known else "")
 
 
-def _detected(detector: Detector, cases: Sequence[Case], grid: str, folder: Path | None) -> Iterator[Scored]:
+def _detected(
+    detector: Detector, cases: Sequence[Case], grid: str, folder: Path | None, threshold: float | None
+) -> Iterator[Scored]:
     for case, volume, _ in read_ahead(cases, detector.read):
         try:
             if isinstance(volume, AnomriError):
                 raise volume
-            detection = detector.detect(volume)
+            detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
-            dropped = float(detector.spec.score.max_dropped_voxels)
+            dropped, working = float(detector.spec.score.max_dropped_voxels), detector.spec.grid
             if grid == "model":
-                found = on_published_grid(detection.scores, detection.stack, volume, detector.spec.grid)
-                yield Scored(case.name, *found, dropped)
+                scores, label = on_published_grid(detection.scores, detection.stack, volume, working)
+                dropped *= scores[0].size / math.prod(working.size)
             else:
-                dropped *= pixels_per_voxel(volume.geometry, detector.spec.grid)
-                yield Scored(case.name, detection.anomaly_map, volume.label, dropped)
+                assert volume.label is not None
+                scores, label = detection.anomaly_map, volume.label
+                dropped *= pixels_per_voxel(volume.geometry, working)
+            yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
 
@@ -267,7 +275,7 @@ def _map_names(case: Case) -> list[str]:
     return [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
 
 
-def _read_maps(maps: Path, cases: Sequence[Case]) -> Iterator[Scored]:
+def _read_maps(maps: Path, cases: Sequence[Case], threshold: float | None) -> Iterator[Scored]:
     for case in cases:
         try:
             path, names = _map_of(maps, case), _map_names(case)
@@ -277,7 +285,7 @@ def _read_maps(maps: Path, cases: Sequence[Case]) -> Iterator[Scored]:
             assert case.label is not None
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped_voxels * pixels_per_voxel(geometry, Grid())
-            yield Scored(case.name, scores, label, dropped)
+            yield Scored(case.name, scores, label, dropped, threshold=threshold, patient=case.patient)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
 
@@ -288,6 +296,9 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         threshold = f"{facts['threshold']:.5g}, " + (
             "given by the user" if facts["given"] else "the model's, without labels"
         )
+        others = sum(case["threshold"] not in (None, facts["threshold"]) for case in pool.cases)
+        threshold += f"; of {others} that lack channels, that for the channels they have" if others else ""
+    patients = len(pool.patients)
     return {
         "scored": facts["what"],
         "cases": f"{len(pool.cases)} ({facts['chosen']})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
@@ -297,6 +308,7 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",
         "threshold": threshold,
         "lesion-wise": "26-connected lesions; detected if one voxel is in the mask",
-        "intervals": "95 %, 2,000 bootstrap resamples of patients",
+        "intervals": "95 %, 2,000 bootstrap resamples of patients"
+        + (f" ({patients}, of {len(pool.cases)} scans)" if patients < len(pool.cases) else ""),
         "components": f"26-connected ones of at most {facts['dropped']} voxels of the working grid are dropped where filtered",
     }

@@ -11,7 +11,7 @@ from anomri.dicom import choose_series, convert_series
 from anomri.dicom_channels import Series
 from anomri.dicom_seg import write_segmentation
 from anomri.files import output_folder
-from anomri.spec import AnomriError, ModelSpec
+from anomri.spec import AnomriError
 from anomri.volume import read_label
 
 CONVERTED = "nifti"
@@ -92,20 +92,8 @@ def _only_nifti(intake: Intake, dicom_options: bool) -> Intake:
     return intake
 
 
-def seg_parameters(spec: ModelSpec) -> dict[str, object]:
-    """What a SEG says about how its mask was made; raises `AnomriError` if the model makes no mask."""
-    if spec.thresholds is None:
-        raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
-    return {"method": spec.method, "threshold": spec.thresholds.threshold}
-
-
-def write_dicom_seg(out: Path, intake: Intake, channel: str, parameters: Mapping[str, object]) -> list[Path]:
-    """Write ``<case>_mask.dcm`` beside every mask in ``out``, on the series of ``channel``; returns the paths."""
-    written: list[Path] = []
-    for case in intake.cases:
-        mask = out / f"{case.name}_mask.nii.gz"
-        if mask.is_file():
-            label, geometry = read_label(Case(case.name, {}, label=mask))
-            written.append(out / f"{case.name}_mask.dcm")
-            write_segmentation(written[-1], label, geometry, intake.series[channel], parameters=parameters)
-    return written
+def write_dicom_seg(out: Path, case: str, source: Series, parameters: Mapping[str, object]) -> Path:
+    """Write ``<case>_mask.dcm`` beside the mask of a case in ``out``, on a series that it was made from."""
+    label, geometry = read_label(Case(case, {}, label=out / f"{case}_mask.nii.gz"))
+    write_segmentation(path := out / f"{case}_mask.dcm", label, geometry, source, parameters=parameters)
+    return path

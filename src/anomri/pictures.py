@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.cases import shown_channel
-from anomri.detector import Detection
 from anomri.files import whole_file
+from anomri.findings import Detection
 from anomri.metrics import drop_small_components
 from anomri.slices import brain_box
 from anomri.volume import Volume
@@ -162,8 +162,7 @@ def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
 
 def _mask(detection: Detection) -> NDArray[np.bool_]:
     """The mask on the working grid (n, h, w), as its components are filtered there; empty without a threshold."""
-    thresholds = detection.spec.thresholds
-    above = detection.scores > (thresholds.threshold if thresholds else np.inf)
+    above = detection.scores > (np.inf if detection.threshold is None else detection.threshold)
     return drop_small_components(above, detection.spec.score.max_dropped_voxels)
 
 

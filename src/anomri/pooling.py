@@ -38,9 +38,10 @@ CURVE_POINTS = 512
 
 @dataclass(frozen=True)
 class PatientScores:
-    """One patient's row; Dice and lesions are those at the label-free threshold, with and without the filter."""
+    """One scan's row; Dice and lesions are those at the label-free threshold, with and without the filter."""
 
     case: str
+    patient: str
     lesion_voxels: int
     average_precision: float
     ceil_dice: float
@@ -65,7 +66,7 @@ class PatientScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`: what was compared (``protocol``), the table, a row per patient, and the curve.
+    """The result of `evaluate`: what was compared (``protocol``), the table, a row per scan, and the curve.
 
     ``curve`` holds (threshold, recall, precision, Dice) at up to 512 thresholds, for plots; the figures come from all
     thresholds. ``failed`` names the cases that could not be used and why.
@@ -116,18 +117,25 @@ class Evaluation:
 
 @dataclass
 class Scored:
-    """Scores and labels of one case, of the same three axes, or the error that kept it from having them."""
+    """Scores and labels of one case, of the same three axes, or the error that kept it from having them.
+
+    ``threshold`` is the score that makes its mask, if that is not the same for all; ``patient`` says whose scan it is,
+    by default one of its own.
+    """
 
     case: str
     scores: NDArray[np.float32] | None = None
     label: NDArray[np.bool_] | None = None
     max_dropped: float = 0.0
     error: str | None = None
+    threshold: float | None = None
+    patient: str | None = None
 
 
 def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     """Write the scores and label of a case, less the margin where all is zero, to ``folder``; returns what `Pool` needs."""
-    facts = {"case": scored.case, "max_dropped": scored.max_dropped, "error": scored.error}
+    facts = {name: getattr(scored, name) for name in ("case", "max_dropped", "error", "threshold")}
+    facts["patient"] = scored.patient or scored.case
     if scored.scores is None or scored.label is None:
         return {**facts, "error": scored.error or "no label"}
     inside = box_around((scored.scores != 0) | scored.label)
@@ -142,7 +150,8 @@ class Pool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cases: list[tuple[str, float]] = []
+        self.cases: list[dict[str, Any]] = []
+        """What `spool` gave of each."""
         self.failed: dict[str, str] = {}
         self.voxels = 0
         self._lesion_scores: list[NDArray[np.float32]] = []
@@ -159,37 +168,45 @@ class Pool:
         with np.load(self.folder / f"{facts['case']}.npz") as spooled:
             self._lesion_scores.append(spooled["scores"][spooled["label"]])
             self.voxels += int(np.prod(spooled["shape"]))
-        self.cases.append((facts["case"], facts["max_dropped"]))
+        self.cases.append(dict(facts))
+
+    @property
+    def patients(self) -> list[str]:
+        """Whose scans they are, each named once."""
+        return list(dict.fromkeys(case["patient"] for case in self.cases))
 
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
-        """All figures, from two more readings of the spool."""
+        """All figures, from two more readings of the spool; ``threshold`` is that of cases without one of their own."""
         thresholds, _ = lesion_thresholds(self._lesion_scores)
         if not thresholds.size:
             raise AnomriError(f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find.")
         lesion, healthy = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
         steps = _coarse_steps(self._lesion_scores)
-        per_case = np.zeros((2, len(self.cases), len(steps)))
+        names = self.patients
+        counted = np.zeros((2, len(names), len(steps)))
         patients = []
-        for number, (scores, label) in enumerate(self._read()):
+        for case, (scores, label) in zip(self.cases, self._read(), strict=True):
             rising = np.sort(scores[label]), np.sort(scores[~label])
             lesion += count_at(rising[0], thresholds)
             healthy += count_at(rising[1], thresholds)
-            per_case[:, number] = [count_at(one, steps) for one in rising]
-            case, dropped = self.cases[number]
+            counted[:, names.index(case["patient"])] += [count_at(one, steps) for one in rising]
             curve = precision_recall_of_sorted(*rising)
-            patient = PatientScores(case, curve.positives, curve.average_precision, curve.ceil_dice)
-            patients.append(patient if threshold is None else _at_threshold(patient, dropped, scores, label, threshold))
+            found = (curve.positives, curve.average_precision, curve.ceil_dice)
+            row = PatientScores(case["case"], case["patient"], *found)
+            its = threshold if case["threshold"] is None else case["threshold"]
+            patients.append(row if its is None else _at_threshold(row, case["max_dropped"], scores, label, its))
         curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
 
         ceil_filtered = np.zeros(2, np.int64)
-        for (scores, label), (_, dropped) in zip(self._read(), self.cases, strict=True):
-            ceil_filtered += _overlap(drop_small_components(scores >= curve.best_threshold, dropped), label)
-        figures = _figures(curve, per_case, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
+        for case, (scores, label) in zip(self.cases, self._read(), strict=True):
+            mask = drop_small_components(scores >= curve.best_threshold, case["max_dropped"])
+            ceil_filtered += _overlap(mask, label)
+        figures = _figures(curve, counted, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
         return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
 
     def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        for case, _ in self.cases:
-            with np.load(self.folder / f"{case}.npz") as spooled:
+        for case in self.cases:
+            with np.load(self.folder / f"{case['case']}.npz") as spooled:
                 inside = tuple(slice(*side) for side in spooled["box"])
                 scores = np.zeros(spooled["shape"], dtype=np.float32)
                 label = np.zeros(spooled["shape"], dtype=bool)
@@ -212,26 +229,28 @@ def _at_threshold(
 
 
 def _figures(
-    curve: Curve, per_case: NDArray[np.float64], ceil_filtered: float, patients: Sequence[PatientScores]
+    curve: Curve, counted: NDArray[np.float64], ceil_filtered: float, rows: Sequence[PatientScores]
 ) -> tuple[Figure, ...]:
-    precision, best_dice = _resampled(*per_case)
+    intervals: list[tuple[float, float] | tuple[()]] = [(), ()]
+    if counted.shape[1] > 1:  # one patient says nothing of others
+        intervals = [percentile_interval(values) for values in _resampled(*counted)]
     figures = [
-        Figure("AUPRC, pooled", curve.average_precision, *percentile_interval(precision)),
-        Figure("ceil-Dice, pooled", curve.ceil_dice, *percentile_interval(best_dice)),
+        Figure("AUPRC, pooled", curve.average_precision, *intervals[0]),
+        Figure("ceil-Dice, pooled", curve.ceil_dice, *intervals[1]),
         Figure("ceil-Dice, pooled, components filtered", float(ceil_filtered)),
-        _mean("AUPRC, mean of patients", [patient.average_precision for patient in patients]),
-        _mean("ceil-Dice, mean of patients", [patient.ceil_dice for patient in patients]),
+        _mean("AUPRC, mean of patients", rows, [row.average_precision for row in rows]),
+        _mean("ceil-Dice, mean of patients", rows, [row.ceil_dice for row in rows]),
     ]
-    at_threshold = [patient for patient in patients if patient.dice is not None]
-    if at_threshold:
+    rows = [row for row in rows if row.dice is not None]
+    if rows:
         for suffix, column in (("components filtered", "lesions"), ("unfiltered", "lesions_unfiltered")):
-            dices = [getattr(patient, column.replace("lesions", "dice")) for patient in at_threshold]
-            counts = [getattr(patient, column) for patient in at_threshold]
+            dices = [getattr(row, column.replace("lesions", "dice")) for row in rows]
+            counts = [getattr(row, column) for row in rows]
             found = [c.detected / c.lesions if c.lesions else float("nan") for c in counts]
             figures += [
-                _mean(f"Dice at the threshold, {suffix}, mean of patients", dices),
-                _mean(f"lesion-wise sensitivity, {suffix}, mean of patients", found),
-                _mean(f"false positive components per scan, {suffix}", [c.false_positives for c in counts]),
+                _mean(f"Dice at the threshold, {suffix}, mean of patients", rows, dices),
+                _mean(f"lesion-wise sensitivity, {suffix}, mean of patients", rows, found),
+                _mean(f"false positive components per scan, {suffix}", rows, [c.false_positives for c in counts]),
             ]
     return tuple(figures)
 
@@ -253,10 +272,15 @@ def _resampled(
     return precision, best_dice
 
 
-def _mean(name: str, values: Sequence[float]) -> Figure:
-    # A patient without a lesion has no average precision and no lesion to find.
-    known = [value for value in values if np.isfinite(value)]
-    return Figure(name, float(np.mean(known)), *mean_interval(known))
+def _mean(name: str, rows: Sequence[PatientScores], values: Sequence[float]) -> Figure:
+    """The mean over patients of the mean over their scans."""
+    of_patient: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        # A scan without a lesion has no average precision and no lesion to find.
+        if np.isfinite(value):
+            of_patient.setdefault(row.patient, []).append(value)
+    known = [float(np.mean(some)) for some in of_patient.values()]
+    return Figure(name, float(np.mean(known)), *(mean_interval(known) if len(known) > 1 else ()))
 
 
 def _coarse_steps(lesion_scores: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from anomri.files import output_folder, write_text
 from anomri.plots import Histogram, histogram
 
 if TYPE_CHECKING:
-    from anomri.detector import Detection
+    from anomri.findings import Detection
 
 BINS = 64
 TITLES = {
@@ -67,7 +67,7 @@ def save_preview(detection: Detection, folder: Path) -> None:
         "scores_top": top,
         "healthy": healthy.histogram if healthy else [],
         "healthy_top": healthy.histogram_top if healthy else 0.0,
-        "threshold": thresholds.threshold if thresholds else None,
+        "threshold": detection.threshold,
     }
     write_text(place / f"{detection.name}.preview.json", json.dumps(facts) + "\n")
 

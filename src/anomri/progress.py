@@ -40,14 +40,14 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(name, total=state.total, losses="")
             if state.note:
-                console.print(f"note: {state.note}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"note: {state.note}", soft_wrap=True)
             losses = ""
             if state.loss == state.loss:  # not NaN: there is one
                 losses = f"loss {state.loss:.5f}, validation {state.validation_loss:.5f}"
             bar.update(tasks[state.stage], completed=state.done, total=state.total, losses=losses)
             if not console.is_terminal and losses and losses != shown.get(state.stage):
                 shown[state.stage] = losses
-                console.print(f"{name} {state.done}/{state.total}: {losses}", highlight=False)
+                console.print(f"{name} {state.done}/{state.total}: {losses}")
 
         shown: dict[str, str] = {}
         yield show
@@ -64,7 +64,7 @@ def comparison_progress(console: Console) -> Iterator[Callable[[str, TrainingPro
             if key not in tasks:
                 tasks[key] = bar.add_task(f"{job}: {STAGES[state.stage]}", total=state.total, losses="")
                 if not console.is_terminal:
-                    console.print(f"{job}: {STAGES[state.stage]}", highlight=False)
+                    console.print(f"{job}: {STAGES[state.stage]}")
             losses = "" if state.loss != state.loss else f"loss {state.loss:.5f}"
             bar.update(tasks[key], completed=state.done, total=state.total, losses=losses)
 
@@ -85,13 +85,13 @@ def case_progress(console: Console) -> Iterator[Callable[[str, int], None]]:
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
+        TextColumn("{task.fields[losses]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )

@@ -18,6 +18,8 @@ from anomri.spec import AnomriError
 
 PLAN = "plan"
 """No case's record is called so: those end in ``.json``."""
+RESERVED = ("run", "metrics")
+"""Files of a run that end in ``.json`` as those of cases do."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class Records:
 def keys_of(cases: Sequence[Case], channels: Sequence[str], *settings: object) -> dict[str, str]:
     """The key of each case: a hash of where its files lie, their sizes and times, and the settings (JSON)."""
     for case in cases:
-        if not may_name_files(case.name):
-            raise AnomriError(f"a case is called {case.name!r}, which is no name for a file; rename it.")
+        if not may_name_files(case.name) or case.name in RESERVED:
+            raise AnomriError(f"a case is called {case.name!r}, which is no name for its files; rename it.")
     common = json.dumps([_code(), list(channels), *settings], default=str)
     return {case.name: _hash(common, [_stat(path) for path in _sources(case, channels)]) for case in cases}
 

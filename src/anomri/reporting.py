@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -152,10 +153,10 @@ def _detection_page(folder: Path, note: str) -> Page:
     captions = {row[0]: _found(int(row[place["lesions"]]), float(row[place["lesion_volume_mm3"]])) for row in done}
     lesion_columns, lesions = read_tsv(folder / "lesions.tsv")
     cases = case_views(folder, [row[0] for row in done], captions, _lesions_by_case(lesion_columns, lesions))
-    volumes = sorted(float(row[place["lesion_volume_mm3"]]) / 1000 for row in done)
+    volumes = [float(row[place["lesion_volume_mm3"]]) / 1000 for row in done]
     facts = [("scans", f"{len(done)}" + (f" of {len(rows)}" if len(done) < len(rows) else ""))]
     facts += [("with a finding", f"{sum(volume > 0 for volume in volumes)}"), ("findings", f"{len(lesions)}")]
-    facts += [("median volume", f"{volumes[len(volumes) // 2]:.1f} ml")] if volumes else []
+    facts += [("median volume", f"{statistics.median(volumes):.1f} ml")] if volumes else []
     kept = [k for k in range(len(columns)) if columns[k] != "error" or len(done) < len(rows)]
     shown = [[row[k] for k in kept] for row in rows]
     table = Table("Scans", [columns[k] for k in kept], shown, links={view.preview.name: view.place for view in cases})

@@ -18,6 +18,8 @@ from anomri.positions import spread_over, unpacked_maps
 from anomri.slices import Position, brain_box, cut_box, paste_box, present_channels
 from anomri.spec import AnomriError, Score
 
+BRIGHT = ("flair", "t2")
+"""Channels on which most lesions are bright."""
 SSIM_WINDOWS = (5, 9, 15)
 TRUNCATE = 3.0
 """Standard deviations at which a Gaussian filter ends."""
@@ -155,7 +157,7 @@ def score_of(
         here = place._replace(heights=place.heights[some])
         mean, spread = _healthy_residual(x.shape, score, here, chosen)
         marks = output[some, c] if output.shape[1] > c else None
-        bright = bool(asked or not score.channels)
+        bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
         seen = Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright)
         return paste_box(SCORES[score.kind](seen), size, box)
 

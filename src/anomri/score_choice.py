@@ -19,7 +19,7 @@ from anomri.detector import Detector
 from anomri.metrics import precision_recall
 from anomri.packing import PackedCase, spread_healthy
 from anomri.positions import packed_maps, statistics_by_position
-from anomri.residual import BY_POSITION, anomaly_score, describe, score_of
+from anomri.residual import BRIGHT, BY_POSITION, anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 
@@ -34,8 +34,6 @@ STANDARDISED = ("standardised", *BY_POSITION)
 SEED = 2022
 LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
 """How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
-BRIGHT = ("flair", "t2")
-"""Channels on which most lesions are bright."""
 SMOOTHING_MM = 1.7
 FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
 """Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""

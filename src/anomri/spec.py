@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -219,6 +220,12 @@ class ModelSpec:
     citation: str = CITATION
     data_licence: str = "unknown: ask the people who trained this model"
     format_version: int = FORMAT_VERSION
+
+    def thresholds_of(self, channels: Sequence[str]) -> Thresholds | None:
+        """The thresholds for scans of which these channels are seen, in the model's order; ``None`` if it stores none."""
+        if tuple(channels) == self.channels:
+            return self.thresholds
+        return self.subset_thresholds.get("+".join(channels))
 
     def to_json(self) -> str:
         """This specification as indented JSON."""

@@ -27,8 +27,8 @@ MAX_CASES = 64
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
 BINS = 64
-SUBSET_CASES, SUBSET_SLICES, MAX_SUBSET_CHANNELS = 3, 20, 5
-"""What thresholds for a part of the channels are taken from: there are 2^n of them."""
+MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
+"""Limits for thresholds of parts of the channels: there are 2^n of them."""
 
 
 @dataclass(frozen=True)
@@ -54,68 +54,63 @@ def healthy_thresholds(
     ``None`` if they have no healthy slice. ``progress`` is told how many cases are done, and of how many.
     """
     usable = spread_healthy(held_out, MAX_CASES)
-    if not usable:
-        return None
+    return _thresholds(detector, usable, detector.spec.channels, lambda done: progress(done, len(usable)))
+
+
+def subset_thresholds(
+    detector: Detector, held_out: Sequence[PackedCase], progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Thresholds]:
+    """The same for every part of the model's channels, of at most `MAX_SUBSET_CASES` cases.
+
+    Empty where the method does not take a part of its channels, or they are more than `MAX_SUBSET_CHANNELS`.
+    """
+    channels = detector.spec.channels
+    if not detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
+        return {}
+    usable = spread_healthy(held_out, MAX_SUBSET_CASES)
+    parts = [names for size in range(1, len(channels)) for names in combinations(channels, size)]
+    found = {}
+    for number, names in enumerate(parts):
+        progress(number, len(parts))
+        if (thresholds := _thresholds(detector, usable, names)) is not None:
+            found["+".join(names)] = thresholds
+    return found
+
+
+def _thresholds(
+    detector: Detector,
+    cases: Sequence[PackedCase],
+    channels: Sequence[str],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Thresholds | None:
     scored = []
-    for done, case in enumerate(usable):
-        progress(done, len(usable))
-        scored.append(_score(detector, case))
+    for done, case in enumerate(cases):
+        progress(done)
+        scored.append(_score(detector, case, channels))
+    if not any(one.counted.any() for one in scored):
+        return None
     pooled = np.sort(np.concatenate([one.scores[one.counted] for one in scored]))
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
     return Thresholds(
         false_positive_rate=FALSE_POSITIVE_RATES,
         value=tuple(float(value) for value in quantiles),
         chosen=default_rate(detector.spec.score),
-        healthy_slices=sum(len(case.healthy) for case in usable),
-        healthy_cases=len(usable),
+        healthy_slices=sum(len(case.healthy) for case in cases),
+        healthy_cases=len(cases),
         healthy=_describe(scored, pooled, detector.spec.score.max_dropped_voxels),
     )
 
 
-def subset_thresholds(detector: Detector, held_out: Sequence[PackedCase]) -> dict[str, Thresholds]:
-    """Thresholds for every part of the model's channels, from some neighbouring healthy slices of a few cases.
-
-    Empty where the method does not take a part of its channels; without volumes and peaks.
-    """
-    channels = detector.spec.channels
-    if not detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
-        return {}
-    stacks = []
-    for case in [case for case in held_out if case.healthy][:SUBSET_CASES]:
-        stack, middle = case.stack(detector.spec.scaling), len(case.healthy) // 2
-        chosen = case.healthy[max(middle - SUBSET_SLICES // 2, 0) :][:SUBSET_SLICES]
-        stacks.append(stack.take(chosen))
-    found = {}
-    for size in range(1, len(channels)):
-        for names in combinations(channels, size):
-            scores = []
-            for stack in stacks:
-                kept = torch.tensor([name in names for name in channels])[:, None, None]
-                # The brain is where a channel that the scan has shows it.
-                foreground = foreground_of(stack.x * kept, detector.spec.scaling)
-                part = replace(stack, x=stack.x * kept, foreground=foreground)
-                scores.append(detector.score(part)[0][foreground.numpy()])
-            pooled = np.concatenate(scores)
-            if pooled.size:
-                values = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
-                slices = sum(len(stack.x) for stack in stacks)
-                found["+".join(names)] = Thresholds(
-                    FALSE_POSITIVE_RATES,
-                    tuple(float(v) for v in values),
-                    default_rate(detector.spec.score),
-                    slices,
-                    len(stacks),
-                )
-    return found
-
-
-def _score(detector: Detector, case: PackedCase) -> _Healthy:
+def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _Healthy:
     # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
     stack = case.stack(detector.spec.scaling)
-    x = stack.x
+    if tuple(channels) != detector.spec.channels:
+        x = stack.x * torch.tensor([name in channels for name in detector.spec.channels])[:, None, None]
+        # The brain is where a channel that the scan has shows it.
+        stack = replace(stack, x=x, foreground=foreground_of(x, detector.spec.scaling))
     scores, _ = detector.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
-    healthy = np.zeros((len(x), 1, 1), dtype=bool)
+    healthy = np.zeros((len(scores), 1, 1), dtype=bool)
     healthy[list(case.healthy)] = True
     counted = (stack.foreground.numpy() & healthy)[:, top:bottom, left:right]
     share = len(case.healthy) / case.slices

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, write_splits
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
 from anomri.detector import Detector
 from anomri.devices import can_compile, resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes
@@ -34,7 +33,7 @@ from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
-from anomri.training_cohort import Packed, common_box, describe_cohort, pack_splits, task_of
+from anomri.training_cohort import Packed, check_grid, common_box, describe_cohort, finished, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
 from anomri.views import check_parts
 
@@ -116,7 +115,8 @@ def train(
     )
     # What does not fit is told before a cohort is packed.
     spec.checked()
-    check_parts(methods.build(spec), spec.score)
+    check_parts(network := methods.build(spec), spec.score)
+    check_grid(network, spec.grid)
     kind = resolve_device(device).type
     if schedule:
         spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))
@@ -125,7 +125,7 @@ def train(
         spec = replace(spec, data_licence=data_licence)
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
-        if team.once(lambda: _finished(folder, spec, resume)):
+        if team.once(lambda: finished(folder, spec, cases, resume)):
             return Detector.load(folder, device)
         return _train(cases, folder, spec, place, accumulate, team, device, progress)
 
@@ -163,33 +163,19 @@ def _train(
     detector = Detector(spec, network, resolve_device(device))
     spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))
     detector.spec = spec
-    thresholds = team.once(
-        lambda: healthy_thresholds(
-            detector, packed["val"], lambda done, total: progress(Progress("score", done, total))
-        )
-    )
-    parts = team.once(lambda: subset_thresholds(detector, packed["val"]))
+
+    def scored(done: int, total: int) -> None:
+        progress(Progress("score", done, total))
+
+    thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
+    parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
-    detector.splits = {case.name: case.split for case in cases if case.split}
+    detector.splits = splits_of(cases)
     if team.first:
         detector.save(folder)
         (folder / TrainingState.NAME).unlink(missing_ok=True)
     progress(Progress("score", 1, 1))
     return detector
-
-
-def _finished(folder: Path, spec: ModelSpec, resume: bool) -> bool:
-    """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
-    if (folder / "model.json").exists():
-        same = ("method", "channels", "settings", "training", "scaling", "grid")
-        if resume and attrgetter(*same)(ModelSpec.read(folder / "model.json")) == attrgetter(*same)(spec):
-            # The last moment at which a training may have been killed.
-            (folder / TrainingState.NAME).unlink(missing_ok=True)
-            return True
-        raise AnomriError(f"{folder}: already holds a finished model; name another folder with -o.")
-    if (folder / TrainingState.NAME).exists() and not resume:
-        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
-    return False
 
 
 def fit(

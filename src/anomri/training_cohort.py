@@ -6,20 +6,65 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case
+from anomri.cases import Case, read_model_splits, splits_of
 from anomri.distribution import Processes
 from anomri.methods import Box
 from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
 from anomri.slices import join_boxes
-from anomri.spec import AnomriError, Cohort, ModelSpec
+from anomri.spec import AnomriError, Cohort, Grid, ModelSpec
+from anomri.training_state import TrainingState
 
 Packed = dict[str, list[PackedCase]]
 """By side, ``train`` and ``val``."""
 MAY_CHANGE = ("learning_rate", "precision")
 """Settings that a training may be resumed with others of: the way out when its loss stops being a number."""
+
+
+FOUND = {"healthy_mean", "healthy_spread", "healthy_maps", "chosen_by"}
+"""Fields of a score that a training fills in."""
+CHOSEN = {"kind", "channels", "median", "smoothing_mm"}
+"""Those that it chooses, of the score ``auto``."""
+
+
+def check_grid(network: Any, grid: Grid) -> None:
+    """Raise `AnomriError` if a method cannot work on slices of this size."""
+    if any(side % network.box_multiple for side in grid.size):
+        raise AnomriError(
+            f"a grid of {grid.size[0]} x {grid.size[1]} does not fit the method, which needs sides that are multiples "
+            f"of {network.box_multiple}; choose another --grid."
+        )
+
+
+def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool) -> bool:
+    """Whether ``folder`` holds the finished model of this very training; raises `AnomriError` if it holds another."""
+    if (folder / "model.json").exists():
+        if resume and _is_of(folder, spec, cases):
+            # The last moment at which a training may have been killed.
+            (folder / TrainingState.NAME).unlink(missing_ok=True)
+            return True
+        another = "another" if resume else "a"
+        raise AnomriError(f"{folder}: already holds {another} finished model; name another folder with -o.")
+    if (folder / TrainingState.NAME).exists() and not resume:
+        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
+    return False
+
+
+def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
+    found = ModelSpec.read(folder / "model.json")
+    same = attrgetter("method", "channels", "settings", "training", "scaling", "grid")
+    asked = {
+        name for name in asdict(spec.score) if name not in FOUND | (CHOSEN if spec.score.kind == "auto" else set())
+    }
+    score = attrgetter(*sorted(asked))
+    return (
+        same(found) == same(spec)
+        and score(found.score) == score(spec.score)
+        and read_model_splits(folder / "splits.csv") == splits_of(cases)
+    )
 
 
 def pack_splits(

@@ -92,8 +92,19 @@ class Volume:
         for name, channel in zip(self.channels, self.inside, strict=True):
             inside[list(channels).index(name)] = channel
         missing = tuple(name for name in channels if name not in self.channels)
-        notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without."] if absent else []
+        note = (
+            f"the scan has no {', '.join(absent)}; the model was trained to do without, and has a threshold for that."
+        )
+        notes = [note] if absent else []
         return replace(self, channels=tuple(channels), inside=inside, missing=missing, notes=(*self.notes, *notes))
+
+    def without(self, hidden: Sequence[str]) -> Volume:
+        """The scan with these of its channels ``missing``."""
+        if not hidden:
+            return self
+        kept = np.array([name not in hidden for name in self.channels])
+        missing = tuple(name for name in self.channels if name in (*hidden, *self.missing))
+        return replace(self, inside=self.inside * kept[:, None, None, None], missing=missing)
 
 
 def read_volume(

@@ -43,11 +43,11 @@ def _run(args: list[str] | None, stop: StopRequest) -> int:
             raise Interrupted(f"stopped ({error}); the same command goes on.", stop.signal) from error
     except AnomriError as error:
         err.quiet = err.quiet and getattr(error, "told", False)
-        err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        err.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        err.print(f"error: {where}{error.strerror or error}", style="red", highlight=False, markup=False)
+        err.print(f"error: {where}{error.strerror or error}", style="red", soft_wrap=True)
         return 2
     except Interrupted as stopped:
         return _stopped(stopped)
@@ -55,16 +55,16 @@ def _run(args: list[str] | None, stop: StopRequest) -> int:
         return int(leaving.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own: a wrong option
-            err.print(f"error: {error.format_message()}", style="red", highlight=False, markup=False)
+            err.print(f"error: {error.format_message()}", style="red", soft_wrap=True)
             return 2
         if stop.signal is not None:
             # A stop that came at the very end of the work, and that a library made something else of.
-            err.print(f"stopped ({error}); the same command goes on.", highlight=False, markup=False)
+            err.print(f"stopped ({error}); the same command goes on.", soft_wrap=True)
             return 0
         raise
 
 
 def _stopped(stopped: Interrupted) -> int:
-    err.print(str(stopped), highlight=False)
+    err.print(str(stopped), soft_wrap=True)
     # A scheduler that ends a job with SIGTERM takes 0 for a clean stop.
     return 130 if stopped.signal == signal.SIGINT else 0

@@ -61,7 +61,7 @@ def detect(
     from anomri.detection import CaseResult, detect_cohort
     from anomri.detector import BUILT_IN, Detector
     from anomri.distribution import processes
-    from anomri.intake import named, seg_parameters, take_in, write_dicom_seg
+    from anomri.intake import named, take_in, write_dicom_seg
     from anomri.preparation import Preparation
     from anomri.progress import case_progress
 
@@ -69,7 +69,6 @@ def detect(
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
     team = processes(device)
-    # The threshold is chosen here, so that a SEG names the one that made it.
     detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
     if model is None and team.first:
         _note(
@@ -77,7 +76,8 @@ def detect(
         )
     if channels:
         detector = detector.with_channels(names_of(channels) or ())
-    parameters = seg_parameters(detector.spec) if dicom_seg else {}
+    if dicom_seg and detector.thresholds is None:
+        raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
     intake = team.once(
         lambda: take_in(
             input,
@@ -101,7 +101,7 @@ def detect(
             for text in (result.summary or {}).get("notes", []):  # type: ignore[attr-defined]
                 _note(f"{result.case}: {text}")
             if result.error:
-                err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
+                err.print(f"failed: {result.error}", style="red", soft_wrap=True)
 
         results = detect_cohort(
             intake.cases,
@@ -113,22 +113,28 @@ def detect(
             progress=told,
         )
     if dicom_seg and team.first:
-        shown = next(name for name in detector.channels if name in intake.series)
-        write_dicom_seg(output, intake, shown, parameters)
+        for result in results:
+            if made := result.summary:
+                source = intake.series[made["channels"][0]]  # type: ignore[index]
+                write_dicom_seg(output, result.case, source, {name: made[name] for name in ("method", "threshold")})
     failed = sum(result.error is not None for result in results)
     if format == "json" and team.first:
-        facts = {"report": str((output / "report.html").resolve()), "cases": [result.to_json() for result in results]}
+        report = None if shard else str((output / "report.html").resolve())
+        facts = {"report": report, "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))
         raise typer.Exit(1 if failed else 0)
     if shard:
-        out.print(f"{len(results) - failed} scans done, {failed} failed. After the last shard: anomri merge {output}")
+        out.print(
+            f"{len(results) - failed} scans done, {failed} failed. After the last shard: anomri merge {output}",
+            soft_wrap=True,
+        )
         raise typer.Exit(1 if failed else 0)
-    out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", highlight=False)
+    out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
 def _note(text: str) -> None:
-    err.print(f"note: {text}", highlight=False, soft_wrap=True, markup=False)
+    err.print(f"note: {text}", soft_wrap=True)
 
 
 @app.command()
@@ -151,7 +157,7 @@ def bids(
     from anomri.progress import case_progress
 
     if level == "group":
-        out.print(f"Look at {run_group(out_dir)}", highlight=False)
+        out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)
         return
     if level != "participant":
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
@@ -168,7 +174,7 @@ def bids(
         )
     for result in results:
         if result.error:
-            err.print(f"failed: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            err.print(f"failed: {result.error}", style="red", soft_wrap=True)
     raise typer.Exit(1 if any(result.error for result in results) else 0)
 
 
@@ -189,5 +195,5 @@ def view(
         port=port,
         scans=scans,
         open_browser=browser,
-        announce=lambda url: out.print(f"{url} (Ctrl-C to stop)", highlight=False, soft_wrap=True, markup=False),
+        announce=lambda url: out.print(f"{url} (Ctrl-C to stop)", soft_wrap=True),
     )

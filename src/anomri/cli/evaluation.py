@@ -90,10 +90,10 @@ def evaluate(
         else:
             evaluation = run(input, output, **arguments, progress=told)  # type: ignore[arg-type]
     if shard:
-        out.print(f"{failed} cases failed. After the last shard: anomri merge {output}", highlight=False)
+        out.print(f"{failed} cases failed. After the last shard: anomri merge {output}", soft_wrap=True)
         raise typer.Exit(1 if failed else 0)
     _print_evaluation(evaluation)
-    out.print(f"Look at {output / 'report.html'}", highlight=False)
+    out.print(f"Look at {output / 'report.html'}", soft_wrap=True)
     raise typer.Exit(1 if evaluation.failed else 0)
 
 
@@ -103,7 +103,7 @@ def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder tha
     from anomri.merging import merge as run
 
     failed = run(folder)
-    out.print(f"{failed} cases failed. Look at {folder / 'report.html'}", highlight=False)
+    out.print(f"{failed} cases failed. Look at {folder / 'report.html'}", soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -152,10 +152,10 @@ def compare(
             device=device,
             progress=progress,
         )
-    out.print((output / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
-    out.print(f"Look at {comparison.report}", highlight=False)
+    out.print((output / "table.md").read_text(encoding="utf-8"), soft_wrap=True)
+    out.print(f"Look at {comparison.report}", soft_wrap=True)
     for job, error in comparison.failed.items():
-        err.print(f"failed: {job}: {error}", style="red", highlight=False, markup=False)
+        err.print(f"failed: {job}: {error}", style="red", soft_wrap=True)
     raise typer.Exit(1 if comparison.failed else 0)
 
 
@@ -167,6 +167,6 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         table.add_row(figure.name, f"{figure.value:.3f}", figure.interval)
     out.print(table)
     for what, how in evaluation.protocol.items():
-        out.print(f"{what}: {how}", highlight=False, markup=False)
+        out.print(f"{what}: {how}", soft_wrap=True)
     for case, error in evaluation.failed.items():
-        err.print(f"failed: {case}: {error}", style="red", highlight=False, markup=False)
+        err.print(f"failed: {case}: {error}", style="red", soft_wrap=True)

@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
 
 Cohort = Annotated[
     Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")

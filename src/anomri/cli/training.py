@@ -97,7 +97,7 @@ def train(
             f"{cohort.validation_cases} cases held out"
             + (f", {cohort.unused_cases} unused (test, or in no split)" if cohort.unused_cases else "")
             + f". Model: {output}",
-            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -115,12 +115,12 @@ def demo(
 
     with training_progress(err) as progress:
         result = run_demo(output, keep=keep, seed=seed, progress=progress)
-    out.print(result.table(), highlight=False)
-    out.print(f"Look at {result.report}", highlight=False)
+    out.print(result.table())
+    out.print(f"Look at {result.report}", soft_wrap=True)
     if keep:
         out.print(
             f"The cohort is in {result.cohort}; try: anomri detect -i {result.cohort} -o out -m {result.model}",
-            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -135,4 +135,4 @@ def import_checkpoint(
     from anomri.checkpoint import import_checkpoint as run
 
     detector = run(file, output, names_of(channels) or RELEASED_CHANNELS)
-    out.print(f"Model: {output} (channels {', '.join(detector.spec.channels)})", highlight=False)
+    out.print(f"Model: {output} (channels {', '.join(detector.spec.channels)})", soft_wrap=True)

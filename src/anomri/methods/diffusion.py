@@ -102,7 +102,8 @@ class Diffusion(nn.Module):
             return normal(x.shape, generator)
         if self.noise == "simplex":
             return simplex_noise((n, c, h, w), generator=generator)
-        return coarse_noise((n, c, h, w), 16, 1.0, generator)
+        # Enlarged, four ninths of the variance are left on average.
+        return coarse_noise((n, c, h, w), 16, 1.5, generator)
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""

@@ -1,0 +1,101 @@
+"""What was found in one scan, and its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anomri.files import output_folder, write_text
+from anomri.lesions import Lesion
+from anomri.slices import SliceStack, from_slices
+from anomri.spec import ModelSpec
+from anomri.volume import Volume, write_image
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in one scan; arrays lie in the working orientation, `save` brings them to the input's grid.
+
+    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
+    ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
+    intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n, h, w) are what the method
+    saw and gave on the working grid. ``spec`` is the model's, its thresholds those for the channels that the scan has,
+    and ``threshold`` the score that made the mask.
+    """
+
+    name: str
+    spec: ModelSpec
+    volume: Volume
+    stack: SliceStack
+    scores: NDArray[np.float32]
+    reconstructed: Tensor
+    anomaly_map: NDArray[np.float32]
+    threshold: float | None
+    mask: NDArray[np.bool_] | None
+    lesions: tuple[Lesion, ...]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Those of the model's channels that the scan has, and that were looked at."""
+        return tuple(name for name in self.volume.channels if name not in self.volume.missing)
+
+    @property
+    def reconstruction(self) -> NDArray[np.float32]:
+        """The reconstruction of the scan's ``channels``, (channels, x, y, z) in the input's intensities."""
+        shape, stack = self.volume.geometry.canonical_shape, self.stack
+        found = []
+        for name in self.channels:
+            number = self.volume.channels.index(name)
+            slices = stack.scale[number].inverse(self.reconstructed[:, number], stack.foreground)
+            found.append(from_slices(slices, shape, stack.window, stack.index))
+        return np.stack(found)
+
+    @property
+    def display_range(self) -> tuple[float, float]:
+        """Scores between which a viewer shows colour: the same for all scans of a model."""
+        thresholds = self.spec.thresholds
+        return (thresholds.value[0], 2 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
+
+    def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
+        """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
+
+        Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
+        there. Raises `AnomriError` naming the file that cannot be written.
+        """
+        folder, geometry = output_folder(Path(folder)), self.volume.geometry
+        written = [folder / f"{self.name}_anomaly.nii.gz"]
+        write_image(written[0], self.anomaly_map, geometry, self.display_range)
+        if self.mask is not None:
+            written.append(folder / f"{self.name}_mask.nii.gz")
+            write_image(written[-1], self.mask.astype(np.uint8), geometry, (0, 1))
+        if reconstruction:
+            written.append(folder / f"{self.name}_reconstruction.nii.gz")
+            write_image(written[-1], self.reconstruction, geometry)
+        written.append(folder / f"{self.name}.json")
+        write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
+        return written
+
+    def summary(self) -> dict[str, Any]:
+        """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
+        stored = self.spec.thresholds
+        chosen = stored if stored and self.threshold == stored.threshold else None
+        return {
+            "case": self.name,
+            "channels": list(self.channels),
+            "method": self.spec.method,
+            "threshold": self.threshold,
+            "voxel_false_positive_rate": chosen.voxel_rate if chosen else None,
+            "false_positive_ml": chosen.chosen_ml if chosen else None,
+            "peak": float(self.anomaly_map.max()),
+            "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
+            "lesions": [asdict(lesion) for lesion in self.lesions],
+            "notes": list(self.volume.notes),
+            "anomri": version("anomri"),
+        }
