@@ -102,7 +102,7 @@ class Trial:
                     raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                     scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
                     found = on_published_grid(scores, stack, volume, detector.spec.grid)
-                    pool.add(Scored(case.name, *found, float(score.max_dropped_voxels)))
+                    pool.add(Scored(case.name, *found, score.max_dropped(stack.spacing_mm)))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
         print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)

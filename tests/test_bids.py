@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from anomri.bids import bids_cases, lesion_labels, run_group, run_participant, validate
+from anomri.cli import main
 from anomri.detector import Detector
 from anomri.reporting import read_tsv
 from anomri.spec import AnomriError
@@ -333,3 +334,15 @@ def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, markin
     assert said["Threshold"] == detector.spec.subset_thresholds["flair"].threshold
     said = json.loads((out / "sub-01/anat/sub-01_desc-anomaly_FLAIR.json").read_text())
     assert said["Channels"] == ["flair"] and len(said["Sources"]) == 1
+
+
+def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) -> None:
+    arguments = ["--sensitivity", "lowest", "--channels", "flair", "--min-volume", "5000", "--participant-label", "01"]
+    command = ["bids", str(dataset), str(dataset.parent / "out"), "participant", "-m", str(marking)]
+    assert main([*command, *arguments, "--skip-bids-validation"]) == 0
+    anat = dataset.parent / "out" / "sub-01" / "anat"
+    said = json.loads((anat / "sub-01_desc-anomaly_mask.json").read_text())
+    assert said["VoxelFalsePositiveRate"] == 0.001
+    assert json.loads((anat / "sub-01_desc-anomaly_FLAIR.json").read_text())["Channels"] == ["flair"]
+    columns, rows = read_tsv(anat / "sub-01_desc-anomaly_dseg.tsv")
+    assert all(float(row[columns.index("volume_mm3")]) >= 5000 for row in rows)

@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from anomri.cases import Case, assign_splits, channels_of, find_cases, read_splits, split_cases, write_splits
+from anomri.cases import (
+    Case,
+    assign_splits,
+    case_of_files,
+    channels_of,
+    find_cases,
+    read_splits,
+    split_cases,
+    write_splits,
+)
 from anomri.spec import AnomriError
 
 
@@ -65,8 +74,8 @@ def test_channels_are_those_that_most_cases_have() -> None:
 
 
 def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
-    (case,) = find_cases(touch(tmp_path, "p_flair.nii.gz", "p_t1gd.nii.gz"))
-    with pytest.raises(AnomriError, match=r"p: no file for channel t1ce in .*channels found: flair, t1gd"):
+    (case,) = find_cases(touch(tmp_path, "p_flair.nii.gz", "p_swi.nii.gz"))
+    with pytest.raises(AnomriError, match=r"p: no file for channel t1ce in .*channels found: flair, swi"):
         case.files(("flair", "t1ce"))
 
 
@@ -140,3 +149,25 @@ def test_given_splits_are_honoured_and_checked() -> None:
         split_cases(_cases("sub-1_ses-1", "sub-1_ses-2"), {"sub-1_ses-1": "train", "sub-1_ses-2": "val"}, seed=0)
     with pytest.raises(AnomriError, match="no case is left to train on"):
         split_cases(_cases("a"), {}, seed=0)
+
+
+def test_channels_by_the_names_of_others(tmp_path: Path) -> None:
+    stem = "BraTS-GLI-00002-000"
+    names = [f"{stem}/{stem}-{kind}.nii.gz" for kind in ("t1n", "t1c", "t2w", "t2f", "seg")]
+    (case,) = find_cases(touch(tmp_path / "2023", *names))
+    assert case.name == stem and list(case.channels) == ["flair", "t1", "t1ce", "t2"]
+    assert case.label is not None and case.channels["t1ce"].name == f"{stem}-t1c.nii.gz"
+    (case,) = find_cases(touch(tmp_path / "flat", "a-b_T1w.nii.gz", "a-b_FLAIR.nii.gz"))
+    assert case.name == "a-b" and list(case.channels) == ["flair", "t1"]
+    with pytest.raises(AnomriError, match="are both t1 of case x"):
+        find_cases(touch(tmp_path / "twice", "x_t1.nii.gz", "x_T1w.nii.gz"))
+    file = tmp_path / "flat" / "a-b_T1w.nii.gz"
+    with pytest.raises(AnomriError, match="two of the channels t1, T1w are the same"):
+        case_of_files({"t1": file, "T1w": file})
+
+
+def test_what_was_detected_is_no_scan(tmp_path: Path) -> None:
+    outputs = [f"x_{kind}.nii.gz" for kind in ("anomaly", "mask", "reconstruction")]
+    touch(tmp_path, "x_flair.nii.gz", *outputs, *(f"again/{name}" for name in outputs))
+    (case,) = find_cases(tmp_path)
+    assert list(case.channels) == ["flair"] and case.mask is None

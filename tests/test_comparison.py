@@ -260,3 +260,9 @@ def test_a_preset_of_varied_noise_is_no_point_of_a_curve(tmp_path: Path) -> None
     varied = done("dae", {"noise_std": [0.03, 0.25]})
     figure = comparison_report._curve("noise_std", "strength", [varied, *noised])
     assert figure is not None and list(figure.axes[0].get_xticks()) == [0.1, 0.2]
+
+
+def test_a_cohort_without_a_test_split_is_told(cohort: Path, tmp_path: Path) -> None:
+    cases = [case for case in find_cases(cohort) if case.split != "test"]
+    with pytest.raises(AnomriError, match="no case is in the split test; write a splits.csv"):
+        compare(cases, tmp_path, methods="thresholding")

@@ -17,7 +17,7 @@ from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.findings import Detection
 from anomri.pictures import COLUMNS, preview
-from anomri.spec import AnomriError, ModelSpec
+from anomri.spec import AnomriError, ModelSpec, Score
 from anomri.volume import Volume
 from conftest import AFFINE, write
 
@@ -205,9 +205,10 @@ def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_pa
     assert not {name for name in written if name.startswith(("case7", ".partial"))}
     rows = [line.split("\t") for line in (tmp_path / "out" / "cases.tsv").read_text().splitlines()]
     assert [row[:2] for row in rows] == [["case", "status"], ["case6", "done"], ["case7", "failed"], ["case8", "done"]]
+    assert rows[1][2:4] == ["flair,t1", f"{results[0].summary['threshold']:.5g}"]  # type: ignore[index]
     lesions = (tmp_path / "out" / "lesions.tsv").read_text().splitlines()
     assert lesions[0].split("\t")[:3] == ["case", "lesion", "volume_mm3"]
-    assert sum(line.startswith("case8") for line in lesions) == int(rows[3][2])
+    assert sum(line.startswith("case8") for line in lesions) == int(rows[3][4])
 
 
 def test_detecting_twice_into_the_scans_folder_changes_nothing(model: Path, cohort: Path, tmp_path: Path) -> None:
@@ -275,3 +276,18 @@ def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: 
     assert all(result.error is None for result in detect_cohort(cases, tmp_path, model))
     assert len(alive) == 6
     assert most <= 4
+
+
+def test_what_is_dropped_is_a_volume_whatever_the_slices(model: Path, cohort: Path) -> None:
+    score = Score()
+    assert score.max_dropped((1.0, 1.875, 1.875)) == 20  # as in the paper
+    assert score.max_dropped((5.0, 1.875, 1.875)) == 4
+    assert score.max_dropped((1.0, 1.875, 1.875), 1.0) == 70 == 5 * score.max_dropped((5.0, 1.875, 1.875), 5.0)
+    least = replace(score, min_volume_mm3=10.0)
+    assert [least.max_dropped((1.0, 1.0, 1.0), mm3) for mm3 in (1.0, 3.0, 5.0, 20.0)] == [9, 3, 1, 0]
+    detector, case = Detector.load(model), find_cases(cohort)[7]
+    voxel = detector.detect(case).volume.geometry.voxel_mm3
+    all_of_them = detector.with_min_volume(0).detect(case).lesions
+    for least in (3 * voxel, 20 * voxel):
+        kept = detector.with_min_volume(least).detect(case).lesions
+        assert [one.volume_mm3 for one in kept] == [o.volume_mm3 for o in all_of_them if o.volume_mm3 >= least - 1e-3]

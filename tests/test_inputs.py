@@ -1,6 +1,7 @@
 """Scans as people have them: any header, channels on their own grids, files by name, DICOM folders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from anomri.cases import Case, case_of_files, find_cases
 from anomri.cli import main
+from anomri.detector import Detector
 from anomri.intake import holds_dicom
 from anomri.spec import AnomriError
 from anomri.volume import read_volume
@@ -91,7 +93,8 @@ def two_grids(folder: Path) -> dict[str, Path]:
         affine = grid(directions, spacing, shape)
         image = scan(shape, affine).astype(np.float32)
         if name == "t1":
-            image = places(shape, affine)[..., 0].astype(np.float32) + 200  # says where a voxel lies
+            where = places(shape, affine)
+            image = ((where[..., 0] + 200) * (np.abs(where) < 63).all(-1)).astype(np.float32)  # says where a voxel lies
         paths[name] = folder / f"a_{name}.nii.gz"
         nib.save(nib.Nifti1Image(image, affine), paths[name])
     return paths
@@ -102,7 +105,7 @@ def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys:
     detector = thresholding("flair", "t1")
     volume = detector.read(paths)
     x = places(volume.geometry.canonical_shape, volume.geometry.canonical_affine)[..., 0]
-    inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 60).all(-1)
+    inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 56).all(-1)
     np.testing.assert_allclose(volume.data[1][inside], x[inside] + 200, atol=1e-2)
     (note,) = volume.notes
     assert (
@@ -285,3 +288,48 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(real_scans: Path
     assert np.corrcoef(mixed.anomaly_map.ravel(), exact.anomaly_map.ravel())[0, 1] > 0.99
     anomaly = nib.load(mixed.save(tmp_path / "out")[0])
     np.testing.assert_array_equal(anomaly.affine, nib.load(case.channels["flair"]).affine)
+
+
+def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(marking: Path, tmp_path: Path) -> None:
+    detector = Detector.load(marking)
+    brain = scan((64, 72, 56), grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))).astype(np.float32)
+    affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
+    paths = {name: tmp_path / f"p_{name}.nii.gz" for name in ("FLAIR", "T1w", "swi", "visit")}
+    for path in paths.values():
+        nib.save(nib.Nifti1Image(brain, affine), path)
+    assert detector.read(paths["T1w"]).missing == ("flair",)
+    with pytest.raises(AnomriError, match="trained on flair, t1, but the scan has swi"):
+        detector.read(paths["swi"])
+    volume = detector.read(paths["visit"])
+    assert volume.missing == ("t1",) and volume.notes[0].startswith("p_visit.nii.gz is taken for flair, since its name")
+    table = tmp_path / "one.tsv"
+    table.write_text("case\tvisit\na\tp_visit.nii.gz\n")
+    with pytest.raises(AnomriError, match="the scan has visit"):
+        detector.read(table)
+    notes = detector.read({"FLAIR": paths["FLAIR"], "swi": paths["swi"]}).notes
+    assert "has no t1" in notes[0] and notes[1] == "swi is no channel of the model, and is not looked at."
+    detector.spec = replace(detector.spec, score=replace(detector.spec.score, channels=("flair",)))
+    assert detector.read(paths["T1w"]).notes[-1].startswith("without flair, which the score rests on, far fewer")
+    assert detector.read({"t1w": paths["T1w"], "flair": paths["FLAIR"]}).notes == ()
+
+
+def test_a_header_without_codes_is_told(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([3, 3, 3, 1]))
+    image.header.set_zooms((3, 3, 3))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, tmp_path / "a_flair.nii.gz")
+    (note,) = thresholding("flair").read(tmp_path / "a_flair.nii.gz").notes
+    assert note == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right."
+
+
+def test_cases_of_a_run_before_are_told(
+    marking: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("case7", "case8"):
+        flair = cohort / name / f"{name}_flair.nii.gz"
+        assert main(["detect", "--flair", str(flair), "-m", str(marking), "-o", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has maps of case7 from another run; the tables and the report will be of this run alone" in said
+    report = (tmp_path / "report.html").read_text()
+    assert "Scans with fewer channels have thresholds of their own" in report

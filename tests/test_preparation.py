@@ -17,6 +17,7 @@ from anomri.preparation import CEILING, Preparation, prepare
 from anomri.registration import degrees_of, register, template
 from anomri.skull import TOOLS, has_skull
 from anomri.spec import AnomriError
+from anomri.training import train
 from anomri.volume import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
@@ -50,7 +51,7 @@ def test_no_real_scan_is_taken_for_a_head(real_scans: Path) -> None:
     cases = [*find_cases(real_scans / "brats18"), *find_cases(real_scans / "stroke")]
     assert len(cases) == 29
     for case in cases:
-        assert has_skull(read_volume(case, [next(iter(case.channels))], with_label=False)) is None, case.name
+        assert has_skull(read_volume(case, list(case.channels), with_label=False)) is None, case.name
 
 
 @pytest.mark.parametrize("air", [True, False])
@@ -252,3 +253,16 @@ def test_a_scan_as_published_is_prepared_by_nothing(real_scans: Path) -> None:
     plain, prepared = read_volume(case, ["flair", "t1"]), prepare(case, ["flair", "t1"])
     np.testing.assert_array_equal(plain.data, prepared.data)
     assert prepared.notes == ()
+
+
+def test_a_head_in_any_channel_is_refused_also_for_training(tmp_path: Path) -> None:
+    data, affine = head(air=True)
+    brain = np.pad(np.asanyarray(template()[0].dataobj), 12)
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}_flair.nii.gz", brain, affine)
+        save(tmp_path / f"{name}_t1.nii.gz", data, affine)
+    cases = find_cases(tmp_path)
+    with pytest.raises(AnomriError, match="a_t1.nii.gz: a still has its skull"):
+        thresholding("flair", "t1").read(cases[0])
+    with pytest.raises(AnomriError, match="_t1.nii.gz: . still has its skull"):
+        train(cases, tmp_path / "m", preset="tiny", cache=tmp_path / "cache")

@@ -251,7 +251,10 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
     [
         ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
         ({"method": "magic"}, "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae"),
-        ({"settings": {"depth": 3}}, "settings .* do not fit the method dae"),
+        ({"settings": {"depth": 3}}, "dae has no setting depth; it has widths, noise_resolution"),
+        ({"settings": {"widths": 3}}, "settings .* do not fit the method dae"),
+        ({"score": {"kind": "best"}}, "no score 'best'; there are own, auto, .*positive"),
+        ({"score": {"kind": "mark"}}, "the score mark needs marks, which the model does not make"),
         ({"training": {"depth": 3}}, "training settings .* do not fit"),
         ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),
         ({"method": "thresholding", "training": {"steps": 3}}, "is not trained; steps would change nothing"),

@@ -22,12 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.cases import Case
-from anomri.detection import CaseResult, detect_each, run_facts, tsv, write_run, write_tables
+from anomri.detection import detect_each
 from anomri.detector import Detector
 from anomri.files import output_folder, write_text
 from anomri.findings import Detection
 from anomri.launch import alone
+from anomri.preparation import Preparation
 from anomri.reporting import detection_report
+from anomri.results import CaseResult, run_facts, tsv, write_run, write_tables
 from anomri.spec import CITATION, AnomriError
 from anomri.volume import Volume, write_image
 
@@ -132,10 +134,11 @@ def run_participant(
     participant_labels: Sequence[str] | None = None,
     session_labels: Sequence[str] | None = None,
     skip_bids_validation: bool = False,
+    preparation: Preparation = Preparation(),
     warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
-    """Detect in every case of a BIDS data set and write derivatives to the data set ``out_dir``.
+    """Detect in every case of a BIDS data set, after ``preparation``, and write derivatives to the data set ``out_dir``.
 
     A case that fails is noted in ``logs`` and the run goes on. What other runs with the same model and data set
     wrote to ``out_dir`` stays, so participants may be worked on one by one, or at the same time. Raises
@@ -155,8 +158,8 @@ def run_participant(
     logs, started, results = output_folder(out / "logs"), time.time(), list[CaseResult]()
     write_run(out, detector, len(cases), started)
     try:
-        save = partial(_save, root=root, out=out)
-        for result in detect_each(detector, cases, lambda case: _read(detector, root, case), save, out):
+        read, save = partial(_read, detector, preparation, root), partial(_save, root=root, out=out)
+        for result in detect_each(detector, cases, read, save, out):
             results.append(result)
             write_text(logs / f"{result.case}.json", json.dumps(asdict(result), indent=2) + "\n")
             progress(result, len(cases))
@@ -243,7 +246,7 @@ def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Call
     return Case(name, paths, label, mask)
 
 
-def _read(detector: Detector, root: Path, case: Case) -> Volume:
+def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) -> Volume:
     wanted = detector.spec.channels
     missing = ", ".join(f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels)
     if missing and not (detector.takes_subsets and case.channels):
@@ -252,7 +255,7 @@ def _read(detector: Detector, root: Path, case: Case) -> Volume:
             f"{case.name}: no image for channel {missing} in {folder} (channels found in one space: {found}). Add it, "
             f"or choose others with --participant-label."
         )
-    return detector.read(case)
+    return detector.read(case, preparation)
 
 
 def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:

@@ -17,7 +17,13 @@ from anomri.spec import AnomriError
 SUFFIXES = (".nii.gz", ".nii")
 LABEL_NAMES = ("seg", "label")
 MASK_NAMES = ("mask", "brainmask")
+OUTPUTS = ("anomaly", "mask", "reconstruction")
+"""How the images that `anomri detect` writes end."""
 SPLITS = ("train", "val", "test")
+ALIASES = {"t1w": "t1", "t1n": "t1", "t2w": "t2", "t2f": "flair", "t1c": "t1ce", "t1gd": "t1ce"}
+"""What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
+HYPHENATED = {*ALIASES, *ALIASES.values(), *LABEL_NAMES}
+"""What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Case:
     mask: Path | None = None
     split: str | None = None
     subject: str | None = None
+    notes: tuple[str, ...] = ()
+    """What its owner should know of how it was found."""
 
     @property
     def patient(self) -> str:
@@ -62,8 +70,9 @@ def find_cases(cohort: str | Path) -> list[Case]:
     * one NIfTI file, a case of one channel.
 
     ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
-    lower case. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
-    tables. Raises `AnomriError` if there is nothing, or something that does not fit.
+    lower case, and ``t1w``, ``t1c``, ... are taken for what they are (`ALIASES`), also behind a hyphen. What `anomri
+    detect` wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is
+    opened but tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
     path = Path(cohort)
     if path.is_dir():
@@ -93,7 +102,9 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
     It is called ``name``, else what the file of the first channel is called without ``_<channel>``. Raises
     `AnomriError` naming a file that is not there or is no NIfTI file by its name.
     """
-    paths = {channel.strip().lower(): Path(path) for channel, path in files.items()}
+    paths = {channel_name(channel): Path(path) for channel, path in files.items()}
+    if len(paths) < len(files):
+        raise AnomriError(f"two of the channels {', '.join(files)} are the same; name one file for each.")
     for channel, path in paths.items():
         if not re.fullmatch(r"[a-z0-9]+", channel):
             raise AnomriError(f"channel {channel!r}: name it in letters and digits, such as flair.")
@@ -213,19 +224,30 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
     write_text(path, text.getvalue())
 
 
+def channel_name(name: str) -> str:
+    """A channel's name in lower case and, if it is one of `ALIASES`, as it is known here."""
+    name = name.strip().lower()
+    return ALIASES.get(name, name)
+
+
 def _split_name(path: Path) -> tuple[str, str]:
-    stem, _, kind = bare_name(path).rpartition("_")
-    return stem, kind.lower()
+    bare = bare_name(path)
+    stem, hyphen, kind = bare.rpartition("-")
+    if not hyphen or kind.lower() not in HYPHENATED:
+        stem, _, kind = bare.rpartition("_")
+    return stem, channel_name(kind)
 
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     found: dict[str, dict[str, Path]] = {}
     subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     for place in sorted([folder, *subfolders]):
-        for path in sorted(place.iterdir()):
-            if not path.name.lower().endswith(SUFFIXES) or path.name.startswith("."):
-                continue
-            stem, kind = _split_name(path)
+        images = [path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES)]
+        named = {path: _split_name(path) for path in images if not path.name.startswith(".")}
+        detected = {stem for stem, kind in named.values() if kind == "anomaly"}
+        for path, (stem, kind) in named.items():
+            if stem in detected and kind in OUTPUTS:
+                continue  # that mask is not a brain's
             files = found.setdefault(stem or place.resolve().name, {})
             if kind in files:
                 raise AnomriError(f"{path} and {files[kind]} are both {kind} of case {stem}; keep one of them.")
@@ -243,7 +265,7 @@ def _cases_in_table(path: Path) -> list[Case]:
             raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
         if split not in (*SPLITS, None):
             raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")
-        files = {column.lower(): path.parent / value for column, value in row.items() if value}
+        files = {channel_name(column): path.parent / value for column, value in row.items() if value}
         for column, file in files.items():
             if not file.is_file():
                 raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")
@@ -252,9 +274,6 @@ def _cases_in_table(path: Path) -> list[Case]:
 
 
 def _case(name: str, files: dict[str, Path]) -> Case:
-    if "anomaly" in files:
-        # What `anomri detect` wrote beside the scan is no input of it: its mask is not a brain's.
-        files = {kind: path for kind, path in files.items() if kind not in ("anomaly", "mask", "reconstruction")}
     label = next((files[kind] for kind in LABEL_NAMES if kind in files), None)
     mask = next((files[kind] for kind in MASK_NAMES if kind in files), None)
     known = (*LABEL_NAMES, *MASK_NAMES)

@@ -65,6 +65,11 @@ def compare(
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     # Split once, so that the seed changes the training alone.
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed=0)
+    if split is None and not any(case.split == "test" for case in cases):
+        raise AnomriError(
+            "no case is in the split test; write a splits.csv (case,split) into the cohort, or name one with --splits, so "
+            "that methods are compared on cases that none was trained on."
+        )
     test_cases, chosen = choose_cases(cases, split, splits_of(cases))
     first = Job(
         variant="",

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomri.comparison_jobs import MEDIAN, Job
-from anomri.detection import tsv
 from anomri.files import whole_file, write_text
 from anomri.pictures import TRUTH_COLOUR, grey, heat, outline
 from anomri.previews import Picture
 from anomri.reporting import Page, Table, write_page
+from anomri.results import tsv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from anomri.cases import Case
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
-from anomri.files import sole_use, write_text
+from anomri.files import sole_use
 from anomri.findings import Detection
 from anomri.launch import processors
 from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
 from anomri.records import Records, Shard, keys_of
-from anomri.reporting import detection_report
+from anomri.results import CaseResult, run_facts, write_run_tables
 from anomri.spec import AnomriError
 from anomri.volume import Volume
 
@@ -37,50 +32,6 @@ LOGS = "logs"
 MOST_SCANS = 8
 """How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
 T = TypeVar("T")
-CASE_COLUMNS = ("case", "status", "lesions", "lesion_volume_mm3", "peak", "seconds", "error", "notes")
-LESION_COLUMNS = (
-    "case",
-    "lesion",
-    "volume_mm3",
-    "x_mm",
-    "y_mm",
-    "z_mm",
-    "peak",
-    "mean",
-    "confidence",
-    "edge_distance_mm",
-)
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What became of one case: its `Detection.summary`, or the error that kept it from having one."""
-
-    case: str
-    seconds: float
-    summary: dict[str, object] | None = None
-    error: str | None = None
-    files: tuple[Path, ...] = ()
-    """What `Detection.save` wrote of it."""
-
-    def to_json(self) -> dict[str, object]:
-        """Status, summary and absolute paths of the files, as plain numbers and strings."""
-        facts: dict[str, object] = {"case": self.case, "status": "failed" if self.error else "done"}
-        facts |= {"seconds": round(self.seconds, 2)} | (self.summary or {})
-        if self.error:
-            return facts | {"error": self.error}
-        kinds = ((file, file.name.removeprefix(self.case).split(".")[0]) for file in self.files)
-        return facts | {"files": {kind.strip("_") or "summary": str(file.resolve()) for file, kind in kinds}}
-
-    def to_record(self) -> dict[str, object]:
-        """All of it as what JSON holds, files by their names."""
-        return {**asdict(self), "files": [file.name for file in self.files]}
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any], folder: Path) -> CaseResult:
-        """What `to_record` gave, with files in ``folder``."""
-        known = {name: record[name] for name in ("case", "seconds", "summary", "error")}
-        return cls(**known, files=tuple(folder / name for name in record["files"]))
 
 
 def detect_cohort(
@@ -270,74 +221,3 @@ def problem(case: Case, error: BaseException) -> str:
     if isinstance(error, AnomriError):
         return str(error)
     return f"{case.name}: {type(error).__name__}: {' '.join(str(error).split()) or 'not enough memory'}"
-
-
-def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as tab-separated text."""
-    text = StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerows([columns, *rows])
-    return text.getvalue()
-
-
-def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
-    """Write ``cases.tsv`` and ``lesions.tsv``."""
-    case_rows: list[tuple[object, ...]] = []
-    lesion_rows: list[tuple[object, ...]] = []
-    for result in results:
-        seconds = f"{result.seconds:.2f}"
-        if result.summary is None:
-            case_rows.append((result.case, "failed", "", "", "", seconds, " ".join((result.error or "").split()), ""))
-            continue
-        summary = result.summary
-        lesions: list[dict[str, object]] = summary["lesions"]  # type: ignore[assignment]
-        notes: list[str] = summary["notes"]  # type: ignore[assignment]
-        volume, peak = f"{summary['lesion_volume_mm3']:.1f}", f"{summary['peak']:.5g}"
-        case_rows.append((result.case, "done", len(lesions), volume, peak, seconds, "", " ".join(notes)))
-        for lesion in lesions:
-            centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
-            scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")
-            known = (
-                "" if lesion.get(name) is None else f"{lesion[name]:.4g}" for name in ("confidence", "edge_distance_mm")
-            )
-            lesion_rows.append((result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores, *known))
-    write_text(folder / "cases.tsv", tsv(CASE_COLUMNS, case_rows))
-    write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
-
-
-def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResult]) -> None:
-    """Write the tables, ``run.json`` and the report of a run."""
-    write_tables(folder, results)
-    _write_run(folder, records.facts["run"], records.facts["started"])
-    detection_report(folder)
-
-
-def write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
-    """Write ``run.json``; ``started`` is in seconds since the epoch."""
-    _write_run(folder, run_facts(detector, cases), started)
-
-
-def run_facts(detector: Detector, cases: int) -> dict[str, object]:
-    """What ``run.json`` says beside times."""
-    spec, thresholds = detector.spec, detector.thresholds
-    return {
-        "anomri": version("anomri"),
-        "command": "detection",
-        "cases": cases,
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "method": spec.method,
-        "channels": detector.channels,
-        # The maps by position are the model's, and long.
-        "score": asdict(replace(spec.score, healthy_maps="")),
-        "thresholds": thresholds and asdict(thresholds),
-        "threshold": thresholds and thresholds.threshold,
-        "model_cohort": spec.cohort and asdict(spec.cohort),
-        "citation": spec.citation,
-    }
-
-
-def _write_run(folder: Path, facts: Mapping[str, object], started: float) -> None:
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
-    # From the beginning, with pauses, if it was gone on with.
-    facts = {**facts, "started": when, "seconds": round(time.time() - started, 1)}
-    write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, bare_name, case_of_files, find_cases, read_model_splits
+from anomri.cases import SUFFIXES, Case, bare_name, case_of_files, find_cases, read_model_splits
 from anomri.devices import resolve_device
 from anomri.findings import Detection
 from anomri.inference import Inference
@@ -26,13 +26,15 @@ from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
-from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, pixels_per_voxel, slice_volume
+from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
 from anomri.spec import AnomriError, ModelSpec, Thresholds
 from anomri.views import averaged_output
 from anomri.volume import Volume
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
+OTHER_IMAGES = ("t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "pdw", "bold", "ct", "pet")
+"""How files end that are no FLAIR."""
 
 
 class Detector:
@@ -144,8 +146,8 @@ class Detector:
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
         if threshold is not None:
-            per_voxel = pixels_per_voxel(volume.geometry, spec.grid)
-            mask = drop_small_components(anomaly_map > threshold, spec.score.max_dropped_voxels * per_voxel)
+            dropped = spec.score.max_dropped(stack.spacing_mm, volume.geometry.voxel_mm3)
+            mask = drop_small_components(anomaly_map > threshold, dropped)
             healthy = spec.thresholds.healthy if spec.thresholds else None
             lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, healthy)
         return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, threshold, mask, lesions)
@@ -171,6 +173,13 @@ class Detector:
         detector.spec = replace(
             self.spec, thresholds=chosen, subset_thresholds={name: one for name, one in parts.items() if one}
         )
+        return detector
+
+    def with_min_volume(self, mm3: float | None) -> Detector:
+        """The same model, whose masks keep components of at least this volume; ``None``: as it was trained."""
+        detector = copy(self)
+        if mm3 is not None:
+            detector.spec = replace(self.spec, score=replace(self.spec.score, min_volume_mm3=mm3))
         return detector
 
     def with_channels(self, names: Sequence[str]) -> Detector:
@@ -203,18 +212,21 @@ class Detector:
     def find_cases(self, cohort: str | Path) -> list[Case]:
         """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name.
 
-        So is, for a model that takes a part of its channels, a file whose name says no channel: it is FLAIR.
+        So is, for a model that takes a part of its channels, a file whose name says no channel: it is FLAIR. Neither is
+        one whose name says that it is something else (`OTHER_IMAGES`).
         """
         cases = find_cases(cohort)
-        if not (Path(cohort).is_file() and len(cases) == len(cases[0].channels) == 1):
+        if not Path(cohort).name.lower().endswith(SUFFIXES):
             return cases
         ((channel, path),) = cases[0].channels.items()
         taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
-        if channel in self.channels or taken_for not in self.channels:
+        if channel in (*self.channels, *OTHER_IMAGES) or taken_for not in self.channels:
             return cases
         if len(self.channels) > 1 and not self.takes_subsets:
             return cases
-        return [Case(cases[0].name if len(self.channels) == 1 else bare_name(path), {taken_for: path})]
+        note = f"{path.name} is taken for {taken_for}, since its name says no channel of the model."
+        name = cases[0].name if len(self.channels) == 1 else bare_name(path)
+        return [Case(name, {taken_for: path}, notes=(note,))]
 
     def read(
         self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
@@ -231,15 +243,30 @@ class Detector:
         missing = [channel for channel in channels if channel not in scan.channels]
         present = [channel for channel in self.channels if channel in scan.channels]
         if len(present) < len(channels) and present and self.takes_subsets:
-            absent = [name for name in self.channels if name not in scan.channels]
-            return prepare(scan, present, self.spec.grid, preparation).completed(channels, absent)
+            notes = self._notes_on(scan) if len(present) < len(self.channels) else ()
+            return prepare(scan, present, self.spec.grid, preparation).completed(channels, (*scan.notes, *notes))
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
                 f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
                 f"<case>_<channel>.nii.gz, or train a model with --channels {','.join(scan.channels)}."
             )
-        return prepare(scan, channels, self.spec.grid, preparation)
+        volume = prepare(scan, channels, self.spec.grid, preparation)
+        return replace(volume, notes=(*scan.notes, *volume.notes))
+
+    def _notes_on(self, scan: Case) -> list[str]:
+        """What the owner of a scan should know that lacks channels."""
+        absent = [name for name in self.channels if name not in scan.channels]
+        notes = [
+            f"the scan has no {', '.join(absent)}; the model was trained to do without, and has a threshold for that."
+        ]
+        others = [name for name in scan.channels if name not in self.spec.channels]
+        if others:
+            notes.append(f"{', '.join(others)} is no channel of the model, and is not looked at.")
+        bright = [name for name in self.spec.score.channels if name in self.channels]
+        if bright and set(bright) <= set(absent):
+            notes.append(f"without {' and '.join(bright)}, which the score rests on, far fewer lesions are found.")
+        return notes
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""

@@ -25,10 +25,12 @@ from anomri.previews import save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
 from anomri.residual import describe
-from anomri.slices import SliceStack, label_slices, pixels_per_voxel, rescale
+from anomri.slices import SliceStack, label_slices, rescale
 from anomri.spec import AnomriError, Grid, Score
 from anomri.volume import Volume, read_label, read_map
 
+PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
+"""Voxels of the paper's working grid on BraTS: slices, rows and columns."""
 SCORES = ".scores"
 EVALUATION = "evaluation"
 """In ``logs``, where the records of cases end in ``.json``."""
@@ -139,8 +141,10 @@ def make_plan(
     facts: dict[str, Any] = {"grid": grid, "threshold": threshold, "given": threshold is not None}
     if model is None:
         place = Path(str(maps))
+        if not place.is_dir():
+            raise AnomriError(f"{place}: no such folder; name the one that holds the maps.")
         cases, facts["chosen"] = choose_cases(cases, split)
-        facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": Score().max_dropped_voxels}
+        facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": _dropped(Score())}
         with_maps = [replace(case, channels={"map": _map_of(place, case) or place}) for case in cases]
         keys = keys_of(with_maps, ["map"], facts)
         return Plan(cases, lambda some: _read_maps(place, some, threshold), facts, keys)
@@ -150,7 +154,7 @@ def make_plan(
     cases, facts["chosen"] = choose_cases(cases, split, detector.splits)
     if threshold is None and detector.thresholds is not None:
         facts["threshold"] = detector.thresholds.threshold
-    facts["dropped"] = spec.score.max_dropped_voxels
+    facts["dropped"] = _dropped(spec.score)
     facts["what"] = f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
     keys = keys_of(cases, spec.channels, facts, detector.fingerprint)
     return Plan(
@@ -241,14 +245,14 @@ def _detected(
             detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
-            dropped, working = float(detector.spec.score.max_dropped_voxels), detector.spec.grid
+            working, mm = detector.spec.grid, detection.stack.spacing_mm
             if grid == "model":
                 scores, label = on_published_grid(detection.scores, detection.stack, volume, working)
-                dropped *= scores[0].size / math.prod(working.size)
+                voxel_mm3 = math.prod(mm) * math.prod(working.size) / scores[0].size
             else:
                 assert volume.label is not None
-                scores, label = detection.anomaly_map, volume.label
-                dropped *= pixels_per_voxel(volume.geometry, working)
+                scores, label, voxel_mm3 = detection.anomaly_map, volume.label, volume.geometry.voxel_mm3
+            dropped = detector.spec.score.max_dropped(mm, voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
@@ -284,10 +288,16 @@ def _read_maps(maps: Path, cases: Sequence[Case], threshold: float | None) -> It
             label, geometry = read_label(case)
             assert case.label is not None
             scores = read_map(path, case.label, geometry)
-            dropped = Score().max_dropped_voxels * pixels_per_voxel(geometry, Grid())
+            dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=threshold, patient=case.patient)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
+
+
+def _dropped(score: Score) -> str:
+    if score.min_volume_mm3 is not None:
+        return f"less than {score.min_volume_mm3:g} mm3"
+    return f"at most {score.max_dropped_voxels} voxels of the working grid, were they 1 mm high,"
 
 
 def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
@@ -310,5 +320,5 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         "lesion-wise": "26-connected lesions; detected if one voxel is in the mask",
         "intervals": "95 %, 2,000 bootstrap resamples of patients"
         + (f" ({patients}, of {len(pool.cases)} scans)" if patients < len(pool.cases) else ""),
-        "components": f"26-connected ones of at most {facts['dropped']} voxels of the working grid are dropped where filtered",
+        "components": f"26-connected ones of {facts['dropped']} are dropped where filtered",
     }

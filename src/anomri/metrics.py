@@ -129,7 +129,7 @@ def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
     return 2 * int((prediction & label).sum()) / total if total else 1.0
 
 
-def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: float) -> NDArray[np.bool_]:
+def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> NDArray[np.bool_]:
     """``mask`` (3D) without 26-connected components of at most ``max_dropped_voxels``.
 
     The paper counts a component's holes as its own. With 26-connected holes that changes nothing up to 26
@@ -139,7 +139,7 @@ def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: float) ->
     if not mask[box].size:
         return mask
     kept = np.zeros_like(mask)
-    least = int(max_dropped_voxels) + 1
+    least = max_dropped_voxels + 1
     kept[box] = cc3d.dust(np.ascontiguousarray(mask[box], np.uint8), threshold=least, connectivity=26)
     return kept
 

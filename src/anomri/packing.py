@@ -22,11 +22,12 @@ from anomri.cases import Case
 from anomri.files import output_folder, remove_partial, whole_file, write_text
 from anomri.launch import processors
 from anomri.parallel import side_by_side
-from anomri.slices import SliceStack, Window, brain_box, foreground_of, pixels_per_voxel, slice_volume
+from anomri.skull import check_skull
+from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
 
-PACKING_VERSION = 4
+PACKING_VERSION = 5
 ABANDONED_S = 24 * 3600
 """Other runs may be packing into the same folder: only what is half-written for longer than this was left by a dead one."""
 
@@ -36,8 +37,8 @@ class PackedCase:
     """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
 
     ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
-    brain; ``fingerprint`` is a SHA-256 of the source files' content; ``pixel_mm3`` is the volume of a
-    pixel, ``spacing_mm`` the spacing of slices, rows and columns.
+    brain; ``fingerprint`` is a SHA-256 of the source files' content, ``spacing_mm`` the spacing of slices, rows and
+    columns.
     ``checksums`` holds a CRC-32 of every slice: a disk or network that gave other bytes is noticed when a slice is
     read, without reading the rest of the file, and ``pack`` packs the case anew.
     """
@@ -48,7 +49,6 @@ class PackedCase:
     healthy: tuple[int, ...]
     box: tuple[int, int, int, int]
     fingerprint: str
-    pixel_mm3: float
     spacing_mm: tuple[float, float, float]
     checksums: NDArray[np.uint32] = field(compare=False, repr=False)
     pack: Callable[[], PackedCase] = field(compare=False, repr=False)
@@ -205,12 +205,12 @@ def _pack_case(
     facts = None if anew else _packed_before(file, sidecar)
     if facts is None:
         volume = read_volume(case, channels, grid)
+        check_skull(case, volume)
         stack = slice_volume(volume, grid, scaling)
         slices = stack.x.half().numpy()
         with whole_file(file) as written, written.open("wb") as target:
             np.save(target, slices)
         facts = _facts(stack, [path for path in sources if path is not None])
-        facts["pixel_mm3"] = pixels_per_voxel(volume.geometry, grid) * volume.geometry.voxel_mm3
         facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.

@@ -163,7 +163,7 @@ def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
 def _mask(detection: Detection) -> NDArray[np.bool_]:
     """The mask on the working grid (n, h, w), as its components are filtered there; empty without a threshold."""
     above = detection.scores > (np.inf if detection.threshold is None else detection.threshold)
-    return drop_small_components(above, detection.spec.score.max_dropped_voxels)
+    return drop_small_components(above, detection.spec.score.max_dropped(detection.stack.spacing_mm))
 
 
 def _shown_image(volume: Volume) -> NDArray[np.float32]:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.boxes import box_around
-from anomri.detection import tsv
 from anomri.files import output_folder, whole_file, write_text
 from anomri.metrics import (
     Counts,
@@ -30,6 +29,7 @@ from anomri.metrics import (
     percentile_interval,
     precision_recall_of_sorted,
 )
+from anomri.results import tsv
 from anomri.spec import AnomriError
 
 BOOTSTRAP_STEPS = 2048
@@ -126,7 +126,7 @@ class Scored:
     case: str
     scores: NDArray[np.float32] | None = None
     label: NDArray[np.bool_] | None = None
-    max_dropped: float = 0.0
+    max_dropped: int = 0
     error: str | None = None
     threshold: float | None = None
     patient: str | None = None
@@ -215,7 +215,7 @@ class Pool:
 
 
 def _at_threshold(
-    patient: PatientScores, dropped: float, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float
+    patient: PatientScores, dropped: int, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float
 ) -> PatientScores:
     mask = scores > threshold
     filtered = drop_small_components(mask, dropped)

@@ -11,7 +11,7 @@ import numpy as np
 from anomri.bias import correct_bias
 from anomri.cases import Case
 from anomri.registration import register
-from anomri.skull import brain_mask, has_skull, refusal
+from anomri.skull import brain_mask, check_skull
 from anomri.spec import AnomriError, Grid
 from anomri.volume import Volume, read_volume
 
@@ -58,8 +58,8 @@ def prepare(
                 raise AnomriError(
                     f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
                 )
-    elif case.mask is None and (found := has_skull(volume)):
-        raise refusal(case.name, case.channels[channels[0]], found)
+    else:
+        check_skull(case, volume)
     volume = without_spikes(volume)
     if preparation.bias_correction:
         spacing = volume.geometry.spacing_mm

@@ -157,13 +157,15 @@ def _detection_page(folder: Path, note: str) -> Page:
     facts = [("scans", f"{len(done)}" + (f" of {len(rows)}" if len(done) < len(rows) else ""))]
     facts += [("with a finding", f"{sum(volume > 0 for volume in volumes)}"), ("findings", f"{len(lesions)}")]
     facts += [("median volume", f"{statistics.median(volumes):.1f} ml")] if volumes else []
+    fewer = "channels" in place and any(row[place["channels"]] != ",".join(run["channels"]) for row in done)
+    others = " Scans with fewer channels have thresholds of their own, in the table." if fewer else ""
     kept = [k for k in range(len(columns)) if columns[k] != "error" or len(done) < len(rows)]
     shown = [[row[k] for k in kept] for row in rows]
     table = Table("Scans", [columns[k] for k in kept], shown, links={view.preview.name: view.place for view in cases})
     more = f"The first {MAX_LESIONS} of {len(lesions)}; all are in lesions.tsv." if len(lesions) > MAX_LESIONS else ""
     return Page(
         title="Anomalies found",
-        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run)}.",
+        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run)}." + others,
         note=note,
         facts=facts,
         summary=[table],

@@ -13,7 +13,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from anomri.cases import Case
 from anomri.extras import optional
+from anomri.geometry import Geometry
 from anomri.nifti import read_image
 from anomri.spec import AnomriError, first_line
 from anomri.volume import Volume
@@ -29,25 +31,39 @@ TOOLS = ("mri_synthstrip", "hd-bet")
 """Programs that are called if they are on the path, the first found; made for scans of any contrast."""
 
 
-def has_skull(volume: Volume) -> str | None:
-    """What about the first channel says that it is a whole head, not a brain alone; ``None`` if nothing does.
+def has_skull(volume: Volume) -> tuple[str, str] | None:
+    """The first channel that is a whole head, not a brain alone, and what says so; ``None`` if none is.
 
-    A scan is a head if what is not zero in it has more volume than a brain, a larger axial slice, or fills the field.
+    An image is a head if what is not zero in it has more volume than a brain, a larger axial slice, or fills the field.
     Where air is noise, not zero, all three hold.
     """
-    inside = volume.inside[0] > 0
-    across, down, _ = volume.geometry.spacing_mm
-    slices = np.count_nonzero(inside, axis=(0, 1))
-    filled = float(slices.sum()) / math.prod(volume.geometry.canonical_shape)
-    millilitres = float(slices.sum()) * volume.geometry.voxel_mm3 / 1000
-    widest = float(slices.max()) * across * down
+    for name, channel in zip(volume.channels, volume.inside, strict=True):
+        if found := _head(channel > 0, volume.geometry):
+            return name, found
+    return None
+
+
+def _head(inside: NDArray[np.bool_], geometry: Geometry) -> str | None:
+    across, down, _ = geometry.spacing_mm
+    above = int(np.count_nonzero(inside))
+    millilitres = above * geometry.voxel_mm3 / 1000
+    filled = above / math.prod(geometry.canonical_shape)
     if millilitres > MAX_BRAIN_ML:
         return f"{millilitres:,.0f} ml of it are above zero, and no brain has more than {MAX_BRAIN_ML:,.0f} ml"
-    if widest > MAX_SLICE_MM2:
-        return f"a slice of it is above zero over {widest / 100:,.0f} cm2, and a brain's over {MAX_SLICE_MM2 / 100:.0f} at most"
+    # Slices take longest to count, and those of most brains fit into a box that is small enough.
+    if math.prod(inside.shape[:2]) * across * down > MAX_SLICE_MM2:
+        widest = float(np.count_nonzero(inside, axis=(0, 1)).max()) * across * down
+        if widest > MAX_SLICE_MM2:
+            return f"a slice of it is above zero over {widest / 100:,.0f} cm2, and a brain's over {MAX_SLICE_MM2 / 100:.0f} at most"
     if filled > MAX_FILLED and millilitres > MIN_BRAIN_ML:
         return f"{filled:.0%} of its voxels are above zero: the air around the head is not zero"
     return None
+
+
+def check_skull(case: Case, volume: Volume) -> None:
+    """Raise the `refusal` of a scan that plainly has its skull, unless a mask says where its brain is."""
+    if case.mask is None and (found := has_skull(volume)):
+        raise refusal(case.name, case.channels[found[0]], found[1])
 
 
 def refusal(name: str, path: Path, found: str) -> AnomriError:

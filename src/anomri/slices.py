@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.boxes import box_around
-from anomri.geometry import Geometry, copy_turned
+from anomri.geometry import copy_turned
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Grid, Scaling
 from anomri.volume import Volume
 
@@ -257,15 +257,6 @@ def from_slices(slices: Tensor, shape: tuple[int, int, int], window: Window, ind
     volume = np.zeros(shape, dtype=np.float32)
     volume[..., index.start : index.stop] = native[0].permute(1, 2, 0).numpy()
     return volume
-
-
-def pixels_per_voxel(geometry: Geometry, grid: Grid) -> float:
-    """How many in-plane pixels of a scan one pixel of the working grid covers."""
-    if grid.field_of_view_mm is None:
-        field_mm2 = float(np.prod(geometry.canonical_shape[:2]) * np.prod(geometry.spacing_mm[:2]))
-    else:
-        field_mm2 = grid.field_of_view_mm[0] * grid.field_of_view_mm[1]
-    return field_mm2 / (grid.size[0] * grid.size[1]) / float(np.prod(geometry.spacing_mm[:2]))
 
 
 def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:

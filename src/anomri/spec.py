@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,7 +106,22 @@ class Score:
     chosen_by: str = ""
     """Why it is this score, in words."""
     max_dropped_voxels: int = 20
-    """Components of the mask up to this many voxels of the working grid are dropped."""
+    """Components of the mask up to the volume of so many voxels of the working grid, were they 1 mm high, are dropped."""
+    min_volume_mm3: float | None = None
+    """Instead: those below this volume."""
+
+    def max_dropped(self, spacing_mm: Sequence[float], voxel_mm3: float | None = None) -> int:
+        """The largest component that is dropped, in voxels of ``voxel_mm3``; by default those of the working grid.
+
+        ``spacing_mm`` is the working grid's: of slices, rows and columns. What is dropped is a volume, so that a scan of
+        thick slices does not lose what one of thin slices keeps.
+        """
+        pixel_mm2 = spacing_mm[1] * spacing_mm[2]
+        voxel = pixel_mm2 * spacing_mm[0] if voxel_mm3 is None else voxel_mm3
+        # Rounded, for what was whole before it was multiplied and divided.
+        if self.min_volume_mm3 is None:
+            return math.floor(round(self.max_dropped_voxels * pixel_mm2 / voxel, 6))
+        return max(math.ceil(round(self.min_volume_mm3 / voxel, 6)) - 1, 0)
 
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -97,7 +98,7 @@ def _thresholds(
         chosen=default_rate(detector.spec.score),
         healthy_slices=sum(len(case.healthy) for case in cases),
         healthy_cases=len(cases),
-        healthy=_describe(scored, pooled, detector.spec.score.max_dropped_voxels),
+        healthy=_describe(scored, pooled, [detector.spec.score.max_dropped(case.spacing_mm) for case in cases]),
     )
 
 
@@ -114,15 +115,24 @@ def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _He
     healthy[list(case.healthy)] = True
     counted = (stack.foreground.numpy() & healthy)[:, top:bottom, left:right]
     share = len(case.healthy) / case.slices
-    return _Healthy((scores * healthy)[:, top:bottom, left:right].copy(), counted, case.pixel_mm3 / 1000 / share)
+    return _Healthy(
+        (scores * healthy)[:, top:bottom, left:right].copy(), counted, math.prod(case.spacing_mm) / 1000 / share
+    )
 
 
-def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32], dropped: int) -> HealthyScores:
+def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32], dropped: Sequence[int]) -> HealthyScores:
     peaks = sorted(float(one.scores.max()) for one in scored)
     steps = np.unique([*np.quantile(pooled, 1 - TABLE_RATES).astype(np.float32), np.float32(peaks[-1])])
     steps = steps[steps > 0] if (steps > 0).any() else steps[-1:]
     volumes = [
-        float(np.mean([drop_small_components(one.scores > step, dropped).sum() * one.ml_per_pixel for one in scored]))
+        float(
+            np.mean(
+                [
+                    drop_small_components(one.scores > step, most).sum() * one.ml_per_pixel
+                    for one, most in zip(scored, dropped, strict=True)
+                ]
+            )
+        )
         for step in steps
     ]
     top = peaks[-1] or 1.0

@@ -35,7 +35,7 @@ from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_cohort import Packed, check_grid, common_box, describe_cohort, finished, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
-from anomri.views import check_parts
+from anomri.views import check_score
 
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
@@ -115,7 +115,7 @@ def train(
     )
     # What does not fit is told before a cohort is packed.
     spec.checked()
-    check_parts(network := methods.build(spec), spec.score)
+    check_score(network := methods.build(spec), spec.score)
     check_grid(network, spec.grid)
     kind = resolve_device(device).type
     if schedule:

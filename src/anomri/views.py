@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from anomri.inference import Inference
 from anomri.methods import Box
+from anomri.residual import SCORES
 from anomri.slices import SliceStack, cut_box, paste_box, present_channels, rescale, resize
 from anomri.spec import AnomriError, Score
 
@@ -25,7 +26,7 @@ def averaged_output(
     names those of the stack. Raises `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct
     from noise, or for ``parts`` of the channels of one that needs them all.
     """
-    check_parts(inference.method, score)
+    check_score(inference.method, score)
     total: Tensor | None = None
     views = torch.zeros(())
     for shown, output in _views(inference, stack, channels, score, box):
@@ -51,8 +52,15 @@ def _views(
                     yield shown, _look(inference, seen, box, mirrored, scale)
 
 
-def check_parts(method: object, score: Score) -> None:
-    """Raise `AnomriError` if a score asks for parts of the channels of a method that needs them all."""
+def check_score(method: object, score: Score) -> None:
+    """Raise `AnomriError` if there is no such score, or it asks for what a method does not make."""
+    if score.kind not in ("own", "auto", *SCORES):
+        raise AnomriError(f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}.")
+    if score.kind.startswith("mark") and not getattr(method, "extra_maps", 0):
+        raise AnomriError(
+            f"the score {score.kind} needs marks, which the model does not make; train with the settings anomalies and "
+            f"mark (preset accurate)."
+        )
     if score.parts and not getattr(method, "takes_subsets", False):
         raise AnomriError(
             f"the score looks at {', '.join(score.parts)} alone too, but the model needs all of its channels; train it "

@@ -86,16 +86,12 @@ class Volume:
         """Pixel size of an axial slice in mm."""
         return self.geometry.spacing_mm[:2]
 
-    def completed(self, channels: Sequence[str], absent: Sequence[str]) -> Volume:
-        """The scan with a channel of zeros for each one that was not read, and a note of those ``absent`` from it."""
+    def completed(self, channels: Sequence[str], notes: Sequence[str] = ()) -> Volume:
+        """The scan with a channel of zeros for each of ``channels`` that was not read, and more ``notes``."""
         inside = np.zeros((len(channels), *self.inside.shape[1:]), dtype=np.float32)
         for name, channel in zip(self.channels, self.inside, strict=True):
             inside[list(channels).index(name)] = channel
         missing = tuple(name for name in channels if name not in self.channels)
-        note = (
-            f"the scan has no {', '.join(absent)}; the model was trained to do without, and has a threshold for that."
-        )
-        notes = [note] if absent else []
         return replace(self, channels=tuple(channels), inside=inside, missing=missing, notes=(*self.notes, *notes))
 
     def without(self, hidden: Sequence[str]) -> Volume:
@@ -125,7 +121,10 @@ def read_volume(
     # Unpacking leaves other threads alone, so that channels are read side by side.
     with ThreadPoolExecutor(min(len(files), processors())) as pool:
         for path, (image, values, slope, found) in zip(files, pool.map(_read_positive, files), strict=True):
-            first = first or geometry_of(path, image, grid)
+            if first is None:
+                first = geometry_of(path, image, grid)
+                if not (image.header["sform_code"] or image.header["qform_code"]):
+                    notes.append(f"{path.name} does not say how it lies (sform and qform code 0): left may be right.")
             notes += found
             slopes.append(slope)
             read.append(_onto(path, image, values, files[0], first, notes if resampled else None))

@@ -12,6 +12,7 @@ from anomri.cli import inputs
 from anomri.cli.options import (
     Device,
     FalsePositiveMl,
+    MinVolume,
     Model,
     OutFolder,
     Precision,
@@ -46,6 +47,7 @@ def detect(
     reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    min_volume: MinVolume = None,
     channels: SomeChannels = None,
     shard: Shard = None,
     format: Annotated[
@@ -58,18 +60,20 @@ def detect(
 
     Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
     """
-    from anomri.detection import CaseResult, detect_cohort
+    from anomri.detection import detect_cohort
     from anomri.detector import BUILT_IN, Detector
     from anomri.distribution import processes
     from anomri.intake import named, take_in, write_dicom_seg
     from anomri.preparation import Preparation
     from anomri.progress import case_progress
+    from anomri.results import CaseResult, cases_before
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
     team = processes(device)
     detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
+    detector = detector.with_min_volume(min_volume)
     if model is None and team.first:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
@@ -94,6 +98,8 @@ def detect(
         raise AnomriError(
             f"--brain-mask is the mask of one scan, but there are {len(intake.cases)}; name masks in a TSV."
         )
+    if team.first and not shard and (before := cases_before(output, [case.name for case in intake.cases])):
+        _note(f"{output} has maps of {before} from another run; the tables and the report will be of this run alone.")
     with case_progress(err) as advance:
 
         def told(result: CaseResult, total: int) -> None:
@@ -148,12 +154,20 @@ def bids(
     skip_bids_validation: Annotated[
         bool, typer.Option("--skip-bids-validation", help="Take the data set as it is.")
     ] = False,
+    skull_strip: inputs.SkullStrip = False,
+    bias_correction: inputs.BiasCorrection = False,
+    register: inputs.Register = False,
+    sensitivity: Sensitivity = None,
+    false_positive_ml: FalsePositiveMl = None,
+    min_volume: MinVolume = None,
+    channels: SomeChannels = None,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
     """Detect in a BIDS data set and write BIDS derivatives."""
     from anomri.bids import run_group, run_participant
     from anomri.detector import Detector
+    from anomri.preparation import Preparation
     from anomri.progress import case_progress
 
     if level == "group":
@@ -161,14 +175,19 @@ def bids(
         return
     if level != "participant":
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
+    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
+    detector = detector.with_min_volume(min_volume)
+    if channels:
+        detector = detector.with_channels(names_of(channels) or ())
     with case_progress(err) as advance:
         results = run_participant(
             bids_dir,
             out_dir,
-            Detector.load(model, device, precision),
+            detector,
             participant_labels=participant_label,
             session_labels=session_label,
             skip_bids_validation=skip_bids_validation,
+            preparation=Preparation(None, skull_strip, bias_correction, register),
             warn=_note,
             progress=lambda result, total: advance(result.case, total),
         )

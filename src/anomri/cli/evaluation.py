@@ -13,6 +13,7 @@ from anomri.cli.options import (
     Cohort,
     Device,
     FalsePositiveMl,
+    MinVolume,
     Model,
     OutFolder,
     Precision,
@@ -45,6 +46,7 @@ def evaluate(
     threshold: Annotated[Optional[float], typer.Option(help="Instead of the model's label-free one.")] = None,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
+    min_volume: MinVolume = None,
     channels: SomeChannels = None,
     score: Annotated[
         Optional[str], typer.Option(help="Instead of the model's: paper, absolute, positive, ssim, mark, ...")
@@ -69,6 +71,8 @@ def evaluate(
     if detector and score:
         paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
         detector = detector.with_score(**paper)
+    if detector:
+        detector = detector.with_min_volume(min_volume)
     if detector and channels:
         detector = detector.with_channels(names_of(channels) or ())
     arguments = {
@@ -103,7 +107,7 @@ def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder tha
     from anomri.merging import merge as run
 
     failed = run(folder)
-    out.print(f"{failed} cases failed. Look at {folder / 'report.html'}", soft_wrap=True)
+    out.print(f"All shards are merged, {failed} cases failed. Look at {folder / 'report.html'}", soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 

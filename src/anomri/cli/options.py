@@ -57,6 +57,12 @@ FalsePositiveMl = Annotated[
         "--false-positive-ml", min=0.0, help="Instead: the volume above the threshold in a mean healthy scan."
     ),
 ]
+MinVolume = Annotated[
+    Optional[float],
+    typer.Option(
+        metavar="MM3", min=0.0, help="Keep components of the mask of at least this volume (default: some 70)."
+    ),
+]
 
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:

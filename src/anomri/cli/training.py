@@ -45,7 +45,7 @@ def train(
     set_: Annotated[
         Optional[list[str]],
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="A setting of the method, as noise=coarse; may be given again."
+            "--set", metavar="NAME=VALUE", help="A setting of the method, as noise_std=0.25; may be given again."
         ),
     ] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,

@@ -5,6 +5,7 @@ A new method is a file with a class that fits `Method`, and a line in `_METHODS`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -117,8 +118,13 @@ def preset(method: str, name: str) -> Preset:
 
 def build(spec: ModelSpec) -> Any:
     """The method that ``spec`` describes, with weights not yet trained; raises `AnomriError` if there is none."""
+    method = _class(spec.method)
+    known = list(inspect.signature(method).parameters)[1:]  # channels come first
+    unknown = [name for name in spec.settings if name not in known]
+    if unknown:
+        raise AnomriError(f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
     try:
-        return _class(spec.method)(spec.channels, **spec.settings)
+        return method(spec.channels, **spec.settings)
     except TypeError as error:
         raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
 
