@@ -94,7 +94,7 @@ def two_grids(folder: Path) -> dict[str, Path]:
         image = scan(shape, affine).astype(np.float32)
         if name == "t1":
             where = places(shape, affine)
-            image = ((where[..., 0] + 200) * (np.abs(where) < 63).all(-1)).astype(np.float32)  # says where a voxel lies
+            image = ((where[..., 0] + 200) * (np.abs(where) < 61).all(-1)).astype(np.float32)  # says where a voxel lies
         paths[name] = folder / f"a_{name}.nii.gz"
         nib.save(nib.Nifti1Image(image, affine), paths[name])
     return paths
@@ -105,7 +105,7 @@ def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys:
     detector = thresholding("flair", "t1")
     volume = detector.read(paths)
     x = places(volume.geometry.canonical_shape, volume.geometry.canonical_affine)[..., 0]
-    inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 56).all(-1)
+    inside = (np.abs(places(volume.data[1].shape, volume.geometry.canonical_affine)) < 54).all(-1)
     np.testing.assert_allclose(volume.data[1][inside], x[inside] + 200, atol=1e-2)
     (note,) = volume.notes
     assert (
