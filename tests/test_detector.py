@@ -291,3 +291,23 @@ def test_what_is_dropped_is_a_volume_whatever_the_slices(model: Path, cohort: Pa
     for least in (3 * voxel, 20 * voxel):
         kept = detector.with_min_volume(least).detect(case).lesions
         assert [one.volume_mm3 for one in kept] == [o.volume_mm3 for o in all_of_them if o.volume_mm3 >= least - 1e-3]
+
+
+def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) -> None:
+    detector, case = Detector.load(model), find_cases(cohort)[7]
+    images = {name: nib.load(path) for name, path in case.channels.items()}
+    turned = {name: nib.as_closest_canonical(image) for name, image in images.items()}
+    found = detector.detect(case)
+    for given in (images, turned, {**images, "flair": case.channels["flair"]}):
+        assert np.array_equal(detector.detect(given).anomaly_map, found.anomaly_map)
+    found.save(tmp_path, reconstruction=True)
+    for kind in ("anomaly", "mask", "reconstruction"):
+        image, written = found.image(kind), nib.load(tmp_path / f"{found.name}_{kind}.nii.gz")  # type: ignore[arg-type]
+        assert np.array_equal(image.affine, images["flair"].affine) and image.shape[:3] == images["flair"].shape
+        assert np.array_equal(np.asanyarray(image.dataobj), np.asanyarray(written.dataobj))  # type: ignore[attr-defined]
+    back = nib.as_closest_canonical(detector.detect(turned).image())
+    assert np.array_equal(np.asanyarray(back.dataobj), np.asanyarray(nib.as_closest_canonical(found.image()).dataobj))
+    with pytest.raises(AnomriError, match="t1 is missing"):
+        detector.detect(images["flair"])
+    with pytest.raises(AnomriError, match="has no threshold, so there is no mask"):
+        detector.with_score(median=0).detect(case).image("mask")

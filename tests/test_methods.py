@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import anomri
 from anomri import methods
 from anomri.cases import find_cases
 from anomri.gan_networks import Downward
+from anomri.methods.dae import DAE
 from anomri.methods.diffusion import Diffusion, signal_share
 from anomri.methods.fanogan import FAnoGAN
 from anomri.methods.vae import VAE, total_variation
@@ -290,3 +292,23 @@ def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
     with pytest.raises(AnomriError, match=f"{grid} x {grid} does not fit the method, .* multiples of {sides}"):
         train(cohort, tmp_path / "model", method=method, grid=grid, preset="small", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+class Mine(DAE):
+    """A method of another package."""
+
+
+def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    with pytest.raises(AnomriError, match="there is no method 'mine'"):
+        train(cohort, tmp_path, method="mine", cache=cache)
+    methods.register("mine", f"{__name__}:Mine")
+    train(cohort, tmp_path, method="mine", preset="tiny", training={"steps": 2}, cache=cache)
+    assert type(anomri.load(tmp_path).method) is Mine
+    with pytest.raises(AnomriError, match="there is a method 'dae' already"):
+        methods.register("dae", f"{__name__}:Mine")
+    points = EntryPoints(
+        [EntryPoint("theirs", f"{__name__}:Mine", "anomri.methods"), EntryPoint("dae", "x:y", "anomri.methods")]
+    )
+    monkeypatch.setattr(methods, "entry_points", lambda group: points.select(group=group))
+    assert "theirs" in methods.names() and methods._class("theirs") is Mine and methods._class("dae") is DAE

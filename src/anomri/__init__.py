@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AnomriError": "spec",
     "Case": "cases",
-    "Detection": "detector",
+    "Detection": "findings",
     "Detector": "detector",
     "Evaluation": "pooling",
     "compare": "comparison",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
 from anomri.metrics import drop_small_components
 from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
+from anomri.nifti import as_files
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
@@ -33,6 +35,7 @@ from anomri.volume import Volume
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
+Source = str | Path | SpatialImage
 OTHER_IMAGES = ("t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "pdw", "bold", "ct", "pet")
 """How files end that are no FLAIR."""
 
@@ -111,13 +114,14 @@ class Detector:
 
     def detect(
         self,
-        scan: Case | Volume | Mapping[str, str | Path] | str | Path,
+        scan: Case | Volume | Mapping[str, Source] | Source,
         preparation: Preparation = Preparation(),
         *,
         threshold: float | None = None,
     ) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
+        A file may also be an image of nibabel; one alone is the model's only channel, or FLAIR.
         ``preparation`` says what is done to files before (a `Volume` is taken as it is); ``threshold`` is a score that
         makes the mask in place of the model's own. Raises `AnomriError` if the scan lacks a channel of the model or
         cannot be read.
@@ -228,12 +232,13 @@ class Detector:
         name = cases[0].name if len(self.channels) == 1 else bare_name(path)
         return [Case(name, {taken_for: path}, notes=(note,))]
 
-    def read(
-        self, scan: Case | Mapping[str, str | Path] | str | Path, preparation: Preparation = Preparation()
-    ) -> Volume:
+    def read(self, scan: Case | Mapping[str, Source] | Source, preparation: Preparation = Preparation()) -> Volume:
         """Read the model's channels of one scan, prepared."""
+        if isinstance(scan, SpatialImage):
+            scan = {self.channels[0] if len(self.channels) == 1 else "flair": scan}
         if isinstance(scan, Mapping):
-            scan = case_of_files(scan)
+            with as_files(scan) as files:
+                return self.read(case_of_files(files), preparation)
         if not isinstance(scan, Case):
             cases = self.find_cases(scan)
             if len(cases) > 1:

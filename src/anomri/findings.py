@@ -6,22 +6,26 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.files import output_folder, write_text
 from anomri.lesions import Lesion
+from anomri.nifti import write_image_file
 from anomri.slices import SliceStack, from_slices
-from anomri.spec import ModelSpec
-from anomri.volume import Volume, write_image
+from anomri.spec import AnomriError, ModelSpec
+from anomri.volume import Volume, image_of
+
+Kind = Literal["anomaly", "mask", "reconstruction"]
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in one scan; arrays lie in the working orientation, `save` brings them to the input's grid.
+    """What was found in one scan; arrays lie in the working orientation, LPS, and `image` and `save` on the input's grid.
 
     ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
     ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
@@ -63,21 +67,35 @@ class Detection:
         thresholds = self.spec.thresholds
         return (thresholds.value[0], 2 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
 
+    def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
+        """What `save` writes of that kind, on the input's own grid; raises `AnomriError` if there is no mask."""
+        image = self._image(kind)
+        # Read back: then its affine is what its header, whose forms and codes are the input's, says.
+        return type(image).from_bytes(image.to_bytes())
+
+    def _image(self, kind: Kind) -> nib.Nifti1Image:
+        geometry = self.volume.geometry
+        if kind == "anomaly":
+            return image_of(self.anomaly_map, geometry, self.display_range)
+        if kind == "reconstruction":
+            return image_of(self.reconstruction, geometry)
+        if self.mask is None:
+            raise AnomriError(f"{self.name}: the model has no threshold, so there is no mask.")
+        return image_of(self.mask.astype(np.uint8), geometry, (0, 1))
+
     def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
         """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
 
         Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
         there. Raises `AnomriError` naming the file that cannot be written.
         """
-        folder, geometry = output_folder(Path(folder)), self.volume.geometry
-        written = [folder / f"{self.name}_anomaly.nii.gz"]
-        write_image(written[0], self.anomaly_map, geometry, self.display_range)
-        if self.mask is not None:
-            written.append(folder / f"{self.name}_mask.nii.gz")
-            write_image(written[-1], self.mask.astype(np.uint8), geometry, (0, 1))
-        if reconstruction:
-            written.append(folder / f"{self.name}_reconstruction.nii.gz")
-            write_image(written[-1], self.reconstruction, geometry)
+        folder = output_folder(Path(folder))
+        kinds: list[Kind] = ["anomaly"]
+        kinds += ["mask"] if self.mask is not None else []
+        kinds += ["reconstruction"] if reconstruction else []
+        written = [folder / f"{self.name}_{kind}.nii.gz" for kind in kinds]
+        for kind, path in zip(kinds, written, strict=True):
+            write_image_file(path, self._image(kind))
         written.append(folder / f"{self.name}.json")
         write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
         return written

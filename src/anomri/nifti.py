@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
+from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from anomri.files import whole_file
@@ -66,6 +70,20 @@ def stored_values_of(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
     values: NDArray[np.float32] = np.multiply(stored, np.float32(proxy.slope), dtype=np.float32)
     values += np.float32(proxy.inter)
     return values, 1.0
+
+
+@contextmanager
+def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[str, str | Path]]:
+    """A file for each of some files and images of nibabel, which go the way of all files, with all its checks."""
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, str | Path] = {}
+        for name, image in images.items():
+            if isinstance(image, SpatialImage):
+                files[name] = Path(folder) / f"scan_{name}.nii"
+                nib.save(nib.Nifti1Image.from_image(image), files[name])
+            else:
+                files[name] = image
+        yield files
 
 
 def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:

@@ -166,7 +166,14 @@ def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]
 
 
 def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:
-    """Write an array in the working orientation as NIfTI on the input's own grid, whole or not at all.
+    """Write `image_of` an array in the working orientation, whole or not at all."""
+    write_image_file(path, image_of(data, geometry, display))
+
+
+def image_of(
+    data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None
+) -> nib.Nifti1Image | nib.Nifti2Image:
+    """An array in the working orientation as NIfTI on the input's own grid.
 
     ``data`` is (x, y, z), or (channels, x, y, z), which becomes a 4D file with the channels last. Both header
     forms and their codes are the input's; the data type is that of ``data`` and ``display`` sets ``cal_min`` and
@@ -183,8 +190,7 @@ def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tup
         header[field] = b""
     # No affine is given: nibabel would rewrite the codes of a header whose sform and qform differ.
     native = geometry.native(data) if data.ndim == 3 else np.stack([geometry.native(c) for c in data], axis=-1)
-    image = type_of(header)(native, None, header)
-    write_image_file(path, image)
+    return type_of(header)(native, None, header)
 
 
 def _finite(path: Path, data: NDArray[Any]) -> NDArray[Any]:

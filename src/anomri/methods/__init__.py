@@ -1,6 +1,7 @@
 """The methods, one file each, and the little that each must offer.
 
-A new method is a file with a class that fits `Method`, and a line in `_METHODS`.
+A new method here is a file with a class that fits `Method`, and a line in `_METHODS`; one of another package is known by
+an entry point of the group ``anomri.methods``, or by `register`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -105,7 +107,18 @@ class Method(Protocol):
 
 def names() -> list[str]:
     """Names of all methods."""
-    return sorted(_METHODS)
+    return sorted(_places())
+
+
+def register(name: str, place: str) -> None:
+    """Make a class known as the method ``name`` in this process; ``place`` is ``module:Class``, and it fits `Method`.
+
+    For the command line, a package names it as an entry point of the group ``anomri.methods`` instead. Raises
+    `AnomriError` if there is another method of that name.
+    """
+    if _places().setdefault(name, place) != place:
+        raise AnomriError(f"there is a method {name!r} already; call it otherwise.")
+    _METHODS[name] = place
 
 
 def preset(method: str, name: str) -> Preset:
@@ -135,7 +148,13 @@ def players(method: Any) -> Sequence[Player]:
 
 
 def _class(method: str) -> Any:
-    if method not in _METHODS:
+    places = _places()
+    if method not in places:
         raise AnomriError(f"there is no method {method!r}; the methods are {', '.join(names())}.")
-    module, name = _METHODS[method].split(":")
+    module, name = places[method].split(":")
     return getattr(import_module(module), name)
+
+
+def _places() -> dict[str, str]:
+    """Where the class of each method is: of this package's, those of others, which cannot replace one of its."""
+    return {one.name: one.value for one in entry_points(group="anomri.methods")} | _METHODS

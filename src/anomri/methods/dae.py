@@ -83,7 +83,7 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=8000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(QUICK, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
             replace(QUICK, steps=250, validate_every=125, validation_slices=64),
