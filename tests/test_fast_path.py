@@ -16,7 +16,7 @@ from anomri.cases import find_cases
 from anomri.detector import Detector, load
 from anomri.devices import resolve_precision
 from anomri.metrics import precision_recall
-from anomri.networks import ConvBlock, fold_weight_standardisation
+from anomri.networks import TINY, ConvBlock, UNet, fold_weight_standardisation
 from anomri.slices import slice_volume
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import read_volume
@@ -107,3 +107,20 @@ def test_bfloat16_keeps_the_average_precision(real_scans: Path) -> None:
             labels.append(stack.label.numpy().ravel())
         found.append(precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision)
     assert abs(found[0] - found[1]) <= 0.002
+
+
+def test_subnormal_parameters_become_zero_and_change_nothing() -> None:
+    """A long training with weight decay leaves them; a scan took twice as long with them."""
+    torch.manual_seed(0)
+    network = UNet(2, (4, 8, 16)).eval()
+    with torch.no_grad():
+        network.encoder[2].norm2.weight.mul_(1e-38)
+        network.encoder[2].norm2.bias.fill_(1e-40)
+        network.upsample[1].weight.mul_(1e-40)
+        x = torch.rand(2, 2, 32, 32)
+        before = network(x)
+        after = fold_weight_standardisation(network)(x)
+    assert torch.allclose(before, after, atol=1e-5)
+    for parameter in network.parameters():
+        assert not ((parameter != 0) & (parameter.abs() < TINY)).any()
+    assert not network.upsample[1].weight.any()
