@@ -11,6 +11,7 @@ prints a Markdown table; trainings that are finished in the folder are reused, a
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,12 +26,11 @@ from anomri.detector import Detector
 from anomri.evaluation import on_published_grid
 from anomri.methods.dae import DAE
 from anomri.pooling import Pool, Scored
-from anomri.residual import anomaly_score, describe, score_of
+from anomri.residual import BRIGHT, anomaly_score, describe, score_of
 from anomri.slices import SliceStack, slice_volume
 from anomri.spec import Scaling, Score
 from anomri.volume import Volume
 
-BRIGHT = ("flair", "t2")
 SCORES: dict[str, dict[str, Any]] = {
     "the paper's score": asdict(Score("absolute")),
     "positive residual, all channels": asdict(Score("positive")),
@@ -102,7 +102,9 @@ class Trial:
                     raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                     scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
                     found = on_published_grid(scores, stack, volume, detector.spec.grid)
-                    pool.add(Scored(case.name, *found, score.max_dropped(stack.spacing_mm)))
+                    voxel_mm3 = math.prod(stack.spacing_mm) * scores[0].size / found[0][0].size
+                    dropped = score.max_dropped(stack.spacing_mm, voxel_mm3)
+                    pool.add(Scored(case.name, *found, dropped, patient=case.patient))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
         print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)

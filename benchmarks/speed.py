@@ -231,7 +231,7 @@ def _evaluation(stacks: list, out: Path, pairs: Pairs) -> None:  # type: ignore[
         folder.mkdir()
         pool = Pool(folder)
         for number, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            pool.add(Scored(str(number), score, label, 20))
+            pool.add(Scored(str(number), score, label, 20, threshold=0.3))
         pool.evaluate({}, 0.3)
 
     pooled = np.concatenate(scores), np.concatenate(labels)

@@ -14,9 +14,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anomri.bids import bids_cases, lesion_labels, run_group, run_participant, validate
+from anomri.bids import bids_cases, run_group, run_participant, validate
 from anomri.cli import main
 from anomri.detector import Detector
+from anomri.lesions import lesion_labels
 from anomri.reporting import read_tsv
 from anomri.spec import AnomriError
 from conftest import AFFINE, SHAPE, brain
@@ -228,7 +229,7 @@ def test_models_without_threshold_and_with_other_channels(dataset: Path, detecto
     assert written == {"sub-01_desc-anomaly_FLAIR.nii.gz", "sub-01_desc-anomaly_FLAIR.json"}
     assert run_group(out).is_file()
     assert errors(out) == []
-    bare.spec = replace(detector.spec, channels=("pd",))
+    bare.spec, bare.channels = replace(detector.spec, channels=("pd",)), ("pd",)
     with pytest.raises(AnomriError, match="the model's channels are pd; in BIDS there are flair, t1, t1ce, t2"):
         run_participant(dataset, out, bare)
 
@@ -343,6 +344,12 @@ def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) ->
     anat = dataset.parent / "out" / "sub-01" / "anat"
     said = json.loads((anat / "sub-01_desc-anomaly_mask.json").read_text())
     assert said["VoxelFalsePositiveRate"] == 0.001
+    other = [*command, *arguments, "--skip-bids-validation", "--bias-correction"]
+    assert main(other) == 2  # results of two preparations do not mix
+    by_volume = [*command[:2], str(dataset.parent / "volume"), *command[3:], "--false-positive-ml", "0"]
+    assert main([*by_volume, "--participant-label", "01", "--skip-bids-validation"]) == 0
+    sidecar = json.loads((dataset.parent / "volume/sub-01/anat/sub-01_desc-anomaly_mask.json").read_text())
+    assert "VoxelFalsePositiveRate" not in sidecar and sidecar["FalsePositiveVolume"].startswith("0")
     assert json.loads((anat / "sub-01_desc-anomaly_FLAIR.json").read_text())["Channels"] == ["flair"]
     columns, rows = read_tsv(anat / "sub-01_desc-anomaly_dseg.tsv")
     assert all(float(row[columns.index("volume_mm3")]) >= 5000 for row in rows)

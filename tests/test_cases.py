@@ -171,3 +171,14 @@ def test_what_was_detected_is_no_scan(tmp_path: Path) -> None:
     touch(tmp_path, "x_flair.nii.gz", *outputs, *(f"again/{name}" for name in outputs))
     (case,) = find_cases(tmp_path)
     assert list(case.channels) == ["flair"] and case.mask is None
+
+
+def test_contrast_agents_of_bids_names_and_channels_named_twice_in_a_table(tmp_path: Path) -> None:
+    (case,) = find_cases(touch(tmp_path, "sub-1_T1w.nii.gz", "sub-1_ce-gd_T1w.nii.gz"))
+    assert {name: path.name for name, path in case.channels.items()} == {
+        "t1": "sub-1_T1w.nii.gz",
+        "t1ce": "sub-1_ce-gd_T1w.nii.gz",
+    }
+    (tmp_path / "x.tsv").write_text("case\tt1\tT1w\na\tsub-1_T1w.nii.gz\tsub-1_T1w.nii.gz\n")
+    with pytest.raises(AnomriError, match="line 2: two of the columns t1, T1w are the same channel"):
+        find_cases(tmp_path / "x.tsv")

@@ -194,7 +194,7 @@ def test_the_demo_runs_end_to_end(
     assert "thresholding" in printed
     page = (out / "report.html").read_text()
     assert "SYNTHETIC" in page
-    assert page.count("data:image/jpeg;base64,") == 3 and page.count("<svg") == 2
+    assert page.count("data:image/jpeg;base64,") == 4 and page.count("<svg") == 2
     assert (out / "maps" / "synthetic_lesion_001_anomaly.nii.gz").is_file()
     assert (out / "cohort" / "synthetic_lesion_001").is_dir()
     (out / "my-results").mkdir()

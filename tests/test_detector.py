@@ -309,5 +309,8 @@ def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) 
     assert np.array_equal(np.asanyarray(back.dataobj), np.asanyarray(nib.as_closest_canonical(found.image()).dataobj))
     with pytest.raises(AnomriError, match="t1 is missing"):
         detector.detect(images["flair"])
+    with pytest.raises(AnomriError, match="name it in letters and digits"):
+        detector.detect({"../x": images["flair"]})
+    assert detector.detect(images, name="p7").name == "p7"
     with pytest.raises(AnomriError, match="has no threshold, so there is no mask"):
         detector.with_score(median=0).detect(case).image("mask")

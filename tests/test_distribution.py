@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import signal
@@ -58,7 +59,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def same_but_times(one: Path, other: Path) -> None:
-    """Every file of two output folders has the same bytes, but for times."""
+    """Every file of two output folders has the same bytes, unpacked, but for times."""
     names = [
         sorted(str(p.relative_to(f)) for p in f.rglob("*") if not p.name.startswith(".lock")) for f in (one, other)
     ]
@@ -71,7 +72,9 @@ def same_but_times(one: Path, other: Path) -> None:
             facts = [{**json.loads(path.read_text()), "seconds": 0, "started": 0} for path in (first, second)]
             assert facts[0] == facts[1]
         elif first.is_file() and first.parent.name != "logs" and first.name != "report.html":
-            assert first.read_bytes() == second.read_bytes(), name
+            # The packing itself was seen to differ once in hundreds of runs, of the same image.
+            unpack = gzip.decompress if first.suffix == ".gz" else bytes
+            assert unpack(first.read_bytes()) == unpack(second.read_bytes()), name
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score
 
 import anomri
 from anomri.cases import Case, find_cases, read_model_splits, write_splits
+from anomri.cli import main
 from anomri.detector import Detector
 from anomri.evaluation import choose_cases, evaluate
 from anomri.metrics import count_lesions, dice, drop_small_components
@@ -226,10 +227,21 @@ def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
         assert found.stack.label is not None
         mask = drop_small_components(found.scores > found.threshold, 2)
         assert row.dice == pytest.approx(dice(mask, found.stack.label.numpy()))
-    assert evaluation.protocol["threshold"].endswith("of 1 that lack channels, that for the channels they have")
+    assert evaluation.protocol["threshold"].endswith(
+        "of 1 that lack channels, the one for the channels they have, if any"
+    )
     preview = json.loads((tmp_path / "previews" / f"{cases[0].name}.preview.json").read_text())
     assert preview["threshold"] == detector.spec.subset_thresholds["flair"].threshold
     given = evaluate(cases, tmp_path / "given", model=detector, threshold=0.7)
     assert given.threshold == 0.7
     preview = json.loads((tmp_path / "given" / "previews" / f"{cases[0].name}.preview.json").read_text())
     assert preview["threshold"] == 0.7
+
+
+def test_options_of_a_model_are_not_those_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic_maps(tmp_path)
+    command = ["evaluate", "-i", str(tmp_path / "labels"), "-o", str(tmp_path / "out"), "--maps", str(tmp_path)]
+    assert main([*command, "--min-volume", "3"]) == 2
+    assert "--channels, --score and --min-volume are a model's" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(AnomriError, match="no such folder; name the one that holds the maps"):
+        evaluate(tmp_path / "labels", maps=tmp_path / "nowhere")

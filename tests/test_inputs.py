@@ -294,12 +294,16 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(mark
     detector = Detector.load(marking)
     brain = scan((64, 72, 56), grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))).astype(np.float32)
     affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
-    paths = {name: tmp_path / f"p_{name}.nii.gz" for name in ("FLAIR", "T1w", "swi", "visit")}
+    paths = {name: tmp_path / f"p_{name}.nii.gz" for name in ("FLAIR", "T1w", "swi", "visit", "anomaly")}
     for path in paths.values():
         nib.save(nib.Nifti1Image(brain, affine), path)
     assert detector.read(paths["T1w"]).missing == ("flair",)
     with pytest.raises(AnomriError, match="trained on flair, t1, but the scan has swi"):
         detector.read(paths["swi"])
+    with pytest.raises(AnomriError, match="trained on flair, t1, but the scan has anomaly"):
+        detector.read(paths["anomaly"])
+    with pytest.raises(AnomriError, match="trained on t1, but the scan has flair"):
+        thresholding("t1").read(paths["FLAIR"])
     volume = detector.read(paths["visit"])
     assert volume.missing == ("t1",) and volume.notes[0].startswith("p_visit.nii.gz is taken for flair, since its name")
     table = tmp_path / "one.tsv"

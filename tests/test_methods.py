@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,6 +298,9 @@ def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
 class Mine(DAE):
     """A method of another package."""
 
+    def __init__(self, channels: list[str], extra: int = 1, **settings: Any) -> None:
+        super().__init__(channels, **settings)
+
 
 def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
@@ -305,6 +309,9 @@ def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache:
     methods.register("mine", f"{__name__}:Mine")
     train(cohort, tmp_path, method="mine", preset="tiny", training={"steps": 2}, cache=cache)
     assert type(anomri.load(tmp_path).method) is Mine
+    methods.register("broken", f"{__name__}:Nothing")
+    with pytest.raises(AnomriError, match="the method 'broken' cannot be loaded from .*Nothing"):
+        methods.preset("broken", "small")
     with pytest.raises(AnomriError, match="there is a method 'dae' already"):
         methods.register("dae", f"{__name__}:Mine")
     points = EntryPoints(

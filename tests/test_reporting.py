@@ -13,7 +13,7 @@ import pytest
 import anomri
 from anomri.detection import detect_cohort
 from anomri.findings import Detection
-from anomri.pictures import MASK_COLOUR, TRUTH_COLOUR, lightbox, overlay, planes
+from anomri.pictures import MASK_COLOUR, TRUTH_COLOUR, closeups, lightbox, overlay, planes
 from anomri.plots import curves_plot, histogram, patients_plot
 from anomri.previews import Picture, Preview, read_preview, save_preview
 from anomri.reporting import CaseView, Page, Table, report, write_page
@@ -124,13 +124,13 @@ def test_the_report_of_a_run_is_made_again_from_its_files(run: Path) -> None:
     first = (run / "report.html").read_text()
     (run / "report.html").unlink()
     assert report(run).read_text() == first
-    assert first.count('<section class="case"') == 2 and first.count("data:image/jpeg;base64,") == 6
+    assert first.count('<section class="case"') == 2 and first.count("data:image/jpeg;base64,") == 8
     assert first.count('class="healthy" d=') == 2
     assert "2 of 3" in first and "the file is empty" in first
     assert 'href="#case-1"' in first and 'id="case-2"' in first
     for name in ("case7", "case8"):
         sizes = [path.stat().st_size for path in (run / "previews").glob(f"{name}.*")]
-        assert len(sizes) == 4 and sum(sizes) < 200_000
+        assert len(sizes) == 5 and sum(sizes) < 200_000
     # An older run's tables and a lost picture are no reason to fail.
     (run / "previews" / "case7.row.jpg").unlink()
     lines = (run / "lesions.tsv").read_text().splitlines()
@@ -189,9 +189,9 @@ def test_previews_are_read_back_as_they_were_written(detection: Detection, tmp_p
     save_preview(detection, tmp_path)
     preview = read_preview(tmp_path, detection.name)
     assert preview is not None and preview.has_truth and preview.channel == "flair"
-    assert [picture.columns != () for picture in preview.pictures] == [False, True, False]
+    assert [picture.columns != () for picture in preview.pictures] == [False, False, True, False]
     image = cv2.imread(str(tmp_path / "previews" / f"{detection.name}.slices.jpg"))
-    assert preview.pictures[2].size == image.shape[1::-1] == lightbox(detection).shape[1::-1]
+    assert preview.pictures[3].size == image.shape[1::-1] == lightbox(detection).shape[1::-1]
     assert preview.histogram is not None and preview.histogram.healthy.startswith("M0 40")
     (tmp_path / "previews" / f"{detection.name}.preview.json").write_text("[]")
     assert read_preview(tmp_path, detection.name) is None
@@ -208,3 +208,21 @@ def test_a_histogram_is_a_density_on_a_log_scale() -> None:
     assert bars.scan == "M0 40V0.0H25.00V40.0H50.00V40.0H75.00V40.0H100.00V40"
     assert (bars.healthy, bars.threshold, bars.top) == ("", 50.0, 2.0)
     assert histogram([10, 1], [], (1.0, 0.0), None).scan == "M0 40V0.0H50.00V8.0H100.00V40"
+
+
+def test_closeups_show_the_largest_lesions_by_their_numbers(detection: Detection, tmp_path: Path) -> None:
+    assert len(detection.lesions) > 1
+    row = closeups(detection, 480, 4)
+    assert row is not None and row.shape == (120, 480, 3)
+    shown = min(len(detection.lesions), 4)
+    for number in range(4):
+        cell = row[:, number * 120 : number * 120 + 118]
+        assert cell.any() == (number < shown)
+    # The first is in the middle of its cell, unless that is at the image's edge.
+    outlined = np.argwhere((np.abs(row[:, :118].astype(int) - MASK_COLOUR) < 12).all(axis=2))
+    assert np.abs(outlined.mean(axis=0) - 60).max() < 25
+    none = replace(detection, lesions=())
+    assert closeups(none) is None
+    save_preview(none, tmp_path)
+    preview = read_preview(tmp_path, none.name)
+    assert preview is not None and [p.title.split()[0] for p in preview.pictures] == ["Three", "Slice", "Axial"]

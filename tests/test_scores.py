@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from scipy import ndimage
 import anomri
 from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.cli.options import names_of
 from anomri.detector import Detector
 from anomri.packing import pack_cohort
 from anomri.positions import CELLS, packed_maps
@@ -363,3 +365,29 @@ def test_dark_lesions_count_where_no_bright_channel_is_seen(channels: tuple[str,
     x[:, :, 15:25, 15:25] = 0.3
     score = score_of(x, healthy, channels, Score("mark_positive"))[0]
     assert bool(score[20, 20] > 2 * score[5, 5]) == counted
+
+
+def test_a_model_that_knows_channels_by_other_names(marking: Path, cohort: Path, tmp_path: Path) -> None:
+    shutil.copytree(marking, tmp_path / "m")
+    text = (marking / "model.json").read_text()
+    (tmp_path / "m" / "model.json").write_text(text.replace('"t1"', '"t1w"'))
+    old, new = anomri.load(tmp_path / "m"), anomri.load(marking)
+    assert old.spec == new.spec
+    assert old.with_channels(["T1w"]).channels == ("t1",) == names_of("T1w")
+
+
+def test_parts_without_thresholds_have_no_mask(marking: Path, cohort: Path, tmp_path: Path) -> None:
+    """As of models that an earlier anomri trained, or of many channels."""
+    detector, case = anomri.load(marking), case_of(cohort, "case7")
+    alone = replace(case, channels={"flair": case.channels["flair"]})
+    parts = {name: replace(one, healthy=None) for name, one in detector.spec.subset_thresholds.items()}
+    detector.spec = replace(detector.spec, subset_thresholds=parts)
+    found = detector.with_threshold(false_positive_ml=0).detect(alone)
+    assert found.mask is None and found.threshold is None
+    detector.spec = replace(detector.spec, subset_thresholds={})
+    assert "it has no threshold for that, so there is no mask" in detector.detect(alone).volume.notes[-1]
+    evaluation = anomri.evaluate([alone, case_of(cohort, "case8")], tmp_path, model=detector)
+    assert [row.dice is None for row in evaluation.patients] == [True, False]
+    assert evaluation.protocol["threshold"].endswith(
+        "of 1 that lack channels, the one for the channels they have, if any"
+    )

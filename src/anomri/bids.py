@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +26,7 @@ from anomri.detector import Detector
 from anomri.files import output_folder, write_text
 from anomri.findings import Detection
 from anomri.launch import alone
+from anomri.lesions import lesion_labels
 from anomri.preparation import Preparation
 from anomri.reporting import detection_report
 from anomri.results import CaseResult, run_facts, tsv, write_run, write_tables
@@ -47,7 +47,7 @@ LESION_FIELDS = {
     "edge_distance_mm": "Smallest distance of a voxel from the brain's edge in mm.",
 }
 SCORE = "Anomaly score: 0 outside the brain, higher the less a scan looks like healthy ones; one scale for all; no probability."
-MASK = "1 where the anomaly score exceeds Threshold, as the share VoxelFalsePositiveRate of healthy voxels does."
+MASK = "1 where the anomaly score exceeds Threshold, as little of healthy brains does."
 README = f"""# Anomalies in brain MRI, found by anomri
 
 For research; not a medical device. Files `*_desc-anomaly_...` are:
@@ -147,16 +147,17 @@ def run_participant(
     alone("a run over BIDS (split it by --participant-label)")
     root, out = Path(bids_dir), Path(out_dir)
     detector = model if isinstance(model, Detector) else Detector.load(model)
-    channels = detector.spec.channels
+    channels = detector.channels
     if not CHANNELS.keys() >= set(channels):
         raise AnomriError(f"the model's channels are {', '.join(channels)}; in BIDS there are {', '.join(CHANNELS)}.")
     labels: dict[str, Any] = {"participant_labels": participant_labels, "session_labels": session_labels}
     cases = bids_cases(root, **labels, channels=channels, warn=warn)
     if not skip_bids_validation:
         validate(root, warn)
-    _start(root, out, detector)
+    facts = run_facts(detector, len(cases), preparation)
+    _start(root, out, facts)
     logs, started, results = output_folder(out / "logs"), time.time(), list[CaseResult]()
-    write_run(out, detector, len(cases), started)
+    write_run(out, facts, started)
     try:
         read, save = partial(_read, detector, preparation, root), partial(_save, root=root, out=out)
         for result in detect_each(detector, cases, read, save, out):
@@ -164,7 +165,7 @@ def run_participant(
             write_text(logs / f"{result.case}.json", json.dumps(asdict(result), indent=2) + "\n")
             progress(result, len(cases))
     finally:
-        write_run(out, detector, len(cases), started)
+        write_run(out, facts, started)
     return results
 
 
@@ -199,15 +200,6 @@ def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) ->
         )
 
 
-def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first; 0 elsewhere."""
-    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
-    counts = np.bincount(components[mask].astype(np.int64))[1:]
-    number = np.zeros(len(counts) + 1, dtype=np.min_scalar_type(len(counts)))
-    number[np.argsort(-counts, kind="stable") + 1] = np.arange(1, len(counts) + 1)
-    return np.asarray(number[components])
-
-
 def _anatomical_files(root: Path) -> list[_File]:
     try:
         from ancpbids import DatasetOptions, load_dataset
@@ -229,11 +221,13 @@ def _anatomical_files(root: Path) -> list[_File]:
 
 
 def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]) -> Case:
-    def offers(grid: tuple[str, str]) -> int:
-        return sum(any(grid in file.grids and file.shows(channel) for file in files) for channel in channels)
+    def offers(grid: tuple[str, str], wanted: Sequence[str]) -> int:
+        return sum(any(grid in file.grids and file.shows(channel) for file in files) for channel in wanted)
 
     grids = {grid for file in files if file.suffix in SUFFIXES and not file.derived for grid in file.grids}
-    chosen = min(grids, key=lambda grid: (-offers(grid), grid))
+    # FLAIR shows most lesions best: a space that has it comes before one with more of the others.
+    bright = [channel for channel in channels if channel == "flair"]
+    chosen = min(grids, key=lambda grid: (-offers(grid, bright), -offers(grid, channels), grid))
     paths: dict[str, Path] = {}
     for what in (*channels, "brain", "lesion"):
         found = [file.path for file in files if chosen in file.grids and file.shows(what)]
@@ -247,7 +241,7 @@ def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Call
 
 
 def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) -> Volume:
-    wanted = detector.spec.channels
+    wanted = detector.channels
     missing = ", ".join(f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels)
     if missing and not (detector.takes_subsets and case.channels):
         folder, found = root.joinpath(*case.name.split("_"), "anat"), ", ".join(case.channels) or "none"
@@ -278,7 +272,10 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:
     if detection.mask is None or thresholds is None:
         return
     about = {"Description": MASK, "Type": "Lesion", "Threshold": detection.threshold}
-    about["VoxelFalsePositiveRate"] = thresholds.chosen
+    if thresholds.voxel_rate is not None:
+        about["VoxelFalsePositiveRate"] = thresholds.voxel_rate
+    else:
+        about["FalsePositiveVolume"] = f"{thresholds.chosen_ml} ml in a mean healthy scan"
     made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
     about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
     about |= {"Description": "The connected components of the mask, numbered from the largest down.", "Manual": False}
@@ -291,7 +288,7 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> None:
     write_text(folder / f"{stem}_dseg.tsv", tsv(("index", "name", *LESION_FIELDS), rows))
 
 
-def _start(root: Path, out: Path, detector: Detector) -> None:
+def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
     """Make ``out`` a derivative data set, or see that it is one of the same input and model."""
     try:
         link = quote(Path(os.path.relpath(root.resolve(), out.resolve())).as_posix())
@@ -304,9 +301,14 @@ def _start(root: Path, out: Path, detector: Detector) -> None:
     if old.get("DatasetLinks", {"source": link}) != {"source": link}:
         raise AnomriError(f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder.")
     if (out / "run.json").is_file():
-        said, now = _json(out / "run.json"), json.loads(json.dumps(run_facts(detector, 0)))
-        if any(said.get(key) != now[key] for key in ("method", "channels", "score", "thresholds")):
-            raise AnomriError(f"{out / 'run.json'}: holds results of another model; name another output folder.")
+        said, now = _json(out / "run.json"), json.loads(json.dumps(facts))
+        other = [
+            key for key in ("method", "channels", "score", "thresholds", "preparation") if said.get(key) != now[key]
+        ]
+        if other:
+            raise AnomriError(
+                f"{out / 'run.json'}: holds results of another model (of another {', '.join(other)}); name another output folder."
+            )
     described = {
         "Name": f"Anomalies in {source.get('Name', 'brain MRI')}",
         "BIDSVersion": "1.10.0",

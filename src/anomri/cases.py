@@ -19,10 +19,26 @@ LABEL_NAMES = ("seg", "label")
 MASK_NAMES = ("mask", "brainmask")
 OUTPUTS = ("anomaly", "mask", "reconstruction")
 """How the images that `anomri detect` writes end."""
+OTHER_IMAGES = (
+    *LABEL_NAMES,
+    *MASK_NAMES,
+    *OUTPUTS,
+    "flair",
+    "t1",
+    "t1ce",
+    "t2",
+    "swi",
+    "t2star",
+    "dwi",
+    "adc",
+    "fa",
+    "pd",
+)
+"""How files end that are not to be taken for a channel which they do not name."""
 SPLITS = ("train", "val", "test")
 ALIASES = {"t1w": "t1", "t1n": "t1", "t2w": "t2", "t2f": "flair", "t1c": "t1ce", "t1gd": "t1ce"}
 """What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
-HYPHENATED = {*ALIASES, *ALIASES.values(), *LABEL_NAMES}
+HYPHENATED = {*ALIASES, *ALIASES.values(), *LABEL_NAMES, *MASK_NAMES}
 """What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
 
 
@@ -235,7 +251,11 @@ def _split_name(path: Path) -> tuple[str, str]:
     stem, hyphen, kind = bare.rpartition("-")
     if not hyphen or kind.lower() not in HYPHENATED:
         stem, _, kind = bare.rpartition("_")
-    return stem, channel_name(kind)
+    kind = channel_name(kind)
+    if kind == "t1" and (agent := re.search(r"_ce-[A-Za-z0-9]+", stem)):
+        # In BIDS: a contrast agent was given.
+        return stem.replace(agent.group(), ""), "t1ce"
+    return stem, kind
 
 
 def _cases_in_folder(folder: Path) -> list[Case]:
@@ -265,7 +285,10 @@ def _cases_in_table(path: Path) -> list[Case]:
             raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
         if split not in (*SPLITS, None):
             raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")
-        files = {channel_name(column): path.parent / value for column, value in row.items() if value}
+        given = {column: path.parent / value for column, value in row.items() if value}
+        files = {channel_name(column): file for column, file in given.items()}
+        if len(files) < len(given):
+            raise AnomriError(f"{path}, line {line}: two of the columns {', '.join(given)} are the same channel.")
         for column, file in files.items():
             if not file.is_file():
                 raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")

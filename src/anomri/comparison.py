@@ -53,9 +53,10 @@ def compare(
 
     ``methods`` are names or ``all``; ``noise_resolution`` and ``noise_std`` vary the denoising autoencoder's noise one at
     a time; each is trained with the seeds 0 to ``seeds`` - 1. Every test scan is reconstructed once a model, and
-    scored without and with median filter, without and with component filter. Test cases are chosen as `evaluate`
-    does. What is finished in ``out`` is reused and what was interrupted goes on, so the same command, or one with
-    more methods, settings or seeds, may be given again. ``training`` replaces fields of every preset's training.
+    scored without and with median filter, without and with component filter. Test cases are those of the split
+    ``test``, or of ``split``. What is finished in ``out`` is reused and what was interrupted goes on, so the same
+    command, or one with more methods, settings or seeds, may be given again. ``training`` replaces fields of every
+    preset's training.
 
     A job that fails is named in the result, and the others go on. Raises `AnomriError` for what does not fit
     from the start, and `spec.Interrupted` at Ctrl-C or SIGTERM.

@@ -48,9 +48,9 @@ COST_COLUMNS = (
 CURVES = {"noise_resolution": "noise resolution (pixels)", "noise_std": "noise standard deviation"}
 HOW = (
     "Mean ± standard deviation over seeds; 95 % bootstrap intervals over test patients, their bounds averaged over seeds. "
-    "ceil-Dice chooses its threshold on the test labels: an upper bound. + components: components of at most 20 voxels "
-    "are dropped at that threshold. Training time is the loop's, without packing and interruptions; seconds a scan are "
-    "those from slices to the filtered map, mean of the test scans; peak memory is the largest resident size of the "
+    "ceil-Dice chooses its threshold on the test labels: an upper bound. + components: those of at most 20 voxels, were they "
+    "1 mm high, are dropped at that threshold. Training time is the loop's, without packing and interruptions; seconds a scan "
+    "are those from slices to the filtered map, mean of the test scans; peak memory is the largest resident size of the "
     "process that trained (since its last start) or evaluated, which did nothing else."
 )
 

@@ -17,7 +17,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import SUFFIXES, Case, bare_name, case_of_files, find_cases, read_model_splits
+from anomri.cases import (
+    OTHER_IMAGES,
+    SUFFIXES,
+    Case,
+    bare_name,
+    case_of_files,
+    channel_name,
+    find_cases,
+    read_model_splits,
+)
 from anomri.devices import resolve_device
 from anomri.findings import Detection
 from anomri.inference import Inference
@@ -36,8 +45,6 @@ from anomri.volume import Volume
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
 Source = str | Path | SpatialImage
-OTHER_IMAGES = ("t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "pdw", "bold", "ct", "pet")
-"""How files end that are no FLAIR."""
 
 
 class Detector:
@@ -118,15 +125,17 @@ class Detector:
         preparation: Preparation = Preparation(),
         *,
         threshold: float | None = None,
+        name: str | None = None,
     ) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
-        A file may also be an image of nibabel; one alone is the model's only channel, or FLAIR.
+        A file may also be an image of nibabel; one alone is the model's only channel, or FLAIR. Name such scans by
+        ``name``, which their files are called by.
         ``preparation`` says what is done to files before (a `Volume` is taken as it is); ``threshold`` is a score that
         makes the mask in place of the model's own. Raises `AnomriError` if the scan lacks a channel of the model or
         cannot be read.
         """
-        volume = scan if isinstance(scan, Volume) else self.read(scan, preparation)
+        volume = scan if isinstance(scan, Volume) else self.read(scan, preparation, name)
         if volume.channels != self.spec.channels:
             raise AnomriError(
                 f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
@@ -167,7 +176,9 @@ class Detector:
 
         def alike(part: Thresholds) -> Thresholds | None:
             most = false_positive_ml
-            if most is not None and part.healthy is not None:
+            if most is not None:
+                if part.healthy is None:  # of a model that an earlier anomri trained
+                    return None
                 # Its volumes may end below that; the lowest threshold that it has then.
                 most = min(most, part.healthy.false_positive_ml[0])
             return choose_threshold(part, sensitivity, most)
@@ -191,6 +202,7 @@ class Detector:
 
         Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
         """
+        names = [channel_name(name) for name in names]
         chosen = tuple(name for name in self.spec.channels if name in names)
         if not chosen or len(chosen) < len(set(names)):
             raise AnomriError(
@@ -214,10 +226,10 @@ class Detector:
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`cases.find_cases`, but one file for a model of one channel is that channel, whatever its name.
+        """`cases.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR.
 
-        So is, for a model that takes a part of its channels, a file whose name says no channel: it is FLAIR. Neither is
-        one whose name says that it is something else (`OTHER_IMAGES`).
+        FLAIR it is for a model that takes a part of its channels; a file whose name says that it is something else
+        (`OTHER_IMAGES`) is neither.
         """
         cases = find_cases(cohort)
         if not Path(cohort).name.lower().endswith(SUFFIXES):
@@ -232,13 +244,18 @@ class Detector:
         name = cases[0].name if len(self.channels) == 1 else bare_name(path)
         return [Case(name, {taken_for: path}, notes=(note,))]
 
-    def read(self, scan: Case | Mapping[str, Source] | Source, preparation: Preparation = Preparation()) -> Volume:
+    def read(
+        self,
+        scan: Case | Mapping[str, Source] | Source,
+        preparation: Preparation = Preparation(),
+        name: str | None = None,
+    ) -> Volume:
         """Read the model's channels of one scan, prepared."""
         if isinstance(scan, SpatialImage):
             scan = {self.channels[0] if len(self.channels) == 1 else "flair": scan}
         if isinstance(scan, Mapping):
             with as_files(scan) as files:
-                return self.read(case_of_files(files), preparation)
+                return self.read(case_of_files(files, name), preparation)
         if not isinstance(scan, Case):
             cases = self.find_cases(scan)
             if len(cases) > 1:
@@ -262,9 +279,9 @@ class Detector:
     def _notes_on(self, scan: Case) -> list[str]:
         """What the owner of a scan should know that lacks channels."""
         absent = [name for name in self.channels if name not in scan.channels]
-        notes = [
-            f"the scan has no {', '.join(absent)}; the model was trained to do without, and has a threshold for that."
-        ]
+        stored = self.spec.thresholds_of([name for name in self.channels if name in scan.channels])
+        known = ", and has a threshold for that" if stored else "; it has no threshold for that, so there is no mask"
+        notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without{known}."]
         others = [name for name in scan.channels if name not in self.spec.channels]
         if others:
             notes.append(f"{', '.join(others)} is no channel of the model, and is not looked at.")

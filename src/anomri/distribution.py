@@ -148,8 +148,8 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
 
 
 def _leave() -> None:
-    # Fabric does so for NCCL alone; a thread of gloo that lets go of a tensor while the interpreter ends aborts the process.
-    if torch.distributed.is_initialized():
+    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process; for NCCL Fabric does this.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
 

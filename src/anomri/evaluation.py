@@ -306,8 +306,8 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         threshold = f"{facts['threshold']:.5g}, " + (
             "given by the user" if facts["given"] else "the model's, without labels"
         )
-        others = sum(case["threshold"] not in (None, facts["threshold"]) for case in pool.cases)
-        threshold += f"; of {others} that lack channels, that for the channels they have" if others else ""
+        others = sum(case["threshold"] != facts["threshold"] for case in pool.cases)
+        threshold += f"; of {others} that lack channels, the one for the channels they have, if any" if others else ""
     patients = len(pool.patients)
     return {
         "scored": facts["what"],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anomri.cases import SUFFIXES, Case, case_of_files
+from anomri.cases import SUFFIXES, Case, case_of_files, channel_name
 from anomri.dicom import choose_series, convert_series
 from anomri.dicom_channels import Series
 from anomri.dicom_seg import write_segmentation
@@ -33,7 +33,7 @@ def named(pairs: Sequence[str], option: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        name = name.strip().lower()
+        name = channel_name(name)
         if not (name and equals and value.strip()):
             raise AnomriError(f"{option} {pair!r}: write it as name=value, such as {option} flair=...")
         if name in found:

@@ -76,6 +76,15 @@ def find_lesions(
     )
 
 
+def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first; 0 elsewhere."""
+    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
+    counts = np.bincount(components[mask].astype(np.int64))[1:]
+    number = np.zeros(len(counts) + 1, dtype=np.min_scalar_type(len(counts)))
+    number[np.argsort(-counts, kind="stable") + 1] = np.arange(1, len(counts) + 1)
+    return np.asarray(number[components])
+
+
 def smallest_edge_distances(
     components: NDArray[np.integer[Any]], brain: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
 ) -> NDArray[np.float64]:

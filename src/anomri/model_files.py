@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from anomri import methods
+from anomri.cases import channel_name
 from anomri.files import output_folder, whole_file, write_text
 from anomri.positions import unpacked_maps
 from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
@@ -39,7 +42,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
             f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
         )
     plain_file(description, MAX_DESCRIPTION)
-    spec = ModelSpec.read(description)
+    spec = _as_named_here(ModelSpec.read(description))
     if spec.format_version > FORMAT_VERSION:
         raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
     try:
@@ -60,6 +63,20 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
         return spec, method, load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+
+
+def _as_named_here(spec: ModelSpec) -> ModelSpec:
+    """The same with its channels by the names that scans' are given (`cases.ALIASES`)."""
+
+    def names(channels: Iterable[str]) -> tuple[str, ...]:
+        return tuple(map(channel_name, channels))
+
+    if names(spec.channels) == spec.channels:
+        return spec
+    settings = {k: list(names(value)) if k == "alone" else value for k, value in spec.settings.items()}
+    thresholds = {"+".join(names(part.split("+"))): one for part, one in spec.subset_thresholds.items()}
+    score = replace(spec.score, channels=names(spec.score.channels))
+    return replace(spec, channels=names(spec.channels), settings=settings, subset_thresholds=thresholds, score=score)
 
 
 def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[s
         files: dict[str, str | Path] = {}
         for name, image in images.items():
             if isinstance(image, SpatialImage):
-                files[name] = Path(folder) / f"scan_{name}.nii"
+                files[name] = Path(folder) / f"scan_{re.sub(r'[^a-z0-9]', '', name.lower())}.nii"
                 nib.save(nib.Nifti1Image.from_image(image), files[name])
             else:
                 files[name] = image

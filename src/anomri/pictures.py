@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import matplotlib
 import numpy as np
+from nibabel.affines import apply_affine
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +27,7 @@ MASK_COLOUR = (60, 220, 255)
 TRUTH_COLOUR = (150, 255, 70)
 SIDE = 960
 """Width of the composed pictures in pixels."""
+MOST_CLOSEUPS, CLOSEUP_MM = 8, 80.0
 
 
 def preview(detection: Detection, size: int = 192) -> Rgb:
@@ -80,6 +82,32 @@ def planes(detection: Detection, width: int = SIDE) -> Rgb:
         panel = _marked(_layered(detection, image, place, size, upward=marks[2] == "S"), marks)
         panels.append(np.pad(panel, ((0, max(d, h) - size[1]), (0, 0), (0, 0))))
     return np.concatenate(panels, axis=1)
+
+
+def closeups(detection: Detection, width: int = SIDE, most: int = MOST_CLOSEUPS) -> Rgb | None:
+    """The largest lesions, numbered, each in an axial square of `CLOSEUP_MM` around its centre; ``None`` without any.
+
+    (``width`` / ``most``, ``width``, 3) uint8, under the map and the outlines.
+    """
+    if not detection.lesions:
+        return None
+    geometry, image = detection.volume.geometry, _shown_image(detection.volume)
+    to_voxels = np.linalg.inv(geometry.canonical_affine)
+    side = width // most
+    row = np.zeros((side, width, 3), dtype=np.uint8)
+    for number, lesion in enumerate(detection.lesions[:most]):
+        centre = apply_affine(to_voxels, lesion.centroid_mm).round().astype(int)
+        spans = []
+        for axis in (0, 1):
+            length = geometry.canonical_shape[axis]
+            size = min(max(round(CLOSEUP_MM / geometry.spacing_mm[axis]), 1), length)
+            first = min(max(int(centre[axis]) - size // 2, 0), length - size)
+            spans.append(slice(first, first + size))
+        z = min(max(int(centre[2]), 0), geometry.canonical_shape[2] - 1)
+        cell = _layered(detection, image, (*spans, z), (side - 2, side))
+        _text(cell, str(lesion.lesion), (4, 14), 0.42)
+        row[:, number * side : number * side + side - 2] = cell
+    return row
 
 
 def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: int = 3) -> Rgb:

@@ -62,7 +62,7 @@ def curves_plot(curves: Mapping[str, Sequence[Sequence[float]]], thresholds: Map
 
 
 def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
-    """Every patient's value of one or more figures from 0 to 1 as points, over boxes of their quartiles."""
+    """Every scan's value of one or more figures from 0 to 1 as points, over boxes of their quartiles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 0.7 + 0.62 * len(values)), layout="constrained")
@@ -81,7 +81,7 @@ def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
     axes.set(xlim=(-0.02, 1.02), yticks=[-place for place in range(len(values))], yticklabels=list(values))
     axes.set(ylim=(0.6 - len(values), 0.6))
     axes.grid(axis="x", alpha=0.25)
-    return Plot("By patient", _svg(figure, "patients"), "A point is a patient; box: quartiles and median.")
+    return Plot("By patient", _svg(figure, "patients"), "A point is a scan; box: quartiles and median.")
 
 
 def histogram(

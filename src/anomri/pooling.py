@@ -119,8 +119,8 @@ class Evaluation:
 class Scored:
     """Scores and labels of one case, of the same three axes, or the error that kept it from having them.
 
-    ``threshold`` is the score that makes its mask, if that is not the same for all; ``patient`` says whose scan it is,
-    by default one of its own.
+    ``threshold`` is the score that makes its mask, if there is one; ``patient`` says whose scan it is, by default one of
+    its own.
     """
 
     case: str
@@ -176,7 +176,7 @@ class Pool:
         return list(dict.fromkeys(case["patient"] for case in self.cases))
 
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
-        """All figures, from two more readings of the spool; ``threshold`` is that of cases without one of their own."""
+        """All figures, from two more readings of the spool; ``threshold`` is that of most cases, for a plot."""
         thresholds, _ = lesion_thresholds(self._lesion_scores)
         if not thresholds.size:
             raise AnomriError(f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find.")
@@ -193,7 +193,7 @@ class Pool:
             curve = precision_recall_of_sorted(*rising)
             found = (curve.positives, curve.average_precision, curve.ceil_dice)
             row = PatientScores(case["case"], case["patient"], *found)
-            its = threshold if case["threshold"] is None else case["threshold"]
+            its = case["threshold"]
             patients.append(row if its is None else _at_threshold(row, case["max_dropped"], scores, label, its))
         curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
 

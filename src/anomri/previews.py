@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BINS = 64
 TITLES = {
     "planes": "Three planes through the peak",
+    "findings": "The largest findings, by their numbers below, axial, 80 mm wide",
     "row": "Slice with the most {most}",
     "slices": "Axial slices from below, heights in mm",
 }
@@ -47,14 +48,15 @@ class Preview:
 
 def save_preview(detection: Detection, folder: Path) -> None:
     """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, where `report` looks for them."""
-    from anomri.pictures import columns_of, lightbox, planes, preview, score_counts, write_jpeg
+    from anomri.pictures import closeups, columns_of, lightbox, planes, preview, score_counts, write_jpeg
 
     place = output_folder(folder / "previews")
     sizes = {}
-    for kind, draw in (("planes", planes), ("row", preview), ("slices", lightbox)):
+    for kind, draw in (("planes", planes), ("findings", closeups), ("row", preview), ("slices", lightbox)):
         picture = draw(detection)
-        write_jpeg(place / f"{detection.name}.{kind}.jpg", picture)
-        sizes[kind] = picture.shape[1::-1]
+        if picture is not None:
+            write_jpeg(place / f"{detection.name}.{kind}.jpg", picture)
+            sizes[kind] = picture.shape[1::-1]
     thresholds = detection.spec.thresholds
     healthy = thresholds.healthy if thresholds else None
     counts, top = score_counts(detection, BINS)
@@ -86,6 +88,7 @@ def read_preview(folder: Path, name: str) -> Preview | None:
                 (int(facts["sizes"][kind][0]), int(facts["sizes"][kind][1])),
             )
             for kind, title in TITLES.items()
+            if kind in facts["sizes"]
         )
         tops = (float(facts["scores_top"]), float(facts["healthy_top"]))
         bars = histogram(facts["scores"], facts["healthy"], tops, facts["threshold"])

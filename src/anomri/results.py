@@ -15,6 +15,7 @@ from typing import Any
 
 from anomri.detector import Detector
 from anomri.files import write_text
+from anomri.preparation import Preparation
 from anomri.records import Records
 from anomri.reporting import detection_report
 
@@ -123,16 +124,11 @@ def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
 def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResult]) -> None:
     """Write the tables, ``run.json`` and the report of a run."""
     write_tables(folder, results)
-    _write_run(folder, records.facts["run"], records.facts["started"])
+    write_run(folder, records.facts["run"], records.facts["started"])
     detection_report(folder)
 
 
-def write_run(folder: Path, detector: Detector, cases: int, started: float) -> None:
-    """Write ``run.json``; ``started`` is in seconds since the epoch."""
-    _write_run(folder, run_facts(detector, cases), started)
-
-
-def run_facts(detector: Detector, cases: int) -> dict[str, object]:
+def run_facts(detector: Detector, cases: int, preparation: Preparation = Preparation()) -> dict[str, object]:
     """What ``run.json`` says beside times."""
     spec, thresholds = detector.spec, detector.thresholds
     return {
@@ -144,6 +140,7 @@ def run_facts(detector: Detector, cases: int) -> dict[str, object]:
         "channels": detector.channels,
         # The maps by position are the model's, and long.
         "score": asdict(replace(spec.score, healthy_maps="")),
+        "preparation": {name: str(value) for name, value in asdict(preparation).items() if value},
         "thresholds": thresholds and asdict(thresholds),
         "threshold": thresholds and thresholds.threshold,
         "model_cohort": spec.cohort and asdict(spec.cohort),
@@ -151,7 +148,8 @@ def run_facts(detector: Detector, cases: int) -> dict[str, object]:
     }
 
 
-def _write_run(folder: Path, facts: Mapping[str, object], started: float) -> None:
+def write_run(folder: Path, facts: Mapping[str, object], started: float) -> None:
+    """Write ``run.json``: the `run_facts`, and times; ``started`` is in seconds since the epoch."""
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started))
     # From the beginning, with pauses, if it was gone on with.
     facts = {**facts, "started": when, "seconds": round(time.time() - started, 1)}

@@ -75,7 +75,7 @@ def refusal(name: str, path: Path, found: str) -> AnomriError:
         f"one of\n  anomri detect ... --skull-strip          (deepbet: pip install 'anomri[bet]')"
         f"\n  hd-bet -i {path.name} -o {brain}"
         f"\n  mri_synthstrip -i {path.name} -o {brain} -m {mask}"
-        f"\nor name the mask of its brain with --brain-mask."
+        f"\nor name the mask of its brain with --brain-mask, or lay it beside the scan as <case>_mask.nii.gz."
     )
 
 

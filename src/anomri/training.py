@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
+from anomri.cases import Case, channel_name, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
 from anomri.detector import Detector
 from anomri.devices import can_compile, resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes
@@ -84,7 +84,7 @@ def train(
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
-    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in half an hour). ``settings`` (of
+    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in an hour). ``settings`` (of
     the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of
     the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
@@ -104,7 +104,7 @@ def train(
     chosen = methods.preset(method, preset)
     schedule = _changed(chosen.training, training or {})
     spec = ModelSpec(
-        channels=tuple(channels or channels_of(cases)),
+        channels=tuple(map(channel_name, channels or channels_of(cases))),
         method=method,
         settings={**chosen.settings, **(settings or {})},
         grid=replace(chosen.grid, size=(grid, grid)) if grid else chosen.grid,

@@ -63,6 +63,7 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     return (
         same(found) == same(spec)
         and score(found.score) == score(spec.score)
+        and (folder / "splits.csv").is_file()
         and read_model_splits(folder / "splits.csv") == splits_of(cases)
     )
 

@@ -120,7 +120,7 @@ def detect(
         )
     if dicom_seg and team.first:
         for result in results:
-            if made := result.summary:
+            if (made := result.summary) and made["threshold"] is not None:
                 source = intake.series[made["channels"][0]]  # type: ignore[index]
                 write_dicom_seg(output, result.case, source, {name: made[name] for name in ("method", "threshold")})
     failed = sum(result.error is not None for result in results)

@@ -64,9 +64,11 @@ def evaluate(
     from anomri.evaluation import evaluate as run
     from anomri.evaluation import evaluate_shard, make_plan
     from anomri.progress import case_progress
-    from anomri.spec import Score
+    from anomri.spec import AnomriError, Score
 
     processes(device)
+    if maps is not None and not model and (channels or score or min_volume is not None):
+        raise AnomriError("--channels, --score and --min-volume are a model's; maps are measured as they are.")
     detector = Detector.load(model, device, precision) if maps is None or model else None
     if detector and score:
         paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
@@ -128,7 +130,7 @@ def compare(
     channels: Channels = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the presets'.")] = None,
     splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
-    split: Annotated[Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")] = None,
+    split: Annotated[Optional[str], typer.Option(help="Which cases (default: test).")] = None,
     cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
     device: Device = "auto",
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar
 import typer
 from rich.console import Console
 
+from anomri.cases import channel_name
 from anomri.spec import AnomriError
 
 app = typer.Typer(
@@ -60,14 +61,16 @@ FalsePositiveMl = Annotated[
 MinVolume = Annotated[
     Optional[float],
     typer.Option(
-        metavar="MM3", min=0.0, help="Keep components of the mask of at least this volume (default: some 70)."
+        metavar="MM3",
+        min=0.0,
+        help="Keep components of at least this volume (default: some 70, as --false-positive-ml reckons).",
     ),
 ]
 
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:
-    """The names in a list with commas, in lower case; ``None`` if nothing is given."""
-    return tuple(name.strip().lower() for name in channels.split(",") if name.strip()) if channels else None
+    """The channels in a list with commas, by their names here; ``None`` if nothing is given."""
+    return tuple(channel_name(name) for name in channels.split(",") if name.strip()) if channels else None
 
 
 Number = TypeVar("Number", int, float)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -132,9 +131,10 @@ def preset(method: str, name: str) -> Preset:
 def build(spec: ModelSpec) -> Any:
     """The method that ``spec`` describes, with weights not yet trained; raises `AnomriError` if there is none."""
     method = _class(spec.method)
-    known = list(inspect.signature(method).parameters)[1:]  # channels come first
+    parameters = inspect.signature(method).parameters
+    known = list(parameters)[1:]  # channels come first
     unknown = [name for name in spec.settings if name not in known]
-    if unknown:
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         raise AnomriError(f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
     try:
         return method(spec.channels, **spec.settings)
@@ -151,8 +151,10 @@ def _class(method: str) -> Any:
     places = _places()
     if method not in places:
         raise AnomriError(f"there is no method {method!r}; the methods are {', '.join(names())}.")
-    module, name = places[method].split(":")
-    return getattr(import_module(module), name)
+    try:
+        return EntryPoint(method, places[method], "anomri.methods").load()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise AnomriError(f"the method {method!r} cannot be loaded from {places[method]!r} ({error}).") from error
 
 
 def _places() -> dict[str, str]:
