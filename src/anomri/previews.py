@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BINS = 64
 TITLES = {
     "planes": "Three planes through the peak",
-    "findings": "The largest findings, by their numbers below, axial, 80 mm wide",
+    "findings": "The largest findings, numbered by size, axial, 80 mm wide",
     "row": "Slice with the most {most}",
     "slices": "Axial slices from below, heights in mm",
 }
