@@ -30,6 +30,13 @@ def test_threads_are_divided_and_given_back() -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_side_by_side_take_subnormal_numbers_for_zero() -> None:
+    half = torch.full((64,), 2.0**-126)  # the smallest normal number
+    with side_by_side(2) as pool:
+        assert not pool.submit(lambda: (half / 2).any()).result()
+    assert bool((half / 2).all())
+
+
 def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inference = Inference(methods.build(ModelSpec(("flair", "t1"), settings={"widths": [8, 16]})))

@@ -38,6 +38,10 @@ def threads_divided(workers: int) -> Iterator[None]:
 
 @contextmanager
 def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads for parts of some work, among which those of torch are divided."""
-    with threads_divided(workers), ThreadPoolExecutor(workers) as pool:
+    """So many threads for parts of some work, among which those of torch are divided.
+
+    They take subnormal numbers, for which processors need many times as long, for zero; the caller's thread does not.
+    """
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_flush_denormal, initargs=(True,))
+    with threads_divided(workers), pool:
         yield pool
