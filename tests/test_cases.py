@@ -182,3 +182,15 @@ def test_contrast_agents_of_bids_names_and_channels_named_twice_in_a_table(tmp_p
     (tmp_path / "x.tsv").write_text("case\tt1\tT1w\na\tsub-1_T1w.nii.gz\tsub-1_T1w.nii.gz\n")
     with pytest.raises(AnomriError, match="line 2: two of the columns t1, T1w are the same channel"):
         find_cases(tmp_path / "x.tsv")
+
+
+def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path) -> None:
+    names = ("p_FLAIR.nii.gz", "p_FLAIR_brain.nii.gz", "p_T1w_brain.nii.gz", "p_FLAIR_mask.nii.gz")
+    (case,) = find_cases(touch(tmp_path, *names))
+    assert case.name == "p" and case.mask == tmp_path / "p_FLAIR_mask.nii.gz"
+    assert {name: path.name for name, path in case.channels.items()} == {"flair": names[1], "t1": names[2]}
+    (alone,) = find_cases(tmp_path / names[1])
+    assert (alone.name, list(alone.channels)) == ("p", ["flair"])
+    outputs = touch(tmp_path / "again", "x_flair.nii.gz", "x_flair_anomaly.nii.gz", "x_flair_mask.nii.gz")
+    (case,) = find_cases(outputs)  # detected, in a case that is called x_flair
+    assert case.mask is None and list(case.channels) == ["flair"]

@@ -337,3 +337,11 @@ def test_cases_of_a_run_before_are_told(
     assert "has maps of case7 from another run; the tables and the report will be of this run alone" in said
     report = (tmp_path / "report.html").read_text()
     assert "Scans with fewer channels have thresholds of their own" in report
+
+
+@pytest.mark.parametrize("mm", [1e-3, 1e3])
+def test_a_header_that_is_not_in_mm_is_refused(tmp_path: Path, mm: float) -> None:
+    image = nib.Nifti1Image(scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([mm, mm, mm, 1]))
+    nib.save(image, tmp_path / "a_flair.nii.gz")
+    with pytest.raises(AnomriError, match="a_flair.nii.gz: its header gives voxels of .* put the header right"):
+        thresholding("flair").read(tmp_path / "a_flair.nii.gz")

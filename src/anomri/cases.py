@@ -38,7 +38,8 @@ OTHER_IMAGES = (
 SPLITS = ("train", "val", "test")
 ALIASES = {"t1w": "t1", "t1n": "t1", "t2w": "t2", "t2f": "flair", "t1c": "t1ce", "t1gd": "t1ce"}
 """What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
-HYPHENATED = {*ALIASES, *ALIASES.values(), *LABEL_NAMES, *MASK_NAMES}
+CHANNELS = {*ALIASES.values()}
+HYPHENATED = {*ALIASES, *CHANNELS, *LABEL_NAMES, *MASK_NAMES}
 """What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
 
 
@@ -86,7 +87,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
     * one NIfTI file, a case of one channel.
 
     ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
-    lower case, and ``t1w``, ``t1c``, ... are taken for what they are (`ALIASES`), also behind a hyphen. What `anomri
+    lower case, and ``t1w``, ``t1c``, ... are taken for what they are (`ALIASES`), also behind a hyphen. Of an image and
+    the same with ``_brain`` behind its name, the brain is taken. What `anomri
     detect` wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is
     opened but tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
@@ -247,7 +249,15 @@ def channel_name(name: str) -> str:
 
 
 def _split_name(path: Path) -> tuple[str, str]:
-    bare = bare_name(path)
+    """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
+    stem, kind = _split(bare_name(path))
+    if kind == "brain" and _split(stem)[1] in CHANNELS:
+        # As tools that strip skulls call what they write.
+        stem, kind = _split(stem)
+    return stem, kind
+
+
+def _split(bare: str) -> tuple[str, str]:
     stem, hyphen, kind = bare.rpartition("-")
     if not hyphen or kind.lower() not in HYPHENATED:
         stem, _, kind = bare.rpartition("_")
@@ -268,7 +278,14 @@ def _cases_in_folder(folder: Path) -> list[Case]:
         for path, (stem, kind) in named.items():
             if stem in detected and kind in OUTPUTS:
                 continue  # that mask is not a brain's
+            before, channel = _split(stem)
+            if kind in MASK_NAMES and (before, channel) in named.values() and channel in CHANNELS:
+                stem = before  # a mask made from that channel
             files = found.setdefault(stem or place.resolve().name, {})
+            stripped = bare_name(path).lower().endswith("_brain")
+            if kind in files and stripped != bare_name(files[kind]).lower().endswith("_brain"):
+                files[kind] = path if stripped else files[kind]
+                continue
             if kind in files:
                 raise AnomriError(f"{path} and {files[kind]} are both {kind} of case {stem}; keep one of them.")
             files[kind] = path

@@ -15,6 +15,8 @@ from anomri.resampling import Lattice, resample
 from anomri.spec import AnomriError, Grid
 
 AFFINE_TOLERANCE_MM = 1e-2
+MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
+"""A header in metres or micrometres lies beyond these."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
     i, j, k = affine[:3, :3].T
     if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
         raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
+    sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
+        raise AnomriError(
+            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm, and a brain scan's have "
+            f"{MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g}; put the header right (it is to be in mm)."
+        )
     axes = orientations.io_orientation(affine)
     if np.isnan(axes).any():
         raise AnomriError(f"{path}: its header gives two axes of the image the same direction; it is damaged.")
