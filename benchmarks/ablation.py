@@ -11,7 +11,6 @@ prints a Markdown table; trainings that are finished in the folder are reused, a
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -101,8 +100,7 @@ class Trial:
                 for case, (volume, stack, output) in zip(cases, self._seen(cases, detector), strict=True):
                     raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                     scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
-                    found = on_published_grid(scores, stack, volume, detector.spec.grid)
-                    voxel_mm3 = math.prod(stack.spacing_mm) * scores[0].size / found[0][0].size
+                    *found, voxel_mm3 = on_published_grid(scores, stack, volume, detector.spec.grid)
                     dropped = score.max_dropped(stack.spacing_mm, voxel_mm3)
                     pool.add(Scored(case.name, *found, dropped, patient=case.patient))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}

@@ -88,9 +88,9 @@ def find_cases(cohort: str | Path) -> list[Case]:
 
     ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
     lower case, and ``t1w``, ``t1c``, ... are taken for what they are (`ALIASES`), also behind a hyphen. Of an image and
-    the same with ``_brain`` behind its name, the brain is taken. What `anomri
-    detect` wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is
-    opened but tables. Raises `AnomriError` if there is nothing, or something that does not fit.
+    the same with ``_brain`` behind its name, the brain is taken. What `anomri detect` wrote there is no scan. A
+    ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but tables. Raises
+    `AnomriError` if there is nothing, or something that does not fit.
     """
     path = Path(cohort)
     if path.is_dir():
@@ -268,6 +268,10 @@ def _split(bare: str) -> tuple[str, str]:
     return stem, kind
 
 
+def _is_stripped(path: Path) -> bool:
+    return bare_name(path).lower().endswith("_brain")
+
+
 def _cases_in_folder(folder: Path) -> list[Case]:
     found: dict[str, dict[str, Path]] = {}
     subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
@@ -282,13 +286,12 @@ def _cases_in_folder(folder: Path) -> list[Case]:
             if kind in MASK_NAMES and (before, channel) in named.values() and channel in CHANNELS:
                 stem = before  # a mask made from that channel
             files = found.setdefault(stem or place.resolve().name, {})
-            stripped = bare_name(path).lower().endswith("_brain")
-            if kind in files and stripped != bare_name(files[kind]).lower().endswith("_brain"):
-                files[kind] = path if stripped else files[kind]
+            other = files.setdefault(kind, path)
+            if other is path:
                 continue
-            if kind in files:
-                raise AnomriError(f"{path} and {files[kind]} are both {kind} of case {stem}; keep one of them.")
-            files[kind] = path
+            if _is_stripped(path) == _is_stripped(other):
+                raise AnomriError(f"{path} and {other} are both {kind} of case {stem}; keep one of them.")
+            files[kind] = path if _is_stripped(path) else other
     cases = [_case(name, files) for name, files in found.items()]
     return [case for case in cases if case.channels or case.label or case.mask]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
@@ -71,7 +71,7 @@ def compare(
             "no case is in the split test; write a splits.csv (case,split) into the cohort, or name one with --splits, so "
             "that methods are compared on cases that none was trained on."
         )
-    test_cases, chosen = choose_cases(cases, split, splits_of(cases))
+    test_cases, chosen = choose_cases(cases, split or "test")
     first = Job(
         variant="",
         method="",

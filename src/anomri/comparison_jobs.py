@@ -117,8 +117,8 @@ def evaluate_job(job: Job, tell: Tell) -> None:
                 filtered = anomaly_score(raw, stack.foreground, replace(spec, median=MEDIAN), stack.spacing_mm)
                 seconds.append(time.monotonic() - begun)
                 plain = anomaly_score(raw, stack.foreground, replace(spec, median=0), stack.spacing_mm)
+                dropped = spec.max_dropped(stack.spacing_mm)
                 for name, scores in (("plain", plain), ("median", filtered)):
-                    dropped = spec.max_dropped(stack.spacing_mm)
                     pools[name].add(Scored(case.name, scores, stack.label.numpy(), dropped, patient=case.patient))
                 kept.add(case.name, detector, stack, filtered)
             except CASE_ERRORS as error:

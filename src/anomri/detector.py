@@ -141,8 +141,7 @@ class Detector:
                 f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
                 f"{', '.join(self.spec.channels)}; read it by the model's `read`, or complete it (`Volume.completed`)."
             )
-        volume = volume.without([name for name in volume.channels if name not in (*self.channels, *volume.missing)])
-        seen = [name for name in volume.channels if name not in volume.missing]
+        volume = volume.without([name for name in volume.present if name not in self.channels])
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
         before = self.inference.batch
         scores, reconstructed = self.score(stack)
@@ -153,7 +152,7 @@ class Detector:
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
-        spec = replace(self.spec, thresholds=self.spec.thresholds_of(seen))
+        spec = replace(self.spec, thresholds=self.spec.thresholds_of(volume.present))
         if threshold is None and spec.thresholds is not None:
             threshold = spec.thresholds.threshold
         mask: NDArray[np.bool_] | None = None

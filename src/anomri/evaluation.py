@@ -245,14 +245,13 @@ def _detected(
             detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
-            working, mm = detector.spec.grid, detection.stack.spacing_mm
+            working = detector.spec.grid
             if grid == "model":
-                scores, label = on_published_grid(detection.scores, detection.stack, volume, working)
-                voxel_mm3 = math.prod(mm) * math.prod(working.size) / scores[0].size
+                scores, label, voxel_mm3 = on_published_grid(detection.scores, detection.stack, volume, working)
             else:
                 assert volume.label is not None
                 scores, label, voxel_mm3 = detection.anomaly_map, volume.label, volume.geometry.voxel_mm3
-            dropped = detector.spec.score.max_dropped(mm, voxel_mm3)
+            dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
         except CASE_ERRORS as error:
             yield Scored(case.name, error=problem(case, error))
@@ -260,15 +259,19 @@ def _detected(
 
 def on_published_grid(
     scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare."""
-    published = Grid().size
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
+    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare.
+
+    And the volume of a voxel there, in mm3.
+    """
+    published, voxel_mm3 = Grid().size, math.prod(stack.spacing_mm)
     assert stack.label is not None
     assert volume.label is not None
     if min(grid.size) <= max(published):
-        return scores, stack.label.numpy()
+        return scores, stack.label.numpy(), voxel_mm3
     coarse = rescale(torch.from_numpy(scores)[:, None], published[0] / grid.size[0], 1)[:, 0]
-    return coarse.numpy(), label_slices(volume.label, stack.window, Grid(published), stack.index).numpy()
+    label = label_slices(volume.label, stack.window, Grid(published), stack.index)
+    return coarse.numpy(), label.numpy(), voxel_mm3 * math.prod(grid.size) / coarse[0].numel()
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:

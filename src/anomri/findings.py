@@ -48,7 +48,7 @@ class Detection:
     @property
     def channels(self) -> tuple[str, ...]:
         """Those of the model's channels that the scan has, and that were looked at."""
-        return tuple(name for name in self.volume.channels if name not in self.volume.missing)
+        return self.volume.present
 
     @property
     def reconstruction(self) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from anomri.resampling import Lattice, resample
@@ -45,7 +46,7 @@ class Geometry:
         """Voxel size in mm along the axes of the working orientation."""
         if self.working is not None:
             return self.working.spacing_mm
-        sizes = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        sizes = voxel_sizes(self.affine)
         spacing = np.empty(3)
         spacing[self.to_canonical[:, 0].astype(int)] = sizes
         return float(spacing[0]), float(spacing[1]), float(spacing[2])
@@ -103,7 +104,7 @@ def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
     i, j, k = affine[:3, :3].T
     if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
         raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
-    sizes = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    sizes = voxel_sizes(affine)
     if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
         raise AnomriError(
             f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm, and a brain scan's have "

@@ -103,8 +103,7 @@ def closeups(detection: Detection, width: int = SIDE, most: int = MOST_CLOSEUPS)
             size = min(max(round(CLOSEUP_MM / geometry.spacing_mm[axis]), 1), length)
             first = min(max(int(centre[axis]) - size // 2, 0), length - size)
             spans.append(slice(first, first + size))
-        z = min(max(int(centre[2]), 0), geometry.canonical_shape[2] - 1)
-        cell = _layered(detection, image, (*spans, z), (side - 2, side))
+        cell = _layered(detection, image, (*spans, int(centre[2])), (side - 2, side))
         _text(cell, str(lesion.lesion), (4, 14), 0.42)
         row[:, number * side : number * side + side - 2] = cell
     return row

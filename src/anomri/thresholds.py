@@ -40,6 +40,12 @@ class _Healthy:
     counted: NDArray[np.bool_]
     ml_per_pixel: float
     """Volume of a pixel, divided by the share of the scan's slices that are healthy."""
+    max_dropped: int
+    """The largest component of a mask that is dropped, in pixels."""
+
+    def false_positive_ml(self, threshold: float) -> float:
+        """The volume above a threshold."""
+        return float(drop_small_components(self.scores > threshold, self.max_dropped).sum() * self.ml_per_pixel)
 
 
 def default_rate(score: Score) -> float:
@@ -98,7 +104,7 @@ def _thresholds(
         chosen=default_rate(detector.spec.score),
         healthy_slices=sum(len(case.healthy) for case in cases),
         healthy_cases=len(cases),
-        healthy=_describe(scored, pooled, [detector.spec.score.max_dropped(case.spacing_mm) for case in cases]),
+        healthy=_describe(scored, pooled),
     )
 
 
@@ -116,25 +122,18 @@ def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _He
     counted = (stack.foreground.numpy() & healthy)[:, top:bottom, left:right]
     share = len(case.healthy) / case.slices
     return _Healthy(
-        (scores * healthy)[:, top:bottom, left:right].copy(), counted, math.prod(case.spacing_mm) / 1000 / share
+        (scores * healthy)[:, top:bottom, left:right].copy(),
+        counted,
+        ml_per_pixel=math.prod(case.spacing_mm) / 1000 / share,
+        max_dropped=detector.spec.score.max_dropped(case.spacing_mm),
     )
 
 
-def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32], dropped: Sequence[int]) -> HealthyScores:
+def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32]) -> HealthyScores:
     peaks = sorted(float(one.scores.max()) for one in scored)
     steps = np.unique([*np.quantile(pooled, 1 - TABLE_RATES).astype(np.float32), np.float32(peaks[-1])])
     steps = steps[steps > 0] if (steps > 0).any() else steps[-1:]
-    volumes = [
-        float(
-            np.mean(
-                [
-                    drop_small_components(one.scores > step, most).sum() * one.ml_per_pixel
-                    for one, most in zip(scored, dropped, strict=True)
-                ]
-            )
-        )
-        for step in steps
-    ]
+    volumes = [float(np.mean([one.false_positive_ml(step) for one in scored])) for step in steps]
     top = peaks[-1] or 1.0
     return HealthyScores(
         threshold=tuple(steps.tolist()),

@@ -56,13 +56,13 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
 def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     found = ModelSpec.read(folder / "model.json")
     same = attrgetter("method", "channels", "settings", "training", "scaling", "grid")
-    asked = {
-        name for name in asdict(spec.score) if name not in FOUND | (CHOSEN if spec.score.kind == "auto" else set())
-    }
-    score = attrgetter(*sorted(asked))
+    given = FOUND | CHOSEN if spec.score.kind == "auto" else FOUND
+    asked, scored = (
+        {name: value for name, value in asdict(one.score).items() if name not in given} for one in (spec, found)
+    )
     return (
         same(found) == same(spec)
-        and score(found.score) == score(spec.score)
+        and scored == asked
         and (folder / "splits.csv").is_file()
         and read_model_splits(folder / "splits.csv") == splits_of(cases)
     )

@@ -86,6 +86,11 @@ class Volume:
         """Pixel size of an axial slice in mm."""
         return self.geometry.spacing_mm[:2]
 
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The channels that are not ``missing``."""
+        return tuple(name for name in self.channels if name not in self.missing)
+
     def completed(self, channels: Sequence[str], notes: Sequence[str] = ()) -> Volume:
         """The scan with a channel of zeros for each of ``channels`` that was not read, and more ``notes``."""
         inside = np.zeros((len(channels), *self.inside.shape[1:]), dtype=np.float32)

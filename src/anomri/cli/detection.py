@@ -20,8 +20,8 @@ from anomri.cli.options import (
     Shard,
     SomeChannels,
     app,
+    detector_of,
     err,
-    names_of,
     out,
 )
 from anomri.spec import AnomriError
@@ -61,7 +61,7 @@ def detect(
     Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
     """
     from anomri.detection import detect_cohort
-    from anomri.detector import BUILT_IN, Detector
+    from anomri.detector import BUILT_IN
     from anomri.distribution import processes
     from anomri.intake import named, take_in, write_dicom_seg
     from anomri.preparation import Preparation
@@ -72,14 +72,11 @@ def detect(
     given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
     files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
     team = processes(device)
-    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
-    detector = detector.with_min_volume(min_volume)
+    detector = detector_of(model, device, precision, sensitivity, false_positive_ml, min_volume, channels)
     if model is None and team.first:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
         )
-    if channels:
-        detector = detector.with_channels(names_of(channels) or ())
     if dicom_seg and detector.thresholds is None:
         raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
     intake = team.once(
@@ -129,13 +126,8 @@ def detect(
         facts = {"report": report, "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))
         raise typer.Exit(1 if failed else 0)
-    if shard:
-        out.print(
-            f"{len(results) - failed} scans done, {failed} failed. After the last shard: anomri merge {output}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(1 if failed else 0)
-    out.print(f"{len(results) - failed} scans done, {failed} failed. Look at {output / 'report.html'}", soft_wrap=True)
+    then = f"After the last shard: anomri merge {output}" if shard else f"Look at {output / 'report.html'}"
+    out.print(f"{len(results) - failed} scans done, {failed} failed. {then}", soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -166,7 +158,6 @@ def bids(
 ) -> None:
     """Detect in a BIDS data set and write BIDS derivatives."""
     from anomri.bids import run_group, run_participant
-    from anomri.detector import Detector
     from anomri.preparation import Preparation
     from anomri.progress import case_progress
 
@@ -175,10 +166,7 @@ def bids(
         return
     if level != "participant":
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
-    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
-    detector = detector.with_min_volume(min_volume)
-    if channels:
-        detector = detector.with_channels(names_of(channels) or ())
+    detector = detector_of(model, device, precision, sensitivity, false_positive_ml, min_volume, channels)
     with case_progress(err) as advance:
         results = run_participant(
             bids_dir,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 from rich.console import Console
 
 from anomri.cases import channel_name
 from anomri.spec import AnomriError
+
+if TYPE_CHECKING:
+    from anomri.detector import Detector
 
 app = typer.Typer(
     help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
@@ -66,6 +69,23 @@ MinVolume = Annotated[
         help="Keep components of at least this volume (default: some 70, as --false-positive-ml reckons).",
     ),
 ]
+
+
+def detector_of(
+    model: Path | None,
+    device: str,
+    precision: str,
+    sensitivity: str | None,
+    false_positive_ml: float | None,
+    min_volume: float | None,
+    channels: str | None,
+) -> Detector:
+    """The model of a command, as the options of these names ask for it; raises `AnomriError`."""
+    from anomri.detector import Detector
+
+    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
+    detector = detector.with_min_volume(min_volume)
+    return detector.with_channels(names_of(channels) or ()) if channels else detector
 
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:

@@ -148,13 +148,14 @@ def players(method: Any) -> Sequence[Player]:
 
 
 def _class(method: str) -> Any:
-    places = _places()
-    if method not in places:
+    # What other packages offer takes a look at all that are installed.
+    place = _METHODS.get(method) or _places().get(method)
+    if place is None:
         raise AnomriError(f"there is no method {method!r}; the methods are {', '.join(names())}.")
     try:
-        return EntryPoint(method, places[method], "anomri.methods").load()
+        return EntryPoint(method, place, "anomri.methods").load()
     except (ImportError, AttributeError, ValueError) as error:
-        raise AnomriError(f"the method {method!r} cannot be loaded from {places[method]!r} ({error}).") from error
+        raise AnomriError(f"the method {method!r} cannot be loaded from {place!r} ({error}).") from error
 
 
 def _places() -> dict[str, str]:
