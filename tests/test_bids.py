@@ -14,7 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anomri.bids import bids_cases, run_group, run_participant, validate
+from anomri.bids import run_group, run_participant
+from anomri.bids_input import bids_cases, validate
 from anomri.cli import main
 from anomri.detector import Detector
 from anomri.lesions import lesion_labels
@@ -303,6 +304,26 @@ def test_nothing_of_others_is_overwritten(dataset: Path, detector: Detector, tmp
     (out / "run.json").write_text(json.dumps({**facts, "method": "thresholding"}))
     with pytest.raises(AnomriError, match="another model"):
         run_participant(dataset, out, detector, skip_bids_validation=True)
+
+
+def test_what_is_done_is_not_done_again_unless_it_changed(dataset: Path, detector: Detector) -> None:
+    out = dataset.parent / "out"
+    anat, told = out / "sub-01" / "anat", list[str]()
+
+    def run() -> int:
+        told.clear()
+        arguments = {"participant_labels": ["01", "03"], "skip_bids_validation": True}
+        results = run_participant(dataset, out, detector, progress=lambda r, _: told.append(r.case), **arguments)  # type: ignore[arg-type]
+        assert not any(result.error for result in results) and sorted(told) == ["sub-01", "sub-03"]
+        return (anat / "sub-01_desc-anomaly_mask.nii.gz").stat().st_mtime_ns
+
+    first = run()
+    assert run() == first
+    (anat / "sub-01_desc-anomaly_dseg.nii.gz").unlink()
+    second = run()
+    assert second > first and (anat / "sub-01_desc-anomaly_dseg.nii.gz").is_file()
+    (dataset / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").touch()
+    assert run() > second
 
 
 def test_group_needs_participants(tmp_path: Path) -> None:

@@ -194,3 +194,69 @@ def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path
     outputs = touch(tmp_path / "again", "x_flair.nii.gz", "x_flair_anomaly.nii.gz", "x_flair_mask.nii.gz")
     (case,) = find_cases(outputs)  # detected, in a case that is called x_flair
     assert case.mask is None and list(case.channels) == ["flair"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("p_flair_brain.nii.gz", "p_flair_brain_mask.nii.gz"),
+        ("p_flair.nii.gz", "p_brain_mask.nii.gz"),
+        ("p_flair_bet.nii.gz", "p_flair_bet_mask.nii.gz"),
+        ("p_flair.nii.gz", "p_desc-brain_mask.nii.gz"),
+        ("p_swi.nii.gz", "p_flair.nii.gz", "p_swi_mask.nii.gz"),
+    ],
+)
+def test_a_mask_is_of_the_case_whose_image_has_its_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (case,) = find_cases(touch(tmp_path, *names))
+    assert (case.name, case.mask) == ("p", tmp_path / names[-1]) and "flair" in case.channels
+
+
+def test_channels_in_two_words(tmp_path: Path) -> None:
+    names = ("T1_brain.nii.gz", "T2_FLAIR_brain.nii.gz", "t1_ce.nii.gz")
+    (case,) = find_cases(touch(tmp_path, *(f"s1/{name}" for name in names)))
+    assert case.name == "s1" and list(case.channels) == ["flair", "t1", "t1ce"]
+    (case,) = find_cases(touch(tmp_path / "flat", "a_T2-FLAIR.nii.gz", "a_T1+C.nii.gz", "a_T2.nii.gz"))
+    assert case.name == "a" and list(case.channels) == ["flair", "t1ce", "t2"]
+
+
+def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) -> None:
+    touch(tmp_path / "store", "1/anat/FLAIR.nii.gz", "2/anat/T1.nii.gz", "KEY.nii.gz")
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    for name, place in {"p1": "1/anat", "p2": "2/anat"}.items():
+        (cohort / name).symlink_to(tmp_path / "store" / place)
+    assert [(case.name, list(case.channels)) for case in find_cases(cohort)] == [("p1", ["flair"]), ("p2", ["t1"])]
+    (annexed := tmp_path / "p3" / "FLAIR.nii.gz").parent.mkdir()
+    annexed.symlink_to(tmp_path / "store" / "KEY.nii.gz")
+    assert [case_of_files({"flair": annexed}).name, find_cases(annexed)[0].name] == ["p3", "p3"]
+
+
+def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> None:
+    touch(tmp_path / "disjoint", "p1/scan_flair.nii.gz", "p2/scan_t1.nii.gz", "p2/scan_seg.nii.gz")
+    first, second = find_cases(tmp_path / "disjoint")
+    assert [(case.name, list(case.channels)) for case in (first, second)] == [("p1", ["flair"]), ("p2", ["t1"])]
+    assert first.label is None and second.label is not None
+    assert [case.name for case in find_cases(touch(tmp_path / "alike", "a/x_t1.nii", "b/x_t1.nii"))] == ["a", "b"]
+    with pytest.raises(AnomriError, match="both t1 of case v1; keep one of them or, if they are of two scans"):
+        find_cases(touch(tmp_path / "visits", *(f"{p}/{v}_t1.nii" for p in "ab" for v in ("v1", "v2"))))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("flair/p_flair.nii", "t1/p_t1.nii", "masks/p_mask.nii"),
+        ("p_flair.nii", "p_t1.nii", "brains/p_mask.nii"),
+        ("images/p_flair.nii", "images/p_t1.nii", "labels/p_mask.nii"),
+        ("one/p_flair.nii", "one/q_flair.nii", "two/p_t1.nii", "two/q_t1.nii", "two/p_mask.nii"),
+    ],
+)
+def test_folders_of_channels_and_masks_are_put_together(tmp_path: Path, names: tuple[str, ...]) -> None:
+    case = find_cases(touch(tmp_path, *names))[0]
+    assert (case.name, list(case.channels)) == ("p", ["flair", "t1"]) and case.mask is not None
+
+
+def test_visits_of_a_patient_by_the_names_of_brats(tmp_path: Path) -> None:
+    cases = _cases(*(f"BraTS-GLI-{k:05d}-{visit:03d}" for k in range(10) for visit in range(3)))
+    assert {case.patient for case in cases} == {f"BraTS-GLI-{k:05d}" for k in range(10)}
+    held_out = [case.name[:15] for case in split_cases(cases, {}, seed=0) if case.split == "val"]
+    assert len(held_out) == 3 and len({*held_out}) == 1

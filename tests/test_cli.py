@@ -174,6 +174,9 @@ def test_checkpoints_that_are_refused(released: Path, tmp_path: Path) -> None:
     assert not Path("/tmp/anomri-was-here").exists()
     refused({"weights": state}, "holds no")
     refused({"model_state_dict": {"fc.weight": torch.zeros(2)}}, "fc.weight is not a parameter of the released U-Net")
+    for odd in ("down_path.x.block.1.weight", 3):
+        refused({"model_state_dict": {odd: torch.zeros(2)}}, "is not of the released U-Net")
+    refused({"model_state_dict": {**state, "last.weight": torch.zeros(())}}, "is not of the released U-Net")
     refused({"model_state_dict": dict(list(state.items())[3:])}, "is not of the released U-Net|do not form")
     refused({"model_state_dict": state}, "has 4 channels, but 1 are named", channels=["flair"])
     bad.write_bytes(b"nothing")

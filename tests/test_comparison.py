@@ -110,6 +110,12 @@ def test_a_table_curves_and_pictures(
     assert "| DAE + median | 2 | " in (text := (tmp_path / "table.md").read_text()) and "±" in text
     with pytest.raises(AnomriError, match=r"comparison.json: was begun with another training; give the same"):
         compare(cohort, tmp_path, **{**given, "training": {"steps": 5}})  # type: ignore[arg-type]
+    label = cohort / "case8" / "case8_seg.nii.gz"
+    before_that = label.stat()
+    os.utime(label)
+    with pytest.raises(AnomriError, match="was begun with another files or version of anomri"):
+        compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
+    os.utime(label, ns=(before_that.st_atime_ns, before_that.st_mtime_ns))
 
 
 def test_a_stopped_comparison_continues(

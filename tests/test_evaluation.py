@@ -202,6 +202,16 @@ def test_a_patient_with_many_scans_is_one_patient(tmp_path: Path) -> None:
     assert often.patients[4].patient == "sub-c1"
     alone = evaluate(many[:3], maps=tmp_path)
     assert all(figure.low is None for figure in alone.figures)
+    with pytest.raises(KeyError, match="there is no figure 'AUPRC'; there are AUPRC, pooled"):
+        alone["AUPRC"]
+
+
+def test_patients_that_are_told_later_are_counted(tmp_path: Path) -> None:
+    cases, _, _ = synthetic_maps(tmp_path)
+    cases = [case for case in cases if case.label]
+    first = evaluate(cases, tmp_path / "out", maps=tmp_path)
+    again = evaluate([replace(case, subject="s") for case in cases], tmp_path / "out", maps=tmp_path)
+    assert first.figures[0].low is not None and again.figures[0].low is None
 
 
 def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from anomri.cli import main
 from anomri.detector import Detector
 from anomri.intake import holds_dicom
 from anomri.spec import AnomriError
+from anomri.viewer import _scans
 from anomri.volume import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
@@ -246,6 +247,23 @@ def test_a_dicom_folder_is_detected_and_segmented(tmp_path: Path, capsys: pytest
     centre = np.concatenate(centres).mean(axis=0) * [-1, -1, 1]
     np.testing.assert_array_less(np.abs(centre - LESION_MM), (3, 3, 5))
     assert affine.shape == (4, 4)
+
+
+def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "in" / "out"
+    dicom_folder(folder)
+    thresholding("flair", "t1").save(tmp_path / "m")
+    for _ in range(2):
+        assert main(["detect", "-i", str(folder), "-o", str(out), "-m", str(tmp_path / "m"), "--dicom-seg"]) == 0
+    (name,) = (path.name.removesuffix("_mask.dcm") for path in out.glob("*_mask.dcm"))
+    for scans in (None, folder):
+        assert _scans(out, scans)[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
+
+
+def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None:
+    (file := tmp_path / "scan_01.nii.gz").touch()
+    detected = Detector.load(None).find_cases(file)
+    assert detected[0].name == "scan_01" and _scans(tmp_path, file)["scan_01"].channels == {"01": file}
 
 
 def test_dicom_series_are_named_and_identifiers_kept_on_demand(

@@ -286,12 +286,22 @@ def test_the_noises_of_diffusion_have_the_variance_of_its_schedule(noise: str) -
     assert float(drawn.var()) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(("method", "grid", "sides"), [("dae", 100, 8), ("vae", 96, 128), ("fanogan", 96, 128)])
+@pytest.mark.parametrize("noise", ["gaussian", "simplex", "coarse"])
+def test_diffusion_makes_the_same_of_a_slice_whatever_lies_beside_it(noise: str) -> None:
+    method = Diffusion(("flair",), widths=[4, 8], noise=noise, steps=50, start=20, strides=4, eta=1.0).eval()  # type: ignore[arg-type]
+    x = torch.rand(5, 1, 32, 32, generator=Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(method.reconstruct(x)[3:], method.reconstruct(x[3:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "grid", "sides"), [("dae", 100, 8)])
 def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
     method: str, grid: int, sides: int, cohort: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AnomriError, match=f"{grid} x {grid} does not fit the method, .* multiples of {sides}"):
         train(cohort, tmp_path / "model", method=method, grid=grid, preset="small", cache=tmp_path / "cache")
+    with pytest.raises(AnomriError, match=r"sees slices of 128 x 128 alone, not of 256 x 256; leave out --grid"):
+        train(cohort, tmp_path / "model", method="vae", grid=256, preset="small", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

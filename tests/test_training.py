@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import find_cases
+from anomri.cases import Case, find_cases
 from anomri.detector import Detector
 from anomri.interruption import StopRequest
 from anomri.methods import Player
@@ -23,6 +23,7 @@ from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Trai
 from anomri.steps import load_optimizer, optimizer_of
 from anomri.training import batch_numbers, learning_rate, train
 from anomri.training_state import TrainingState
+from conftest import write
 
 
 def log(model: Path) -> list[dict[str, float]]:
@@ -255,11 +256,21 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ({"settings": {"widths": 3}}, "settings .* do not fit the method dae"),
         ({"score": {"kind": "best"}}, "no score 'best'; there are own, auto, .*positive"),
         ({"score": {"kind": "mark"}}, "the score mark needs marks, which the model does not make"),
+        ({"score": {"channels": ["FLAIR"]}}, "the score looks at FLAIR; the model's channels are flair, t1"),
+        ({"score": {"median": 7}}, "a median filter of a slice can be 0, 3, 5 wide, not 7"),
         ({"training": {"depth": 3}}, "training settings .* do not fit"),
         ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),
+        ({"training": {"steps": 0}}, "training.steps: .*greater than or equal to 1"),
+        ({"training": {"validate_every": 0}}, "training.validate_every: .*greater than or equal to 1"),
+        ({"training": {"average": 1.0}}, "training.average: .*less than 1"),
+        ({"settings": {"widths": []}}, "settings .* do not fit the method dae"),
+        ({"settings": {"subpixels": 0}}, "subpixels are 1 or more"),
+        ({"settings": {"noise_resolution": 0}}, "the noise's resolution is one number from 1 on, or several; found 0"),
+        ({"settings": {"noise_std": []}}, "the noise's std is one number from 0 on"),
         ({"method": "thresholding", "training": {"steps": 3}}, "is not trained; steps would change nothing"),
         ({"device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"channels": ["flair", "t2"]}, "no file for channel t2"),
+        ({"channels": ["t1", "T1w"]}, "two of the channels t1, t1 are the same"),
     ],
 )
 def test_bad_arguments(cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
@@ -281,6 +292,39 @@ def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: P
             train(cases, model, preset="tiny", cache=cache, resume=True, **changed)  # type: ignore[arg-type]
     assert train(cohort, model, preset="tiny", cache=cache, resume=True).spec == ModelSpec.read(model / "model.json")
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+def test_a_finished_training_is_known_again_whatever_its_settings_were_given_as(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
+    arguments = {"preset": "tiny", "settings": {"widths": (4, 8)}, "cache": cache, "resume": True}
+    score = {"kind": "positive", "channels": ["flair"]}
+    for rate in (5e-3, 1e-3):  # which a training may be resumed with another of
+        training = {"steps": 2, "learning_rate": rate}
+        detector = train(cohort, tmp_path / "m", training=training, score=score, **arguments)  # type: ignore[arg-type]
+    assert detector.spec.settings["widths"] == [4, 8] and detector.spec.score.channels == ("flair",)
+    assert detector.spec.training is not None and detector.spec.training.learning_rate == 5e-3
+
+
+def test_the_smallest_labelled_lesion_leaves_its_slice_out(tmp_path: Path) -> None:
+    image = np.zeros((240, 240, 6), np.float32)
+    image[60:180, 60:180] = 1.0
+    label = np.zeros(image.shape, np.uint8)
+    label[121, 121, 3] = 1
+    scan, drawn = (
+        write(tmp_path / f"a_{name}.nii.gz", data, np.eye(4)) for name, data in (("t1", image), ("seg", label))
+    )
+    case = Case("a", {"flair": scan}, drawn)
+    (pack,) = pack_cohort([case], ("flair",), Grid(field_of_view_mm=None), Scaling(), tmp_path / "cache")
+    assert pack.slices == 6 and pack.healthy == (0, 1, 2, 4, 5)
+
+
+def test_a_validation_that_is_no_number_is_told(
+    cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anomri.training.validation_loss", lambda *_: float("nan"))
+    with pytest.raises(AnomriError, match=r"the validation loss was never a number; look at .*case5, case6"):
+        train(cohort, tmp_path / "m", preset="tiny", training={"steps": 2}, cache=cache)
 
 
 def test_a_given_split_and_channel_order_are_honoured(cohort: Path, cache: Path, tmp_path: Path) -> None:

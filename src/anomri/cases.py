@@ -12,35 +12,24 @@ from io import StringIO
 from pathlib import Path
 
 from anomri.files import write_text
+from anomri.naming import (
+    CHANNELS,
+    LABEL_NAMES,
+    MASK_NAMES,
+    SUFFIXES,
+    bare_name,
+    channel_name,
+    folder_name,
+    is_stripped,
+    may_name_files,
+    split_name,
+    split_names,
+)
 from anomri.spec import AnomriError
 
-SUFFIXES = (".nii.gz", ".nii")
-LABEL_NAMES = ("seg", "label")
-MASK_NAMES = ("mask", "brainmask")
-OUTPUTS = ("anomaly", "mask", "reconstruction")
-"""How the images that `anomri detect` writes end."""
-OTHER_IMAGES = (
-    *LABEL_NAMES,
-    *MASK_NAMES,
-    *OUTPUTS,
-    "flair",
-    "t1",
-    "t1ce",
-    "t2",
-    "swi",
-    "t2star",
-    "dwi",
-    "adc",
-    "fa",
-    "pd",
-)
-"""How files end that are not to be taken for a channel which they do not name."""
 SPLITS = ("train", "val", "test")
-ALIASES = {"t1w": "t1", "t1n": "t1", "t2w": "t2", "t2f": "flair", "t1c": "t1ce", "t1gd": "t1ce"}
-"""What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
-CHANNELS = {*ALIASES.values()}
-HYPHENATED = {*ALIASES, *CHANNELS, *LABEL_NAMES, *MASK_NAMES}
-"""What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
+PATIENT = re.compile(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d+(?=-\d+$)")
+"""The patient in the names of BIDS and, before the number of a visit, of BraTS since 2023."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +47,9 @@ class Case:
 
     @property
     def patient(self) -> str:
-        """Whose scan it is: ``subject``, the ``sub-...`` of a BIDS name, else the case itself."""
-        bids = re.match(r"sub-[A-Za-z0-9]+", self.name)
-        return self.subject or (bids.group() if bids else self.name)
+        """Whose scan it is: ``subject``, the `PATIENT` of its name, else the case itself."""
+        named = PATIENT.match(self.name)
+        return self.subject or (named.group() if named else self.name)
 
     def files(self, channels: Sequence[str]) -> list[Path]:
         """Files of ``channels`` in that order; raises `AnomriError` naming the missing ones and those found."""
@@ -82,15 +71,16 @@ def find_cases(cohort: str | Path) -> list[Case]:
 
     * a folder in the BraTS layout, ``<case>/<case>_<channel>.nii.gz``;
     * a flat folder, ``<case>_<channel>.nii.gz``, also that of a single case;
+    * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
     * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
 
     ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
-    lower case, and ``t1w``, ``t1c``, ... are taken for what they are (`ALIASES`), also behind a hyphen. Of an image and
-    the same with ``_brain`` behind its name, the brain is taken. What `anomri detect` wrote there is no scan. A
-    ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but tables. Raises
-    `AnomriError` if there is nothing, or something that does not fit.
+    lower case, and ``t1w``, ``t1c``, ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a
+    hyphen. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken. What `anomri detect`
+    wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
+    tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
     path = Path(cohort)
     if path.is_dir():
@@ -101,8 +91,9 @@ def find_cases(cohort: str | Path) -> list[Case]:
     elif path.name.lower().endswith(".tsv") and path.is_file():
         cases = _cases_in_table(path)
     elif path.name.lower().endswith(SUFFIXES) and path.is_file():
-        stem, channel = _split_name(path)
-        cases = [Case(stem or channel, {channel: path})]
+        stem, channel = split_name(path)
+        name = stem or (folder_name(path.parent) if channel in CHANNELS else channel)
+        cases = [Case(name, {channel: path})]
     elif path.exists():
         raise AnomriError(f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be.")
     else:
@@ -135,24 +126,11 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
         raise AnomriError("no channel is given; name a file for each, such as flair.")
     first = paths[images[0]]
     whole = bare_name(first)
-    stem, kind = _split_name(first)
+    stem, kind = split_name(first)
     if kind == images[0]:
         # Names such as FLAIR.nii.gz say nothing of the case; its folder may.
-        whole = stem or first.resolve().parent.name
+        whole = stem or folder_name(first.parent)
     return _case(name or whole, paths)
-
-
-def may_name_files(name: str) -> bool:
-    """Whether files called after a case stay in their folder, on any system."""
-    return name.isprintable() and not set(name) & set("/\\")
-
-
-def bare_name(path: Path) -> str:
-    """A file's name without ``.nii.gz`` or ``.nii``."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
 
 
 def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
@@ -242,58 +220,43 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
     write_text(path, text.getvalue())
 
 
-def channel_name(name: str) -> str:
-    """A channel's name in lower case and, if it is one of `ALIASES`, as it is known here."""
-    name = name.strip().lower()
-    return ALIASES.get(name, name)
-
-
-def _split_name(path: Path) -> tuple[str, str]:
-    """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
-    stem, kind = _split(bare_name(path))
-    if kind == "brain" and _split(stem)[1] in CHANNELS:
-        # As tools that strip skulls call what they write.
-        stem, kind = _split(stem)
-    return stem, kind
-
-
-def _split(bare: str) -> tuple[str, str]:
-    stem, hyphen, kind = bare.rpartition("-")
-    if not hyphen or kind.lower() not in HYPHENATED:
-        stem, _, kind = bare.rpartition("_")
-    kind = channel_name(kind)
-    if kind == "t1" and (agent := re.search(r"_ce-[A-Za-z0-9]+", stem)):
-        # In BIDS: a contrast agent was given.
-        return stem.replace(agent.group(), ""), "t1ce"
-    return stem, kind
-
-
-def _is_stripped(path: Path) -> bool:
-    return bare_name(path).lower().endswith("_brain")
-
-
 def _cases_in_folder(folder: Path) -> list[Case]:
-    found: dict[str, dict[str, Path]] = {}
     subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    for place in sorted([folder, *subfolders]):
-        images = [path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES)]
-        named = {path: _split_name(path) for path in images if not path.name.startswith(".")}
-        detected = {stem for stem, kind in named.values() if kind == "anomaly"}
+    images = {place: _images(place) for place in sorted([folder, *subfolders])}
+    patients = {place: stem for place in subfolders if (stem := _says_nothing(place, images[place])) is not None}
+    # Folders of patients, if there are several whose files are called alike; else maybe of one, a folder for each channel.
+    patients = {place: stem for place, stem in patients.items() if list(patients.values()).count(stem) > 1}
+    found: dict[str, dict[str, Path]] = {}
+    for place, named in images.items():
         for path, (stem, kind) in named.items():
-            if stem in detected and kind in OUTPUTS:
-                continue  # that mask is not a brain's
-            before, channel = _split(stem)
-            if kind in MASK_NAMES and (before, channel) in named.values() and channel in CHANNELS:
-                stem = before  # a mask made from that channel
-            files = found.setdefault(stem or place.resolve().name, {})
+            name = folder_name(place) if not stem or place in patients else stem
+            files = found.setdefault(name, {})
             other = files.setdefault(kind, path)
             if other is path:
                 continue
-            if _is_stripped(path) == _is_stripped(other):
-                raise AnomriError(f"{path} and {other} are both {kind} of case {stem}; keep one of them.")
-            files[kind] = path if _is_stripped(path) else other
+            if is_stripped(path) == is_stripped(other):
+                raise AnomriError(
+                    f"{path} and {other} are both {kind} of case {name}; keep one of them or, if they are of two scans, "
+                    f"call these differently or name them in a TSV."
+                )
+            files[kind] = path if is_stripped(path) else other
     cases = [_case(name, files) for name, files in found.items()]
     return [case for case in cases if case.channels or case.label or case.mask]
+
+
+def _images(place: Path) -> dict[Path, tuple[str, str]]:
+    """The images in a folder: of which case, and what of it."""
+    paths = [path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES)]
+    return split_names(path for path in paths if not path.name.startswith("."))
+
+
+def _says_nothing(place: Path, named: Mapping[Path, tuple[str, str]]) -> str | None:
+    """What all files of a folder are called, if it may be a patient's and that is neither its name nor it a channel's."""
+    stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
+    words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
+    if len(stems) != 1 or place.name in stems or words & kinds or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
+        return None
+    return stems.pop()
 
 
 def _cases_in_table(path: Path) -> list[Case]:

@@ -38,8 +38,8 @@ def import_checkpoint(file: str | Path, model: str | Path, channels: Sequence[st
         renamed = rename_released_parameters(state)
         widths = [int(renamed[f"encoder.{k}.conv2.weight"].shape[0]) for k in range(_levels(renamed))]
         count = int(renamed["head.weight"].shape[0])
-    except KeyError as error:
-        raise AnomriError(f"{file}: is not of the released U-Net: {error.args[0]}.") from error
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise AnomriError(f"{file}: is not of the released U-Net: {error.args[0] if error.args else error}.") from error
     if count != len(channels):
         raise AnomriError(
             f"{file}: has {count} channels, but {len(channels)} are named ({', '.join(channels)}); use --channels."

@@ -17,6 +17,7 @@ from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, sole_use, write_text
 from anomri.launch import alone
+from anomri.records import keys_of
 from anomri.spec import AnomriError, ModelSpec
 from anomri.training import Progress
 
@@ -175,6 +176,7 @@ def _same_comparison(folder: Path, first: Job) -> None:
         "channels": list(first.channels or ()),
         "cases": {case.name: case.split for case in first.training_cases},
         "test cases": [case.name for case in first.test_cases],
+        "files or version of anomri": keys_of(first.training_cases, first.channels or ()),
     }
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anomri import methods
 from anomri.cases import Case, shown_channel
-from anomri.detection import CASE_ERRORS, problem, read_ahead
+from anomri.detection import problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder, whole_file, write_text
 from anomri.interruption import StopRequest
@@ -121,7 +121,7 @@ def evaluate_job(job: Job, tell: Tell) -> None:
                 for name, scores in (("plain", plain), ("median", filtered)):
                     pools[name].add(Scored(case.name, scores, stack.label.numpy(), dropped, patient=case.patient))
                 kept.add(case.name, detector, stack, filtered)
-            except CASE_ERRORS as error:
+            except Exception as error:
                 for pool in pools.values():
                     pool.add(Scored(case.name, error=problem(case, error)))
             tell(Progress("evaluate", done, len(job.test_cases)))
@@ -180,7 +180,7 @@ def run_in_process(work: Callable[[Job, Tell], None], job: Job, tell: Tell) -> N
         finally:
             if process.is_alive():
                 process.kill()
-    if stop.signal is not None and ending != "done":
+    if stop.signal is not None:
         raise Interrupted(f"stopped in {job.name}; the same command continues.", stop.signal)
     if isinstance(ending, str) and ending != "done":
         raise AnomriError(f"{job.name}: {ending}")

@@ -16,7 +16,7 @@ from anomri.cases import Case
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
 from anomri.files import sole_use
-from anomri.findings import Detection
+from anomri.findings import Detection, check_room, remove_results
 from anomri.launch import processors
 from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
@@ -26,8 +26,6 @@ from anomri.results import CaseResult, run_facts, write_run_tables
 from anomri.spec import AnomriError
 from anomri.volume import Volume
 
-CASE_ERRORS = (AnomriError, RuntimeError, ValueError, OverflowError, MemoryError)
-"""What one odd scan may raise (torch runs out of memory with a RuntimeError) without ending a run over many."""
 LOGS = "logs"
 MOST_SCANS = 8
 """How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
@@ -53,12 +51,13 @@ def detect_cohort(
     ``sensitivity`` or ``false_positive_ml`` choose another of the model's thresholds, as `sensitivity.choose_threshold`
     says.
 
-    What an earlier call with the same scans, model and settings finished in ``out`` is kept. Where torchrun or srun
+    What an earlier call with the same scans, model and settings finished in ``out`` is kept; what another one left of
+    these cases is replaced. Where torchrun or srun
     started several processes, each calls this with the same arguments and they share the cases. ``shard``, as
     ``3/40``, does one share of the cases alone; `merging.merge` then writes the tables of all.
 
-    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written, or another run
-    is writing to it.
+    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written or holds files that
+    results would replace, or another run is writing to it.
     """
     folder, part = Path(out), Shard.parse(shard)
     team = Processes(part.number - 1, part.count) if part else processes(_device_of(model))
@@ -67,11 +66,12 @@ def detect_cohort(
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
+        check_room(folder, cases)
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
         records = begin() if part else team.once(begin)
         mine = team.part(cases)
-        results = {case.name: result for case in mine if (result := _finished(records, case.name, folder))}
+        results = {case.name: result for case in mine if (result := finished(records, case.name, folder))}
 
         def detect() -> None:
             for result in results.values():
@@ -85,7 +85,8 @@ def detect_cohort(
                 folder,
             ):
                 results[result.case] = result
-                records.save(result.case, result.to_record())
+                remove_results(folder, result.case, result.files)
+                records.save(result.case, result.to_record(folder))
                 progress(result, len(mine))
 
         if part:
@@ -123,7 +124,7 @@ def _settings(preparation: Preparation) -> list[object]:
     return [asdict(preparation), mask and mask.exists() and mask.stat().st_mtime_ns]
 
 
-def _finished(records: Records, case: str, folder: Path) -> CaseResult | None:
+def finished(records: Records, case: str, folder: Path) -> CaseResult | None:
     """What a run before this one found in a case; ``None`` if it did not come to it, failed, or its files are gone."""
     record = records.load(case)
     if record is None or record["error"]:
@@ -179,7 +180,7 @@ def _attempt(case: Case, read: Callable[[Case], Volume]) -> tuple[Case, Volume |
     begun = time.monotonic()
     try:
         return case, read(case), begun
-    except CASE_ERRORS as error:
+    except Exception as error:  # whatever a library makes of an odd scan: a run over many goes on
         return case, AnomriError(problem(case, error)), begun
 
 
@@ -212,7 +213,7 @@ def _detect_case(
         files = tuple(save(case, detection) or ())
         save_preview(detection, folder)
         return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
-    except CASE_ERRORS as error:
+    except Exception as error:
         return CaseResult(case.name, time.monotonic() - begun, error=problem(case, error))
 
 

@@ -17,22 +17,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import (
-    OTHER_IMAGES,
-    SUFFIXES,
-    Case,
-    bare_name,
-    case_of_files,
-    channel_name,
-    find_cases,
-    read_model_splits,
-)
+from anomri.cases import Case, case_of_files, find_cases, read_model_splits
 from anomri.devices import resolve_device
 from anomri.findings import Detection
 from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
 from anomri.metrics import drop_small_components
 from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
+from anomri.naming import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
 from anomri.nifti import as_files
 from anomri.preparation import Preparation, prepare
 from anomri.residual import anomaly_score, score_of
@@ -155,6 +147,7 @@ class Detector:
         spec = replace(self.spec, thresholds=self.spec.thresholds_of(volume.present))
         if threshold is None and spec.thresholds is not None:
             threshold = spec.thresholds.threshold
+        threshold = None if threshold is None else float(threshold)
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
         if threshold is not None:
@@ -217,7 +210,12 @@ class Detector:
         return detector
 
     def with_score(self, **score: Any) -> Detector:
-        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none."""
+        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none.
+
+        Raises `AnomriError` if there is no such score, or the model does not make what it needs.
+        """
+        if score.get("kind") == "auto":
+            raise AnomriError("the score auto is chosen when a model is trained; name one, such as absolute.")
         detector = copy(self)
         detector.spec = replace(
             self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from anomri.cases import LABEL_NAMES, MASK_NAMES, Case
+from anomri.cases import Case
 from anomri.dicom_channels import Series, guess_channel
 from anomri.dicom_files import (
     REASONS,
@@ -33,6 +33,7 @@ from anomri.dicom_files import (
 )
 from anomri.files import output_folder
 from anomri.geometry import Geometry
+from anomri.naming import LABEL_NAMES, MASK_NAMES
 from anomri.spec import AnomriError
 from anomri.volume import write_image
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anomri.cases import SUFFIXES, Case, find_cases
-from anomri.detection import CASE_ERRORS, LOGS, problem, read_ahead
+from anomri.cases import Case, find_cases
+from anomri.detection import LOGS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
 from anomri.files import output_folder, sole_use, write_text
+from anomri.naming import SUFFIXES
 from anomri.pooling import Evaluation, Pool, Scored, spool
 from anomri.previews import save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
@@ -253,7 +254,7 @@ def _detected(
                 scores, label, voxel_mm3 = detection.anomaly_map, volume.label, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
-        except CASE_ERRORS as error:
+        except Exception as error:
             yield Scored(case.name, error=problem(case, error))
 
 
@@ -293,7 +294,7 @@ def _read_maps(maps: Path, cases: Sequence[Case], threshold: float | None) -> It
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=threshold, patient=case.patient)
-        except CASE_ERRORS as error:
+        except Exception as error:
             yield Scored(case.name, error=problem(case, error))
 
 

@@ -14,6 +14,9 @@ from filelock import FileLock, Timeout
 from anomri.spec import AnomriError
 
 LOCK, PARTIAL = ".lock", ".partial-"
+MOMENT_S = 5.0
+ABANDONED_S = 24 * 3600.0
+"""Where several runs write to one folder, only what is half-written for longer than this was left by a dead one."""
 OWN_FOLDERS = ("logs", "previews", ".scores")
 """Folders in an output folder that the run which has it writes to."""
 
@@ -57,9 +60,26 @@ def output_folder(path: Path) -> Path:
 def sole_use(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keep other runs out of ``folder`` while the block runs; the lock ends with the process, however that ends.
 
+    Runs that share a folder, each with a lock of another ``name``, keep those out that have it alone, and these them.
     What runs that were killed left half-written is removed. Raises `AnomriError` if another run has the folder.
     """
-    lock = FileLock(str(output_folder(folder) / name), timeout=0)
+    lock = _locked(folder, output_folder(folder) / name)
+    try:
+        if name == LOCK:
+            for other in folder.glob(f"{LOCK}-*"):
+                _locked(folder, other).release()
+            for place in (folder, *(folder / below for below in OWN_FOLDERS)):
+                remove_partial(place)
+        else:
+            # Others that begin now look at it as well, each for a moment.
+            _locked(folder, folder / LOCK, MOMENT_S).release()
+        yield
+    finally:
+        lock.release()
+
+
+def _locked(folder: Path, path: Path, timeout_s: float = 0.0) -> FileLock:
+    lock = FileLock(str(path), timeout=timeout_s)
     try:
         lock.acquire()
     except Timeout as error:
@@ -68,13 +88,12 @@ def sole_use(folder: Path, name: str = LOCK) -> Iterator[None]:
         ) from error
     except (OSError, NotImplementedError) as error:
         raise AnomriError(f"{folder}: cannot lock this folder ({error}); name one on another file system.") from error
-    try:
-        if name == LOCK:
-            for place in (folder, *(folder / below for below in OWN_FOLDERS)):
-                remove_partial(place)
-        yield
-    finally:
-        lock.release()
+    return lock
+
+
+def remove_abandoned(folder: Path) -> None:
+    """`remove_partial` in a folder that other runs may be writing to."""
+    remove_partial(folder, ABANDONED_S)
 
 
 def remove_partial(folder: Path, older_than_s: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,48 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomri.cases import Case
 from anomri.files import output_folder, write_text
 from anomri.lesions import Lesion
+from anomri.naming import OUTPUTS
 from anomri.nifti import write_image_file
 from anomri.slices import SliceStack, from_slices
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import Volume, image_of
 
 Kind = Literal["anomaly", "mask", "reconstruction"]
+
+
+def check_room(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if the results of one of the ``cases`` would replace a file in ``folder`` that is none.
+
+    A mask there may be a brain's, and a ``.json`` a converter's. Those of a run before this one lie beside a map.
+    """
+    for case in cases:
+        anomaly, *others = (folder / f"{case.name}_{kind}.nii.gz" for kind in OUTPUTS)
+        about = folder / f"{case.name}.json"
+        foreign = [path for path in others if path.exists() and not anomaly.exists()]
+        foreign += [about] if about.exists() and not _is_summary(about) else []
+        if foreign:
+            raise AnomriError(
+                f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
+                f"folder with -o."
+            )
+
+
+def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
+    """Remove the files of a case that a run before this one left, but those ``kept``: what stays is of one model."""
+    endings = [f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)] + ["_mask.dcm", ".json"]
+    for path in (folder / f"{case}{ending}" for ending in endings):
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        return "anomri" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)

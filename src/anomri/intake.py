@@ -1,4 +1,4 @@
-"""What a user hands in, found to be cases: NIfTI, one file per channel, or DICOM; and masks back as DICOM SEG."""
+"""What a user hands in, found to be cases: NIfTI, one file per channel, or DICOM."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anomri.cases import SUFFIXES, Case, case_of_files, channel_name
+from anomri.cases import Case, case_of_files
 from anomri.dicom import choose_series, convert_series
 from anomri.dicom_channels import Series
-from anomri.dicom_seg import write_segmentation
 from anomri.files import output_folder
+from anomri.naming import SUFFIXES, channel_name
 from anomri.spec import AnomriError
-from anomri.volume import read_label
 
 CONVERTED = "nifti"
 """The folder in the output where converted scans are kept."""
@@ -42,11 +41,14 @@ def named(pairs: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
-def holds_dicom(folder: Path) -> bool:
-    """Whether a folder holds DICOM files, by their content, and no NIfTI file; at any depth."""
+def holds_dicom(folder: Path, out: Path | None = None) -> bool:
+    """Whether a folder holds DICOM files, by their content, and no NIfTI file but results in ``out``; at any depth."""
     dicom = False
+    results = () if out is None else (out.resolve(), (out / CONVERTED).resolve())
     for number, path in enumerate(folder.rglob("*")):
         if path.name.lower().endswith(SUFFIXES):
+            if path.parent.resolve() in results:
+                continue
             return False
         if not dicom and number < LOOKED_AT and path.is_file() and not path.name.startswith("."):
             with path.open("rb") as file:
@@ -75,7 +77,7 @@ def take_in(
         raise AnomriError("name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...).")
     if source is None:
         return _only_nifti(Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg)
-    if not source.is_dir() or not holds_dicom(source):
+    if not source.is_dir() or not holds_dicom(source, out):
         return _only_nifti(Intake(find_cases(source)), bool(series) or keep_identifiers or dicom_seg)
     chosen = choose_series(source, series or None, note)
     case = convert_series(chosen, output_folder(out) / CONVERTED, keep_identifiers=keep_identifiers)
@@ -90,10 +92,3 @@ def _only_nifti(intake: Intake, dicom_options: bool) -> Intake:
             "--series, --keep-identifiers and --dicom-seg are for a folder of DICOM files without a NIfTI file."
         )
     return intake
-
-
-def write_dicom_seg(out: Path, case: str, source: Series, parameters: Mapping[str, object]) -> Path:
-    """Write ``<case>_mask.dcm`` beside the mask of a case in ``out``, on a series that it was made from."""
-    label, geometry = read_label(Case(case, {}, label=out / f"{case}_mask.nii.gz"))
-    write_segmentation(path := out / f"{case}_mask.dcm", label, geometry, source, parameters=parameters)
-    return path

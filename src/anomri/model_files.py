@@ -15,8 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from anomri import methods
-from anomri.cases import channel_name
 from anomri.files import output_folder, whole_file, write_text
+from anomri.naming import channel_name
 from anomri.positions import unpacked_maps
 from anomri.spec import FORMAT_VERSION, AnomriError, ModelSpec
 
@@ -66,7 +66,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
 
 
 def _as_named_here(spec: ModelSpec) -> ModelSpec:
-    """The same with its channels by the names that scans' are given (`cases.ALIASES`)."""
+    """The same with its channels by the names that scans' are given (`naming.ALIASES`)."""
 
     def names(channels: Iterable[str]) -> tuple[str, ...]:
         return tuple(map(channel_name, channels))

@@ -61,6 +61,11 @@ class Noise:
     def __post_init__(self) -> None:
         if self.kind not in ("coarse", "simplex"):
             raise AnomriError(f"the noise can be coarse or simplex, not {self.kind!r}.")
+        for name, least in (("resolution", 1), ("std", 0)):
+            given = getattr(self, name)
+            values = [given] if isinstance(given, int | float) else list(given)
+            if not values or min(values) < least:
+                raise AnomriError(f"the noise's {name} is one number from {least} on, or several; found {given}.")
 
     def draw(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
         """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``; for ``pixel`` see `anomalies`."""

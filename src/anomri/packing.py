@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.cases import Case
-from anomri.files import output_folder, remove_partial, whole_file, write_text
+from anomri.files import output_folder, remove_abandoned, whole_file, write_text
 from anomri.launch import processors
 from anomri.parallel import side_by_side
 from anomri.skull import check_skull
@@ -27,9 +27,7 @@ from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_vo
 from anomri.spec import AnomriError, Grid, Scaling
 from anomri.volume import read_volume
 
-PACKING_VERSION = 5
-ABANDONED_S = 24 * 3600
-"""Other runs may be packing into the same folder: only what is half-written for longer than this was left by a dead one."""
+PACKING_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def pack_cohort(
     Several cases are read at once. Raises one `AnomriError` that lists every case that cannot be used; what
     was packed stays.
     """
-    remove_partial(output_folder(folder), ABANDONED_S)
+    remove_abandoned(output_folder(folder))
     problems: list[str] = []
 
     def pack(case: Case) -> PackedCase | None:
@@ -210,7 +208,7 @@ def _pack_case(
         slices = stack.x.half().numpy()
         with whole_file(file) as written, written.open("wb") as target:
             np.save(target, slices)
-        facts = _facts(stack, [path for path in sources if path is not None])
+        facts = _facts(stack, volume.label, [path for path in sources if path is not None])
         facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.
@@ -235,14 +233,17 @@ def _crc32(facts: object) -> int:
     return isal_zlib.crc32(json.dumps(facts).encode())
 
 
-def _facts(stack: SliceStack, sources: Sequence[Path]) -> dict[str, Any]:
-    lesion = torch.zeros(len(stack.x), dtype=torch.bool) if stack.label is None else stack.label.any(2).any(1)
+def _facts(stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence[Path]) -> dict[str, Any]:
+    # Of the label as it was drawn: on the working grid the smallest lesions are lost.
+    lesion: NDArray[np.bool_] = np.zeros(len(stack.x), dtype=bool)
+    if label is not None:
+        lesion |= label[..., stack.index.start : stack.index.stop].any(axis=(0, 1))
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.read_bytes())
     return {
         "slices": len(stack.x),
-        "healthy": torch.nonzero(~lesion).flatten().tolist(),
+        "healthy": np.flatnonzero(~lesion).tolist(),
         "box": brain_box(stack.foreground, 1),
         "fingerprint": digest.hexdigest(),
     }

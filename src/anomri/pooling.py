@@ -80,8 +80,11 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
-        """The value of the figure ``name``."""
-        return next(figure.value for figure in self.figures if figure.name == name)
+        """The value of the figure ``name``; raises ``KeyError`` naming those there are."""
+        values = {figure.name: figure.value for figure in self.figures}
+        if name not in values:
+            raise KeyError(f"there is no figure {name!r}; there are {', '.join(values)}")
+        return values[name]
 
     @classmethod
     def of_json(cls, facts: Mapping[str, Any]) -> Evaluation:

@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case, may_name_files
+from anomri.cases import Case
 from anomri.files import LOCK, output_folder, sole_use, write_text
+from anomri.naming import may_name_files
 from anomri.spec import AnomriError
 
 PLAN = "plan"
@@ -115,12 +116,14 @@ class Records:
 
 
 def keys_of(cases: Sequence[Case], channels: Sequence[str], *settings: object) -> dict[str, str]:
-    """The key of each case: a hash of where its files lie, their sizes and times, and the settings (JSON)."""
+    """The key of each case: a hash of whose it is, where its files lie, their sizes and times, and the settings (JSON)."""
     for case in cases:
         if not may_name_files(case.name) or case.name in RESERVED:
             raise AnomriError(f"a case is called {case.name!r}, which is no name for its files; rename it.")
     common = json.dumps([_code(), list(channels), *settings], default=str)
-    return {case.name: _hash(common, [_stat(path) for path in _sources(case, channels)]) for case in cases}
+    return {
+        case.name: _hash(common, case.patient, [_stat(path) for path in _sources(case, channels)]) for case in cases
+    }
 
 
 @cache

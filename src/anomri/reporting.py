@@ -149,14 +149,15 @@ def _detection_page(folder: Path, note: str) -> Page:
     run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     place = {name: k for k, name in enumerate(columns)}
     done = [row for row in rows if row[place["status"]] == "done"]
-    done.sort(key=lambda row: -float(row[place["lesion_volume_mm3"]]))
-    captions = {row[0]: _found(int(row[place["lesions"]]), float(row[place["lesion_volume_mm3"]])) for row in done}
+    done.sort(key=lambda row: -float(row[place["lesion_volume_mm3"]] or 0))
+    captions = {row[0]: _found(row[place["lesions"]], row[place["lesion_volume_mm3"]]) for row in done}
     lesion_columns, lesions = read_tsv(folder / "lesions.tsv")
     cases = case_views(folder, [row[0] for row in done], captions, _lesions_by_case(lesion_columns, lesions))
-    volumes = [float(row[place["lesion_volume_mm3"]]) / 1000 for row in done]
+    volumes = [float(volume) / 1000 for row in done if (volume := row[place["lesion_volume_mm3"]])]
     facts = [("scans", f"{len(done)}" + (f" of {len(rows)}" if len(done) < len(rows) else ""))]
-    facts += [("with a finding", f"{sum(volume > 0 for volume in volumes)}"), ("findings", f"{len(lesions)}")]
-    facts += [("median volume", f"{statistics.median(volumes):.1f} ml")] if volumes else []
+    if volumes:
+        facts += [("with a finding", f"{sum(volume > 0 for volume in volumes)}"), ("findings", f"{len(lesions)}")]
+        facts += [("median volume", f"{statistics.median(volumes):.1f} ml")]
     fewer = "channels" in place and any(row[place["channels"]] != ",".join(run["channels"]) for row in done)
     others = " Scans with fewer channels have thresholds of their own, in the table." if fewer else ""
     kept = [k for k in range(len(columns)) if columns[k] != "error" or len(done) < len(rows)]
@@ -227,8 +228,11 @@ def _at_threshold(figures: Sequence[Figure]) -> list[tuple[str, str]]:
     return [(name, f"{f.value:.3f}") for start, name in short.items() for f in figures if f.name.startswith(start)]
 
 
-def _found(lesions: int, volume_mm3: float) -> str:
-    return f"{lesions} finding{'s' * (lesions != 1)}, {volume_mm3 / 1000:.1f} ml" if lesions else "nothing found"
+def _found(lesions: str, volume_mm3: str) -> str:
+    if not lesions:
+        return "no threshold, so no mask"
+    found = f"{lesions} finding{'s' * (lesions != '1')}, {float(volume_mm3) / 1000:.1f} ml"
+    return found if int(lesions) else "nothing found"
 
 
 def _pictured(shown: int, cases: int, order: str) -> str:

@@ -23,6 +23,8 @@ BRIGHT = ("flair", "t2")
 SSIM_WINDOWS = (5, 9, 15)
 TRUNCATE = 3.0
 """Standard deviations at which a Gaussian filter ends."""
+MEDIANS = (0, 3, 5)
+"""How wide the median filter of a slice can be; 0: none. OpenCV sorts floats in no larger windows."""
 AT_ONCE = 16
 """Slices that are scored at the same time."""
 RESIDUAL_FLOOR = 0.02

@@ -13,11 +13,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from anomri.cases import Case
 from anomri.detector import Detector
+from anomri.dicom_channels import Series
+from anomri.dicom_seg import write_segmentation
 from anomri.files import write_text
 from anomri.preparation import Preparation
 from anomri.records import Records
 from anomri.reporting import detection_report
+from anomri.spec import AnomriError
+from anomri.volume import read_label
 
 CASE_COLUMNS = (
     "case",
@@ -54,7 +59,7 @@ class CaseResult:
     summary: dict[str, object] | None = None
     error: str | None = None
     files: tuple[Path, ...] = ()
-    """What `Detection.save` wrote of it."""
+    """What was written of it: by `Detection.save`, `write_dicom_seg`."""
 
     def to_json(self) -> dict[str, object]:
         """Status, summary and absolute paths of the files, as plain numbers and strings."""
@@ -62,18 +67,40 @@ class CaseResult:
         facts |= {"seconds": round(self.seconds, 2)} | (self.summary or {})
         if self.error:
             return facts | {"error": self.error}
-        kinds = ((file, file.name.removeprefix(self.case).split(".")[0]) for file in self.files)
-        return facts | {"files": {kind.strip("_") or "summary": str(file.resolve()) for file, kind in kinds}}
+        return facts | {"files": {self._kind(file): str(file.resolve()) for file in self.files}}
 
-    def to_record(self) -> dict[str, object]:
-        """All of it as what JSON holds, files by their names."""
-        return {**asdict(self), "files": [file.name for file in self.files]}
+    def _kind(self, file: Path) -> str:
+        if file.suffix == ".dcm":
+            return "dicom_seg"
+        return file.name.removeprefix(self.case).split(".")[0].strip("_") or "summary"
+
+    def to_record(self, folder: Path) -> dict[str, object]:
+        """All of it as what JSON holds, files by their places in ``folder``."""
+        return {**asdict(self), "files": [file.relative_to(folder).as_posix() for file in self.files]}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], folder: Path) -> CaseResult:
         """What `to_record` gave, with files in ``folder``."""
         known = {name: record[name] for name in ("case", "seconds", "summary", "error")}
         return cls(**known, files=tuple(folder / name for name in record["files"]))
+
+
+def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Series]) -> CaseResult:
+    """The result with ``<case>_mask.dcm`` beside its mask in ``folder``, on a series that this was made from.
+
+    What keeps it from being written is the result's error; a case without a mask has none.
+    """
+    made: Mapping[str, Any] = result.summary or {}
+    mask, path = (folder / f"{result.case}_mask{ending}" for ending in (".nii.gz", ".dcm"))
+    if mask not in result.files:
+        return result
+    parameters = {name: made[name] for name in ("method", "threshold")}
+    try:
+        label, geometry = read_label(Case(result.case, {}, label=mask))
+        write_segmentation(path, label, geometry, series[made["channels"][0]], parameters=parameters)
+    except AnomriError as error:
+        return replace(result, error=str(error))
+    return replace(result, files=(*result.files, path))
 
 
 def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -108,7 +135,9 @@ def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
         volume, peak = f"{summary['lesion_volume_mm3']:.1f}", f"{summary['peak']:.5g}"
         threshold = "" if summary["threshold"] is None else f"{summary['threshold']:.5g}"
         channels = ",".join(summary["channels"])  # type: ignore[arg-type]
-        found = (len(lesions), volume, peak, seconds, "", " ".join(notes))
+        # Without a threshold nothing was looked for: that is not the same as nothing found.
+        counted = ("", "") if summary["threshold"] is None else (len(lesions), volume)
+        found = (*counted, peak, seconds, "", " ".join(notes))
         case_rows.append((result.case, "done", channels, threshold, *found))
         for lesion in lesions:
             centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]

@@ -61,6 +61,10 @@ def _rate(thresholds: Thresholds, asked: str) -> float:
     if asked in places:
         if 0 <= places[asked] < len(falling):
             return falling[places[asked]]
+        raise AnomriError(
+            f"the default is the {'most' if asked == 'high' else 'least'} sensitive threshold that the model stores; its "
+            f"voxel false positive rates are {', '.join(f'{rate:.2g}' for rate in falling)}."
+        )
     else:
         try:
             rate = float(asked.removesuffix("%")) / (100 if asked.endswith("%") else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from anomri.cases import Case
 from anomri.extras import optional
 from anomri.geometry import Geometry
+from anomri.naming import bare_name
 from anomri.nifti import read_image
 from anomri.spec import AnomriError, first_line
 from anomri.volume import Volume
@@ -68,13 +70,13 @@ def check_skull(case: Case, volume: Volume) -> None:
 
 def refusal(name: str, path: Path, found: str) -> AnomriError:
     """The error for a scan with skull, with the commands that take it off."""
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    brain, mask = f"{stem}_brain.nii.gz", f"{stem}_mask.nii.gz"
+    stem = bare_name(path)
+    head, brain, mask = map(shlex.quote, (path.name, f"{stem}_brain.nii.gz", f"{stem}_mask.nii.gz"))
     return AnomriError(
         f"{path}: {name} still has its skull ({found}); a model of brains would mark all of it. Give the brain alone, by "
         f"one of\n  anomri detect ... --skull-strip          (deepbet: pip install 'anomri[bet]')"
-        f"\n  hd-bet -i {path.name} -o {brain}"
-        f"\n  mri_synthstrip -i {path.name} -o {brain} -m {mask}"
+        f"\n  hd-bet -i {head} -o {brain}"
+        f"\n  mri_synthstrip -i {head} -o {brain} -m {mask}"
         f"\nor name the mask of its brain with --brain-mask, or lay it beside the scan as <case>_mask.nii.gz."
     )
 

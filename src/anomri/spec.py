@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -131,25 +133,25 @@ Precision = Literal["auto", "32-true", "bf16-mixed"]
 class Training:
     """The optimiser and its schedule; the defaults are the published ones."""
 
-    steps: int = 67_200
-    batch_size: int = 16
-    learning_rate: float = 1e-4
+    steps: Annotated[int, Ge(1)] = 67_200
+    batch_size: Annotated[int, Ge(1)] = 16
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
     schedule: Literal["published", "cosine", "constant"] = "published"
     """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again; ``cosine``: one fall."""
-    weight_decay: float = 1e-5
-    warmup: int = 0
+    weight_decay: Annotated[float, Ge(0)] = 1e-5
+    warmup: Annotated[int, Ge(0)] = 0
     """Steps over which the learning rate rises to its schedule."""
     amsgrad: bool = True
-    gradient_clip: float = 0.5
+    gradient_clip: Annotated[float, Gt(0)] = 0.5
     precision: Precision = "32-true"
     """``auto``: bfloat16 where the processor has it; a finished model says which one it was."""
-    average: float = 0.0
+    average: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the weights' moving average that a step keeps; 0: the weights themselves are taken."""
     crop_to_brain: bool = False
     """Leave out the margin of the grid that no training brain reaches."""
-    validate_every: int = 500
-    validation_slices: int = 512
-    seed: int = 0
+    validate_every: Annotated[int, Ge(1)] = 500
+    validation_slices: Annotated[int, Ge(1)] = 512
+    seed: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, channel_name, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
+from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
 from anomri.detector import Detector
 from anomri.devices import can_compile, resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes
 from anomri.interruption import StopRequest
 from anomri.memory import keep_memory
 from anomri.methods import Player
+from anomri.naming import channel_name
 from anomri.networks import compile_networks
 from anomri.packing import HealthySlices, default_cache
 from anomri.schedule import batch_numbers, learning_rate
@@ -101,23 +102,25 @@ def train(
     """
     folder, team = Path(model), processes(device)
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    names = tuple(map(channel_name, channels or channels_of(cases)))
+    if len({*names}) < len(names):
+        raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
     chosen = methods.preset(method, preset)
-    schedule = _changed(chosen.training, training or {})
     spec = ModelSpec(
-        channels=tuple(map(channel_name, channels or channels_of(cases))),
+        channels=names,
         method=method,
         settings={**chosen.settings, **(settings or {})},
         grid=replace(chosen.grid, size=(grid, grid)) if grid else chosen.grid,
         scaling=chosen.scaling,
         score=replace(chosen.score, **(score or {})),
-        training=schedule,
+        training=_changed(chosen.training, training or {}),
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     )
     # What does not fit is told before a cohort is packed.
-    spec.checked()
-    check_score(network := methods.build(spec), spec.score)
+    spec = spec.checked()
+    check_score(network := methods.build(spec), spec.score, spec.channels)
     check_grid(network, spec.grid)
-    kind = resolve_device(device).type
+    kind, schedule = resolve_device(device).type, spec.training
     if schedule:
         spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
@@ -206,6 +209,7 @@ def fit(
     if state.step:
         for player, optimizer in zip(players, optimizers, strict=True):
             load_optimizer(optimizer, state.optimizers[player.name])
+        state.losses = [loss.to(fabric.device) for loss in state.losses]
     steps = [
         Step(fabric, batches, model, optimizer, partial(_loss, model, spec, player), training.gradient_clip)
         for player, optimizer in zip(players, optimizers, strict=True)
@@ -265,6 +269,12 @@ def fit(
                 )
     if log:
         log.close()
+    if not state.best:
+        cases = ", ".join(case.name for case in packed["val"][:5])
+        raise AnomriError(
+            f"the validation loss was never a number; look at the validation cases ({cases}), or train anew with a lower "
+            f"--learning-rate or --precision 32-true."
+        )
     return state.best
 
 

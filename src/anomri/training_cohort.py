@@ -15,7 +15,7 @@ from anomri.distribution import Processes
 from anomri.methods import Box
 from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
 from anomri.slices import join_boxes
-from anomri.spec import AnomriError, Cohort, Grid, ModelSpec
+from anomri.spec import AnomriError, Cohort, Grid, ModelSpec, Training
 from anomri.training_state import TrainingState
 
 Packed = dict[str, list[PackedCase]]
@@ -32,6 +32,11 @@ CHOSEN = {"kind", "channels", "median", "smoothing_mm"}
 
 def check_grid(network: Any, grid: Grid) -> None:
     """Raise `AnomriError` if a method cannot work on slices of this size."""
+    if getattr(network, "whole_grid", False) and grid.size != (network.box_multiple, network.box_multiple):
+        raise AnomriError(
+            f"the method sees slices of {network.box_multiple} x {network.box_multiple} alone, not of {grid.size[0]} x "
+            f"{grid.size[1]}; leave out --grid."
+        )
     if any(side % network.box_multiple for side in grid.size):
         raise AnomriError(
             f"a grid of {grid.size[0]} x {grid.size[1]} does not fit the method, which needs sides that are multiples "
@@ -55,13 +60,15 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
 
 def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     found = ModelSpec.read(folder / "model.json")
-    same = attrgetter("method", "channels", "settings", "training", "scaling", "grid")
+    same = attrgetter("method", "channels", "settings", "scaling", "grid")
+    trained, wanted = (asdict(one.training or Training()) | dict.fromkeys(MAY_CHANGE) for one in (found, spec))
     given = FOUND | CHOSEN if spec.score.kind == "auto" else FOUND
     asked, scored = (
         {name: value for name, value in asdict(one.score).items() if name not in given} for one in (spec, found)
     )
     return (
         same(found) == same(spec)
+        and trained == wanted
         and scored == asked
         and (folder / "splits.csv").is_file()
         and read_model_splits(folder / "splits.csv") == splits_of(cases)

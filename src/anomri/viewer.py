@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from anomri.cases import SUFFIXES, Case, find_cases
+from anomri.cases import Case, find_cases
+from anomri.intake import CONVERTED, holds_dicom
+from anomri.naming import SUFFIXES, bare_name
 from anomri.spec import AnomriError
 
 HOST = "127.0.0.1"
@@ -110,15 +112,14 @@ def serve(
 ) -> Viewer:
     """Serve the results in ``folder`` on 127.0.0.1 until the returned `Viewer` is closed.
 
-    ``folder`` is what `detect_cohort` wrote; ``scans`` is the cohort it was made from (what `find_cases` takes),
+    ``folder`` is what `detect_cohort` wrote; ``scans`` is what it was made from (default: what it converted from DICOM),
     shown behind the maps. Port 0 takes a free one. What is served is listed once, now. Links in ``folder`` that
     lead out of it are left out; those among ``scans``, which the user named, are followed. Every user of this
     machine can open the page.
 
     Raises `AnomriError` if ``folder`` holds no maps, ``scans`` none of their cases, or the port is taken.
     """
-    cases = find_cases(scans) if isinstance(scans, str | Path) else list(scans or ())
-    viewer = Viewer(_table(Path(folder), {case.name: case for case in cases}), port)
+    viewer = Viewer(_table(Path(folder), _scans(Path(folder), scans)), port)
     if open_browser:
         _open_browser(viewer.url)
     return viewer
@@ -142,6 +143,22 @@ def view(
                 time.sleep(1)
         except KeyboardInterrupt:
             return
+
+
+def _scans(folder: Path, scans: str | Path | Sequence[Case] | None) -> dict[str, Case]:
+    """The cases whose scans are shown, by name."""
+    if not isinstance(scans, str | Path | None):
+        return {case.name: case for case in scans}
+    converted = folder / CONVERTED
+    if converted.is_dir() and (scans is None or (Path(scans).is_dir() and holds_dicom(Path(scans), folder))):
+        scans = converted
+    if scans is None:
+        return {}
+    cases = {case.name: case for case in find_cases(scans)}
+    if Path(scans).name.lower().endswith(SUFFIXES):
+        # One file, of which `detect` may have taken all for its name.
+        cases[bare_name(Path(scans))] = next(iter(cases.values()))
+    return cases
 
 
 def _open_browser(url: str) -> None:

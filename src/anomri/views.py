@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from anomri.inference import Inference
 from anomri.methods import Box
-from anomri.residual import SCORES
+from anomri.residual import MEDIANS, SCORES
 from anomri.slices import SliceStack, cut_box, paste_box, present_channels, rescale, resize
 from anomri.spec import AnomriError, Score
 
@@ -26,7 +26,7 @@ def averaged_output(
     names those of the stack. Raises `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct
     from noise, or for ``parts`` of the channels of one that needs them all.
     """
-    check_score(inference.method, score)
+    check_score(inference.method, score, channels)
     total: Tensor | None = None
     views = torch.zeros(())
     for shown, output in _views(inference, stack, channels, score, box):
@@ -52,8 +52,8 @@ def _views(
                     yield shown, _look(inference, seen, box, mirrored, scale)
 
 
-def check_score(method: object, score: Score) -> None:
-    """Raise `AnomriError` if there is no such score, or it asks for what a method does not make."""
+def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
+    """Raise `AnomriError` if there is no such score, or it asks for what a model of ``channels`` does not make."""
     if score.kind not in ("own", "auto", *SCORES):
         raise AnomriError(f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}.")
     if score.kind.startswith("mark") and not getattr(method, "extra_maps", 0):
@@ -61,6 +61,13 @@ def check_score(method: object, score: Score) -> None:
             f"the score {score.kind} needs marks, which the model does not make; train with the settings anomalies and "
             f"mark (preset accurate)."
         )
+    unknown = {*score.channels, *(name for part in score.parts for name in part.split("+"))} - {*channels}
+    if unknown:
+        raise AnomriError(
+            f"the score looks at {', '.join(sorted(unknown))}; the model's channels are {', '.join(channels)}."
+        )
+    if score.median_slices == 1 and score.median not in MEDIANS:
+        raise AnomriError(f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}.")
     if score.parts and not getattr(method, "takes_subsets", False):
         raise AnomriError(
             f"the score looks at {', '.join(score.parts)} alone too, but the model needs all of its channels; train it "

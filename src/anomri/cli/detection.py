@@ -63,22 +63,25 @@ def detect(
     from anomri.detection import detect_cohort
     from anomri.detector import BUILT_IN
     from anomri.distribution import processes
-    from anomri.intake import named, take_in, write_dicom_seg
+    from anomri.extras import optional
+    from anomri.intake import named, take_in
     from anomri.preparation import Preparation
     from anomri.progress import case_progress
-    from anomri.results import CaseResult, cases_before
+    from anomri.results import CaseResult, cases_before, write_dicom_seg
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
-    given = {name: path for name, path in {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}.items() if path}
-    files: dict[str, str | Path] = {**named(channel or [], "--channel"), **given}
+    given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
+    files = named([*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel")
     team = processes(device)
     detector = detector_of(model, device, precision, sensitivity, false_positive_ml, min_volume, channels)
     if model is None and team.first:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
         )
-    if dicom_seg and detector.thresholds is None:
-        raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
+    if dicom_seg:
+        optional("highdicom", "dicom", "--dicom-seg")
+        if detector.thresholds is None:
+            raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
     intake = team.once(
         lambda: take_in(
             input,
@@ -116,10 +119,10 @@ def detect(
             progress=told,
         )
     if dicom_seg and team.first:
+        results = [write_dicom_seg(output, result, intake.series) for result in results]
         for result in results:
-            if (made := result.summary) and made["threshold"] is not None:
-                source = intake.series[made["channels"][0]]  # type: ignore[index]
-                write_dicom_seg(output, result.case, source, {name: made[name] for name in ("method", "threshold")})
+            if result.error and result.summary:
+                err.print(f"failed: {result.error}", style="red", soft_wrap=True)
     failed = sum(result.error is not None for result in results)
     if format == "json" and team.first:
         report = None if shard else str((output / "report.html").resolve())
@@ -137,6 +140,7 @@ def _note(text: str) -> None:
 
 @app.command()
 def bids(
+    context: typer.Context,
     bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS data set.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the derivatives.")],
     level: Annotated[str, typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report.")],
@@ -162,6 +166,13 @@ def bids(
     from anomri.progress import case_progress
 
     if level == "group":
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        options = [f"--{name.replace('_', '-')}" for name in given if name not in ("bids_dir", "out_dir", "level")]
+        if options:
+            raise AnomriError(f"{', '.join(options)}: of no use at the level group, which collects what there is.")
+        if not bids_dir.is_dir():
+            raise AnomriError(f"{bids_dir}: no such folder.")
         out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)
         return
     if level != "participant":
@@ -189,7 +200,11 @@ def bids(
 def view(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")],
     scans: Annotated[
-        Optional[Path], typer.Option(metavar="COHORT", help="The scans the maps were made from, to show behind them.")
+        Optional[Path],
+        typer.Option(
+            metavar="COHORT",
+            help="The scans the maps were made from, to show behind them; default: those converted from DICOM.",
+        ),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")] = 0,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 import typer
 from rich.console import Console
 
-from anomri.cases import channel_name
+from anomri.naming import channel_name
 from anomri.spec import AnomriError
 
 if TYPE_CHECKING:

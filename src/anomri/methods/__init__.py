@@ -86,7 +86,8 @@ class Method(Protocol):
     without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``; one whose
     ``reconstruct`` bears rounding to bfloat16, ``half_precision``; one whose loss is always the same kernels on arrays
     of the same shape and never waits for them, ``capturable``; one whose slices do not change with those beside them,
-    ``values_per_pixel``, how many values its finest maps have for each pixel.
+    ``values_per_pixel``, how many values its finest maps have for each pixel; one for slices of ``box_multiple`` x
+    ``box_multiple`` and no others, ``whole_grid``.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]
@@ -138,7 +139,7 @@ def build(spec: ModelSpec) -> Any:
         raise AnomriError(f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
     try:
         return method(spec.channels, **spec.settings)
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
 
 

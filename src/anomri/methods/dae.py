@@ -113,6 +113,11 @@ class DAE(nn.Module):
         super().__init__()
         if mark and not anomalies:
             raise AnomriError("mark needs anomalies: there is nothing else to mark.")
+        if subpixels < 1 or not scales or not all(0 < scale <= 1 for scale in scales) or not 0 <= channel_dropout <= 1:
+            raise AnomriError(
+                f"subpixels are 1 or more, scales above 0 up to 1, and channel_dropout is from 0 to 1; found "
+                f"{subpixels}, {scales} and {channel_dropout}."
+            )
         self.channels = tuple(channels)
         self.extra_maps = int(mark)
         self.mirror = mirror

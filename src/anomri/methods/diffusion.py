@@ -77,11 +77,14 @@ class Diffusion(nn.Module):
         return (self.network(share.sqrt() * x + (1 - share).sqrt() * noise, time) - noise).square().mean()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """``x`` noised to the start and denoised back; zero outside ``box``."""
+        """``x`` noised to the start and denoised back; zero outside ``box``.
+
+        All slices get the same noise, so that none depends on those beside it.
+        """
         generator = Generator(x.device).manual_seed(TEST_SEED)
         part = to_unit_range(cut_box(x, box))
         share = self.signal[self.times[0]]
-        part = share.sqrt() * part + (1 - share).sqrt() * self.draw(part, generator)
+        part = share.sqrt() * part + (1 - share).sqrt() * self.draw(part[:1], generator)
         for now, then in zip(self.times, self.times[1:], strict=False):
             part = self.denoise(part, now, then, generator)
         return paste_box(from_unit_range(part), (x.shape[-2], x.shape[-1]), box)
@@ -93,7 +96,7 @@ class Diffusion(nn.Module):
         clean = (x - (1 - share).sqrt() * noise) / share.sqrt()
         fresh = self.eta * ((1 - earlier) / (1 - share) * (1 - share / earlier)).sqrt()
         x = earlier.sqrt() * clean + (1 - earlier - fresh.square()).clamp(min=0).sqrt() * noise
-        return x + fresh * self.draw(x, generator) if self.eta else x
+        return x + fresh * self.draw(x[:1], generator) if self.eta else x
 
     def draw(self, x: Tensor, generator: Generator) -> Tensor:
         """Noise of the model's kind, of the shape of ``x``."""

@@ -33,6 +33,7 @@ class FAnoGAN(nn.Module):
     the feature residual is one number a slice, and at kappa 1e-8 moves no voxel.
     """
 
+    whole_grid = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({}, FULL),
         "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),

@@ -36,6 +36,7 @@ class VAE(nn.Module):
     healthy tissue, while of a region only the rim is held back.
     """
 
+    whole_grid = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": PAPER_WIDTHS}, Training()),
         "small": Preset({"widths": SMALL_WIDTHS}, SMALL),
