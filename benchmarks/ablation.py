@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from anomri.methods.dae import DAE
 from anomri.pooling import Pool, Scored
 from anomri.residual import BRIGHT, anomaly_score, describe, score_of
 from anomri.slices import SliceStack, slice_volume
-from anomri.spec import Scaling, Score
+from anomri.spec import AnomriError, Scaling, Score
 from anomri.volume import Volume
 
 SCORES: dict[str, dict[str, Any]] = {
@@ -91,8 +91,15 @@ class Trial:
         self.groups = [[case for case in group if case.label] for group in groups]
         self._outputs: dict[Any, list[tuple[Volume, SliceStack, Tensor]]] = {}
 
-    def row(self, name: str, detectors: Sequence[Detector]) -> None:
-        """Print a row of the table: all groups pooled."""
+    def row(self, name: str, detectors: Iterable[Detector]) -> None:
+        """Print a row of the table: all groups pooled, or why the models cannot fill it."""
+        try:
+            cells = self._cells(detectors)
+        except AnomriError as error:
+            cells = [f"not possible: {error}", "", ""]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+    def _cells(self, detectors: Iterable[Detector]) -> list[str]:
         with tempfile.TemporaryDirectory() as place:
             pool = Pool(Path(place))
             for cases, detector in zip(self.groups, detectors, strict=True):
@@ -105,7 +112,7 @@ class Trial:
                     pool.add(Scored(case.name, *found, dropped, patient=case.patient))
             figures = {figure.name: str(figure) for figure in pool.evaluate({}, None).figures}
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
-        print(f"| {name} | " + " | ".join(figures[one] for one in names) + " |", flush=True)
+        return [figures[one] for one in names]
 
     def _seen(self, cases: Sequence[Case], detector: Detector) -> list[tuple[Volume, SliceStack, Tensor]]:
         score = detector.spec.score
@@ -167,10 +174,10 @@ def main() -> None:
         trial.row(f"**as trained**: {chosen}", detectors)
         for name, score in SCORES.items():
             if name.startswith(wanted):
-                trial.row(name, [detector.with_score(**score) for detector in detectors])
+                trial.row(name, (detector.with_score(**score) for detector in detectors))
         for part in PARTS:
             if (name := f"only {', '.join(part)}").startswith(wanted):
-                trial.row(name, [detector.with_channels(part) for detector in detectors])
+                trial.row(name, (detector.with_channels(part) for detector in detectors))
     if arguments.train:
         base = DAE.PRESETS["accurate"]
         for name, change in TRAININGS.items():

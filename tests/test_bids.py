@@ -324,6 +324,9 @@ def test_what_is_done_is_not_done_again_unless_it_changed(dataset: Path, detecto
     assert second > first and (anat / "sub-01_desc-anomaly_dseg.nii.gz").is_file()
     (dataset / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").touch()
     assert run() > second
+    (dataset / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").write_bytes(b"no image")
+    (failed,) = run_participant(dataset, out, detector, participant_labels=["01"], skip_bids_validation=True)
+    assert failed.error and not list(anat.iterdir())
 
 
 def test_group_needs_participants(tmp_path: Path) -> None:

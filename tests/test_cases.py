@@ -211,6 +211,41 @@ def test_a_mask_is_of_the_case_whose_image_has_its_name(tmp_path: Path, names: t
     assert (case.name, case.mask) == ("p", tmp_path / names[-1]) and "flair" in case.channels
 
 
+def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
+    names = ("anat/sub-01_T1w.nii", "anat/sub-01_FLAIR.nii", "fmap/sub-01_phasediff.nii", "fmap/sub-01_FLAIR.json")
+    (case,) = find_cases(touch(tmp_path / "sub-01", *names))
+    assert case.name == "sub-01" and {"t1", "flair"} < {*case.channels}
+    (case,) = find_cases(touch(tmp_path / "q", "p_flair.nii", "a/p_swi.nii", "b/p_t2.nii"))
+    assert case.name == "p" and list(case.channels) == ["flair", "swi", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "mask"),
+    [
+        (("x_brain_flair.nii", "x_brain_t1.nii", "x_brain_mask.nii"), "x_brain_mask.nii"),
+        (("p_flair.nii", "p_mask.nii", "p_brain_mask.nii"), "p_mask.nii"),
+        (("p_flair.nii", "p_swi.nii", "p_flair_mask.nii", "p_swi_mask.nii"), "p_flair_mask.nii"),
+    ],
+)
+def test_of_several_masks_the_plainest_is_taken(tmp_path: Path, names: tuple[str, ...], mask: str) -> None:
+    (case,) = find_cases(touch(tmp_path, *names))
+    assert case.mask is not None and case.mask.name == mask
+
+
+def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
+    kinds = ("flair", "t1", "seg")
+    first, second = find_cases(
+        touch(tmp_path / "a", *(f"P_{time}_{kind}.nii" for time in ("T1", "T2") for kind in kinds))
+    )
+    assert [(case.name, list(case.channels)) for case in (first, second)] == [
+        ("P_T1", ["flair", "t1"]),
+        ("P_T2", ["flair", "t1"]),
+    ]
+    assert first.label and second.label
+    alone = find_cases(touch(tmp_path / "b", "P_T1_flair.nii", "P_T2_flair.nii"))
+    assert [case.name for case in alone] == ["P_T1", "P_T2"]
+
+
 def test_channels_in_two_words(tmp_path: Path) -> None:
     names = ("T1_brain.nii.gz", "T2_FLAIR_brain.nii.gz", "t1_ce.nii.gz")
     (case,) = find_cases(touch(tmp_path, *(f"s1/{name}" for name in names)))
@@ -232,10 +267,10 @@ def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) 
 
 
 def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> None:
-    touch(tmp_path / "disjoint", "p1/scan_flair.nii.gz", "p2/scan_t1.nii.gz", "p2/scan_seg.nii.gz")
-    first, second = find_cases(tmp_path / "disjoint")
+    touch(tmp_path / "mixed", "p1/scan_flair.nii.gz", "p2/scan_t1.nii.gz", "p2/scan_seg.nii.gz", "p3/scan_t1.nii.gz")
+    first, second, third = find_cases(tmp_path / "mixed")
     assert [(case.name, list(case.channels)) for case in (first, second)] == [("p1", ["flair"]), ("p2", ["t1"])]
-    assert first.label is None and second.label is not None
+    assert first.label is None and second.label is not None and third.name == "p3"
     assert [case.name for case in find_cases(touch(tmp_path / "alike", "a/x_t1.nii", "b/x_t1.nii"))] == ["a", "b"]
     with pytest.raises(AnomriError, match="both t1 of case v1; keep one of them or, if they are of two scans"):
         find_cases(touch(tmp_path / "visits", *(f"{p}/{v}_t1.nii" for p in "ab" for v in ("v1", "v2"))))
@@ -248,6 +283,7 @@ def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> Non
         ("p_flair.nii", "p_t1.nii", "brains/p_mask.nii"),
         ("images/p_flair.nii", "images/p_t1.nii", "labels/p_mask.nii"),
         ("one/p_flair.nii", "one/q_flair.nii", "two/p_t1.nii", "two/q_t1.nii", "two/p_mask.nii"),
+        ("imgs/p_flair.nii", "imgs/p_mask.nii", "more/p_t1.nii"),
     ],
 )
 def test_folders_of_channels_and_masks_are_put_together(tmp_path: Path, names: tuple[str, ...]) -> None:

@@ -260,6 +260,19 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
         assert _scans(out, scans)[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
 
 
+def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> None:
+    dicom_folder(tmp_path)
+    assert holds_dicom(tmp_path, tmp_path)
+    (tmp_path / "s_mask.nii.gz").touch()
+    assert not holds_dicom(tmp_path, tmp_path)
+    (tmp_path / "s_anomaly.nii.gz").touch()
+    assert holds_dicom(tmp_path, tmp_path) and not holds_dicom(tmp_path)
+    (tmp_path / "s_flair.nii.gz").touch()
+    assert not holds_dicom(tmp_path, tmp_path)
+    (tmp_path / "out" / "nifti").mkdir(parents=True)
+    assert _scans(tmp_path / "out", None) == {}
+
+
 def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None:
     (file := tmp_path / "scan_01.nii.gz").touch()
     detected = Detector.load(None).find_cases(file)

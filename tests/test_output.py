@@ -33,7 +33,7 @@ def flat(cohort: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["p_mask.nii.gz", "p_reconstruction.nii.gz", "p.json"])
+@pytest.mark.parametrize("name", ["p_mask.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"])
 def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name: str) -> None:
     (flat / name).write_text('{"EchoTime": 0.1}')
     with pytest.raises(AnomriError, match=f"{name}: is no result of anomri, and those of the case p would replace it"):
@@ -45,6 +45,9 @@ def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> N
     for threshold in (None, "high"):
         (result,) = anomri.detect_cohort(flat, flat, model, sensitivity=threshold)
         assert result.error is None and (flat / "p_mask.nii.gz").is_file()
+    (flat / "p_anomaly.nii.gz").unlink()
+    anomri.detect_cohort(flat, flat, model, sensitivity="high")
+    assert (flat / "p_anomaly.nii.gz").is_file()
 
 
 def test_nothing_of_another_run_stays_beside_results(flat: Path, model: Path, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_channels_given_twice_and_options_of_another_level(
     assert main(arguments) == 2
     assert "flair is given twice" in capsys.readouterr().err
     assert main(["bids", str(tmp_path), str(tmp_path), "group", "-m", "x", "--participant-label", "1"]) == 2
-    assert "--model, --participant-label: of no use at the level group" in capsys.readouterr().err
+    assert "note: --model, --participant-label: of no use at the level group" in capsys.readouterr().err
     assert main(["bids", str(tmp_path / "none"), str(tmp_path), "group"]) == 2
     assert "none: no such folder" in capsys.readouterr().err
 

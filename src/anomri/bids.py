@@ -24,6 +24,7 @@ from anomri.files import output_folder, remove_abandoned, write_text
 from anomri.findings import Detection
 from anomri.launch import alone
 from anomri.lesions import lesion_labels
+from anomri.naming import bare_name
 from anomri.preparation import Preparation
 from anomri.records import Records, keys_of
 from anomri.reporting import detection_report
@@ -97,11 +98,22 @@ def run_participant(
         read, save = partial(_read, detector, preparation, root), partial(_save, root=root, out=out)
         for result in detect_each(detector, waiting, read, save, out):
             results.append(result)
+            _remove_former(out, result.case, result.files)
             records.save(result.case, result.to_record(out))
             progress(result, len(cases))
     finally:
         write_run(out, facts, started)
     return sorted(results, key=lambda result: result.case)
+
+
+def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
+    """Remove the images of a case that its record names, with what is said of them, but those ``kept``."""
+    record = out / "logs" / f"{case}.json"
+    for name in read_json(record).get("files", ()) if record.is_file() else ():
+        image = out / name
+        if image not in kept and image.resolve().is_relative_to(out.resolve()):
+            for path in (image, *(image.with_name(bare_name(image) + end) for end in (".json", ".tsv"))):
+                path.unlink(missing_ok=True)
 
 
 def run_group(out_dir: str | Path) -> Path:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -223,9 +224,7 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
 def _cases_in_folder(folder: Path) -> list[Case]:
     subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     images = {place: _images(place) for place in sorted([folder, *subfolders])}
-    patients = {place: stem for place in subfolders if (stem := _says_nothing(place, images[place])) is not None}
-    # Folders of patients, if there are several whose files are called alike; else maybe of one, a folder for each channel.
-    patients = {place: stem for place, stem in patients.items() if list(patients.values()).count(stem) > 1}
+    patients = _patients_folders(folder, images)
     found: dict[str, dict[str, Path]] = {}
     for place, named in images.items():
         for path, (stem, kind) in named.items():
@@ -250,13 +249,27 @@ def _images(place: Path) -> dict[Path, tuple[str, str]]:
     return split_names(path for path in paths if not path.name.startswith("."))
 
 
-def _says_nothing(place: Path, named: Mapping[Path, tuple[str, str]]) -> str | None:
-    """What all files of a folder are called, if it may be a patient's and that is neither its name nor it a channel's."""
-    stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
-    words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
-    if len(stems) != 1 or place.name in stems or words & kinds or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
-        return None
-    return stems.pop()
+def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[Path]:
+    """The folders of a cohort that are a patient's each, as their files are called alike in several of them.
+
+    Else they may be of the same patients: a folder for each channel, or for masks.
+    """
+    elsewhere = {stem for stem, _ in images[folder].values()} | {folder_name(folder)}
+    alike: dict[str, list[Path]] = {}
+    for place, named in images.items():
+        stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
+        words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
+        if len(stems) != 1 or words & kinds or stems & {place.name, *elsewhere} or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
+            continue
+        (stem,) = stems
+        if not PATIENT.match(stem):
+            alike.setdefault(stem, []).append(place)
+    shared = [
+        places
+        for places in alike.values()
+        if max(Counter(kind for place in places for _, kind in images[place].values()).values()) > 1
+    ]
+    return {place for places in shared for place in places}
 
 
 def _cases_in_table(path: Path) -> list[Case]:

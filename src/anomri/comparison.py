@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, sole_use, write_text
 from anomri.launch import alone
-from anomri.records import keys_of
+from anomri.records import files_of
 from anomri.spec import AnomriError, ModelSpec
 from anomri.training import Progress
 
@@ -176,14 +177,15 @@ def _same_comparison(folder: Path, first: Job) -> None:
         "channels": list(first.channels or ()),
         "cases": {case.name: case.split for case in first.training_cases},
         "test cases": [case.name for case in first.test_cases],
-        "files or version of anomri": keys_of(first.training_cases, first.channels or ()),
+        "files": files_of(first.training_cases, first.channels or ()),
+        "version of anomri": version("anomri"),
     }
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in facts.items() if before.get(name) != value]
+        changed = [name for name, value in facts.items() if before.get(name, value) != value]
         if changed:
             raise AnomriError(
-                f"{path}: was begun with another {', '.join(changed)}; give the same ones, or name another folder with -o."
+                f"{path}: was begun with other {', '.join(changed)}; give the same ones, or name another folder with -o."
             )
     else:
         write_text(path, json.dumps(facts, indent=2) + "\n")

@@ -66,11 +66,14 @@ def detect_cohort(
     cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
-        check_room(folder, cases)
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
-        records = begin() if part else team.once(begin)
         mine = team.part(cases)
+        if part:
+            check_room(folder, mine)
+        else:
+            team.once(lambda: check_room(folder, cases))
+        records = begin() if part else team.once(begin)
         results = {case.name: result for case in mine if (result := finished(records, case.name, folder))}
 
         def detect() -> None:

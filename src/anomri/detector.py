@@ -31,7 +31,7 @@ from anomri.residual import anomaly_score, score_of
 from anomri.sensitivity import choose_threshold
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
 from anomri.spec import AnomriError, ModelSpec, Thresholds
-from anomri.views import averaged_output
+from anomri.views import averaged_output, check_score
 from anomri.volume import Volume
 
 BUILT_IN = Path(__file__).parent / "models" / "brats18"
@@ -220,6 +220,7 @@ class Detector:
         detector.spec = replace(
             self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}
         )
+        check_score(self.method, detector.spec.score, self.spec.channels)
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from anomri.spec import AnomriError
 
 LOCK, PARTIAL = ".lock", ".partial-"
-MOMENT_S = 5.0
+MOMENT_S = 30.0
 ABANDONED_S = 24 * 3600.0
 """Where several runs write to one folder, only what is half-written for longer than this was left by a dead one."""
 OWN_FOLDERS = ("logs", "previews", ".scores")

@@ -29,14 +29,13 @@ Kind = Literal["anomaly", "mask", "reconstruction"]
 def check_room(folder: Path, cases: Sequence[Case]) -> None:
     """Raise `AnomriError` if the results of one of the ``cases`` would replace a file in ``folder`` that is none.
 
-    A mask there may be a brain's, and a ``.json`` a converter's. Those of a run before this one lie beside a map.
+    A mask there may be a brain's, and a ``.json`` a converter's. Where there is a map, all are those of an earlier run.
     """
     for case in cases:
-        anomaly, *others = (folder / f"{case.name}_{kind}.nii.gz" for kind in OUTPUTS)
-        about = folder / f"{case.name}.json"
-        foreign = [path for path in others if path.exists() and not anomaly.exists()]
-        foreign += [about] if about.exists() and not _is_summary(about) else []
-        if foreign:
+        paths = _paths(folder, case.name)
+        if (folder / f"{case.name}_{OUTPUTS[0]}.nii.gz").exists() or _is_summary(paths[-1]):
+            continue
+        if foreign := [path for path in paths if path.exists()]:
             raise AnomriError(
                 f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
                 f"folder with -o."
@@ -45,10 +44,16 @@ def check_room(folder: Path, cases: Sequence[Case]) -> None:
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
     """Remove the files of a case that a run before this one left, but those ``kept``: what stays is of one model."""
-    endings = [f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)] + ["_mask.dcm", ".json"]
-    for path in (folder / f"{case}{ending}" for ending in endings):
+    for path in _paths(folder, case):
         if path not in kept:
             path.unlink(missing_ok=True)
+
+
+def _paths(folder: Path, case: str) -> list[Path]:
+    """What there may be of a case; the map and the summary, by which the others are known, last."""
+    return [
+        folder / f"{case}{end}" for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
+    ]
 
 
 def _is_summary(path: Path) -> bool:

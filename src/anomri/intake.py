@@ -10,7 +10,7 @@ from anomri.cases import Case, case_of_files
 from anomri.dicom import choose_series, convert_series
 from anomri.dicom_channels import Series
 from anomri.files import output_folder
-from anomri.naming import SUFFIXES, channel_name
+from anomri.naming import OUTPUTS, SUFFIXES, channel_name, split_name
 from anomri.spec import AnomriError
 
 CONVERTED = "nifti"
@@ -44,16 +44,22 @@ def named(pairs: Sequence[str], option: str) -> dict[str, str]:
 def holds_dicom(folder: Path, out: Path | None = None) -> bool:
     """Whether a folder holds DICOM files, by their content, and no NIfTI file but results in ``out``; at any depth."""
     dicom = False
-    results = () if out is None else (out.resolve(), (out / CONVERTED).resolve())
     for number, path in enumerate(folder.rglob("*")):
         if path.name.lower().endswith(SUFFIXES):
-            if path.parent.resolve() in results:
-                continue
-            return False
+            if out is None or not _is_result(path, out):
+                return False
+            continue
         if not dicom and number < LOOKED_AT and path.is_file() and not path.name.startswith("."):
             with path.open("rb") as file:
                 dicom = file.read(132)[128:] == b"DICM"
     return dicom
+
+
+def _is_result(path: Path, out: Path) -> bool:
+    stem, kind = split_name(path)
+    map_of_it = out / f"{stem}_{OUTPUTS[0]}.nii.gz"
+    place = path.parent.resolve()
+    return place == (out / CONVERTED).resolve() or (place == out.resolve() and kind in OUTPUTS and map_of_it.is_file())
 
 
 def take_in(

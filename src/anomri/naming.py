@@ -72,25 +72,46 @@ def folder_name(folder: Path) -> str:
     return Path(os.path.abspath(folder)).name  # noqa: PTH100 - resolve() would follow it
 
 
-def split_name(path: Path) -> tuple[str, str]:
+def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
-    stem, kind = _split(bare_name(path))
-    if is_stripped(path) and _split(stem)[1] in CHANNELS:
-        stem, kind = _split(stem)
+    stem, kind = _split(bare_name(path), two_words)
+    if is_stripped(path) and (whole := _split(stem, two_words))[1] in CHANNELS:
+        return whole
     return stem, kind
 
 
 def split_names(paths: Iterable[Path]) -> dict[Path, tuple[str, str]]:
-    """`split_name` of the files of one folder, without results; a mask is of the case of which an image has its name."""
+    """`split_name` of the files of one folder, but as the others there suggest; without what `anomri detect` wrote.
+
+    A mask is of the case whose image has its name, and the one that is most plainly a case's is taken.
+    """
     named = {path: split_name(path) for path in paths}
+    scans = {stem for stem, kind in named.values() if kind in CHANNELS}
+    for path in named:
+        stem, kind = split_name(path, two_words=False)
+        if kind in CHANNELS and scans & {stem, f"{stem[:-1]}1"}:
+            named[path] = stem, kind  # T1 and T2 are points in time
     detected = {stem for stem, kind in named.values() if kind == OUTPUTS[0]}
     named = {path: (stem, kind) for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS}
+    return _with_masks(named)
+
+
+def _with_masks(named: dict[Path, tuple[str, str]]) -> dict[Path, tuple[str, str]]:
+    images = {found for found in named.values() if found[1] not in MASK_NAMES}
+    masks: dict[Path, tuple[int, str, str]] = {}
     for path, (stem, kind) in named.items():
-        if kind in MASK_NAMES:
-            stem = STRIPPED.sub("", stem)
-            before, channel = _split(stem)
-            named[path] = before if (before, channel) in named.values() else stem, kind
-    return named
+        if kind not in MASK_NAMES:
+            continue
+        if stem in {of for of, _ in images}:
+            masks[path] = 0, stem, kind
+            continue
+        stem = STRIPPED.sub("", stem)
+        before, channel = _split(stem)
+        derived = (before, channel) in images
+        masks[path] = 2 if derived and channel not in CHANNELS else 1, before if derived else stem, kind
+    best = {stem: min(rank for rank, of, _ in masks.values() if of == stem) for _, stem, _ in masks.values()}
+    kept = {path: (stem, kind) for path, (rank, stem, kind) in masks.items() if rank == best[stem]}
+    return {path: kept.get(path, found) for path, found in named.items() if path in kept or path not in masks}
 
 
 def is_stripped(path: Path) -> bool:
@@ -98,8 +119,8 @@ def is_stripped(path: Path) -> bool:
     return STRIPPED.search(bare_name(path)) is not None
 
 
-def _split(bare: str) -> tuple[str, str]:
-    if two := TWO_PARTS.search(bare):
+def _split(bare: str, two_words: bool = True) -> tuple[str, str]:
+    if two_words and (two := TWO_PARTS.search(bare)):
         return bare[: two.start()], channel_name(re.sub("[_+-]", "", two[1]))
     stem, hyphen, kind = bare.rpartition("-")
     if not hyphen or kind.lower() not in HYPHENATED:

@@ -121,9 +121,12 @@ def keys_of(cases: Sequence[Case], channels: Sequence[str], *settings: object) -
         if not may_name_files(case.name) or case.name in RESERVED:
             raise AnomriError(f"a case is called {case.name!r}, which is no name for its files; rename it.")
     common = json.dumps([_code(), list(channels), *settings], default=str)
-    return {
-        case.name: _hash(common, case.patient, [_stat(path) for path in _sources(case, channels)]) for case in cases
-    }
+    return {name: _hash(common, files) for name, files in files_of(cases, channels).items()}
+
+
+def files_of(cases: Sequence[Case], channels: Sequence[str]) -> dict[str, str]:
+    """A hash of whose each case is, where its files lie, their sizes and times."""
+    return {case.name: _hash(case.patient, [_stat(path) for path in _sources(case, channels)]) for case in cases}
 
 
 @cache

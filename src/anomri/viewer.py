@@ -14,6 +14,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -147,18 +148,21 @@ def view(
 
 def _scans(folder: Path, scans: str | Path | Sequence[Case] | None) -> dict[str, Case]:
     """The cases whose scans are shown, by name."""
-    if not isinstance(scans, str | Path | None):
-        return {case.name: case for case in scans}
     converted = folder / CONVERTED
-    if converted.is_dir() and (scans is None or (Path(scans).is_dir() and holds_dicom(Path(scans), folder))):
-        scans = converted
     if scans is None:
+        with suppress(AnomriError):  # a folder of that name may hold anything
+            cases = find_cases(converted)
+            return {case.name: case for case in cases if (folder / f"{case.name}{MAP_ENDING}").is_file()}
         return {}
-    cases = {case.name: case for case in find_cases(scans)}
-    if Path(scans).name.lower().endswith(SUFFIXES):
-        # One file, of which `detect` may have taken all for its name.
-        cases[bare_name(Path(scans))] = next(iter(cases.values()))
-    return cases
+    if not isinstance(scans, str | Path):
+        return {case.name: case for case in scans}
+    path = Path(scans)
+    if converted.is_dir() and path.is_dir() and holds_dicom(path, folder):
+        path = converted
+    cases = find_cases(path)
+    if (folder / f"{bare_name(path)}{MAP_ENDING}").is_file():
+        return {bare_name(path): cases[0]}  # one file, of which `detect` took all for its name
+    return {case.name: case for case in cases}
 
 
 def _open_browser(url: str) -> None:

@@ -23,8 +23,8 @@ def averaged_output(
     """What a method makes of a scan's slices in the box: (n, c + its further maps, h, w), mean of a score's views.
 
     A channel's reconstruction is the mean of the views that show it, and zero if the scan does not have it; ``channels``
-    names those of the stack. Raises `AnomriError` if the score asks for ``passes`` of a method that cannot reconstruct
-    from noise, or for ``parts`` of the channels of one that needs them all.
+    names those of the stack. Raises `AnomriError` if the score asks for what the method does not make (`check_score`), or
+    for ``passes`` of one that cannot reconstruct from noise.
     """
     check_score(inference.method, score, channels)
     total: Tensor | None = None

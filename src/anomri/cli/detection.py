@@ -170,7 +170,7 @@ def bids(
         given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         options = [f"--{name.replace('_', '-')}" for name in given if name not in ("bids_dir", "out_dir", "level")]
         if options:
-            raise AnomriError(f"{', '.join(options)}: of no use at the level group, which collects what there is.")
+            _note(f"{', '.join(options)}: of no use at the level group, which collects what there is.")
         if not bids_dir.is_dir():
             raise AnomriError(f"{bids_dir}: no such folder.")
         out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)
