@@ -44,6 +44,8 @@ QUICK = replace(
     average=0.99,
     validate_every=200,
 )
+FREE = replace(QUICK, weight_decay=0.0)
+"""Added to the gradient, which Adam then divides by its size, decay of any strength takes filters that learn slowly to zero."""
 ALONE_SHARE = 0.5
 """Of the slices with channel dropout, how many show one of the channels ``alone``."""
 MARK_WEIGHT = 0.025
@@ -83,10 +85,10 @@ class DAE(nn.Module):
             replace(QUICK, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(QUICK, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
             ACCURATE,
-            replace(QUICK, steps=250, validate_every=125, validation_slices=64),
+            replace(FREE, steps=250, validate_every=125, validation_slices=64),
             Scaling("standard"),
             Score("auto"),
         ),
