@@ -276,6 +276,7 @@ def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> N
 def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None:
     (file := tmp_path / "scan_01.nii.gz").touch()
     detected = Detector.load(None).find_cases(file)
+    (tmp_path / "scan_01_anomaly.nii.gz").touch()
     assert detected[0].name == "scan_01" and _scans(tmp_path, file)["scan_01"].channels == {"01": file}
 
 
