@@ -225,11 +225,15 @@ def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
         (("x_brain_flair.nii", "x_brain_t1.nii", "x_brain_mask.nii"), "x_brain_mask.nii"),
         (("p_flair.nii", "p_mask.nii", "p_brain_mask.nii"), "p_mask.nii"),
         (("p_flair.nii", "p_swi.nii", "p_flair_mask.nii", "p_swi_mask.nii"), "p_flair_mask.nii"),
+        (("p_T1_brain.nii", "p_T2_brain.nii", "p_T1_brain_mask.nii", "p_T2_brain_mask.nii"), "p_T1_brain_mask.nii"),
+        (("p_t1.nii", "p_flair.nii", "p_brain_mask.nii", "p_t1_mask.nii"), "p_brain_mask.nii"),
+        (("p_t1.nii", "p_flair.nii", "p_t1_reg.nii", "p_t1_mask.nii"), "p_t1_mask.nii"),
+        (("p_t1.nii", "p_seg.nii", "p_seg_mask.nii"), None),
     ],
 )
-def test_of_several_masks_the_plainest_is_taken(tmp_path: Path, names: tuple[str, ...], mask: str) -> None:
-    (case,) = find_cases(touch(tmp_path, *names))
-    assert case.mask is not None and case.mask.name == mask
+def test_of_several_masks_the_plainest_is_taken(tmp_path: Path, names: tuple[str, ...], mask: str | None) -> None:
+    (case, *_) = find_cases(touch(tmp_path, *names))
+    assert (case.mask and case.mask.name) == mask
 
 
 def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
@@ -242,8 +246,19 @@ def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
         ("P_T2", ["flair", "t1"]),
     ]
     assert first.label and second.label
-    alone = find_cases(touch(tmp_path / "b", "P_T1_flair.nii", "P_T2_flair.nii"))
-    assert [case.name for case in alone] == ["P_T1", "P_T2"]
+    alone = find_cases(
+        touch(tmp_path / "b", *(f"P_{time}_flair{end}.nii" for time in ("T1", "T2") for end in ("", "_mask")))
+    )
+    assert [(case.name, case.mask and case.mask.name) for case in alone] == [
+        ("P_T1", "P_T1_flair_mask.nii"),
+        ("P_T2", "P_T2_flair_mask.nii"),
+    ]
+    names = [f"P_{time}/P_{time}_{kind}.nii" for time in ("T1", "T2") for kind in ("flair", "seg")]
+    for folder, files in (("c", names), ("d", ["images/P_T2_flair.nii", "labels/P_T2_seg.nii"])):
+        cases = find_cases(touch(tmp_path / folder, *files))
+        assert [case.name for case in cases if case.label and case.channels] == ["P_T1", "P_T2"][-len(cases) :]
+    (case,) = find_cases(touch(tmp_path / "e", "P_T2.nii", "P_T2_FLAIR.nii", "P_T2_mask.nii"))
+    assert list(case.channels) == ["flair", "t2"] and case.mask
 
 
 def test_channels_in_two_words(tmp_path: Path) -> None:
@@ -272,6 +287,8 @@ def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> Non
     assert [(case.name, list(case.channels)) for case in (first, second)] == [("p1", ["flair"]), ("p2", ["t1"])]
     assert first.label is None and second.label is not None and third.name == "p3"
     assert [case.name for case in find_cases(touch(tmp_path / "alike", "a/x_t1.nii", "b/x_t1.nii"))] == ["a", "b"]
+    with pytest.raises(AnomriError, match="both t1 of case p1; keep one of them"):
+        find_cases(touch(tmp_path / "steps", "raw/p1_t1.nii", "raw/p1_t2.nii", "done/p1_t1.nii", "done/p1_t2.nii"))
     with pytest.raises(AnomriError, match="both t1 of case v1; keep one of them or, if they are of two scans"):
         find_cases(touch(tmp_path / "visits", *(f"{p}/{v}_t1.nii" for p in "ab" for v in ("v1", "v2"))))
 
@@ -284,6 +301,7 @@ def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> Non
         ("images/p_flair.nii", "images/p_t1.nii", "labels/p_mask.nii"),
         ("one/p_flair.nii", "one/q_flair.nii", "two/p_t1.nii", "two/q_t1.nii", "two/p_mask.nii"),
         ("imgs/p_flair.nii", "imgs/p_mask.nii", "more/p_t1.nii"),
+        ("raw/p_flair.nii", "raw/p_t1.nii", "bet/p_flair_brain.nii", "bet/p_t1_brain.nii", "bet/p_mask.nii"),
     ],
 )
 def test_folders_of_channels_and_masks_are_put_together(tmp_path: Path, names: tuple[str, ...]) -> None:

@@ -41,6 +41,13 @@ def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name:
     assert (flat / name).read_text() == '{"EchoTime": 0.1}' and not (flat / "p_anomaly.nii.gz").exists()
 
 
+def test_a_converter_s_json_beside_a_map_is_not_replaced(flat: Path, model: Path) -> None:
+    (flat / "p_anomaly.nii.gz").touch()
+    (flat / "p.json").write_text('{"EchoTime": 0.1}')
+    with pytest.raises(AnomriError, match="p.json: is no result of anomri"):
+        anomri.detect_cohort(flat, flat, model)
+
+
 def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> None:
     for threshold in (None, "high"):
         (result,) = anomri.detect_cohort(flat, flat, model, sensitivity=threshold)

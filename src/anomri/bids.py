@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -108,8 +109,10 @@ def run_participant(
 
 def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
     """Remove the images of a case that its record names, with what is said of them, but those ``kept``."""
-    record = out / "logs" / f"{case}.json"
-    for name in read_json(record).get("files", ()) if record.is_file() else ():
+    former: dict[str, Any] = {}
+    with suppress(AnomriError):
+        former = read_json(out / "logs" / f"{case}.json")
+    for name in former.get("files") or ():
         image = out / name
         if image not in kept and image.resolve().is_relative_to(out.resolve()):
             for path in (image, *(image.with_name(bare_name(image) + end) for end in (".json", ".tsv"))):

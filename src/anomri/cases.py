@@ -223,7 +223,7 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    images = {place: _images(place) for place in sorted([folder, *subfolders])}
+    images = split_names({place: _images(place) for place in sorted([folder, *subfolders])})
     patients = _patients_folders(folder, images)
     found: dict[str, dict[str, Path]] = {}
     for place, named in images.items():
@@ -243,10 +243,9 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     return [case for case in cases if case.channels or case.label or case.mask]
 
 
-def _images(place: Path) -> dict[Path, tuple[str, str]]:
-    """The images in a folder: of which case, and what of it."""
-    paths = [path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES)]
-    return split_names(path for path in paths if not path.name.startswith("."))
+def _images(place: Path) -> list[Path]:
+    files = (path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES))
+    return [path for path in files if not path.name.startswith(".")]
 
 
 def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[Path]:
@@ -262,14 +261,18 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
         if len(stems) != 1 or words & kinds or stems & {place.name, *elsewhere} or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
             continue
         (stem,) = stems
-        if not PATIENT.match(stem):
+        if not re.search(r"\d", stem):  # what has a number may be a patient's, with a folder for each step of the work
             alike.setdefault(stem, []).append(place)
     shared = [
         places
         for places in alike.values()
-        if max(Counter(kind for place in places for _, kind in images[place].values()).values()) > 1
+        if max(Counter(one for place in places for one in _contents(images[place])).values()) > 1
     ]
     return {place for places in shared for place in places}
+
+
+def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, bool]]:
+    return [(kind, is_stripped(path)) for path, (_, kind) in named.items()]
 
 
 def _cases_in_table(path: Path) -> list[Case]:

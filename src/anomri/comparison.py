@@ -187,5 +187,4 @@ def _same_comparison(folder: Path, first: Job) -> None:
             raise AnomriError(
                 f"{path}: was begun with other {', '.join(changed)}; give the same ones, or name another folder with -o."
             )
-    else:
-        write_text(path, json.dumps(facts, indent=2) + "\n")
+    write_text(path, json.dumps(facts, indent=2) + "\n")

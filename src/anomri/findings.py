@@ -29,13 +29,15 @@ Kind = Literal["anomaly", "mask", "reconstruction"]
 def check_room(folder: Path, cases: Sequence[Case]) -> None:
     """Raise `AnomriError` if the results of one of the ``cases`` would replace a file in ``folder`` that is none.
 
-    A mask there may be a brain's, and a ``.json`` a converter's. Where there is a map, all are those of an earlier run.
+    A mask there may be a brain's, and a ``.json`` a converter's. Beside a map or a summary, images are an earlier run's.
     """
     for case in cases:
-        paths = _paths(folder, case.name)
-        if (folder / f"{case.name}_{OUTPUTS[0]}.nii.gz").exists() or _is_summary(paths[-1]):
-            continue
-        if foreign := [path for path in paths if path.exists()]:
+        *images, about = _paths(folder, case.name)
+        known = _is_summary(about)
+        foreign = [about] if about.exists() and not known else []
+        if not known and not images[-1].exists():
+            foreign += [path for path in images if path.exists()]
+        if foreign:
             raise AnomriError(
                 f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
                 f"folder with -o."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -12,21 +12,8 @@ LABEL_NAMES = ("seg", "label")
 MASK_NAMES = ("mask", "brainmask")
 OUTPUTS = ("anomaly", "mask", "reconstruction")
 """How the images that `anomri detect` writes end: anomaly first, which is written first."""
-OTHER_IMAGES = (
-    *LABEL_NAMES,
-    *MASK_NAMES,
-    *OUTPUTS,
-    "flair",
-    "t1",
-    "t1ce",
-    "t2",
-    "swi",
-    "t2star",
-    "dwi",
-    "adc",
-    "fa",
-    "pd",
-)
+IMAGES = ("flair", "t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd")
+OTHER_IMAGES = (*LABEL_NAMES, *MASK_NAMES, *OUTPUTS, *IMAGES)
 """How files end that are not to be taken for a channel which they do not name."""
 ALIASES = {
     "t1w": "t1",
@@ -80,38 +67,56 @@ def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     return stem, kind
 
 
-def split_names(paths: Iterable[Path]) -> dict[Path, tuple[str, str]]:
-    """`split_name` of the files of one folder, but as the others there suggest; without what `anomri detect` wrote.
+def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path, tuple[str, str]]]:
+    """`split_name` of the files in the folders of a cohort, but as their neighbours suggest; without what `detect` wrote.
 
-    A mask is of the case whose image has its name, and the one that is most plainly a case's is taken.
+    A mask is of the case whose image has its name, and of several the one that is most plainly a case's is taken.
     """
-    named = {path: split_name(path) for path in paths}
-    scans = {stem for stem, kind in named.values() if kind in CHANNELS}
-    for path in named:
-        stem, kind = split_name(path, two_words=False)
-        if kind in CHANNELS and scans & {stem, f"{stem[:-1]}1"}:
-            named[path] = stem, kind  # T1 and T2 are points in time
-    detected = {stem for stem, kind in named.values() if kind == OUTPUTS[0]}
-    named = {path: (stem, kind) for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS}
-    return _with_masks(named)
+    named = {place: {path: split_name(path) for path in paths} for place, paths in folders.items()}
+    found = _all(named)
+    for place, files in named.items():
+        for path in files:
+            stem, kind = split_name(path, two_words=False)
+            if kind in CHANNELS and _is_point_in_time(stem, place, found):
+                files[path] = stem, kind
+        detected = {stem for stem, kind in files.values() if kind == OUTPUTS[0]}
+        for path, (stem, kind) in list(files.items()):
+            if stem in detected and kind in OUTPUTS:
+                del files[path]
+    images = {one for one in _all(named) if one[1] not in MASK_NAMES}
+    return {place: _with_masks(files, images) for place, files in named.items()}
 
 
-def _with_masks(named: dict[Path, tuple[str, str]]) -> dict[Path, tuple[str, str]]:
-    images = {found for found in named.values() if found[1] not in MASK_NAMES}
-    masks: dict[Path, tuple[int, str, str]] = {}
-    for path, (stem, kind) in named.items():
-        if kind not in MASK_NAMES:
-            continue
-        if stem in {of for of, _ in images}:
-            masks[path] = 0, stem, kind
-            continue
-        stem = STRIPPED.sub("", stem)
-        before, channel = _split(stem)
-        derived = (before, channel) in images
-        masks[path] = 2 if derived and channel not in CHANNELS else 1, before if derived else stem, kind
-    best = {stem: min(rank for rank, of, _ in masks.values() if of == stem) for _, stem, _ in masks.values()}
-    kept = {path: (stem, kind) for path, (rank, stem, kind) in masks.items() if rank == best[stem]}
-    return {path: kept.get(path, found) for path, found in named.items() if path in kept or path not in masks}
+def _all(named: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[tuple[str, str]]:
+    return {one for files in named.values() for one in files.values()}
+
+
+def _is_point_in_time(stem: str, place: Path, found: set[tuple[str, str]]) -> bool:
+    """Whether a name such as ``P_T2``, before ``_flair``, is a case's, and not its end a part of the channel's."""
+    cases = {of for of, kind in found if kind in CHANNELS} | {folder_name(place)}
+    marked = {of for of, kind in found if kind in (*LABEL_NAMES, *MASK_NAMES)}
+    return bool(cases & {stem, f"{stem[:-1]}1"}) or (stem in marked and _split(stem) not in found)
+
+
+def _with_masks(files: Mapping[Path, tuple[str, str]], images: set[tuple[str, str]]) -> dict[Path, tuple[str, str]]:
+    masks = {path: _owner(stem, images) for path, (stem, kind) in files.items() if kind in MASK_NAMES}
+    best = {case: min(rank for rank, of in masks.values() if of == case) for _, case in masks.values()}
+    return {
+        path: (masks[path][1] if path in masks else stem, kind)
+        for path, (stem, kind) in files.items()
+        if path not in masks or masks[path][0] == best[masks[path][1]]
+    }
+
+
+def _owner(stem: str, images: set[tuple[str, str]]) -> tuple[tuple[int, str], str]:
+    """How plainly a mask called ``stem`` is one case's, the least number the most, and that case."""
+    bare = STRIPPED.sub("", stem)
+    if any(of == stem and kind in CHANNELS for of, kind in images):
+        return (0, ""), stem
+    for case, channel in (_split(bare, two_words) for two_words in (True, False)):
+        if (case, channel) in images and channel in IMAGES:
+            return (2 + (channel not in CHANNELS), channel), case
+    return (1 if bare != stem else 0, ""), bare
 
 
 def is_stripped(path: Path) -> bool:
