@@ -90,21 +90,21 @@ def run_participant(
     _start(root, out, facts)
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, asdict(preparation))
     records, started = Records(output_folder(out / "logs"), keys, {}), time.time()
-    results = [result for case in cases if (result := finished(records, case.name, out))]
-    waiting = [case for case in cases if case.name not in {result.case for result in results}]
-    for result in results:
+    results = {case.name: result for case in cases if (result := finished(records, case.name, out))}
+    waiting = [case for case in cases if case.name not in results]
+    for result in results.values():
         progress(result, len(cases))
     write_run(out, facts, started)
     try:
         read, save = partial(_read, detector, preparation, root), partial(_save, root=root, out=out)
         for result in detect_each(detector, waiting, read, save, out):
-            results.append(result)
+            results[result.case] = result
             _remove_former(out, result.case, result.files)
             records.save(result.case, result.to_record(out))
             progress(result, len(cases))
     finally:
         write_run(out, facts, started)
-    return sorted(results, key=lambda result: result.case)
+    return [results[case.name] for case in cases]
 
 
 def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
@@ -155,7 +155,7 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
         path = folder / f"{stem}_{kind}.nii.gz"
         write_image(path, data, geometry, (0, high) if kind in ("mask", "dseg") else detection.display_range)
         said = {**about, "Sources": made_from, "SpatialReference": sources[0]}
-        write_text(path.with_name(f"{stem}_{kind}.json"), json.dumps(said, indent=2) + "\n")
+        write_text(folder / f"{stem}_{kind}.json", json.dumps(said, indent=2) + "\n")
         saved.append(path)
         return ["bids::" + path.relative_to(out).as_posix()]
 

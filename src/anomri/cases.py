@@ -258,9 +258,11 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
     for place, named in images.items():
         stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
         words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
-        if len(stems) != 1 or words & kinds or stems & {place.name, *elsewhere} or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
+        if len(stems) != 1 or words & kinds or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
             continue
         (stem,) = stems
+        if stem == place.name or stem in elsewhere:
+            continue
         if not re.search(r"\d", stem):  # what has a number may be a patient's, with a folder for each step of the work
             alike.setdefault(stem, []).append(place)
     shared = [

@@ -52,9 +52,9 @@ def detect_cohort(
     says.
 
     What an earlier call with the same scans, model and settings finished in ``out`` is kept; what another one left of
-    these cases is replaced. Where torchrun or srun
-    started several processes, each calls this with the same arguments and they share the cases. ``shard``, as
-    ``3/40``, does one share of the cases alone; `merging.merge` then writes the tables of all.
+    these cases is replaced. Where torchrun or srun started several processes, each calls this with the same arguments
+    and they share the cases. ``shard``, as ``3/40``, does one share of the cases alone; `merging.merge` then writes the
+    tables of all.
 
     Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written or holds files that
     results would replace, or another run is writing to it.

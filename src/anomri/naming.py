@@ -33,6 +33,7 @@ TWO_PARTS = re.compile(r"(?:^|[_-])(t2[_-]flair|t1[_-](?:ce|gd|c)|t1\+c)$", re.I
 STRIPPED = re.compile("_(?:desc-)?(?:brain|bet)$", re.IGNORECASE)
 """What tools that strip skulls write behind an image's name, for the brain and, before ``_mask``, for its mask."""
 FORBIDDEN = {*"/\\", *(':*?"<>|' if os.name == "nt" else "")}
+"""What would lead a file's name out of its folder, or is refused there."""
 
 
 def channel_name(name: str) -> str:
@@ -74,33 +75,36 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
     """
     named = {place: {path: split_name(path) for path in paths} for place, paths in folders.items()}
     found = _all(named)
+    scans = {stem for stem, kind in found if kind in CHANNELS}
+    marked = {stem for stem, kind in found if kind in (*LABEL_NAMES, *MASK_NAMES) and _split(stem) not in found}
     for place, files in named.items():
+        around = folder_name(place)
         for path in files:
             stem, kind = split_name(path, two_words=False)
-            if kind in CHANNELS and _is_point_in_time(stem, place, found):
+            # Before ``_flair``, ``P_T2`` is a case where others are called so, or ``P_T1``: a point in time.
+            alike = {stem, f"{stem[:-1]}1"}
+            if kind in CHANNELS and (stem in marked or around in alike or alike & scans):
                 files[path] = stem, kind
         detected = {stem for stem, kind in files.values() if kind == OUTPUTS[0]}
         for path, (stem, kind) in list(files.items()):
             if stem in detected and kind in OUTPUTS:
                 del files[path]
     images = {one for one in _all(named) if one[1] not in MASK_NAMES}
-    return {place: _with_masks(files, images) for place, files in named.items()}
+    scans = {stem for stem, kind in images if kind in CHANNELS}
+    return {place: _with_masks(files, images, scans) for place, files in named.items()}
 
 
 def _all(named: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[tuple[str, str]]:
     return {one for files in named.values() for one in files.values()}
 
 
-def _is_point_in_time(stem: str, place: Path, found: set[tuple[str, str]]) -> bool:
-    """Whether a name such as ``P_T2``, before ``_flair``, is a case's, and not its end a part of the channel's."""
-    cases = {of for of, kind in found if kind in CHANNELS} | {folder_name(place)}
-    marked = {of for of, kind in found if kind in (*LABEL_NAMES, *MASK_NAMES)}
-    return bool(cases & {stem, f"{stem[:-1]}1"}) or (stem in marked and _split(stem) not in found)
-
-
-def _with_masks(files: Mapping[Path, tuple[str, str]], images: set[tuple[str, str]]) -> dict[Path, tuple[str, str]]:
-    masks = {path: _owner(stem, images) for path, (stem, kind) in files.items() if kind in MASK_NAMES}
-    best = {case: min(rank for rank, of in masks.values() if of == case) for _, case in masks.values()}
+def _with_masks(
+    files: Mapping[Path, tuple[str, str]], images: set[tuple[str, str]], scans: set[str]
+) -> dict[Path, tuple[str, str]]:
+    masks = {path: _owner(stem, images, scans) for path, (stem, kind) in files.items() if kind in MASK_NAMES}
+    best: dict[str, tuple[int, str]] = {}
+    for rank, case in masks.values():
+        best[case] = min(rank, best.get(case, rank))
     return {
         path: (masks[path][1] if path in masks else stem, kind)
         for path, (stem, kind) in files.items()
@@ -108,10 +112,10 @@ def _with_masks(files: Mapping[Path, tuple[str, str]], images: set[tuple[str, st
     }
 
 
-def _owner(stem: str, images: set[tuple[str, str]]) -> tuple[tuple[int, str], str]:
+def _owner(stem: str, images: set[tuple[str, str]], scans: set[str]) -> tuple[tuple[int, str], str]:
     """How plainly a mask called ``stem`` is one case's, the least number the most, and that case."""
     bare = STRIPPED.sub("", stem)
-    if any(of == stem and kind in CHANNELS for of, kind in images):
+    if stem in scans:
         return (0, ""), stem
     for case, channel in (_split(bare, two_words) for two_words in (True, False)):
         if (case, channel) in images and channel in IMAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -13,6 +14,8 @@ from anomri.anomalies import between, random_blobs
 from anomri.draws import for_all, normal, one_of, uniform
 from anomri.simplex import simplex_noise
 from anomri.spec import AnomriError
+
+Number = TypeVar("Number", int, float)
 
 
 def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: Sequence[int] | Tensor) -> Tensor:
@@ -43,6 +46,10 @@ def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
     return x + noise * foreground
 
 
+def _several(value: Number | Sequence[Number]) -> list[Number]:
+    return [value] if isinstance(value, int | float) else list(value)
+
+
 @dataclass(frozen=True)
 class Noise:
     """What noise a training adds; the defaults are the paper's.
@@ -63,14 +70,13 @@ class Noise:
             raise AnomriError(f"the noise can be coarse or simplex, not {self.kind!r}.")
         for name, least in (("resolution", 1), ("std", 0)):
             given = getattr(self, name)
-            values = [given] if isinstance(given, int | float) else list(given)
+            values = _several(given)
             if not values or min(values) < least:
                 raise AnomriError(f"the noise's {name} is one number from {least} on, or several; found {given}.")
 
     def draw(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
         """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``; for ``pixel`` see `anomalies`."""
         n, c, h, w = x.shape
-        resolutions = [self.resolution] if isinstance(self.resolution, int) else list(self.resolution)
         many = not isinstance(self.std, int | float)
         std = 1.0 if many else float(self.std)  # type: ignore[arg-type]
 
@@ -79,7 +85,7 @@ class Noise:
                 return coarse_noise((n, c, h, w), resolution, std, generator)
             return std * simplex_noise((n, c, h, w), w / resolution, generator=generator)
 
-        noise = one_of(resolutions, of, generator)
+        noise = one_of(_several(self.resolution), of, generator)
         if many:
             noise = noise * between(min(self.std), max(self.std), (n, 1, 1, 1), generator)  # type: ignore[arg-type]
         if self.share < 1:

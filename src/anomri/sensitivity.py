@@ -56,6 +56,7 @@ def describe(thresholds: Thresholds) -> str:
 
 def _rate(thresholds: Thresholds, asked: str) -> float:
     falling = sorted(thresholds.false_positive_rate, reverse=True)
+    rates = ", ".join(f"{rate:.2g}" for rate in falling)
     default = falling.index(thresholds.chosen)
     places = {"highest": 0, "high": default - 1, "default": default, "low": default + 1, "lowest": len(falling) - 1}
     if asked in places:
@@ -63,19 +64,18 @@ def _rate(thresholds: Thresholds, asked: str) -> float:
             return falling[places[asked]]
         raise AnomriError(
             f"the default is the {'most' if asked == 'high' else 'least'} sensitive threshold that the model stores; its "
-            f"voxel false positive rates are {', '.join(f'{rate:.2g}' for rate in falling)}."
+            f"voxel false positive rates are {rates}."
         )
-    else:
-        try:
-            rate = float(asked.removesuffix("%")) / (100 if asked.endswith("%") else 1)
-        except ValueError:
-            rate = float("nan")
-        close = [one for one in falling if abs(one - rate) < 1e-9]
-        if close:
-            return close[0]
+    try:
+        rate = float(asked.removesuffix("%")) / (100 if asked.endswith("%") else 1)
+    except ValueError:
+        rate = float("nan")
+    close = [one for one in falling if abs(one - rate) < 1e-9]
+    if close:
+        return close[0]
     raise AnomriError(
         f"the model stores no sensitivity {asked!r}; there are the voxel false positive rates "
-        f"{', '.join(f'{rate:.2g}' for rate in falling)} (default: {thresholds.chosen:.2g}) and the names {', '.join(NAMES)}."
+        f"{rates} (default: {thresholds.chosen:.2g}) and the names {', '.join(NAMES)}."
     )
 
 
