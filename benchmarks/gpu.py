@@ -1,6 +1,6 @@
 """What a GPU gives: training steps and detection, against the plain program on the same GPU.
 
-    python benchmarks/gpu.py COHORT [--steps 600] [--scans 64]
+    python benchmarks/gpu.py COHORT [--steps 600] [--scans 64] [--only "paper, bf16-mixed, compiled"]
 
 ``COHORT`` is a folder of cases with labels, some of them for validation. A step's time is that of `anomri.train`, all that
 it does included, after the first validation (compiling is told apart); scans are copies of the cohort's, unpacked.
@@ -41,6 +41,7 @@ VARIANTS = (
     ("paper", "bf16-mixed", False),
     ("paper", "bf16-mixed", True),
     ("accurate", "bf16-mixed", False),
+    ("accurate", "bf16-mixed", True),
 )
 """Preset, precision, and whether networks are compiled: what takes a minute pays in the longest training alone."""
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--scans", type=int, default=64)
+    parser.add_argument("--only", default="", help="trainings of this name alone, and no detection")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name()
     print(f"{name}, {os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n", flush=True)
@@ -59,17 +61,20 @@ def main() -> None:
         preset = methods.preset("dae", "paper")
         cases = find_cases(arguments.cohort)
         packed = pack_cohort(cases, plain.CHANNELS, preset.grid, preset.scaling, folder / "cache")
-        _training(arguments.cohort, packed, arguments.steps, folder)
-        _detection(cases, arguments.scans, folder)
+        _training(arguments.cohort, packed, arguments.steps, arguments.only, folder)
+        if not arguments.only:
+            _detection(cases, arguments.scans, folder)
 
 
-def _training(cohort: Path, packed: list[PackedCase], steps: int, folder: Path) -> None:
+def _training(cohort: Path, packed: list[PackedCase], steps: int, only: str, folder: Path) -> None:
     print("| training | ms a step | times plain | first steps, s | 67,200 steps, min |\n|---|---|---|---|---|")
     slow = _plain_step(packed)
     print(f"| the plain program, float32 | {1000 * slow:.1f} | 1 | | {slow * PUBLISHED_STEPS / 60:.1f} |", flush=True)
     curves: dict[str, list[Row]] = {}
     for preset, precision, compiled in VARIANTS:
         name = f"{preset}, {precision}{', compiled' if compiled else ''}"
+        if only not in ("", name):
+            continue
         rows = curves[name] = _train(cohort, folder / name, preset, precision, compiled, steps)
         begun = rows[0]["seconds"]
         each = (rows[-1]["seconds"] - begun) / (rows[-1]["step"] - rows[0]["step"])

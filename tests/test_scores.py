@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from copy import copy
 from dataclasses import replace
@@ -15,14 +16,16 @@ import torch
 from scipy import ndimage
 
 import anomri
+from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, plant_balls
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.cli.options import names_of
 from anomri.detector import Detector
+from anomri.metrics import dice
 from anomri.packing import pack_cohort
 from anomri.positions import CELLS, packed_maps
 from anomri.residual import SCORES, anomaly_score, erode_foreground, score_of, structural_similarity
-from anomri.score_choice import choose_score, plant_balls
+from anomri.score_choice import choose_score
 from anomri.slices import foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
 from anomri.training import train
@@ -326,6 +329,29 @@ def test_thresholds_for_parts_are_of_all_healthy_slices(marking: Path, cohort: P
         scores.append(detector.score(seen)[0][healthy][seen.foreground[healthy].numpy()])
     for rate, value in zip(part.false_positive_rate, part.value, strict=True):
         assert np.mean(np.concatenate(scores) > value) == pytest.approx(rate, rel=0.2, abs=2e-4)
+
+
+def test_the_threshold_of_a_chosen_score_is_the_best_on_balls(marking: Path, cohort: Path, cache: Path) -> None:
+    detector = anomri.load(marking)
+    thresholds, spec = detector.spec.thresholds, detector.spec
+    assert thresholds is not None and spec.score.chosen_by and "Dice of synthetic balls" in thresholds.chosen_by
+    assert thresholds.chosen <= 0.01 and "+".join(spec.channels) not in spec.subset_thresholds
+    held_out = [case for case in find_cases(cohort) if case.split == "val"]
+    packed = pack_cohort(held_out, CHANNELS, spec.grid, STANDARD, cache)
+    scored = []
+    for balls in (LARGE, SMALL):
+        generator = torch.Generator().manual_seed(SEED)
+        stacks = [case.stack(STANDARD).take(case.healthy) for case in packed] * (MAX_SCANS // len(packed))
+        planted = [plant_balls(stack, CHANNELS, generator, balls) for stack in stacks]
+        inside = np.concatenate([stack.foreground.numpy().ravel() for stack, _ in planted])
+        scores = np.concatenate([detector.score(stack)[0].ravel() for stack, _ in planted])[inside]
+        scored.append((scores, np.concatenate([where.numpy().ravel() for _, where in planted])[inside]))
+
+    def goodness(threshold: float) -> float:
+        return math.prod(dice(scores > threshold, truth) for scores, truth in scored)
+
+    allowed = [v for rate, v in zip(thresholds.false_positive_rate, thresholds.value, strict=True) if rate <= 0.01]
+    assert goodness(thresholds.threshold) >= 0.999 * max(map(goodness, allowed)) > 0
 
 
 def test_a_chosen_threshold_is_chosen_for_parts_too(marking: Path, cohort: Path, tmp_path: Path) -> None:

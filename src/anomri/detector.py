@@ -173,7 +173,11 @@ class Detector:
                     return None
                 # Its volumes may end below that; the lowest threshold that it has then.
                 most = min(most, part.healthy.false_positive_ml[0])
-            return choose_threshold(part, sensitivity, most)
+            try:
+                return choose_threshold(part, sensitivity, most)
+            except AnomriError:
+                # The rate that was chosen for all channels, or a step beyond the part's last.
+                return part
 
         parts = {names: alike(part) for names, part in self.spec.subset_thresholds.items()}
         detector = copy(self)

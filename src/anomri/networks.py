@@ -140,9 +140,12 @@ def fold_weight_standardisation(network: nn.Module, dtype: torch.dtype = torch.f
 
 def compile_networks(network: nn.Module) -> None:
     """Have every `UNet` of ``network`` compiled at its next call, in place; parameters and their names stay."""
+    # Left to itself, torch keeps channels first in networks with a convolution that halves the channels, and then turns
+    # every map for each convolution.
+    options = {"force_layout_optimization": True}
     for module in network.modules():
         if isinstance(module, UNet):
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, options=options)
 
 
 def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:

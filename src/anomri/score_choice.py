@@ -1,8 +1,4 @@
-"""Which score to take, without a label: the one that finds synthetic anomalies in held-out healthy slices.
-
-The anomalies are not those of a training (`anomalies.plant_anomalies`): smooth balls in three dimensions, of one
-brightness each and without texture, so that a network that knows its own blobs by heart has no advantage.
-"""
+"""Which score to take, without a label: the one that finds synthetic anomalies (`balls`) in held-out healthy slices."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from anomri.anomalies import log_between, typical_shifts
+from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, Balls, plant_balls
 from anomri.detector import Detector
 from anomri.metrics import precision_recall
 from anomri.packing import PackedCase, spread_healthy
@@ -23,17 +19,12 @@ from anomri.residual import BRIGHT, BY_POSITION, anomaly_score, describe, score_
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 
-Balls = tuple[int, tuple[float, float]]
-MAX_CASES = 8
 MAX_TRAINING_CASES = 8
 """Beside the held-out ones, to tell how residuals differ from one part of the brain to another."""
 WHOLE = ("absolute", "positive", "standardised", "ssim")
 """Scores that are tried for all channels together."""
 STANDARDISED = ("standardised", *BY_POSITION)
 """Scores that need to know the residual of healthy tissue."""
-SEED = 2022
-LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
-"""How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
 SMOOTHING_MM = 1.7
 FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
 """Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""
@@ -64,11 +55,11 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
     spec = detector.spec
     if spec.score.kind not in ("auto", *STANDARDISED):
         return spec.score
-    healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_CASES)]
+    healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_SCANS)]
     mean, spread = _residual_statistics(detector, healthy)
     marks, maps = bool(getattr(detector.method, "extra_maps", 0)), ""
     if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and marks):
-        seen = [*spread_healthy(held_out, MAX_CASES), *spread_healthy(training, MAX_TRAINING_CASES)]
+        seen = [*spread_healthy(held_out, MAX_SCANS), *spread_healthy(training, MAX_TRAINING_CASES)]
         maps = _maps_by_position(detector, seen, mean)
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread, healthy_maps=maps)
     if spec.score.kind in STANDARDISED:
@@ -129,27 +120,6 @@ class _Planted:
             scores.append(anomaly_score(raw, stack.foreground, score, stack.spacing_mm)[inside])
             labels.append(where.numpy()[inside])
         return precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision
-
-
-def plant_balls(
-    stack: SliceStack, channels: Sequence[str], generator: Generator, balls: Balls = LARGE
-) -> tuple[SliceStack, Tensor]:
-    """Shift the brightness in a few smooth balls of a scan; returns the scan and where it changed (n, h, w) bool."""
-    x, inside = stack.x, stack.foreground
-    where = torch.zeros_like(inside)
-    axes = [torch.arange(size) * mm for size, mm in zip(inside.shape, stack.spacing_mm, strict=True)]
-    places = torch.nonzero(inside)
-    for _ in range(balls[0]):
-        centre = places[torch.randint(len(places), (1,), generator=generator)[0]]
-        radius = float(log_between(*balls[1], (1,), generator))
-        offsets = [axis - float(centre[k]) * stack.spacing_mm[k] for k, axis in enumerate(axes)]
-        away = sum(offset.square().reshape([-1 if k == j else 1 for j in range(3)]) for k, offset in enumerate(offsets))
-        blob = torch.sigmoid((radius - torch.as_tensor(away).sqrt()) / 2) * inside
-        shift = typical_shifts(1, channels, generator, typical=1.0)
-        # A channel that the scan does not cover stays empty.
-        x = torch.where(x > 0, (x + blob[:, None] * shift[..., None, None]).clamp_min(0.01), x)
-        where = where | (blob > 0.5)
-    return replace(stack, x=x), where
 
 
 def _residual_statistics(

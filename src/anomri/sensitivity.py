@@ -51,7 +51,7 @@ def describe(thresholds: Thresholds) -> str:
     """In words, how often the threshold is wrong in healthy held-out tissue."""
     if thresholds.chosen_ml is not None:
         return f"{thresholds.chosen_ml:.2g} ml of a mean healthy held-out scan score above it"
-    return f"{thresholds.chosen:.1%} of healthy held-out voxels score above it"
+    return f"{100 * thresholds.chosen:.2g}% of healthy held-out voxels score above it"
 
 
 def _rate(thresholds: Thresholds, asked: str) -> float:

@@ -182,12 +182,14 @@ class Thresholds:
     false_positive_rate: tuple[float, ...]
     value: tuple[float, ...]
     chosen: float
-    """The false positive rate whose value makes the mask."""
+    """The false positive rate whose value makes the mask: an entry of ``false_positive_rate``."""
     healthy_slices: int
     healthy_cases: int
     healthy: HealthyScores | None = None
     chosen_ml: float | None = None
     """A false positive volume per scan (an entry of ``healthy.false_positive_ml``) that makes the mask instead."""
+    chosen_by: str = ""
+    """How it was chosen, if not as a fixed rate."""
 
     @property
     def voxel_rate(self) -> float | None:

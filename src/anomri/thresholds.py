@@ -1,4 +1,7 @@
-"""Thresholds without labels: scores that healthy tissue of patients not trained on rarely exceeds."""
+"""Thresholds without labels: scores that healthy tissue of patients not trained on rarely exceeds.
+
+The one of a score that was chosen on synthetic balls is chosen on them too; it then depends on what stands out as well.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,19 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Generator
 
+from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, Balls, plant_balls
 from anomri.detector import Detector
-from anomri.metrics import drop_small_components
+from anomri.metrics import drop_small_components, precision_recall_of_sorted
 from anomri.packing import PackedCase, spread_healthy
-from anomri.slices import brain_box, foreground_of
+from anomri.slices import SliceStack, brain_box, foreground_of
 from anomri.spec import HealthyScores, Score, Thresholds
 
-FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001)
+FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 DEFAULT_RATE, SPARING_RATE = 0.01, 0.002
-"""Whose masks had the best Dice on 23 cross-validated patients (docs/results.md): healthy tissue differs a little from its
-reconstruction nearly everywhere, but is seldom much brighter, and seldom marked."""
+"""Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/results.md). Healthy
+tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked."""
 SPARING = ("positive", "mark")
 """How the names of scores begin that take `SPARING_RATE`."""
 MAX_CASES = 64
@@ -28,6 +33,8 @@ MAX_CASES = 64
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
 BINS = 64
+STEPS = 2001
+"""Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
 MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
 """Limits for thresholds of parts of the channels: there are 2^n of them."""
 
@@ -58,7 +65,9 @@ def healthy_thresholds(
 ) -> Thresholds | None:
     """Quantiles of the scores of healthy slices' foreground voxels, pooled over ``held_out`` cases; `HealthyScores`.
 
-    ``None`` if they have no healthy slice. ``progress`` is told how many cases are done, and of how many.
+    The chosen one is at `default_rate`, or, of a score that was chosen on balls, has the highest geometric mean of the
+    Dice of large and of small balls, and is exceeded by at most `DEFAULT_RATE`. ``None`` if there is no healthy slice.
+    ``progress`` is told how many cases are done, and of how many.
     """
     usable = spread_healthy(held_out, MAX_CASES)
     return _thresholds(detector, usable, detector.spec.channels, lambda done: progress(done, len(usable)))
@@ -98,23 +107,69 @@ def _thresholds(
         return None
     pooled = np.sort(np.concatenate([one.scores[one.counted] for one in scored]))
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
+    values = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
+    chosen, why = default_rate(detector.spec.score), ""
+    if detector.spec.score.chosen_by:
+        threshold, why = _best_on_balls(detector, spread_healthy(cases, MAX_SCANS), channels)
+        chosen = float((pooled > threshold).mean())
+        if chosen > DEFAULT_RATE:
+            # Where little is found, as on T1 alone, the best Dice has a mask that takes in much healthy tissue.
+            chosen, why = DEFAULT_RATE, f"{why}; raised to what {DEFAULT_RATE:.0%} of healthy voxels exceed"
+        else:
+            values[chosen] = threshold
+    rates = sorted(values, reverse=True)
     return Thresholds(
-        false_positive_rate=FALSE_POSITIVE_RATES,
-        value=tuple(float(value) for value in quantiles),
-        chosen=default_rate(detector.spec.score),
+        false_positive_rate=tuple(rates),
+        value=tuple(values[rate] for rate in rates),
+        chosen=chosen,
+        chosen_by=why,
         healthy_slices=sum(len(case.healthy) for case in cases),
         healthy_cases=len(cases),
         healthy=_describe(scored, pooled),
     )
 
 
+def _best_on_balls(detector: Detector, cases: Sequence[PackedCase], channels: Sequence[str]) -> tuple[float, str]:
+    """The threshold with the highest geometric mean of the Dice of large and of small balls, and why in words."""
+    healthy = [_seen(detector, case, channels).take(case.healthy) for case in cases]
+    # Of few scans a few balls would decide. Parts of the channels are many, and have to do with each scan once.
+    times = math.ceil(MAX_SCANS / len(healthy)) if tuple(channels) == detector.spec.channels else 1
+    scored = [_score_balls(detector, healthy * times, balls) for balls in (LARGE, SMALL)]
+    steps = np.unique(np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS)))
+    large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
+    best = int(np.argmax(large * small))
+    return float(steps[best]), (
+        f"highest geometric mean of the Dice of synthetic balls, {large[best]:.3f}, and of those of 2 to 6 mm, "
+        f"{small[best]:.3f}, in {sum(len(stack.x) for stack in healthy)} healthy slices of {len(healthy)} held-out cases"
+    )
+
+
+def _score_balls(
+    detector: Detector, stacks: Sequence[SliceStack], balls: Balls
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Rising scores of the voxels of balls planted in healthy scans, and of the rest of their foreground."""
+    generator, found, rest = Generator().manual_seed(SEED), list[NDArray[np.float32]](), list[NDArray[np.float32]]()
+    for stack in stacks:
+        planted, where = plant_balls(stack, detector.spec.channels, generator, balls)
+        scores, _ = detector.score(planted)
+        found.append(scores[where.numpy()])
+        rest.append(scores[(stack.foreground & ~where).numpy()])
+    return np.sort(np.concatenate(found)), np.sort(np.concatenate(rest))
+
+
+def _seen(detector: Detector, case: PackedCase, channels: Sequence[str]) -> SliceStack:
+    """A case as a scan that has some of the model's channels."""
+    stack = case.stack(detector.spec.scaling)
+    if tuple(channels) == detector.spec.channels:
+        return stack
+    x = stack.x * torch.tensor([name in channels for name in detector.spec.channels])[:, None, None]
+    # The brain is where a channel that the scan has shows it.
+    return replace(stack, x=x, foreground=foreground_of(x, detector.spec.scaling))
+
+
 def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _Healthy:
     # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-    stack = case.stack(detector.spec.scaling)
-    if tuple(channels) != detector.spec.channels:
-        x = stack.x * torch.tensor([name in channels for name in detector.spec.channels])[:, None, None]
-        # The brain is where a channel that the scan has shows it.
-        stack = replace(stack, x=x, foreground=foreground_of(x, detector.spec.scaling))
+    stack = _seen(detector, case, channels)
     scores, _ = detector.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
     healthy = np.zeros((len(scores), 1, 1), dtype=bool)

@@ -24,7 +24,7 @@ SMALL_WIDTHS = [16, 32, 64, 128]
 VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}
 """Of the augmentation: what few patients lack, and too little to take bright tissue for healthy."""
 ACCURATE = {
-    "widths": SMALL_WIDTHS,
+    "widths": [32, 64, 128, 256],
     "noise_resolution": [8, 16, 16, 32],
     "noise_std": [0.03, 0.25],
     "noise_share": 0.5,
@@ -87,7 +87,7 @@ class DAE(nn.Module):
         ),
         "accurate": Preset(ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
-            ACCURATE,
+            {**ACCURATE, "widths": SMALL_WIDTHS},
             replace(FREE, steps=250, validate_every=125, validation_slices=64),
             Scaling("standard"),
             Score("auto"),
