@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--scans", type=int, default=64)
-    parser.add_argument("--only", default="", help="trainings of this name alone, and no detection")
+    names = [_name(*variant) for variant in VARIANTS]
+    parser.add_argument("--only", choices=names, help="this training alone, and no detection")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name()
     print(f"{name}, {os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n", flush=True)
@@ -66,14 +67,18 @@ def main() -> None:
             _detection(cases, arguments.scans, folder)
 
 
-def _training(cohort: Path, packed: list[PackedCase], steps: int, only: str, folder: Path) -> None:
+def _name(preset: str, precision: str, compiled: bool) -> str:
+    return f"{preset}, {precision}{', compiled' if compiled else ''}"
+
+
+def _training(cohort: Path, packed: list[PackedCase], steps: int, only: str | None, folder: Path) -> None:
     print("| training | ms a step | times plain | first steps, s | 67,200 steps, min |\n|---|---|---|---|---|")
     slow = _plain_step(packed)
     print(f"| the plain program, float32 | {1000 * slow:.1f} | 1 | | {slow * PUBLISHED_STEPS / 60:.1f} |", flush=True)
     curves: dict[str, list[Row]] = {}
     for preset, precision, compiled in VARIANTS:
-        name = f"{preset}, {precision}{', compiled' if compiled else ''}"
-        if only not in ("", name):
+        name = _name(preset, precision, compiled)
+        if only not in (None, name):
             continue
         rows = curves[name] = _train(cohort, folder / name, preset, precision, compiled, steps)
         begun = rows[0]["seconds"]

@@ -22,12 +22,13 @@ from anomri.cli import main
 from anomri.cli.options import names_of
 from anomri.detector import Detector
 from anomri.metrics import dice
-from anomri.packing import pack_cohort
+from anomri.packing import PackedCase, pack_cohort
 from anomri.positions import CELLS, packed_maps
-from anomri.residual import SCORES, anomaly_score, erode_foreground, score_of, structural_similarity
+from anomri.residual import SCORES, WITH_MARKS, anomaly_score, erode_foreground, score_of, structural_similarity
 from anomri.score_choice import choose_score
-from anomri.slices import foreground_of, intensity_scale, slice_volume
+from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
+from anomri.thresholds import healthy_thresholds
 from anomri.training import train
 from anomri.volume import read_volume
 
@@ -96,6 +97,23 @@ def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
     with_both = score_of(x, output, CHANNELS, score)
     alone = replace(score, healthy_mean=(0.1,), healthy_spread=(0.1,), healthy_maps=packed_maps(mean[:1], spread[:1]))
     assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
+
+
+@pytest.mark.parametrize("kind", WITH_MARKS)
+@pytest.mark.parametrize("looked_at", [(), ("flair", "t2")])
+def test_without_flair_where_it_would_count_the_marks_count_alone(kind: str, looked_at: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.rand((2, 2, 16, 16), generator=generator), torch.rand((2, 3, 16, 16), generator=generator)
+    mean, spread = torch.rand((2, 2, CELLS, CELLS, CELLS), generator=generator)
+    score = Score(kind, looked_at, healthy_maps=packed_maps(mean, spread))
+    names, marks = ("flair", "t2"), Score("mark", looked_at)
+    assert not torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
+    x[:, 0] = 0
+    assert torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
+    # A model without FLAIR has its residual as it is.
+    other = ("t1", "t2")
+    score = replace(score, channels=tuple(name for name in looked_at if name in other))
+    assert not torch.equal(score_of(x, output, other, score), score_of(x, output, other, marks))
 
 
 def test_structural_similarity_is_that_of_torchmetrics() -> None:
@@ -354,12 +372,41 @@ def test_the_threshold_of_a_chosen_score_is_the_best_on_balls(marking: Path, coh
     assert goodness(thresholds.threshold) >= 0.999 * max(map(goodness, allowed)) > 0
 
 
+def test_a_threshold_is_found_though_a_scan_lacks_a_channel_on_its_healthy_slices(
+    marking: Path, cohort: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = anomri.load(marking)
+    held_out = [case for case in find_cases(cohort) if case.split == "val"]
+    lacking, other = pack_cohort(held_out, CHANNELS, detector.spec.grid, STANDARD, cache)
+    alone = healthy_thresholds(detector, [other])
+    stack_of = PackedCase.stack
+
+    def stack(case: PackedCase, scaling: Scaling) -> SliceStack:
+        found = stack_of(case, scaling)
+        shown = float(case.name != lacking.name)
+        return replace(found, x=shown * found.x, foreground=found.foreground & bool(shown))
+
+    monkeypatch.setattr(PackedCase, "stack", stack)
+    both = healthy_thresholds(detector, [lacking, other])
+    assert alone is not None and both is not None and both.threshold == alone.threshold
+    assert both.chosen_by == alone.chosen_by
+    assert healthy_thresholds(detector, [lacking]) is None
+
+
 def test_a_chosen_threshold_is_chosen_for_parts_too(marking: Path, cohort: Path, tmp_path: Path) -> None:
     detector, case = anomri.load(marking), case_of(cohort, "case7")
     alone = replace(case, channels={"flair": case.channels["flair"]})
     part = detector.spec.subset_thresholds["flair"]
     lowest = detector.with_threshold("lowest")
     assert lowest.detect(alone).threshold == part.value[-1] == lowest.with_channels(["flair"]).detect(case).threshold
+    # What is asked for is what there is for the channels that are looked at; others that have no such rate keep theirs.
+    rare = replace(part, false_positive_rate=(*part.false_positive_rate[:-1], 7e-5), chosen=7e-5)
+    narrow, own = detector.with_channels(["flair"]), "0.007%"
+    narrow.spec = replace(narrow.spec, subset_thresholds={**narrow.spec.subset_thresholds, "flair": rare})
+    assert narrow.with_threshold(own).detect(case).threshold == rare.threshold
+    assert narrow.with_threshold(own).with_channels(CHANNELS).detect(case).threshold == detector.detect(case).threshold
+    low, high = detector.detect(case).display_range
+    assert (low, high) == detector.with_threshold("highest").detect(case).display_range and high > low
     most = min(one.healthy.false_positive_ml[0] for one in (detector.spec.thresholds, part)) / 4  # type: ignore[union-attr]
     sparing = detector.with_threshold(false_positive_ml=most)
     for found in (sparing.detect(alone), sparing.with_channels(["flair"]).detect(case)):

@@ -10,7 +10,7 @@ from scipy import ndimage
 import anomri
 from anomri.cli import main
 from anomri.lesions import smallest_edge_distances
-from anomri.sensitivity import choose_threshold, confidence
+from anomri.sensitivity import choose_threshold, confidence, describe
 from anomri.spec import AnomriError, HealthyScores, ModelSpec, Thresholds
 
 HEALTHY = HealthyScores((0.1, 0.2, 0.3), (9.0, 1.5, 0.0), (0.25, 0.3, 0.3), (5, 1), 0.3)
@@ -24,6 +24,17 @@ THRESHOLDS = Thresholds((0.05, 0.01, 0.005, 0.001), (1.0, 2.0, 3.0, 4.0), 0.01, 
 def test_a_sensitivity_by_name_or_rate(asked: str | float, value: float) -> None:
     chosen = choose_threshold(THRESHOLDS, asked)
     assert chosen is not None and chosen.threshold == value and chosen.voxel_rate is not None
+
+
+def test_a_rate_is_understood_as_it_is_printed_and_steps_lead_somewhere() -> None:
+    own = replace(THRESHOLDS, false_positive_rate=(0.01, 0.005, 0.0012345, 0.001), chosen=0.0012345)
+    for asked in ("0.12%", "0.0012", 0.0012345):
+        assert choose_threshold(own, asked).threshold == 3.0  # type: ignore[union-attr]
+    assert "0.12% of healthy" in describe(own)
+    assert choose_threshold(own, "high").threshold == 2.0  # type: ignore[union-attr]
+    with pytest.raises(AnomriError, match="the default is the least sensitive"):
+        choose_threshold(own, "low")  # 0.001 is nearly the same
+    assert choose_threshold(own, "0.001").threshold == 4.0  # type: ignore[union-attr]
 
 
 def test_a_false_positive_volume_takes_the_lowest_threshold_that_keeps_to_it() -> None:

@@ -160,11 +160,12 @@ class Detector:
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
     ) -> Detector:
-        """The same model with another of its label-free thresholds, for parts of its channels too.
+        """The same model with another of its label-free thresholds, for all parts of its channels.
 
-        See `sensitivity.choose_threshold`.
+        See `sensitivity.choose_threshold`; what there is to choose from is what the model stores for the channels that
+        are looked at. A part that does not store it has its own default.
         """
-        chosen = choose_threshold(self.spec.thresholds, sensitivity, false_positive_ml)
+        choose_threshold(self.thresholds, sensitivity, false_positive_ml)
 
         def alike(part: Thresholds) -> Thresholds | None:
             most = false_positive_ml
@@ -176,13 +177,15 @@ class Detector:
             try:
                 return choose_threshold(part, sensitivity, most)
             except AnomriError:
-                # The rate that was chosen for all channels, or a step beyond the part's last.
+                # A rate that was chosen for other channels, or a step beyond the part's last.
                 return part
 
         parts = {names: alike(part) for names, part in self.spec.subset_thresholds.items()}
         detector = copy(self)
         detector.spec = replace(
-            self.spec, thresholds=chosen, subset_thresholds={name: one for name, one in parts.items() if one}
+            self.spec,
+            thresholds=alike(self.spec.thresholds) if self.spec.thresholds else None,
+            subset_thresholds={name: one for name, one in parts.items() if one},
         )
         return detector
 

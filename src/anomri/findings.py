@@ -23,6 +23,9 @@ from anomri.slices import SliceStack, from_slices
 from anomri.spec import AnomriError, ModelSpec
 from anomri.volume import Volume, image_of
 
+BRIGHTEST_RATE = 0.0005
+"""Colours end at twice the score that so many healthy voxels exceed, or as few as the model stores."""
+
 Kind = Literal["anomaly", "mask", "reconstruction"]
 
 
@@ -107,7 +110,10 @@ class Detection:
     def display_range(self) -> tuple[float, float]:
         """Scores between which a viewer shows colour: the same for all scans of a model."""
         thresholds = self.spec.thresholds
-        return (thresholds.value[0], 2 * thresholds.value[-1]) if thresholds else (0.0, 0.5)
+        if thresholds is None:
+            return (0.0, 0.5)
+        rates = zip(thresholds.false_positive_rate, thresholds.value, strict=True)
+        return thresholds.value[0], 2 * max(value for rate, value in rates if rate >= BRIGHTEST_RATE)
 
     def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
         """What `save` writes of that kind, on the input's own grid; raises `AnomriError` if there is no mask."""

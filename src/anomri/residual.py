@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -108,7 +108,8 @@ def mark(seen: Evidence) -> Tensor:
 def mark_positive(seen: Evidence) -> Tensor:
     """Square root of the marks x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on.
 
-    Of a scan without any of the score's channels, say T1 alone, the residual counts either way.
+    Of a scan without any of the score's channels, say T1 alone, the residual counts either way; of one that lacks FLAIR
+    where the score looks at it, the marks alone count.
     """
     return mark(seen).sqrt() * ((positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR)
 
@@ -125,6 +126,9 @@ BY_POSITION: dict[str, Callable[[Evidence], Tensor]] = {
 SCORES: dict[str, Callable[[Evidence], Tensor]] = BY_POSITION | {
     function.__name__: function for function in (absolute, positive, negative, standardised, ssim, mark, mark_positive)
 }
+
+WITH_MARKS = (mark_positive.__name__, mark_by_position.__name__)
+"""Scores that ask a residual beside the marks."""
 
 
 def describe(score: Score) -> str:
@@ -155,16 +159,28 @@ def score_of(
     top, bottom, left, right = place.box
     place = place._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
 
+    kind = _kind(score, channels, present)
+
     def of(some: slice) -> Tensor:
         here = place._replace(heights=place.heights[some])
-        mean, spread = _healthy_residual(x.shape, score, here, chosen)
+        mean, spread = _healthy_residual(x.shape, replace(score, kind=kind), here, chosen)
         marks = output[some, c] if output.shape[1] > c else None
         bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
         seen = Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright)
-        return paste_box(SCORES[score.kind](seen), size, box)
+        return paste_box(SCORES[kind](seen), size, box)
 
     # What lies between a scan and its score is several times as large as either.
     return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
+
+
+def _kind(score: Score, channels: Sequence[str], present: Sequence[int]) -> str:
+    """The kind of score, but marks alone for a scan that lacks FLAIR where it would count.
+
+    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/results.md).
+    """
+    first = BRIGHT[0]
+    lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
+    return "mark" if lacks and score.kind in WITH_MARKS else score.kind
 
 
 def _wider(box: tuple[int, int, int, int], margin: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from anomri.spec import AnomriError, HealthyScores, Thresholds
 
 NAMES = ("highest", "high", "default", "low", "lowest")
+STEP = 1.3
+"""Rates that differ by less than this factor are the same to ``high`` and ``low``."""
 
 
 def choose_threshold(
@@ -57,11 +59,13 @@ def describe(thresholds: Thresholds) -> str:
 def _rate(thresholds: Thresholds, asked: str) -> float:
     falling = sorted(thresholds.false_positive_rate, reverse=True)
     rates = ", ".join(f"{rate:.2g}" for rate in falling)
-    default = falling.index(thresholds.chosen)
-    places = {"highest": 0, "high": default - 1, "default": default, "low": default + 1, "lowest": len(falling) - 1}
+    own = thresholds.chosen
+    steps = [rate for rate in falling if rate == own or not own / STEP < rate < own * STEP]
+    default = steps.index(own)
+    places = {"highest": 0, "high": default - 1, "default": default, "low": default + 1, "lowest": len(steps) - 1}
     if asked in places:
-        if 0 <= places[asked] < len(falling):
-            return falling[places[asked]]
+        if 0 <= places[asked] < len(steps):
+            return steps[places[asked]]
         raise AnomriError(
             f"the default is the {'most' if asked == 'high' else 'least'} sensitive threshold that the model stores; its "
             f"voxel false positive rates are {rates}."
@@ -71,6 +75,8 @@ def _rate(thresholds: Thresholds, asked: str) -> float:
     except ValueError:
         rate = float("nan")
     close = [one for one in falling if abs(one - rate) < 1e-9]
+    # As they are printed.
+    close = close or [one for one in falling if f"{one:.2g}" == f"{rate:.2g}"]
     if close:
         return close[0]
     raise AnomriError(

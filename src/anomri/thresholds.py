@@ -25,7 +25,8 @@ from anomri.spec import HealthyScores, Score, Thresholds
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 DEFAULT_RATE, SPARING_RATE = 0.01, 0.002
 """Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/results.md). Healthy
-tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked."""
+tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked. The
+first is also the most for a score that was chosen, however little stands out on the channels at hand."""
 SPARING = ("positive", "mark")
 """How the names of scores begin that take `SPARING_RATE`."""
 MAX_CASES = 64
@@ -35,8 +36,8 @@ TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 BINS = 64
 STEPS = 2001
 """Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
-MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
-"""Limits for thresholds of parts of the channels: there are 2^n of them."""
+MAX_SUBSET_CASES, MAX_SUBSET_SCANS, MAX_SUBSET_CHANNELS = 8, 3, 5
+"""Limits for thresholds of parts of the channels, of which there are 2^n: of cases, and of scans with balls."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _thresholds(
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
     values = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
     chosen, why = default_rate(detector.spec.score), ""
-    if detector.spec.score.chosen_by:
-        threshold, why = _best_on_balls(detector, spread_healthy(cases, MAX_SCANS), channels)
+    if detector.spec.score.chosen_by and (best := _best_on_balls(detector, cases, channels)):
+        threshold, why = best
         chosen = float((pooled > threshold).mean())
         if chosen > DEFAULT_RATE:
             # Where little is found, as on T1 alone, the best Dice has a mask that takes in much healthy tissue.
@@ -129,16 +130,27 @@ def _thresholds(
     )
 
 
-def _best_on_balls(detector: Detector, cases: Sequence[PackedCase], channels: Sequence[str]) -> tuple[float, str]:
-    """The threshold with the highest geometric mean of the Dice of large and of small balls, and why in words."""
-    healthy = [_seen(detector, case, channels).take(case.healthy) for case in cases]
+def _best_on_balls(
+    detector: Detector, cases: Sequence[PackedCase], channels: Sequence[str]
+) -> tuple[float, str] | None:
+    """The threshold with the highest geometric mean of the Dice of large and of small balls, and why in words.
+
+    ``None`` if none of the cases that are taken shows one of the channels on its healthy slices.
+    """
+    whole = tuple(channels) == detector.spec.channels
+    taken = spread_healthy(cases, MAX_SCANS if whole else MAX_SUBSET_SCANS)
+    healthy = [_seen(detector, case, channels).take(case.healthy) for case in taken]
+    healthy = [stack for stack in healthy if stack.foreground.any()]
+    if not healthy:
+        return None
     # Of few scans a few balls would decide. Parts of the channels are many, and have to do with each scan once.
-    times = math.ceil(MAX_SCANS / len(healthy)) if tuple(channels) == detector.spec.channels else 1
+    times = math.ceil(MAX_SCANS / len(healthy)) if whole else 1
     scored = [_score_balls(detector, healthy * times, balls) for balls in (LARGE, SMALL)]
     steps = np.unique(np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS)))
     large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
     best = int(np.argmax(large * small))
-    return float(steps[best]), (
+    # A mask is what lies above its threshold, and a voxel at the step belongs to it.
+    return float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf))), (
         f"highest geometric mean of the Dice of synthetic balls, {large[best]:.3f}, and of those of 2 to 6 mm, "
         f"{small[best]:.3f}, in {sum(len(stack.x) for stack in healthy)} healthy slices of {len(healthy)} held-out cases"
     )

@@ -83,9 +83,10 @@ def detector_of(
     """The model of a command, as the options of these names ask for it; raises `AnomriError`."""
     from anomri.detector import Detector
 
-    detector = Detector.load(model, device, precision).with_threshold(sensitivity, false_positive_ml)
-    detector = detector.with_min_volume(min_volume)
-    return detector.with_channels(names_of(channels) or ()) if channels else detector
+    detector = Detector.load(model, device, precision)
+    if channels:
+        detector = detector.with_channels(names_of(channels) or ())
+    return detector.with_threshold(sensitivity, false_positive_ml).with_min_volume(min_volume)
 
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:
