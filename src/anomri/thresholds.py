@@ -36,7 +36,7 @@ TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 BINS = 64
 STEPS = 2001
 """Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
-MAX_SUBSET_CASES, MAX_SUBSET_SCANS, MAX_SUBSET_CHANNELS = 8, 3, 5
+MAX_SUBSET_CASES, MAX_SUBSET_SCANS, MAX_SUBSET_CHANNELS = 8, 6, 5
 """Limits for thresholds of parts of the channels, of which there are 2^n: of cases, and of scans with balls."""
 
 
@@ -137,15 +137,14 @@ def _best_on_balls(
 
     ``None`` if none of the cases that are taken shows one of the channels on its healthy slices.
     """
-    whole = tuple(channels) == detector.spec.channels
-    taken = spread_healthy(cases, MAX_SCANS if whole else MAX_SUBSET_SCANS)
-    healthy = [_seen(detector, case, channels).take(case.healthy) for case in taken]
+    most = MAX_SCANS if tuple(channels) == detector.spec.channels else MAX_SUBSET_SCANS
+    healthy = [_seen(detector, case, channels).take(case.healthy) for case in spread_healthy(cases, most)]
     healthy = [stack for stack in healthy if stack.foreground.any()]
     if not healthy:
         return None
-    # Of few scans a few balls would decide. Parts of the channels are many, and have to do with each scan once.
-    times = math.ceil(MAX_SCANS / len(healthy)) if whole else 1
-    scored = [_score_balls(detector, healthy * times, balls) for balls in (LARGE, SMALL)]
+    # Of few scans a few balls would decide.
+    stacks = healthy * math.ceil(most / len(healthy))
+    scored = [_score_balls(detector, stacks, balls) for balls in (LARGE, SMALL)]
     steps = np.unique(np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS)))
     large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
     best = int(np.argmax(large * small))

@@ -85,7 +85,7 @@ def train(
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
-    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in an hour). ``settings`` (of
+    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in two hours). ``settings`` (of
     the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of
     the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file

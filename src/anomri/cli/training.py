@@ -15,7 +15,7 @@ def train(
     input: Cohort,
     output: NewModel,
     preset: Annotated[
-        str, typer.Option(help="paper: as published; small: a quarter of an hour on two cores; accurate: an hour.")
+        str, typer.Option(help="paper: as published; small: a quarter of an hour on two cores; accurate: two hours.")
     ] = "small",
     method: Annotated[
         str, typer.Option(help="dae, thresholding, ae, vae, vae-restoration, fanogan or diffusion.")
