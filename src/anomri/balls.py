@@ -6,7 +6,7 @@ brightness each and without texture, so that a network that knows its own blobs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,13 @@ LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
 """How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
 MAX_SCANS = 8
 SEED = 2022
+
+
+def planted(stacks: Sequence[SliceStack], channels: Sequence[str], balls: Balls) -> Iterator[tuple[SliceStack, Tensor]]:
+    """`plant_balls` in each of several scans, the same ones at every call."""
+    generator = Generator().manual_seed(SEED)
+    for stack in stacks:
+        yield plant_balls(stack, channels, generator, balls)
 
 
 def plant_balls(

@@ -159,28 +159,28 @@ def score_of(
     top, bottom, left, right = place.box
     place = place._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
 
-    kind = _kind(score, channels, present)
+    score = _for_channels(score, channels, present)
 
     def of(some: slice) -> Tensor:
         here = place._replace(heights=place.heights[some])
-        mean, spread = _healthy_residual(x.shape, replace(score, kind=kind), here, chosen)
+        mean, spread = _healthy_residual(x.shape, score, here, chosen)
         marks = output[some, c] if output.shape[1] > c else None
         bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
         seen = Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright)
-        return paste_box(SCORES[kind](seen), size, box)
+        return paste_box(SCORES[score.kind](seen), size, box)
 
     # What lies between a scan and its score is several times as large as either.
     return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
 
 
-def _kind(score: Score, channels: Sequence[str], present: Sequence[int]) -> str:
-    """The kind of score, but marks alone for a scan that lacks FLAIR where it would count.
+def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
+    """The score, but of the marks alone for a scan that lacks FLAIR where it would count.
 
     Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/results.md).
     """
     first = BRIGHT[0]
     lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
-    return "mark" if lacks and score.kind in WITH_MARKS else score.kind
+    return replace(score, kind="mark") if lacks and score.kind in WITH_MARKS else score
 
 
 def _wider(box: tuple[int, int, int, int], margin: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

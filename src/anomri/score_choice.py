@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, Balls, plant_balls
+from anomri.balls import LARGE, MAX_SCANS, SMALL, Balls, planted
 from anomri.detector import Detector
 from anomri.metrics import precision_recall
 from anomri.packing import PackedCase, spread_healthy
@@ -103,9 +103,7 @@ class _Planted:
 
     @classmethod
     def of(cls, detector: Detector, healthy: Sequence[SliceStack], balls: Balls) -> _Planted:
-        generator = Generator().manual_seed(SEED)
-        planted = [plant_balls(stack, detector.spec.channels, generator, balls) for stack in healthy]
-        stacks, truth = [stack for stack, _ in planted], [where for _, where in planted]
+        stacks, truth = map(list, zip(*planted(healthy, detector.spec.channels, balls), strict=True))
         return cls(stacks, truth, [detector.output(stack) for stack in stacks])
 
     def found_by(self, score: Score, spec: ModelSpec) -> float:

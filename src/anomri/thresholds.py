@@ -13,9 +13,8 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator
 
-from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, Balls, plant_balls
+from anomri.balls import LARGE, MAX_SCANS, SMALL, Balls, planted
 from anomri.detector import Detector
 from anomri.metrics import drop_small_components, precision_recall_of_sorted
 from anomri.packing import PackedCase, spread_healthy
@@ -159,10 +158,9 @@ def _score_balls(
     detector: Detector, stacks: Sequence[SliceStack], balls: Balls
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Rising scores of the voxels of balls planted in healthy scans, and of the rest of their foreground."""
-    generator, found, rest = Generator().manual_seed(SEED), list[NDArray[np.float32]](), list[NDArray[np.float32]]()
-    for stack in stacks:
-        planted, where = plant_balls(stack, detector.spec.channels, generator, balls)
-        scores, _ = detector.score(planted)
+    found, rest = list[NDArray[np.float32]](), list[NDArray[np.float32]]()
+    for stack, where in planted(stacks, detector.spec.channels, balls):
+        scores, _ = detector.score(stack)
         found.append(scores[where.numpy()])
         rest.append(scores[(stack.foreground & ~where).numpy()])
     return np.sort(np.concatenate(found)), np.sort(np.concatenate(rest))
