@@ -109,9 +109,15 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     assert (tmp_path / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", [name for name in methods.names() if name != "thresholding"])
-@pytest.mark.parametrize("preset", ["paper", "small", "demo"])
-def test_every_method_has_its_presets(method: str, preset: str) -> None:
+TRAINED = [name for name in methods.names() if name != "thresholding"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [f"{name} {preset}" for name in TRAINED for preset in ("paper", "small", "demo")] + ["dae quick", "dae accurate"],
+)
+def test_every_method_has_its_presets(recipe: str) -> None:
+    method, preset = recipe.split()
     chosen = methods.preset(method, preset)
     assert chosen.training is not None
     spec = ModelSpec(("flair", "t1"), method, chosen.settings, training=chosen.training)

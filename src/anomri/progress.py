@@ -24,7 +24,7 @@ STAGES = {
     "make": "making scans",
     "pack": "packing",
     "train": "training",
-    "score": "thresholds",
+    "score": "score and thresholds",
     "evaluate": "test scans",
 }
 
@@ -39,6 +39,8 @@ def training_progress(console: Console) -> Iterator[Callable[[TrainingProgress],
             name = STAGES[state.stage]
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(name, total=state.total, losses="")
+                if not console.is_terminal:
+                    console.print(f"{name} ...")
             if state.note:
                 console.print(f"note: {state.note}", soft_wrap=True)
             losses = ""

@@ -176,7 +176,7 @@ def score_of(
 def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
     """The score, but of the marks alone for a scan that lacks FLAIR where it would count.
 
-    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/results.md).
+    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/experiments.md).
     """
     first = BRIGHT[0]
     lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]

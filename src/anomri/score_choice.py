@@ -34,7 +34,7 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     """The scores that are tried for a model: the paper's, signed ones, and with marks those.
 
     Neither marks alone nor a residual by position alone: each wins on synthetic balls at times, but both together are
-    better on tumours of patients not seen (docs/results.md).
+    better on tumours of patients not seen (docs/experiments.md).
     """
     bright = tuple(name for name in BRIGHT if name in spec.channels)
     scores = [replace(spec.score, kind=kind) for kind in WHOLE]

@@ -23,7 +23,7 @@ from anomri.spec import HealthyScores, Score, Thresholds
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 DEFAULT_RATE, SPARING_RATE = 0.01, 0.002
-"""Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/results.md). Healthy
+"""Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/experiments.md). Healthy
 tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked. The
 first is also the most for a score that was chosen, however little stands out on the channels at hand."""
 SPARING = ("positive", "mark")

@@ -85,7 +85,8 @@ def train(
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
-    on a laptop in a quarter of an hour) or ``accurate`` (more than the paper's recipe, in two hours). ``settings`` (of
+    on a laptop in a quarter of an hour), ``accurate`` (more than the paper's recipe, in two hours) or ``quick`` (what of
+    that half an hour can hold). ``settings`` (of
     the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of
     the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
@@ -164,12 +165,13 @@ def _train(
         network = methods.build(spec)
         network.load_state_dict(best)
     detector = Detector(spec, network, resolve_device(device))
-    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))
-    detector.spec = spec
 
     def scored(done: int, total: int) -> None:
         progress(Progress("score", done, total))
 
+    scored(0, 1)
+    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))
+    detector.spec = spec
     thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
     parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)

@@ -34,7 +34,8 @@ ACCURATE = {
     "alone": ["flair"],
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
 }
-QUICK = replace(
+NARROW = {**ACCURATE, "widths": SMALL_WIDTHS}
+SCHEDULE = replace(
     LAPTOP,
     batch_size=12,
     learning_rate=2e-3,
@@ -44,7 +45,7 @@ QUICK = replace(
     average=0.99,
     validate_every=200,
 )
-FREE = replace(QUICK, weight_decay=0.0)
+FREE = replace(SCHEDULE, weight_decay=0.0)
 """Added to the gradient, which Adam then divides by its size, decay of any strength takes filters that learn slowly to zero."""
 ALONE_SHARE = 0.5
 """Of the slices with channel dropout, how many show one of the channels ``alone``."""
@@ -81,13 +82,14 @@ class DAE(nn.Module):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            # So small a network gains little time by bfloat16, and may lose by it (docs/results.md).
-            replace(QUICK, steps=2400, precision="32-true"),
+            # So small a network gains little time by bfloat16, and may lose by it (docs/experiments.md).
+            replace(SCHEDULE, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
         "accurate": Preset(ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
+        "quick": Preset(NARROW, replace(FREE, steps=4000), Scaling("standard"), Score("auto", flips=True)),
         "demo": Preset(
-            {**ACCURATE, "widths": SMALL_WIDTHS},
+            NARROW,
             replace(FREE, steps=250, validate_every=125, validation_slices=64),
             Scaling("standard"),
             Score("auto"),
