@@ -1,18 +1,21 @@
 """What a model still finds in scans that are changed as other scanners, protocols and preparations would change them.
 
 python benchmarks/robustness.py ../shared/data/brats18 src/anomri/models/brats18 [--split val] [--only slices]
+python benchmarks/robustness.py ../shared/data/brats18 runs/folds/fold* --split test --lesions
 
 All channels of a scan are changed before the model sees it, in mm on the scan's own voxels; labels follow where the head
-is turned. Beside the lesions of the cohort, balls with the contrast of a plaque of multiple sclerosis are sought, planted
-in the slices without a lesion before the change. All channels, and FLAIR alone; on the working grid.
+is turned. Several models, as `ablation.py --folds` trains them, score each the patients of the split in its own folder.
+Beside the lesions of the cohort, balls with the contrast of a plaque of multiple sclerosis are sought, planted in the
+slices without a lesion before the change (a turned scan has other slices, so that its balls are not quite the same ones).
+All channels, and FLAIR alone; on the working grid.
 """
 
 from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +24,19 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 import anomri
 from anomri.cases import find_cases
 from anomri.detector import Detector
-from anomri.metrics import precision_recall
+from anomri.metrics import dice, precision_recall
 from anomri.slices import intensity_scale, label_slices, slice_volume
+from anomri.spec import Scaling
 from anomri.volume import Volume, read_volume
 
 Data = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Change = Callable[[Volume, Generator], Volume]
-PARTS = {"all channels": None, "FLAIR": ("flair",)}
 BALLS = {"balls of 2 to 4 mm": (16, (2.0, 4.0)), "of 4 to 10 mm": (6, (4.0, 10.0))}
 """How many a scan gets, and their radii."""
 PLAQUE = {"flair": 0.35, "t1": -0.15, "t1ce": -0.15, "t2": 0.25}
@@ -108,7 +112,7 @@ def _gamma(power: float) -> Change:
 
 
 def _shaded(share: float) -> Change:
-    """A coil's field, a smooth polynomial of the second degree: so much brighter at most, and darker."""
+    """A coil's field for each channel, a polynomial of the second degree: up to so much brighter or darker."""
 
     def of(x: Data, mask: Mask, draw: Generator) -> Data:
         axes = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in x.shape), indexing="ij", sparse=True)
@@ -120,30 +124,30 @@ def _shaded(share: float) -> Change:
 
 
 def _turned(degrees: float) -> Change:
-    """The head nods and leans so far, as in a scan that is in nobody's space."""
+    """The head nods, leans and turns so far, as in a scan that is in nobody's space."""
 
     def of(volume: Volume, draw: Generator) -> Volume:
-        data, label = volume.data, volume.label
-        for axes in ((1, 2), (0, 2), (0, 1)):
-            angle = float(draw.choice([-1, 1])) * degrees
+        mm = np.array(volume.geometry.spacing_mm)
+        turn = Rotation.from_euler("xyz", draw.choice([-1, 1], 3) * degrees, degrees=True).as_matrix()
+        matrix = turn * mm / mm[:, None]
+        middle = (np.array(volume.geometry.canonical_shape) - 1) / 2
 
-            def turned(x: Data, angle: float = angle, axes: tuple[int, int] = axes) -> Data:
-                return ndimage.rotate(x, angle, axes, reshape=False, order=1)
+        def turned(x: NDArray[Any]) -> Data:
+            return ndimage.affine_transform(x.astype(np.float32), matrix, middle - matrix @ middle, order=1)
 
-            shares = [turned((channel > 0).astype(np.float32)) for channel in data]
-            pairs = zip(data, shares, strict=True)
-            data = np.stack([turned(one) / np.maximum(share, 0.5) * (share > 0.5) for one, share in pairs])
-            label = None if label is None else turned(label.astype(np.float32)) > 0.5
-        return replace(volume.with_data(data.astype(np.float32), "turned"), label=label)
+        pairs = [(turned(channel), turned(channel > 0)) for channel in volume.data]
+        data = np.stack([one / np.maximum(share, 0.5) * (share > 0.5) for one, share in pairs]).astype(np.float32)
+        label = None if volume.label is None else turned(volume.label) > 0.5
+        return replace(volume.with_data(data, "turned"), label=label)
 
     return of
 
 
 def _stripped(mm: float) -> Change:
-    """A brain mask that takes so much of the brain's rim away."""
+    """A brain mask that takes so much of the brain's rim away; a lesion there counts as missed."""
 
     def of(volume: Volume, draw: Generator) -> Volume:
-        brain = np.pad((volume.inside > 0).any(0), 1)
+        brain = ndimage.binary_fill_holes(np.pad((volume.inside > 0).any(0), 1))
         depth = ndimage.distance_transform_edt(brain, volume.geometry.spacing_mm)[1:-1, 1:-1, 1:-1]
         return replace(volume, inside=volume.inside * (depth > mm))
 
@@ -167,17 +171,15 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def with_balls(
-    volume: Volume, count: int, radii_mm: tuple[float, float], detector: Detector, draw: Generator
-) -> Volume:
-    """A scan with balls in slices without a lesion; its label says where they are."""
+def with_balls(volume: Volume, count: int, radii_mm: tuple[float, float], draw: Generator) -> Volume:
+    """A scan with balls in slices without a lesion, if it has such; its label says where they are."""
     assert volume.label is not None
-    inside, scales = volume.inside.copy(), intensity_scale(volume.inside, detector.spec.scaling)
+    inside, scales = volume.inside.copy(), intensity_scale(volume.inside, Scaling("standard"))
     healthy = ~np.asarray(volume.label.any((0, 1)))[volume.brain[2]]
     brain = (inside > 0).any(0)
     places, where = np.argwhere(brain & healthy), np.zeros_like(volume.label)
     spacing = volume.geometry.spacing_mm
-    for _ in range(count):
+    for _ in range(count if len(places) else 0):
         centre, radius = places[draw.integers(len(places))], np.exp(draw.uniform(*np.log(radii_mm)))
         grid = np.ogrid[tuple(slice(0, n) for n in brain.shape)]
         squares = [((g - c) * mm) ** 2 for g, c, mm in zip(grid, centre, spacing, strict=True)]
@@ -191,53 +193,84 @@ def with_balls(
     return replace(volume, inside=inside, label=where)
 
 
-def scored(volume: Volume, lesions: Mask | None, detector: Detector) -> Iterator[tuple[str, Data, Mask]]:
-    """Scores and label of the pixels on the working grid, for every part of the channels; no slices with ``lesions``."""
-    for part, names in PARTS.items():
-        seen = volume.without([name for name in volume.channels if name not in (names or volume.channels)])
-        stack = slice_volume(seen, detector.spec.grid, detector.spec.scaling)
+@dataclass
+class Found:
+    """Scores and labels of the pixels of every patient, and, for lesions, the Dice of each mask and the best of each."""
+
+    scores: list[Data] = field(default_factory=list)
+    labels: list[Mask] = field(default_factory=list)
+    dice: list[float] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+
+    def add(self, volume: Volume, lesions: Mask | None, detector: Detector) -> None:
+        """Score a scan; slices with ``lesions`` do not count, if these are given."""
+        stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
         assert stack.label is not None
         counted = torch.ones(len(stack.x), dtype=torch.bool)
         if lesions is not None:
             counted = ~label_slices(lesions, stack.window, detector.spec.grid, stack.index).any(2).any(1)
-        yield part, detector.score(stack)[0][counted.numpy()].ravel(), stack.label[counted].numpy().ravel()
+        scores, label = detector.score(stack)[0][counted.numpy()], stack.label[counted].numpy()
+        self.scores.append(scores.ravel())
+        self.labels.append(label.ravel())
+        if lesions is None and (thresholds := detector.spec.thresholds_of(volume.present)):
+            self.dice.append(dice(scores > thresholds.threshold, label))
+            self.best.append(precision_recall(scores, label).ceil_dice)
+
+    def cell(self, ceiling: bool) -> str:
+        """Pooled average precision and, with ``ceiling``, the best Dice and what of it is left at the threshold."""
+        curve = precision_recall(np.concatenate(self.scores), np.concatenate(self.labels))
+        kept = f", {np.mean(self.dice) / np.mean(self.best):.3f}" if self.dice else ""
+        return f"{curve.average_precision:.3f}" + (f" / {curve.ceil_dice:.3f}{kept}" if ceiling else "")
+
+
+def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
+    """The channels that a model is shown, by what a column is called."""
+    parts = {"all channels": detector.spec.channels}
+    if detector.takes_subsets and {"flair"} < set(detector.spec.channels):
+        parts["FLAIR"] = ("flair",)
+    return parts
 
 
 def main() -> None:
-    """Print a table in Markdown: AUPRC / ceil-Dice of the lesions, average precision of the balls."""
+    """Print a table in Markdown: pooled AUPRC / ceil-Dice, mean Dice at the threshold in parts of the best; balls' AP."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cohort", type=Path)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--split", default="val")
     parser.add_argument("--only", default="", help="changes whose name has this in it")
+    parser.add_argument("--lesions", action="store_true", help="no balls")
     given = parser.parse_args()
-    detector = anomri.load(given.model)
-    cases = [case for case in find_cases(given.cohort) if case.split == given.split and case.label is not None]
-    kinds = ["lesions", *BALLS]
-    print("| |", " | ".join(f"{kind}, {part}" for kind in kinds for part in PARTS), "|")
-    print("|---" * (1 + len(kinds) * len(PARTS)) + "|")
-    for name, change in CHANGES.items():
-        if given.only not in name:
-            continue
-        found: dict[tuple[str, str], list[list[NDArray[Any]]]] = {}
-        for case in cases:
+    cases = [case for case in find_cases(given.cohort) if case.label is not None]
+    scans = []
+    for detector in map(anomri.load, given.models):
+        # Whom a model was trained on its own folder knows best.
+        known = (
+            detector.splits if any(case.name in detector.splits for case in cases) else {c.name: c.split for c in cases}
+        )
+        scans += [(detector, case) for case in cases if known.get(case.name) == given.split]
+    changes = {name: change for name, change in CHANGES.items() if given.only in name}
+    if not scans or not changes:
+        parser.error(f"no labelled case of the split {given.split}, or no change with {given.only!r} in its name.")
+    kinds = ["lesions", *({} if given.lesions else BALLS)]
+    parts = parts_of(scans[0][0])
+    print("| |", " | ".join(f"{kind}, {part}" for kind in kinds for part in parts), "|")
+    print("|---" * (1 + len(kinds) * len(parts)) + "|")
+    for name, change in changes.items():
+        found = {(kind, part): Found() for kind in kinds for part in parts}
+        for detector, case in scans:
             volume, seed = read_volume(case, detector.spec.channels), zlib.crc32(case.name.encode())
-            changed = {"lesions": change(volume, np.random.default_rng(seed))}
-            for number, (balls, (count, radii)) in enumerate(BALLS.items()):
-                planted = with_balls(volume, count, radii, detector, np.random.default_rng([seed, number]))
-                changed[balls] = change(planted, np.random.default_rng(seed))
-            for kind, scan in changed.items():
-                lesions = None if kind == "lesions" else changed["lesions"].label
-                for part, *scores_and_label in scored(scan, lesions, detector):
-                    found.setdefault((kind, part), []).append(scores_and_label)
-        row = []
-        for kind in kinds:
-            for part in PARTS:
-                curve = precision_recall(*map(np.concatenate, zip(*found[kind, part], strict=True)))
-                row.append(
-                    f"{curve.average_precision:.3f}" + (f" / {curve.ceil_dice:.3f}" if kind == "lesions" else "")
-                )
-        print(f"| {name} |", " | ".join(row), "|", flush=True)
+            changed = change(volume, np.random.default_rng(seed))
+            for number, kind in enumerate(kinds):
+                scan = changed
+                if kind != "lesions":
+                    planted = with_balls(volume, *BALLS[kind], np.random.default_rng([seed, number]))
+                    scan = change(planted, np.random.default_rng(seed))
+                for part, shown in parts.items():
+                    seen = scan.without([channel for channel in scan.channels if channel not in shown])
+                    found[kind, part].add(seen, None if kind == "lesions" else changed.label, detector)
+        print(
+            f"| {name} |", " | ".join(one.cell(kind == "lesions") for (kind, _), one in found.items()), "|", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -109,12 +109,12 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     assert (tmp_path / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
 
 
-TRAINED = [name for name in methods.names() if name != "thresholding"]
+NETWORKS = [name for name in methods.names() if name != "thresholding"]
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [f"{name} {preset}" for name in TRAINED for preset in ("paper", "small", "demo")] + ["dae quick", "dae accurate"],
+    [f"{name} {preset}" for name in NETWORKS for preset in ("paper", "small", "demo")] + ["dae quick", "dae accurate"],
 )
 def test_every_method_has_its_presets(recipe: str) -> None:
     method, preset = recipe.split()

@@ -7,16 +7,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.nifti import read_image
+from anomri.packing import pack_cohort
 from anomri.preparation import CEILING, Preparation, prepare
 from anomri.registration import degrees_of, register, template
 from anomri.skull import TOOLS, has_skull
-from anomri.spec import AnomriError
+from anomri.slices import slice_volume
+from anomri.spec import AnomriError, Grid, Scaling
 from anomri.training import train
 from anomri.volume import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
@@ -223,6 +226,16 @@ def test_only_spikes_are_replaced_and_a_saturated_patch_is_capped(tmp_path: Path
     high = CEILING * np.percentile(data[data > 0], 99)
     assert volume.data.max() == pytest.approx(high)
     assert volume.geometry.native(volume.data[0])[20, 36, 28] < 700
+
+
+def test_a_training_sees_a_spiky_scan_as_detection_does(tmp_path: Path) -> None:
+    data = scan(SHAPE, AFFINE).astype(np.float32)
+    data[20, 36, 28] = 1e9  # more than a packed slice of float16 holds
+    save(tmp_path / "scans" / "a" / "a_flair.nii.gz", data)
+    (case,) = find_cases(tmp_path / "scans")
+    (packed,) = pack_cohort([case], ("flair",), Grid(), Scaling(), tmp_path / "cache")
+    seen = slice_volume(prepare(case, ("flair",)), Grid(), Scaling())
+    assert torch.equal(packed.stack(Scaling()).x, seen.x.half().float())
 
 
 def test_bias_correction_brings_a_shaded_scan_back(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ class Detector:
         if chosen != self.spec.channels and not self.takes_subsets:
             raise AnomriError(
                 f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
-                f"accurate) takes a part of them."
+                f"quick or accurate) takes a part of them."
             )
         detector = copy(self)
         detector.channels = chosen

@@ -101,7 +101,9 @@ def ssim(seen: Evidence) -> Tensor:
 def mark(seen: Evidence) -> Tensor:
     """What a network trained on synthetic anomalies marks, 0 to 1 (Zavrtanik et al. 2021)."""
     if seen.marks is None:
-        raise AnomriError("the model makes no marks; train with the settings anomalies and mark (preset accurate).")
+        raise AnomriError(
+            "the model makes no marks; train with the settings anomalies and mark (preset quick or accurate)."
+        )
     return seen.marks
 
 

@@ -59,7 +59,7 @@ def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
     if score.kind.startswith("mark") and not getattr(method, "extra_maps", 0):
         raise AnomriError(
             f"the score {score.kind} needs marks, which the model does not make; train with the settings anomalies and "
-            f"mark (preset accurate)."
+            f"mark (preset quick or accurate)."
         )
     unknown = {*score.channels, *(name for part in score.parts for name in part.split("+"))} - {*channels}
     if unknown:
