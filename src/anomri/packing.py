@@ -22,11 +22,9 @@ from anomri.cases import Case
 from anomri.files import output_folder, remove_abandoned, whole_file, write_text
 from anomri.launch import processors
 from anomri.parallel import side_by_side
-from anomri.preparation import without_spikes
-from anomri.skull import check_skull
+from anomri.preparation import prepare
 from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
-from anomri.volume import read_volume
 
 PACKING_VERSION = 7
 
@@ -203,9 +201,8 @@ def _pack_case(
     file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
     facts = None if anew else _packed_before(file, sidecar)
     if facts is None:
-        volume = read_volume(case, channels, grid)
-        check_skull(case, volume)
-        stack = slice_volume(without_spikes(volume), grid, scaling)
+        volume = prepare(case, channels, grid, resampled=False)
+        stack = slice_volume(volume, grid, scaling)
         slices = stack.x.half().numpy()
         with whole_file(file) as written, written.open("wb") as target:
             np.save(target, slices)

@@ -39,16 +39,21 @@ class Preparation:
 
 
 def prepare(
-    case: Case, channels: Sequence[str], grid: Grid = Grid(), preparation: Preparation = Preparation()
+    case: Case,
+    channels: Sequence[str],
+    grid: Grid = Grid(),
+    preparation: Preparation = Preparation(),
+    *,
+    resampled: bool = True,
 ) -> Volume:
-    """Read ``channels`` of a case as a model should see them; the volume's ``notes`` say what was done.
+    """Read ``channels`` of a case as a model should see them, to learn or to detect; ``notes`` say what was done.
 
-    Channels on other grids are resampled to the first one's. Raises `AnomriError` if a file is missing or damaged, if
-    the scan plainly has its skull and nothing says where its brain is, or if a step fails.
+    Channels on other grids are ``resampled`` to the first one's, or refused. Raises `AnomriError` if a file is missing or
+    damaged, if the scan plainly has its skull and nothing says where its brain is, or if a step fails.
     """
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
-    volume = read_volume(case, channels, grid, resampled=True)
+    volume = read_volume(case, channels, grid, resampled=resampled)
     if preparation.skull_strip:
         mask, tool = brain_mask(volume)
         note = f"the brain was found by {tool} in channel {channels[0]}: {mask.sum() * volume.geometry.voxel_mm3 / 1000:,.0f} ml."

@@ -86,9 +86,8 @@ def train(
 
     ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
     on a laptop in a quarter of an hour), ``accurate`` (more than the paper's recipe, in two hours) or ``quick`` (what of
-    that half an hour can hold). ``settings`` (of
-    the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of
-    the working grid) replace single values of it.
+    that half an hour can hold). ``settings`` (of the method), ``training`` (fields of `spec.Training`), ``score`` (of
+    `spec.Score`) and ``grid`` (pixels of a side of the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
     ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
     holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
