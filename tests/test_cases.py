@@ -314,3 +314,27 @@ def test_visits_of_a_patient_by_the_names_of_brats(tmp_path: Path) -> None:
     assert {case.patient for case in cases} == {f"BraTS-GLI-{k:05d}" for k in range(10)}
     held_out = [case.name[:15] for case in split_cases(cases, {}, seed=0) if case.split == "val"]
     assert len(held_out) == 3 and len({*held_out}) == 1
+
+
+def test_folders_of_visits_in_folders_of_patients(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        *(f"p{n}/v{visit}/{name}.nii.gz" for n, visit in ((1, 1), (1, 2), (2, 1)) for name in ("FLAIR", "seg")),
+    )
+    touch(tmp_path, "p3/p3_v1/p3_v1_flair.nii.gz", "p4/2019/scan_flair.nii.gz", ".cache/v1/FLAIR.nii.gz")
+    (tmp_path / "splits.csv").write_text("case,split\np1_v1,train\np1_v2,train\np2_v1,val\n")
+    cases = find_cases(tmp_path)
+    assert [case.name for case in cases] == ["p1_v1", "p1_v2", "p2_v1", "p3_v1", "p4_2019"]
+    assert [case.patient for case in cases] == ["p1", "p1", "p2", "p3", "p4"]
+    assert cases[1] == Case(
+        "p1_v2", {"flair": tmp_path / "p1/v2/FLAIR.nii.gz"}, tmp_path / "p1/v2/seg.nii.gz", None, "train", "p1"
+    )
+
+
+def test_visits_that_cannot_be_told_apart_and_bids_are_refused(tmp_path: Path) -> None:
+    mixed = touch(tmp_path / "mixed", "a/b_c/FLAIR.nii.gz", "a_b/c/FLAIR.nii.gz")
+    with pytest.raises(AnomriError, match="patients a and a_b would both have a case a_b_c"):
+        find_cases(mixed)
+    bids = touch(tmp_path / "bids", "dataset_description.json", "sub-1/anat/sub-1_FLAIR.nii.gz")
+    with pytest.raises(AnomriError, match="BIDS data set.*anomri bids"):
+        find_cases(bids)

@@ -73,6 +73,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
     * a folder in the BraTS layout, ``<case>/<case>_<channel>.nii.gz``;
     * a flat folder, ``<case>_<channel>.nii.gz``, also that of a single case;
     * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
+    * a folder of one folder a patient with one a visit in each, ``<patient>/<visit>/<channel>.nii.gz``; cases are then called
+      ``<patient>_<visit>``;
     * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
@@ -85,7 +87,7 @@ def find_cases(cohort: str | Path) -> list[Case]:
     """
     path = Path(cohort)
     if path.is_dir():
-        cases = _cases_in_folder(path)
+        cases = _cases_in_folder(path) or _cases_of_visits(path)
         splits = path / "splits.csv"
         if splits.is_file():
             cases = assign_splits(cases, read_splits(splits))
@@ -101,7 +103,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
         raise AnomriError(f"{path}: no such file or folder.")
     if not cases:
         raise AnomriError(
-            f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz or a .tsv."
+            f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
+            f"<patient>/<visit>/<channel>.nii.gz or a .tsv."
         )
     return sorted(cases, key=lambda case: case.name)
 
@@ -221,9 +224,37 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
     write_text(path, text.getvalue())
 
 
+def _cases_of_visits(folder: Path) -> list[Case]:
+    """Of a folder of patients' folders, with a folder for each visit in them."""
+    if (folder / "dataset_description.json").exists():
+        raise AnomriError(
+            f"{folder}: is a BIDS data set, whose labels and masks lie apart; `anomri bids` detects in it, and a .tsv that "
+            f"names the files is what else can be done with it."
+        )
+    found: dict[str, Case] = {}
+    for patient in sorted(_subfolders(folder)):
+        cases = _cases_in_folder(patient)
+        places = [{path.parent for path in (*case.channels.values(), case.label, case.mask) if path} for case in cases]
+        for case, mine in zip(cases, places, strict=True):
+            # One visit alone does not tell that its files are called alike in others.
+            visit = folder_name(*mine) if len(mine) == 1 and places.count(mine) == 1 else case.name
+            named = re.match(rf"{re.escape(patient.name)}(?![A-Za-z0-9])", case.name)
+            name = case.name if named else f"{patient.name}_{visit}"
+            other = found.setdefault(name, replace(case, name=name, subject=patient.name))
+            if other.subject != patient.name:
+                raise AnomriError(
+                    f"{folder}: the patients {other.subject} and {patient.name} would both have a case {name}; call one of "
+                    f"their folders differently, or name the files in a TSV."
+                )
+    return list(found.values())
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
 def _cases_in_folder(folder: Path) -> list[Case]:
-    subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    images = split_names({place: _images(place) for place in sorted([folder, *subfolders])})
+    images = split_names({place: _images(place) for place in sorted([folder, *_subfolders(folder)])})
     patients = _patients_folders(folder, images)
     found: dict[str, dict[str, Path]] = {}
     for place, named in images.items():
