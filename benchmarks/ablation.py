@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.evaluation import on_published_grid
 from anomri.methods.dae import DAE

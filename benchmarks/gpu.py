@@ -28,7 +28,8 @@ import torch
 import anomri
 import plain
 from anomri import methods, training
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.packing import HealthySlices, PackedCase, pack_cohort

@@ -21,7 +21,7 @@ import torch
 
 import plain
 from anomri import methods
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.slices import brain_box, slice_volume

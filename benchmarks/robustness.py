@@ -27,7 +27,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import anomri
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.metrics import dice, precision_recall
 from anomri.slices import intensity_scale, label_slices, slice_volume

@@ -26,7 +26,7 @@ import torch
 
 import anomri
 from anomri import methods
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.distribution import processes
 from anomri.packing import PackedCase, pack_cohort

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import plain
 from anomri import methods
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.comparison_jobs import peak_memory_mb
 from anomri.detection import read_ahead
 from anomri.detector import Detector

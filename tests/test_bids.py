@@ -14,9 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import anomri
 from anomri.bids import run_group, run_participant
 from anomri.bids_input import bids_cases, validate
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.lesions import lesion_labels
 from anomri.reporting import read_tsv
@@ -94,6 +96,30 @@ def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
         "t1ce": anat / "sub-03_ce-gad_T1w.nii.gz",
     }
     assert told == ["sub-03: 2 files for flair; sub-03_run-2_FLAIR.nii.gz is taken, not sub-03_run-10_FLAIR.nii.gz."]
+
+
+def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
+    (dataset / "sub-04" / "anat").mkdir(parents=True)
+    (dataset / "splits.csv").write_text("case,split\nsub-01,test\nsub-02_ses-a,train\nsub-02_ses-b,train\nsub-03,val\n")
+    cases = find_cases(dataset)
+    assert [(case.name, case.split) for case in cases] == [
+        ("sub-01", "test"),
+        ("sub-02_ses-a", "train"),
+        ("sub-02_ses-b", "train"),
+        ("sub-03", "val"),
+    ]
+    assert cases[0].label and cases[0].mask and [len(case.notes) for case in cases] == [0, 0, 0, 1]
+    trained = anomri.train(dataset, dataset.parent / "model", preset="tiny", training={"steps": 2}, cache=cache)
+    assert trained.spec.channels == ("flair", "t1") and trained.splits["sub-02"] == "train"
+    (patient,) = anomri.evaluate(dataset, model=trained, split="test").patients
+    assert patient.case == "sub-01"
+
+
+def test_a_folder_called_as_in_bids_may_be_another_layout(dataset: Path) -> None:
+    other = describe(dataset.parent / "brats")
+    for case in ("sub-1", "sub-2"):
+        save(other / case / f"{case}_flair.nii.gz", np.ones(SHAPE, np.float32))
+    assert [case.name for case in find_cases(other)] == ["sub-1", "sub-2"]
 
 
 def test_labels_choose_participants_and_sessions(dataset: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import BUILT_IN
 from anomri.synthetic import make_cohort
 

@@ -14,9 +14,9 @@ import pytest
 
 import anomri
 from anomri import comparison_jobs, comparison_report, methods
-from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.cli.options import numbers_of, settings_of
+from anomri.cohorts import find_cases
 from anomri.comparison import compare, plan
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row

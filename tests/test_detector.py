@@ -12,7 +12,8 @@ import torch
 from scipy import ndimage
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.findings import Detection

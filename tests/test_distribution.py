@@ -19,8 +19,8 @@ import torch
 
 import anomri
 from anomri import launch, methods
-from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.distribution import Processes, ToldElsewhere
 from anomri.draws import PartGenerator, integers, normal, uniform
 from anomri.launch import Launch, launched

@@ -8,8 +8,9 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import anomri
-from anomri.cases import Case, find_cases, read_model_splits, write_splits
+from anomri.cases import Case, read_model_splits, write_splits
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.evaluation import choose_cases, evaluate
 from anomri.metrics import count_lesions, dice, drop_small_components

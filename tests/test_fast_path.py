@@ -12,7 +12,7 @@ import torch
 
 import plain
 from anomri import methods
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detector import Detector, load
 from anomri.devices import resolve_precision
 from anomri.metrics import precision_recall

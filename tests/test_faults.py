@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.files import PARTIAL, sole_use
 from anomri.methods.dae import DAE

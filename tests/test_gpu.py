@@ -14,7 +14,7 @@ import torch
 
 import anomri
 from anomri import steps, training
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detection import detect_cohort
 from anomri.devices import can_compile
 from anomri.draws import PartGenerator

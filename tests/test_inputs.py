@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from anomri.cases import Case, case_of_files, find_cases
+from anomri.cases import Case, case_of_files
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.intake import holds_dicom
 from anomri.spec import AnomriError

@@ -13,7 +13,7 @@ from torch import Generator
 
 import anomri
 from anomri import methods
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.gan_networks import Downward
 from anomri.methods.dae import DAE
 from anomri.methods.diffusion import Diffusion, signal_share

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.files import sole_use
 from anomri.records import Shard

@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from anomri.cases import find_cases
 from anomri.cli import main
+from anomri.cohorts import find_cases
 from anomri.nifti import read_image
 from anomri.packing import pack_cohort
 from anomri.preparation import CEILING, Preparation, prepare

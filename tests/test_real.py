@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 
 import anomri
-from anomri.cases import channels_of, find_cases
+from anomri.cases import channels_of
+from anomri.cohorts import find_cases
 from anomri.evaluation import evaluate
 from anomri.slices import slice_volume
 from anomri.volume import read_volume

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.model_files import write_model
 from anomri.packing import pack_cohort

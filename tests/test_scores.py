@@ -17,9 +17,9 @@ from scipy import ndimage
 
 import anomri
 from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, plant_balls
-from anomri.cases import find_cases
 from anomri.cli import main
 from anomri.cli.options import names_of
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.metrics import dice
 from anomri.packing import PackedCase, pack_cohort

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from anomri import steps
 from anomri.batches import Batches
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.distribution import Processes, fabric_of
 from anomri.methods import Player
 from anomri.packing import HealthySlices, pack_cohort

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anomri import synthetic
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 
 COARSE_MM = 5.0
 CHANNELS = ("flair", "t1", "t1ce", "t2")

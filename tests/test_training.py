@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.interruption import StopRequest
 from anomri.methods import Player

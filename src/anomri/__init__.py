@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomri.cases import Case, find_cases
+    from anomri.cases import Case
+    from anomri.cohorts import find_cases
     from anomri.comparison import compare
     from anomri.detection import detect_cohort
     from anomri.detector import Detector
@@ -36,7 +37,7 @@ _HOMES = {
     "compare": "comparison",
     "detect_cohort": "detection",
     "evaluate": "evaluation",
-    "find_cases": "cases",
+    "find_cases": "cohorts",
     "load": "detector",
     "merge": "merging",
     "report": "reporting",

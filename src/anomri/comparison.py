@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases
+from anomri.cases import Case, channels_of, read_splits, split_cases
+from anomri.cohorts import find_cases
 from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases

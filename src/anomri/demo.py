@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from anomri.cases import find_cases
+from anomri.cohorts import find_cases
 from anomri.detection import detect_cohort
 from anomri.evaluation import evaluate
 from anomri.files import output_folder, write_text

@@ -17,7 +17,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, find_cases, read_model_splits
+from anomri.cases import Case, case_of_files, read_model_splits
+from anomri.cohorts import find_cases
 from anomri.devices import resolve_device
 from anomri.findings import Detection
 from anomri.inference import Inference

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.detection import LOGS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes

@@ -18,7 +18,8 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, channels_of, find_cases, read_splits, split_cases, splits_of, write_splits
+from anomri.cases import Case, channels_of, read_splits, split_cases, splits_of, write_splits
+from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.devices import can_compile, resolve_device, resolve_precision
 from anomri.distribution import Processes, fabric_of, processes

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from anomri.cases import Case, find_cases
+from anomri.cases import Case
+from anomri.cohorts import find_cases
 from anomri.intake import CONVERTED, holds_dicom
 from anomri.naming import SUFFIXES, bare_name
 from anomri.spec import AnomriError

@@ -25,7 +25,8 @@ app = typer.Typer(
 out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
 
 Cohort = Annotated[
-    Path, typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, or a .tsv that lists them.")
+    Path,
+    typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, BIDS data set, or .tsv that lists them."),
 ]
 NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
 Model = Annotated[

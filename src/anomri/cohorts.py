@@ -1,0 +1,180 @@
+"""Finding the scans of a cohort: BraTS folders, flat folders, BIDS data sets, tables; nothing is opened here but tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from anomri.bids_input import bids_cases
+from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, table_rows
+from anomri.naming import (
+    CHANNELS,
+    LABEL_NAMES,
+    MASK_NAMES,
+    SUFFIXES,
+    channel_name,
+    folder_name,
+    is_stripped,
+    may_name_files,
+    split_name,
+    split_names,
+)
+from anomri.spec import AnomriError
+
+
+def find_cases(cohort: str | Path) -> list[Case]:
+    """The cases of a cohort, sorted by name.
+
+    ``cohort`` is one of
+
+    * a folder in the BraTS layout, ``<case>/<case>_<channel>.nii.gz``;
+    * a flat folder, ``<case>_<channel>.nii.gz``, also that of a single case;
+    * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
+    * a folder of one folder a patient with one a visit in each, ``<patient>/<visit>/<channel>.nii.gz``; cases are then called
+      ``<patient>_<visit>``;
+    * a BIDS data set, raw or derivative (`bids_input.bids_cases`), but for participants without an image;
+    * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
+      ``subject`` (whose scans must not be split); its paths are relative to the table;
+    * one NIfTI file, a case of one channel.
+
+    ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
+    lower case, and ``t1w``, ``t1c``, ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a
+    hyphen. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken. What `anomri detect`
+    wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
+    tables. Raises `AnomriError` if there is nothing, or something that does not fit.
+    """
+    path = Path(cohort)
+    if path.is_dir():
+        cases = _cases_in_bids(path) if _is_bids(path) else _cases_in_folder(path) or _cases_of_visits(path)
+        splits = path / "splits.csv"
+        if splits.is_file():
+            cases = assign_splits(cases, read_splits(splits))
+    elif path.name.lower().endswith(".tsv") and path.is_file():
+        cases = _cases_in_table(path)
+    elif path.name.lower().endswith(SUFFIXES) and path.is_file():
+        stem, channel = split_name(path)
+        name = stem or (folder_name(path.parent) if channel in CHANNELS else channel)
+        cases = [Case(name, {channel: path})]
+    elif path.exists():
+        raise AnomriError(f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be.")
+    else:
+        raise AnomriError(f"{path}: no such file or folder.")
+    if not cases:
+        raise AnomriError(
+            f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
+            f"<patient>/<visit>/<channel>.nii.gz, a BIDS data set or a .tsv."
+        )
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _is_bids(folder: Path) -> bool:
+    places = ("sub-*/anat", "sub-*/ses-*/anat")
+    return (folder / "dataset_description.json").is_file() and any(any(folder.glob(place)) for place in places)
+
+
+def _cases_in_bids(folder: Path) -> list[Case]:
+    told: list[str] = []
+    cases = [case for case in bids_cases(folder, warn=told.append) if case.channels]
+    return [replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: "))) for case in cases]
+
+
+def _cases_of_visits(folder: Path) -> list[Case]:
+    """Of a folder of patients' folders, with a folder for each visit in them."""
+    found: dict[str, Case] = {}
+    for patient in sorted(_subfolders(folder)):
+        cases = _cases_in_folder(patient)
+        places = [{path.parent for path in (*case.channels.values(), case.label, case.mask) if path} for case in cases]
+        for case, mine in zip(cases, places, strict=True):
+            # One visit alone does not tell that its files are called alike in others.
+            visit = folder_name(*mine) if len(mine) == 1 and places.count(mine) == 1 else case.name
+            named = re.match(rf"{re.escape(patient.name)}(?![A-Za-z0-9])", case.name)
+            name = case.name if named else f"{patient.name}_{visit}"
+            other = found.setdefault(name, replace(case, name=name, subject=patient.name))
+            if other.subject != patient.name:
+                raise AnomriError(
+                    f"{folder}: the patients {other.subject} and {patient.name} would both have a case {name}; call one of "
+                    f"their folders differently, or name the files in a TSV."
+                )
+    return list(found.values())
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _cases_in_folder(folder: Path) -> list[Case]:
+    images = split_names({place: _images(place) for place in sorted([folder, *_subfolders(folder)])})
+    patients = _patients_folders(folder, images)
+    found: dict[str, dict[str, Path]] = {}
+    for place, named in images.items():
+        for path, (stem, kind) in named.items():
+            name = folder_name(place) if not stem or place in patients else stem
+            files = found.setdefault(name, {})
+            other = files.setdefault(kind, path)
+            if other is path:
+                continue
+            if is_stripped(path) == is_stripped(other):
+                raise AnomriError(
+                    f"{path} and {other} are both {kind} of case {name}; keep one of them or, if they are of two scans, "
+                    f"call these differently or name them in a TSV."
+                )
+            files[kind] = path if is_stripped(path) else other
+    cases = [case_with(name, files) for name, files in found.items()]
+    return [case for case in cases if case.channels or case.label or case.mask]
+
+
+def _images(place: Path) -> list[Path]:
+    files = (path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES))
+    return [path for path in files if not path.name.startswith(".")]
+
+
+def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[Path]:
+    """The folders of a cohort that are a patient's each, as their files are called alike in several of them.
+
+    Else they may be of the same patients: a folder for each channel, or for masks.
+    """
+    elsewhere = {stem for stem, _ in images[folder].values()} | {folder_name(folder)}
+    alike: dict[str, list[Path]] = {}
+    for place, named in images.items():
+        stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
+        words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
+        if len(stems) != 1 or words & kinds or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
+            continue
+        (stem,) = stems
+        if stem == place.name or stem in elsewhere:
+            continue
+        if not re.search(r"\d", stem):  # what has a number may be a patient's, with a folder for each step of the work
+            alike.setdefault(stem, []).append(place)
+    shared = [
+        places
+        for places in alike.values()
+        if max(Counter(one for place in places for one in _contents(images[place])).values()) > 1
+    ]
+    return {place for places in shared for place in places}
+
+
+def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, bool]]:
+    return [(kind, is_stripped(path)) for path, (_, kind) in named.items()]
+
+
+def _cases_in_table(path: Path) -> list[Case]:
+    cases: dict[str, Case] = {}
+    for line, row in enumerate(table_rows(path, ("case",)), start=2):
+        name, split = row.pop("case"), row.pop("split", None) or None
+        subject = row.pop("subject", None) or None
+        if not name or name in cases or not may_name_files(name):
+            raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
+        if split not in (*SPLITS, None):
+            raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")
+        given = {column: path.parent / value for column, value in row.items() if value}
+        files = {channel_name(column): file for column, file in given.items()}
+        if len(files) < len(given):
+            raise AnomriError(f"{path}, line {line}: two of the columns {', '.join(given)} are the same channel.")
+        for column, file in files.items():
+            if not file.is_file():
+                raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")
+        cases[name] = replace(case_with(name, files), split=split, subject=subject)
+    return list(cases.values())
