@@ -1,0 +1,101 @@
+"""Which small lesions a mask shows, by their size, and how many findings are none, at several of a model's settings.
+
+python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/models/brats18 [--split val] [--repeats 4]
+
+Balls with the contrast of a plaque of multiple sclerosis (`robustness.with_balls`) are planted in the slices without a lesion,
+and the whole of `anomri detect` looks for them, on the scan's own voxels. A ball is shown if the mask has a voxel of it; a
+component of the mask that has none of any ball is a finding too many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import cc3d
+import numpy as np
+
+import anomri
+from anomri.cases import Case
+from anomri.cohorts import find_cases
+from anomri.detector import Detector
+from anomri.lesions import lesion_labels
+from anomri.metrics import drop_small_components
+from anomri.volume import read_volume
+from robustness import BALLS, Mask, parts_of, with_balls
+
+SETTINGS: dict[str, tuple[str | None, float | None]] = {
+    "default": (None, None),
+    "`--min-volume 30`": (None, 30),
+    "`--min-volume 10`": (None, 10),
+    "`--sensitivity 0.2%`": ("0.2%", None),
+    "`--sensitivity 0.2% --min-volume 10`": ("0.2%", 10),
+}
+"""Names of columns; sensitivity and least volume in mm3."""
+RADII_MM = (0.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+"""Between which balls are counted together, by the radius of a sphere of their volume."""
+
+
+def counts(mask: Mask, balls: Mask, voxel_mm3: float) -> tuple[list[tuple[float, bool]], int]:
+    """Radius of each ball and whether the mask shows it; and how many components of the mask have nothing of a ball."""
+    components = cc3d.connected_components(balls.astype(np.uint8), connectivity=26)
+    volumes = np.bincount(components.ravel())[1:] * voxel_mm3
+    shown = np.isin(np.arange(1, len(volumes) + 1), components[mask])
+    found = lesion_labels(mask)
+    radii = np.cbrt(3 * volumes / (4 * np.pi))
+    return list(zip(radii.tolist(), shown.tolist(), strict=True)), int(
+        found.max() - np.unique(found[balls & mask]).size
+    )
+
+
+def main() -> None:
+    """Print a table in Markdown for each part of the channels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cohort", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--repeats", type=int, default=4, help="how often balls are planted in each scan")
+    given = parser.parse_args()
+    detector = anomri.load(given.model)
+    cases = [case for case in find_cases(given.cohort) if case.label is not None and case.split == given.split]
+    if not cases:
+        parser.error(f"no labelled case of the split {given.split}.")
+    for part, channels in parts_of(detector).items():
+        print(f"\n| {part}: radius | balls |", " | ".join(SETTINGS), "|\n|---|---" + "|---" * len(SETTINGS) + "|")
+        table(detector.with_channels(channels), cases, given.repeats)
+
+
+def table(detector: Detector, cases: list[Case], repeats: int) -> None:
+    """Print the rows of one."""
+    balls_of, extra = defaultdict[str, list[tuple[float, bool]]](list), defaultdict[str, list[int]](list)
+    for case in cases:
+        volume = read_volume(case, detector.spec.channels)
+        assert volume.label is not None
+        healthy, voxel_mm3 = ~volume.label.any((0, 1)), volume.geometry.voxel_mm3
+        for repeat in range(repeats):
+            for number, kind in enumerate(BALLS.values()):
+                draw = np.random.default_rng([zlib.crc32(case.name.encode()), number, repeat])
+                scan = with_balls(volume, *kind, draw)
+                assert scan.label is not None
+                found = detector.detect(scan)
+                for name, (sensitivity, least) in SETTINGS.items():
+                    chosen = detector.with_threshold(sensitivity).with_min_volume(least)
+                    assert chosen.thresholds is not None
+                    dropped = chosen.spec.score.max_dropped(found.stack.spacing_mm, voxel_mm3)
+                    mask = drop_small_components(found.anomaly_map > chosen.thresholds.threshold, dropped)
+                    balls, many = counts(mask & healthy, scan.label & healthy, voxel_mm3)
+                    balls_of[name] += balls
+                    extra[name].append(many)
+    for low, high in pairwise(RADII_MM):
+        shown = {name: [there for radius, there in balls if low <= radius < high] for name, balls in balls_of.items()}
+        cells = [f"{np.mean(one):.2f}" if one else "" for one in shown.values()]
+        print(f"| {low:g} to {high:g} mm | {len(shown['default'])} |", " | ".join(cells), "|")
+    cells = [f"{np.mean(one):.1f}" for one in extra.values()]
+    print("| findings too many, a scan | |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
