@@ -65,6 +65,17 @@ def test_some_slices_get_several_small_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert int(areas.min()) >= 1 and int(areas.max()) < 40
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_slices_gets_small_ones(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr("anomri.anomalies.CHANCES", ())
+    x, foreground = slices(400)
+    dae = DAE(CHANNELS, widths=[8, 16], anomalies=True, plaques=share)
+    changed, _ = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded(), plaques=dae.plaques)
+    touched = float(((changed - x).abs().amax((1, 2, 3)) > 0.1).float().mean())
+    # Some slices draw few places, or little contrast.
+    assert 0.6 * share <= touched <= share + 0.05
+
+
 def test_every_part_of_the_foreground_may_hold_an_anomaly() -> None:
     _, foreground = slices(400)
     foreground[:, :32] = False

@@ -115,6 +115,24 @@ def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
     assert patient.case == "sub-01"
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "derivatives/les/sub-03/anat/sub-03_space-FLAIR_label-WMH_mask",
+        "derivatives/les/sub-03/anat/sub-03_label-L_desc-T1lesion_mask",
+        "derivatives/sub-03/sub-03_msk",
+        "sub-03/anat/sub-03_label-lesion_roi",
+    ],
+)
+def test_what_may_be_a_label_and_is_not_read_as_one_is_named(dataset: Path, place: str) -> None:
+    other = dataset / "derivatives" / "other" / "sub-01" / "anat" / "sub-01_desc-tumour_mask.nii.gz"
+    save(other, np.ones(SHAPE, np.uint8))
+    assert len(find_cases(dataset)) == 4
+    save(dataset / f"{place}.nii.gz", np.ones(SHAPE, np.uint8))
+    with pytest.raises(AnomriError, match=rf"{Path(place).name}.*looks like the label of a lesion, but is not read"):
+        find_cases(dataset)
+
+
 def test_a_folder_called_as_in_bids_may_be_another_layout(dataset: Path) -> None:
     other = describe(dataset.parent / "brats")
     for case in ("sub-1", "sub-2"):

@@ -323,7 +323,35 @@ def test_folders_of_visits_in_folders_of_patients(tmp_path: Path) -> None:
     )
 
 
-def test_visits_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "a/b_c/FLAIR.nii.gz", "a_b/c/FLAIR.nii.gz")
-    with pytest.raises(AnomriError, match="patients a and a_b would both have a case a_b_c"):
+@pytest.mark.parametrize("name", ["p1_v1_seg", "p1_seg", "v1_seg", "seg", "scan_seg"])
+@pytest.mark.parametrize("image", ["p1_v1_flair", "p1_flair", "FLAIR", "scan_flair"])
+def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(tmp_path: Path, name: str, image: str) -> None:
+    touch(tmp_path, *(f"p1/v{visit}/{one}.nii.gz" for visit in (1, 2) for one in (name, image, "brain_mask")))
+    cases = find_cases(tmp_path)
+    assert [(case.name, case.patient, list(case.channels)) for case in cases] == [
+        (f"p1_v{visit}", "p1", ["flair"]) for visit in (1, 2)
+    ]
+    assert all(case.label and case.mask for case in cases)
+
+
+def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/FLAIR.nii.gz", "p1/v2/FLAIR.nii.gz", "p2/ses-a/FLAIR.nii.gz", "labels/p2_ses-a_seg.nii.gz")
+    cases = find_cases(tmp_path)
+    assert [(case.name, case.patient) for case in cases] == [("p1", "p1"), ("p1_v2", "p1"), ("p2_ses-a", "p2")]
+    assert cases[2].label == tmp_path / "labels/p2_ses-a_seg.nii.gz"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("HGG/Brats18_1/Brats18_1_flair", "LGG/Brats18_2/Brats18_2_flair"),
+        ("train/p1/FLAIR", "val/p2/FLAIR", "test/p3/FLAIR"),
+        ("images/p0/FLAIR", "labels/p0/p0_seg"),
+        ("p1/FLAIR/FLAIR", "p1/T1/T1"),
+        ("sub-01/anat/sub-01_FLAIR", "derivatives/hand/sub-01_label-lesion_mask"),
+    ],
+)
+def test_folders_in_folders_that_are_no_visits_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{name}.nii.gz" for name in names))
+    with pytest.raises(AnomriError, match=r"no scans found.*There is .*nii.gz: name a folder that is nearer"):
         find_cases(tmp_path)

@@ -22,7 +22,8 @@ RADIUS = (1.5, 28.0)
 CHANCES = (0.7, 0.4, 0.25)
 """Of a first, second and third blob in a slice: an eighth of the slices stay healthy."""
 PLAQUES, PLAQUE_SHARE, PLAQUE_RADIUS = 8, 0.3, (0.8, 3.0)
-"""At most so many small ones at once, in this share of the slices, of these radii: like those of multiple sclerosis."""
+"""At most so many small ones at once, in this share of the slices unless another is asked for, of these radii: like those of
+multiple sclerosis."""
 TYPICAL = 0.85
 """Share of the blobs that follow `CONTRASTS`; the others change every channel either way."""
 CONTRASTS = {"flair": (0.40, 0.18), "t2": (0.35, 0.22), "t1": (-0.15, 0.12), "t1ce": (-0.08, 0.15)}
@@ -91,9 +92,15 @@ def random_blobs(foreground: Tensor, generator: Generator, pixel: float = 1.0) -
 
 
 def plant_anomalies(
-    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator, pixel: float = 1.0
+    x: Tensor,
+    foreground: Tensor,
+    shown: Tensor,
+    channels: Sequence[str],
+    generator: Generator,
+    pixel: float = 1.0,
+    plaques: float = PLAQUE_SHARE,
 ) -> tuple[Tensor, Tensor]:
-    """Change up to three blobs of each slice, and plaques in some; returns them (n, c, h, w) and where (n, h, w) bool.
+    """Change up to three blobs of each slice, and plaques in a share; returns them (n, c, h, w) and where (n, h, w) bool.
 
     In a blob every channel is shifted, gets a random texture and loses a part of its own detail; some of the larger
     ones have a core, and some of the cores a ring. What changed in no channel that is ``shown``, (n, c, 1, 1) of 0 and 1,
@@ -103,7 +110,7 @@ def plant_anomalies(
     for chance in CHANCES:
         changed, there = _plant(changed, foreground, shown, channels, chance, generator, pixel)
         where = where | there
-    changed, there = _plant_plaques(changed, foreground, shown, channels, generator, pixel)
+    changed, there = _plant_plaques(changed, foreground, shown, channels, generator, pixel, plaques)
     where = where | there
     return changed.clamp_min(0) * foreground[:, None], where
 
@@ -161,16 +168,22 @@ def _plant(
 
 
 def _plant_plaques(
-    x: Tensor, foreground: Tensor, shown: Tensor, channels: Sequence[str], generator: Generator, pixel: float
+    x: Tensor,
+    foreground: Tensor,
+    shown: Tensor,
+    channels: Sequence[str],
+    generator: Generator,
+    pixel: float,
+    share: float,
 ) -> tuple[Tensor, Tensor]:
-    """Small round anomalies, of about the same contrast within a slice."""
+    """Small round anomalies in a share of the slices, of about the same contrast within a slice."""
     n, _, h, w = x.shape
     row, column = (place[..., None, None] for place in random_places(foreground, PLAQUES, generator))
     shape = (n, PLAQUES, 1, 1)
     rows = torch.arange(h, device=x.device)[:, None] - row + between(-0.5, 0.5, shape, generator)
     columns = torch.arange(w, device=x.device) - column + between(-0.5, 0.5, shape, generator)
     depth = log_between(*PLAQUE_RADIUS, shape, generator) - pixel * (rows.square() + columns.square()).sqrt()
-    wanted = uniform((n, 1, 1, 1), generator) * (uniform((n, 1, 1, 1), generator) < PLAQUE_SHARE)
+    wanted = uniform((n, 1, 1, 1), generator) * (uniform((n, 1, 1, 1), generator) < share)
     plaques = torch.sigmoid(depth / between(0.3 * pixel, 1.0, shape, generator)) * (uniform(shape, generator) < wanted)
     plaques = plaques * foreground[:, None]
     shift = typical_shifts(n, channels, generator)[..., None, None]

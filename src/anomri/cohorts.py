@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,17 @@ from anomri.naming import (
 )
 from anomri.spec import AnomriError
 
+VISIT = re.compile(
+    r"ses(sion)?[-_]?[a-z0-9]+|(visit|v|m|tp|time(point)?|scan|exam|day|week|month|year|fu|follow[-_]?up)[-_]?\d+"
+    r"|baseline|bl|follow[-_]?up|(19|20)\d\d([-_.]?\d\d){0,2}",
+    re.IGNORECASE,
+)
+"""How the folder of a visit may be called; any other folder in a patient's may hold a channel, a label, another patient."""
+LIKE_A_LESION = re.compile(r"lesion|tumou?r|wmh|infarct|stroke|_msk", re.IGNORECASE)
+"""What names of files have that may be labels."""
 
-def find_cases(cohort: str | Path) -> list[Case]:
+
+def find_cases(cohort: str | Path, channels: Sequence[str] | None = None) -> list[Case]:
     """The cases of a cohort, sorted by name.
 
     ``cohort`` is one of
@@ -33,9 +42,10 @@ def find_cases(cohort: str | Path) -> list[Case]:
     * a folder in the BraTS layout, ``<case>/<case>_<channel>.nii.gz``;
     * a flat folder, ``<case>_<channel>.nii.gz``, also that of a single case;
     * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
-    * a folder of one folder a patient with one a visit in each, ``<patient>/<visit>/<channel>.nii.gz``; cases are then called
-      ``<patient>_<visit>``;
-    * a BIDS data set, raw or derivative (`bids_input.bids_cases`), but for participants without an image;
+    * the same with a folder for each `VISIT`, ``<patient>/<visit>/<channel>.nii.gz``; all images there are one case, called
+      ``<patient>_<visit>``, and all visits of a patient are one ``subject``'s;
+    * a BIDS data set, raw or derivative (`bids_input.bids_cases`, in the space that has most of the ``channels``, by default
+      FLAIR, T1w, ``ce-*_T1w`` and T2w, the only ones that are taken), but for participants without an image;
     * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
@@ -48,7 +58,7 @@ def find_cases(cohort: str | Path) -> list[Case]:
     """
     path = Path(cohort)
     if path.is_dir():
-        cases = _cases_in_bids(path) if _is_bids(path) else _cases_in_folder(path) or _cases_of_visits(path)
+        cases = _cases_in_folder(path) or (_cases_in_bids(path, channels) if _is_bids(path) else [])
         splits = path / "splits.csv"
         if splits.is_file():
             cases = assign_splits(cases, read_splits(splits))
@@ -63,9 +73,11 @@ def find_cases(cohort: str | Path) -> list[Case]:
     else:
         raise AnomriError(f"{path}: no such file or folder.")
     if not cases:
+        deeper = next((one for one in path.glob("*/*/*") if one.name.lower().endswith(SUFFIXES)), None)
+        hint = f" There is {deeper}: name a folder that is nearer, or write a .tsv." if deeper else ""
         raise AnomriError(
             f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
-            f"<patient>/<visit>/<channel>.nii.gz, a BIDS data set or a .tsv."
+            f"<patient>/<visit>/<channel>.nii.gz, a BIDS data set or a .tsv.{hint}"
         )
     return sorted(cases, key=lambda case: case.name)
 
@@ -75,43 +87,36 @@ def _is_bids(folder: Path) -> bool:
     return (folder / "dataset_description.json").is_file() and any(any(folder.glob(place)) for place in places)
 
 
-def _cases_in_bids(folder: Path) -> list[Case]:
+def _cases_in_bids(folder: Path, channels: Sequence[str] | None) -> list[Case]:
     told: list[str] = []
-    cases = [case for case in bids_cases(folder, warn=told.append) if case.channels]
+    cases = [case for case in bids_cases(folder, channels=channels, warn=told.append) if case.channels]
+    _check_labels(folder, cases)
     return [replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: "))) for case in cases]
 
 
-def _cases_of_visits(folder: Path) -> list[Case]:
-    """Of a folder of patients' folders, with a folder for each visit in them."""
-    found: dict[str, Case] = {}
-    for patient in sorted(_subfolders(folder)):
-        cases = _cases_in_folder(patient)
-        places = [{path.parent for path in (*case.channels.values(), case.label, case.mask) if path} for case in cases]
-        for case, mine in zip(cases, places, strict=True):
-            # One visit alone does not tell that its files are called alike in others.
-            visit = folder_name(*mine) if len(mine) == 1 and places.count(mine) == 1 else case.name
-            named = re.match(rf"{re.escape(patient.name)}(?![A-Za-z0-9])", case.name)
-            name = case.name if named else f"{patient.name}_{visit}"
-            other = found.setdefault(name, replace(case, name=name, subject=patient.name))
-            if other.subject != patient.name:
-                raise AnomriError(
-                    f"{folder}: the patients {other.subject} and {patient.name} would both have a case {name}; call one of "
-                    f"their folders differently, or name the files in a TSV."
-                )
-    return list(found.values())
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+def _check_labels(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
+    labelled = {case.name for case in cases if case.label}
+    for path in sorted(folder.rglob("*.nii*")):
+        whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
+        # Of several of one case the first is taken, and a note says so.
+        if LIKE_A_LESION.search(path.name) and not (whose and whose.group() in labelled):
+            raise AnomriError(
+                f"{path}: looks like the label of a lesion, but is not read as one: labels are "
+                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
+                f"all files in a .tsv; to detect, `anomri bids` needs no labels."
+            )
 
 
 def _cases_in_folder(folder: Path) -> list[Case]:
-    images = split_names({place: _images(place) for place in sorted([folder, *_subfolders(folder)])})
-    patients = _patients_folders(folder, images)
+    visits = _visits(folder)
+    places = [folder, *_subfolders(folder), *visits]
+    images = split_names({place: _images(place) for place in sorted(places)})
+    patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
     found: dict[str, dict[str, Path]] = {}
     for place, named in images.items():
         for path, (stem, kind) in named.items():
-            name = folder_name(place) if not stem or place in patients else stem
+            name = visits.get(place) or (folder_name(place) if not stem or place in patients else stem)
             files = found.setdefault(name, {})
             other = files.setdefault(kind, path)
             if other is path:
@@ -122,8 +127,24 @@ def _cases_in_folder(folder: Path) -> list[Case]:
                     f"call these differently or name them in a TSV."
                 )
             files[kind] = path if is_stripped(path) else other
-    cases = [case_with(name, files) for name, files in found.items()]
+    subjects = {name: place.parent.name for place, name in visits.items()}
+    cases = [replace(case_with(name, files), subject=subjects.get(name)) for name, files in found.items()]
     return [case for case in cases if case.channels or case.label or case.mask]
+
+
+def _visits(folder: Path) -> dict[Path, str]:
+    """The folders of visits in the folders of patients, and what their cases are called."""
+    found: dict[Path, str] = {}
+    for patient in _subfolders(folder):
+        for place in _subfolders(patient):
+            visit = re.sub(rf"^{re.escape(patient.name)}[-_]", "", place.name)
+            if VISIT.fullmatch(visit):
+                found[place] = f"{patient.name}_{visit}" if visit == place.name else place.name
+    return found
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _images(place: Path) -> list[Path]:

@@ -232,12 +232,12 @@ class Detector:
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`cases.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR.
+        """`cohorts.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR.
 
         FLAIR it is for a model that takes a part of its channels; a file whose name says that it is something else
         (`OTHER_IMAGES`) is neither.
         """
-        cases = find_cases(cohort)
+        cases = find_cases(cohort, self.channels)
         if not Path(cohort).name.lower().endswith(SUFFIXES):
             return cases
         ((channel, path),) = cases[0].channels.items()

@@ -230,7 +230,10 @@ def choose_cases(
     labelled = [case for case in in_split if case.label is not None]
     if not labelled:
         where = f"split {split!r}" if split else "cohort"
-        raise AnomriError(f"no case of the {where} has a label (<case>_seg.nii.gz); there is nothing to compare with.")
+        raise AnomriError(
+            f"no case of the {where} has a label (<case>_seg.nii.gz; in BIDS *_label-lesion_mask.nii.gz); there is "
+            f"nothing to compare with."
+        )
     words = f"split {split}" if split else "all cases"
     unlabelled = len(in_split) - len(labelled)
     words += f", without {unlabelled} that have no label" if unlabelled else ""

@@ -102,7 +102,7 @@ def train(
     SIGTERM asks to stop.
     """
     folder, team = Path(model), processes(device)
-    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    cases = find_cases(cohort, channels) if isinstance(cohort, str | Path) else list(cohort)
     names = tuple(map(channel_name, channels or channels_of(cases)))
     if len({*names}) < len(names):
         raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
@@ -127,6 +127,8 @@ def train(
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
     if data_licence:
         spec = replace(spec, data_licence=data_licence)
+    for note in (note for case in cases for note in case.notes):
+        progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
         if team.once(lambda: finished(folder, spec, cases, resume)):

@@ -158,8 +158,7 @@ def _scans(folder: Path, scans: str | Path | Sequence[Case] | None) -> dict[str,
     if not isinstance(scans, str | Path):
         return {case.name: case for case in scans}
     path = Path(scans)
-    if converted.is_dir() and path.is_dir() and holds_dicom(path, folder):
-        path = converted
+    path = converted if converted.is_dir() and path.is_dir() and holds_dicom(path, folder) else path
     cases = find_cases(path)
     if path.name.lower().endswith(SUFFIXES) and (folder / f"{bare_name(path)}{MAP_ENDING}").is_file():
         return {bare_name(path): cases[0]}  # one file, of which `detect` took all for its name

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from anomri.anomalies import mark_loss, plant_anomalies
+from anomri.anomalies import PLAQUE_SHARE, mark_loss, plant_anomalies
 from anomri.augmentation import Augmentation, augment
 from anomri.draws import constants, for_all, uniform
 from anomri.methods import LAPTOP, Box, Preset
@@ -65,7 +65,8 @@ class DAE(nn.Module):
     * Several ``noise_resolution`` (a batch draws one) and ``noise_std`` (a slice draws one between the least and the
       largest); ``noise_kind`` ``simplex``; noise on a ``noise_share`` of the slices, and ``noise_in_blobs`` on half.
     * ``anomalies``: blobs of healthy slices are changed as well (`anomalies.plant_anomalies`), and the network learns
-      to give back what was there. ``mark``: one more map says where they are, for the scores ``mark...``.
+      to give back what was there; a share of the slices, ``plaques``, gets small round ones too. ``mark``: one more map says
+      where they are, for the scores ``mark...``.
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
     * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
@@ -113,14 +114,21 @@ class DAE(nn.Module):
         scales: Sequence[float] = (1.0,),
         mirror: bool = False,
         subpixels: int = 1,
+        plaques: float = PLAQUE_SHARE,
     ) -> None:
         super().__init__()
         if mark and not anomalies:
             raise AnomriError("mark needs anomalies: there is nothing else to mark.")
-        if subpixels < 1 or not scales or not all(0 < scale <= 1 for scale in scales) or not 0 <= channel_dropout <= 1:
+        shares = (channel_dropout, plaques)
+        if (
+            subpixels < 1
+            or not scales
+            or not all(0 < scale <= 1 for scale in scales)
+            or not 0 <= min(shares) <= max(shares) <= 1
+        ):
             raise AnomriError(
-                f"subpixels are 1 or more, scales above 0 up to 1, and channel_dropout is from 0 to 1; found "
-                f"{subpixels}, {scales} and {channel_dropout}."
+                f"subpixels are 1 or more, scales above 0 up to 1, and channel_dropout and plaques from 0 to 1; found "
+                f"{subpixels}, {scales}, {channel_dropout} and {plaques}."
             )
         self.channels = tuple(channels)
         self.extra_maps = int(mark)
@@ -132,7 +140,7 @@ class DAE(nn.Module):
         self.values_per_pixel = widths[0] / subpixels**2
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
         self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
-        self.anomalies = anomalies
+        self.anomalies, self.plaques = anomalies, plaques
         self.augmentation = Augmentation(**(augmentation or {}))
         self.channel_dropout = channel_dropout
         self.alone = tuple(number for number, name in enumerate(channels) if name in alone)
@@ -158,7 +166,7 @@ class DAE(nn.Module):
         kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator, pixel)
+            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator, pixel, self.plaques)
         seen = self.with_noise(changed, foreground, generator, pixel)
         output = self._output(seen * kept)
         c = x.shape[1]
