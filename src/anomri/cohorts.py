@@ -1,4 +1,7 @@
-"""Finding the scans of a cohort: BraTS folders, flat folders, BIDS data sets, tables; nothing is opened here but tables."""
+"""Finding the scans of a cohort: BraTS folders, flat folders, BIDS data sets, tables; nothing is opened here but tables.
+
+A case is one scan; whose it is, its ``subject``, is known from a folder of visits or a table, else from its name (`Case.patient`).
+"""
 
 from __future__ import annotations
 

@@ -88,7 +88,9 @@ class DAE(nn.Module):
             scaling=Scaling("standard"),
         ),
         "accurate": Preset(ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
-        "quick": Preset(NARROW, replace(FREE, steps=4000), Scaling("standard"), Score("auto", flips=True)),
+        "quick": Preset(
+            {**NARROW, "plaques": 0.6}, replace(FREE, steps=4000), Scaling("standard"), Score("auto", flips=True)
+        ),
         "demo": Preset(
             NARROW,
             replace(FREE, steps=250, validate_every=125, validation_slices=64),
