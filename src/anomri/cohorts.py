@@ -5,6 +5,7 @@ A case is one scan; whose it is, its ``subject``, is known from a folder of visi
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ LIKE_A_LESION = re.compile(r"lesion|tumou?r|wmh|infarct|stroke|_msk", re.IGNOREC
 """What names of files have that may be labels."""
 
 
-def find_cases(cohort: str | Path, channels: Sequence[str] | None = None) -> list[Case]:
+def find_cases(cohort: str | Path) -> list[Case]:
     """The cases of a cohort, sorted by name.
 
     ``cohort`` is one of
@@ -47,8 +48,8 @@ def find_cases(cohort: str | Path, channels: Sequence[str] | None = None) -> lis
     * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
     * the same with a folder for each `VISIT`, ``<patient>/<visit>/<channel>.nii.gz``; all images there are one case, called
       ``<patient>_<visit>``, and all visits of a patient are one ``subject``'s;
-    * a BIDS data set, raw or derivative (`bids_input.bids_cases`, in the space that has most of the ``channels``, by default
-      FLAIR, T1w, ``ce-*_T1w`` and T2w, the only ones that are taken), but for participants without an image;
+    * a BIDS data set, raw or derivative (`bids_input.bids_cases`: FLAIR, T1w, ``ce-*_T1w`` and T2w), but for participants
+      without an image;
     * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
@@ -61,7 +62,7 @@ def find_cases(cohort: str | Path, channels: Sequence[str] | None = None) -> lis
     """
     path = Path(cohort)
     if path.is_dir():
-        cases = _cases_in_folder(path) or (_cases_in_bids(path, channels) if _is_bids(path) else [])
+        cases = _cases_in_folder(path) or (_cases_in_bids(path) if _is_bids(path) else [])
         splits = path / "splits.csv"
         if splits.is_file():
             cases = assign_splits(cases, read_splits(splits))
@@ -90,9 +91,9 @@ def _is_bids(folder: Path) -> bool:
     return (folder / "dataset_description.json").is_file() and any(any(folder.glob(place)) for place in places)
 
 
-def _cases_in_bids(folder: Path, channels: Sequence[str] | None) -> list[Case]:
+def _cases_in_bids(folder: Path) -> list[Case]:
     told: list[str] = []
-    cases = [case for case in bids_cases(folder, channels=channels, warn=told.append) if case.channels]
+    cases = [case for case in bids_cases(folder, warn=told.append) if case.channels]
     _check_labels(folder, cases)
     return [replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: "))) for case in cases]
 
@@ -147,7 +148,9 @@ def _visits(folder: Path) -> dict[Path, str]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    # A scan of the folder knows what is a folder; of paths every file would be asked, and a cohort has many.
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _images(place: Path) -> list[Path]:

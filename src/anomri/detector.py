@@ -237,7 +237,7 @@ class Detector:
         FLAIR it is for a model that takes a part of its channels; a file whose name says that it is something else
         (`OTHER_IMAGES`) is neither.
         """
-        cases = find_cases(cohort, self.channels)
+        cases = find_cases(cohort)
         if not Path(cohort).name.lower().endswith(SUFFIXES):
             return cases
         ((channel, path),) = cases[0].channels.items()

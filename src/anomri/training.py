@@ -102,7 +102,7 @@ def train(
     SIGTERM asks to stop.
     """
     folder, team = Path(model), processes(device)
-    cases = find_cases(cohort, channels) if isinstance(cohort, str | Path) else list(cohort)
+    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     names = tuple(map(channel_name, channels or channels_of(cases)))
     if len({*names}) < len(names):
         raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
