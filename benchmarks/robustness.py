@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import anomri
+from anomri.cases import Case
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.metrics import dice, precision_recall
@@ -231,6 +232,13 @@ def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
     return parts
 
 
+def labelled_of(detector: Detector, cases: Sequence[Case], split: str) -> list[Case]:
+    """The cases of a split that have a label; whom a model was trained on, its own folder knows best."""
+    own = any(case.name in detector.splits for case in cases)
+    known = detector.splits if own else {case.name: case.split for case in cases}
+    return [case for case in cases if case.label is not None and known.get(case.name) == split]
+
+
 def main() -> None:
     """Print a table in Markdown: pooled AUPRC / ceil-Dice, mean Dice at the threshold in parts of the best; balls' AP."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,14 +248,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="changes whose name has this in it")
     parser.add_argument("--lesions", action="store_true", help="no balls")
     given = parser.parse_args()
-    cases = [case for case in find_cases(given.cohort) if case.label is not None]
-    scans = []
-    for detector in map(anomri.load, given.models):
-        # Whom a model was trained on its own folder knows best.
-        known = (
-            detector.splits if any(case.name in detector.splits for case in cases) else {c.name: c.split for c in cases}
-        )
-        scans += [(detector, case) for case in cases if known.get(case.name) == given.split]
+    cases = find_cases(given.cohort)
+    detectors = map(anomri.load, given.models)
+    scans = [(detector, case) for detector in detectors for case in labelled_of(detector, cases, given.split)]
     changes = {name: change for name, change in CHANGES.items() if given.only in name}
     if not scans or not changes:
         parser.error(f"no labelled case of the split {given.split}, or no change with {given.only!r} in its name.")

@@ -26,7 +26,7 @@ from anomri.detector import Detector
 from anomri.lesions import lesion_labels
 from anomri.metrics import drop_small_components
 from anomri.volume import read_volume
-from robustness import BALLS, Mask, parts_of, with_balls
+from robustness import BALLS, Mask, labelled_of, parts_of, with_balls
 
 SETTINGS: dict[str, tuple[str | None, float | None]] = {
     "default": (None, None),
@@ -63,10 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="how often balls are planted in each scan")
     given = parser.parse_args()
     detector = anomri.load(given.model)
-    cases = [case for case in find_cases(given.cohort) if case.label is not None]
-    # Whom a model was trained on its own folder knows best.
-    own = any(case.name in detector.splits for case in cases)
-    cases = [c for c in cases if (detector.splits.get(c.name) if own else c.split) == given.split]
+    cases = labelled_of(detector, find_cases(given.cohort), given.split)
     if not cases:
         parser.error(f"no labelled case of the split {given.split}.")
     for part, channels in parts_of(detector).items():
@@ -77,21 +74,21 @@ def main() -> None:
 def table(detector: Detector, cases: list[Case], repeats: int) -> None:
     """Print the rows of one."""
     balls_of, extra = defaultdict[str, list[tuple[float, bool]]](list), defaultdict[str, list[int]](list)
+    chosen = {name: detector.with_threshold(rate).with_min_volume(least) for name, (rate, least) in SETTINGS.items()}
     for case in cases:
         volume = read_volume(case, detector.spec.channels)
         assert volume.label is not None
-        healthy, voxel_mm3 = ~volume.label.any((0, 1)), volume.geometry.voxel_mm3
+        healthy, voxel_mm3 = ~np.asarray(volume.label.any((0, 1))), volume.geometry.voxel_mm3
         for repeat in range(repeats):
             for number, kind in enumerate(BALLS.values()):
                 draw = np.random.default_rng([zlib.crc32(case.name.encode()), number, repeat])
                 scan = with_balls(volume, *kind, draw)
                 assert scan.label is not None
                 found = detector.detect(scan)
-                for name, (sensitivity, least) in SETTINGS.items():
-                    chosen = detector.with_threshold(sensitivity).with_min_volume(least)
-                    assert chosen.thresholds is not None
-                    dropped = chosen.spec.score.max_dropped(found.stack.spacing_mm, voxel_mm3)
-                    mask = drop_small_components(found.anomaly_map > chosen.thresholds.threshold, dropped)
+                for name, one in chosen.items():
+                    assert one.thresholds is not None
+                    dropped = one.spec.score.max_dropped(found.stack.spacing_mm, voxel_mm3)
+                    mask = drop_small_components(found.anomaly_map > one.thresholds.threshold, dropped)
                     balls, many = counts(mask, scan.label & healthy, healthy, voxel_mm3)
                     balls_of[name] += balls
                     extra[name].append(many)

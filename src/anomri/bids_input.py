@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from anomri.spec import AnomriError
 CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
 """How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
 SUFFIXES = ("FLAIR", "T1w", "T2w")
+LIKE_A_LESION = re.compile(r"lesion|tumou?r|wmh|infarct|stroke|_msk", re.IGNORECASE)
+"""What names of files have that may be labels."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ def bids_cases(
         without = {f"sub-{label}" for label in wanted} - {name.split("_")[0] for name in names}
         cases += [Case(name, {}) for name in without]
     return sorted(cases, key=lambda case: case.name)
+
+
+def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
+    labelled = {case.name for case in cases if case.label}
+    for path in sorted(bids_dir.rglob("*.nii*")):
+        whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
+        # Of several of one case the first is taken, and a note says so.
+        if LIKE_A_LESION.search(path.name) and not (whose and whose.group() in labelled):
+            raise AnomriError(
+                f"{path}: looks like the label of a lesion, but is not read as one: labels are "
+                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
+                f"all files in a .tsv; to detect, `anomri bids` needs no labels."
+            )
 
 
 def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from anomri.bids_input import bids_cases
+from anomri.bids_input import bids_cases, check_labels
 from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, table_rows
 from anomri.naming import (
     CHANNELS,
@@ -34,8 +34,6 @@ VISIT = re.compile(
     re.IGNORECASE,
 )
 """How the folder of a visit may be called; any other folder in a patient's may hold a channel, a label, another patient."""
-LIKE_A_LESION = re.compile(r"lesion|tumou?r|wmh|infarct|stroke|_msk", re.IGNORECASE)
-"""What names of files have that may be labels."""
 
 
 def find_cases(cohort: str | Path) -> list[Case]:
@@ -94,28 +92,17 @@ def _is_bids(folder: Path) -> bool:
 def _cases_in_bids(folder: Path) -> list[Case]:
     told: list[str] = []
     cases = [case for case in bids_cases(folder, warn=told.append) if case.channels]
-    _check_labels(folder, cases)
+    check_labels(folder, cases)
     return [replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: "))) for case in cases]
 
 
-def _check_labels(folder: Path, cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
-    labelled = {case.name for case in cases if case.label}
-    for path in sorted(folder.rglob("*.nii*")):
-        whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
-        # Of several of one case the first is taken, and a note says so.
-        if LIKE_A_LESION.search(path.name) and not (whose and whose.group() in labelled):
-            raise AnomriError(
-                f"{path}: looks like the label of a lesion, but is not read as one: labels are "
-                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
-                f"all files in a .tsv; to detect, `anomri bids` needs no labels."
-            )
-
-
 def _cases_in_folder(folder: Path) -> list[Case]:
-    visits = _visits(folder)
-    places = [folder, *_subfolders(folder), *visits]
-    images = split_names({place: _images(place) for place in sorted(places)})
+    loose, subfolders = _listed(folder)
+    listed = {place: _listed(place) for place in subfolders}
+    visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
+    places = {folder: loose} | {place: mine for place, (mine, _) in listed.items()}
+    places |= {place: _listed(place)[0] for place in visits}
+    images = split_names({place: places[place] for place in sorted(places)})
     patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
     found: dict[str, dict[str, Path]] = {}
     for place, named in images.items():
@@ -136,26 +123,24 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     return [case for case in cases if case.channels or case.label or case.mask]
 
 
-def _visits(folder: Path) -> dict[Path, str]:
-    """The folders of visits in the folders of patients, and what their cases are called."""
+def _visits(patients: Mapping[Path, Sequence[Path]]) -> dict[Path, str]:
+    """The folders of visits among those in the folders of patients, and what their cases are called."""
     found: dict[Path, str] = {}
-    for patient in _subfolders(folder):
-        for place in _subfolders(patient):
+    for patient, places in patients.items():
+        for place in places:
             visit = re.sub(rf"^{re.escape(patient.name)}[-_]", "", place.name)
             if VISIT.fullmatch(visit):
                 found[place] = f"{patient.name}_{visit}" if visit == place.name else place.name
     return found
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    # A scan of the folder knows what is a folder; of paths every file would be asked, and a cohort has many.
+def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Images and folders in a folder, without hidden ones."""
+    # A scan of it knows what is a folder; of paths every file would be asked, and a cohort has many.
     with os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def _images(place: Path) -> list[Path]:
-    files = (path for path in sorted(place.iterdir()) if path.name.lower().endswith(SUFFIXES))
-    return [path for path in files if not path.name.startswith(".")]
+        shown = sorted((Path(entry.path), entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    images = [path for path, _ in shown if path.name.lower().endswith(SUFFIXES)]
+    return images, [path for path, is_folder in shown if is_folder]
 
 
 def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[Path]:

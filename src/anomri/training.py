@@ -127,8 +127,9 @@ def train(
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
     if data_licence:
         spec = replace(spec, data_licence=data_licence)
-    for note in (note for case in cases for note in case.notes):
-        progress(Progress("pack", 0, len(cases), note=note))
+    for case in cases:
+        for note in case.notes:
+            progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
         if team.once(lambda: finished(folder, spec, cases, resume)):

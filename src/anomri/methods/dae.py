@@ -121,13 +121,10 @@ class DAE(nn.Module):
         super().__init__()
         if mark and not anomalies:
             raise AnomriError("mark needs anomalies: there is nothing else to mark.")
-        shares = (channel_dropout, plaques)
-        if (
-            subpixels < 1
-            or not scales
-            or not all(0 < scale <= 1 for scale in scales)
-            or not 0 <= min(shares) <= max(shares) <= 1
-        ):
+        shares = all(0 < scale <= 1 for scale in scales) and all(
+            0 <= share <= 1 for share in (channel_dropout, plaques)
+        )
+        if subpixels < 1 or not scales or not shares:
             raise AnomriError(
                 f"subpixels are 1 or more, scales above 0 up to 1, and channel_dropout and plaques from 0 to 1; found "
                 f"{subpixels}, {scales}, {channel_dropout} and {plaques}."
