@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import anomri
-from anomri.cases import Case, read_model_splits, write_splits
+from anomri.cases import Case, model_cases, splits_of, write_splits
 from anomri.cli import main
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
@@ -220,7 +220,7 @@ def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Pat
     cases = [Case(name, {}, label) for name in ("sub-01_ses-2", "sub-02_ses-1", "b")]
     table = tmp_path / "splits.csv"
     write_splits(table, [Case("sub-01_ses-1", {}, split="train"), Case("a", {}, split="val", subject="P7")])
-    seen = read_model_splits(table)
+    seen = splits_of(model_cases(table))
     assert [case.name for case in choose_cases(cases, None, seen)[0]] == ["sub-02_ses-1", "b"]
     known = [*cases[1:2], replace(cases[2], subject="P7")]
     assert [case.name for case in choose_cases(known, None, seen)[0]] == ["sub-02_ses-1"]

@@ -147,10 +147,10 @@ def splits_of(cases: Sequence[Case]) -> dict[str, str]:
     return {name: case.split for case in cases if case.split for name in (case.patient, case.name)}
 
 
-def read_model_splits(path: Path) -> dict[str, str]:
-    """`splits_of` the cases that `write_splits` noted."""
+def model_cases(path: Path) -> list[Case]:
+    """The cases that `write_splits` noted, without their files."""
     rows = table_rows(path, ("case", "split"))
-    return splits_of([Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in rows])
+    return [Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in rows]
 
 
 def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:

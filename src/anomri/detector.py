@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, read_model_splits
+from anomri.cases import Case, case_of_files, model_cases, splits_of
 from anomri.cohorts import find_cases
 from anomri.devices import resolve_device
 from anomri.findings import Detection
@@ -109,7 +109,7 @@ class Detector:
             ) from error
         detector = cls(spec, method, resolve_device(device), precision)
         if (folder / "splits.csv").is_file():
-            detector.splits = read_model_splits(plain_file(folder / "splits.csv", MAX_TABLE))
+            detector.splits = splits_of(model_cases(plain_file(folder / "splits.csv", MAX_TABLE)))
         return detector
 
     def detect(

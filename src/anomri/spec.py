@@ -152,6 +152,8 @@ class Training:
     validate_every: Annotated[int, Ge(1)] = 500
     validation_slices: Annotated[int, Ge(1)] = 512
     seed: Annotated[int, Ge(0)] = 0
+    pretrained: str = ""
+    """SHA-256 of the weights that it began with (`safetensors`); none: random ones."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,25 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, channels_of, read_splits, split_cases, splits_of, write_splits
+from anomri.cases import Case, read_splits, split_cases, splits_of, write_splits
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
-from anomri.devices import can_compile, resolve_device, resolve_precision
+from anomri.devices import can_compile, resolve_device
 from anomri.distribution import Processes, fabric_of, processes
 from anomri.interruption import StopRequest
 from anomri.memory import keep_memory
 from anomri.methods import Player
-from anomri.naming import channel_name
 from anomri.networks import compile_networks
 from anomri.packing import HealthySlices, default_cache
+from anomri.recipe import Pretrained, planned
 from anomri.schedule import batch_numbers, learning_rate
 from anomri.score_choice import choose_score
 from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
-from anomri.training_cohort import Packed, check_grid, common_box, describe_cohort, finished, pack_splits, task_of
+from anomri.training_cohort import Packed, common_box, describe_cohort, finished, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
-from anomri.views import check_score
 
 VALIDATION_SEED = 2022
 SAVE_EVERY_S = 300.0
@@ -68,8 +66,9 @@ def train(
     cohort: str | Path | Sequence[Case],
     model: str | Path,
     *,
-    method: str = "dae",
-    preset: str = "small",
+    method: str | None = None,
+    preset: str | None = None,
+    pretrained: str | Path | None = None,
     channels: Sequence[str] | None = None,
     settings: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -85,10 +84,12 @@ def train(
 ) -> Detector:
     """Train on the healthy slices of a cohort, write the folder ``model`` and return the trained `Detector`.
 
-    ``cohort`` is what `find_cases` takes, or what it gave. ``preset`` is ``paper`` (as published), ``small`` (the same
-    on a laptop in a quarter of an hour), ``accurate`` (more than the paper's recipe, in two hours) or ``quick`` (what of
-    that half an hour can hold). ``settings`` (of the method), ``training`` (fields of `spec.Training`), ``score`` (of
-    `spec.Score`) and ``grid`` (pixels of a side of the working grid) replace single values of it.
+    ``cohort`` is what `find_cases` takes, or what it gave; ``method``, by default, ``dae``. ``preset`` is ``paper`` (as
+    published), ``small`` (the default: the same on a laptop in a quarter of an hour), ``accurate`` (more than the paper's
+    recipe, in two hours) or ``quick`` (what of that half an hour can hold). ``pretrained`` is the folder of a model to go
+    on from: its weights, and its method, channels and recipe in place of a preset's. ``settings`` (of the method),
+    ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of the working
+    grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
     ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
     holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
@@ -103,28 +104,22 @@ def train(
     """
     folder, team = Path(model), processes(device)
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
-    names = tuple(map(channel_name, channels or channels_of(cases)))
-    if len({*names}) < len(names):
-        raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
-    chosen = methods.preset(method, preset)
-    spec = ModelSpec(
-        channels=names,
+    before = Pretrained.read(Path(pretrained)) if pretrained else None
+    spec = planned(
+        cases,
         method=method,
-        settings={**chosen.settings, **(settings or {})},
-        grid=replace(chosen.grid, size=(grid, grid)) if grid else chosen.grid,
-        scaling=chosen.scaling,
-        score=replace(chosen.score, **(score or {})),
-        training=_changed(chosen.training, training or {}),
-        versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
+        preset=preset,
+        pretrained=before,
+        channels=channels,
+        settings=settings or {},
+        training=training or {},
+        score=score or {},
+        grid=grid,
+        device=device,
     )
-    # What does not fit is told before a cohort is packed.
-    spec = spec.checked()
-    check_score(network := methods.build(spec), spec.score, spec.channels)
-    check_grid(network, spec.grid)
-    kind, schedule = resolve_device(device).type, spec.training
-    if schedule:
-        spec = replace(spec, training=replace(schedule, precision=resolve_precision(schedule.precision, kind)))
-    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, schedule.seed if schedule else 0)
+    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, spec.training.seed if spec.training else 0)
+    # What the model knows, whoever trained it on that; beyond the cohort there are names alone.
+    known = [*cases, *(before.beside(cases) if before else ())]
     if data_licence:
         spec = replace(spec, data_licence=data_licence)
     for case in cases:
@@ -132,13 +127,15 @@ def train(
             progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
-        if team.once(lambda: finished(folder, spec, cases, resume)):
+        if team.once(lambda: finished(folder, spec, known, resume)):
             return Detector.load(folder, device)
-        return _train(cases, folder, spec, place, accumulate, team, device, progress)
+        return _train(cases, known, before, folder, spec, place, accumulate, team, device, progress)
 
 
 def _train(
     cases: Sequence[Case],
+    known: Sequence[Case],
+    before: Pretrained | None,
     folder: Path,
     spec: ModelSpec,
     cache: Path,
@@ -158,9 +155,11 @@ def _train(
     state = TrainingState.load(folder, task_of(spec, packed))
     team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
     if team.first:
-        write_splits(folder / "splits.csv", cases)
+        write_splits(folder / "splits.csv", known)
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
+    if before:
+        before.begin(network)
     if schedule:
         fabric = fabric_of(device, schedule.precision)
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
@@ -178,7 +177,7 @@ def _train(
     thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
     parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
-    detector.splits = splits_of(cases)
+    detector.splits = splits_of(known)
     if team.first:
         detector.save(folder)
         (folder / TrainingState.NAME).unlink(missing_ok=True)
@@ -337,14 +336,3 @@ def _check_losses(state: TrainingState, saved: int, training: Training, slices: 
         f"the loss of step {step + 1} is {float(values[place])}; its batch has slices of {cases}. If they look right, "
         f"continue from step {saved}, the last one saved, with --resume and a lower --learning-rate or --precision 32-true."
     )
-
-
-def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | None:
-    if schedule is None:
-        if changes:
-            raise AnomriError(f"this method is not trained; {', '.join(changes)} would change nothing.")
-        return None
-    try:
-        return replace(schedule, **changes)
-    except TypeError as error:
-        raise AnomriError(f"the training settings {changes} do not fit: {error}") from error

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case, read_model_splits, splits_of
+from anomri.cases import Case, model_cases, splits_of
 from anomri.distribution import Processes
 from anomri.methods import Box
 from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
@@ -71,7 +71,7 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
         and trained == wanted
         and scored == asked
         and (folder / "splits.csv").is_file()
-        and read_model_splits(folder / "splits.csv") == splits_of(cases)
+        and splits_of(model_cases(folder / "splits.csv")) == splits_of(cases)
     )
 
 

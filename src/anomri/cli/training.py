@@ -15,15 +15,22 @@ def train(
     input: Cohort,
     output: NewModel,
     preset: Annotated[
-        str,
+        Optional[str],
         typer.Option(
-            help="paper: as published; small: the same in a quarter of an hour on two cores; quick: better, half an hour; "
-            "accurate: best, two hours."
+            help="paper: as published; small (default): the same in a quarter of an hour on two cores; quick: better, half "
+            "an hour; accurate: best, two hours."
         ),
-    ] = "small",
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="dae, thresholding, ae, vae, vae-restoration, fanogan or diffusion.")
-    ] = "dae",
+        Optional[str],
+        typer.Option(help="dae (default), thresholding, ae, vae, vae-restoration, fanogan or diffusion."),
+    ] = None,
+    pretrained: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="MODEL", help="Go on from a trained model, by its own recipe; built-in: the one in the package."
+        ),
+    ] = None,
     channels: Channels = None,
     splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
@@ -60,6 +67,7 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m anomri train ..., or srun anomri train ...
     """
+    from anomri.detector import BUILT_IN
     from anomri.progress import training_progress
     from anomri.training import train as run
 
@@ -80,6 +88,7 @@ def train(
             output,
             method=method,
             preset=preset,
+            pretrained=BUILT_IN if pretrained == Path("built-in") else pretrained,
             channels=names_of(channels),
             settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},

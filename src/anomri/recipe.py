@@ -1,0 +1,145 @@
+"""What a training is to make, and what it begins with: by a preset, or by a model that was trained before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from anomri import methods
+from anomri.cases import Case, channels_of, model_cases
+from anomri.devices import resolve_device, resolve_precision
+from anomri.methods import Preset
+from anomri.model_files import MAX_TABLE, plain_file, read_model
+from anomri.naming import channel_name
+from anomri.spec import AnomriError, ModelSpec, Score, Training, first_line
+from anomri.training_cohort import CHOSEN, FOUND, check_grid
+from anomri.views import check_score
+
+DEFAULT_PRESET = "small"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained model that a training begins with: its description, its weights, and the cases it knows."""
+
+    folder: Path
+    spec: ModelSpec
+    weights: dict[str, Tensor]
+    cases: list[Case]
+    """Those it was trained and validated on, without files; none where its folder does not say."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Pretrained:
+        """Read a model folder; raises `AnomriError` if there is none, or nothing in it was trained."""
+        spec, _, weights = read_model(folder)
+        if not weights:
+            raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
+        splits = folder / "splits.csv"
+        return cls(folder, spec, weights, model_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else [])
+
+    @property
+    def preset(self) -> Preset:
+        """How it was trained, or the method's first preset says; its score is chosen anew if it was chosen."""
+        spec = self.spec
+        training = spec.training or methods.preset(spec.method, "paper").training
+        if training and training.precision == "bf16-mixed":
+            training = replace(training, precision="auto")
+        again = FOUND | CHOSEN if spec.score.chosen_by else FOUND
+        score = replace(spec.score, **{name: getattr(Score(), name) for name in again})
+        if spec.score.chosen_by:
+            score = replace(score, kind="auto")
+        digest = hashlib.sha256(save_tensors(self.weights)).hexdigest()
+        return Preset(spec.settings, training and replace(training, pretrained=digest), spec.scaling, score, spec.grid)
+
+    def begin(self, network: nn.Module) -> None:
+        """Give a network the weights; raises `AnomriError` if it is not of their shape."""
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise AnomriError(
+                f"{self.folder}: its weights do not fit what is to be trained; leave out settings that change the network "
+                f"({first_line(error)})."
+            ) from error
+
+    def beside(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases it knows that are not among ``cases``; raises `AnomriError` if one is held out that it was trained on."""
+        trained = {name for case in self.cases if case.split == "train" for name in (case.name, case.patient)}
+        for case in cases:
+            if case.split in ("val", "test") and trained & {case.name, case.patient}:
+                raise AnomriError(
+                    f"{case.name} is in the split {case.split}, but {self.folder} was trained on it; a split that has it in "
+                    f"train is honest: give one with --splits."
+                )
+        names = {case.name for case in cases}
+        return [case for case in self.cases if case.name not in names]
+
+
+def planned(
+    cases: Sequence[Case],
+    *,
+    method: str | None,
+    preset: str | None,
+    pretrained: Pretrained | None,
+    channels: Sequence[str] | None,
+    settings: dict[str, Any],
+    training: dict[str, Any],
+    score: dict[str, Any],
+    grid: int | None,
+    device: str,
+) -> ModelSpec:
+    """The specification of the model that a training on ``cases`` makes; raises `AnomriError` for what does not fit.
+
+    What is asked for replaces single values of the preset, or of the recipe of the model that it begins with.
+    """
+    if pretrained and (preset or method not in (None, pretrained.spec.method)):
+        raise AnomriError(
+            f"a training that begins with {pretrained.folder} has its method and its recipe; leave out --method and --preset."
+        )
+    names = tuple(map(channel_name, channels or (pretrained.spec.channels if pretrained else channels_of(cases))))
+    if len({*names}) < len(names):
+        raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
+    if pretrained and names != pretrained.spec.channels:
+        raise AnomriError(
+            f"{pretrained.folder}: has the channels {', '.join(pretrained.spec.channels)}; leave out --channels."
+        )
+    method = pretrained.spec.method if pretrained else method or "dae"
+    chosen = pretrained.preset if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
+    spec = ModelSpec(
+        channels=names,
+        method=method,
+        settings={**chosen.settings, **settings},
+        grid=replace(chosen.grid, size=(grid, grid)) if grid else chosen.grid,
+        scaling=chosen.scaling,
+        score=replace(chosen.score, **score),
+        training=_changed(chosen.training, training),
+        versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
+    )
+    # What does not fit is told before a cohort is packed.
+    spec = spec.checked()
+    check_score(network := methods.build(spec), spec.score, spec.channels)
+    check_grid(network, spec.grid)
+    if pretrained:
+        pretrained.begin(network)
+        spec = replace(spec, data_licence=pretrained.spec.data_licence)
+    if spec.training:
+        precision = resolve_precision(spec.training.precision, resolve_device(device).type)
+        spec = replace(spec, training=replace(spec.training, precision=precision))
+    return spec
+
+
+def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | None:
+    if schedule is None:
+        if changes:
+            raise AnomriError(f"this method is not trained; {', '.join(changes)} would change nothing.")
+        return None
+    try:
+        return replace(schedule, **changes)
+    except TypeError as error:
+        raise AnomriError(f"the training settings {changes} do not fit: {error}") from error

@@ -1,0 +1,119 @@
+"""A training that begins with a trained model."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from anomri.cases import model_cases
+from anomri.cohorts import find_cases
+from anomri.detector import BUILT_IN
+from anomri.model_files import read_model
+from anomri.recipe import Pretrained
+from anomri.spec import AnomriError, Interrupted, ModelSpec
+from anomri.training import Progress, train
+from anomri.training_state import TrainingState
+from conftest import write_case
+
+
+def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
+    before, _, started = read_model(model)
+    # So small that nothing moves: what comes out is what went in.
+    detector = train(
+        cohort, tmp_path / "same", pretrained=model, training={"steps": 1, "learning_rate": 1e-12}, cache=cache
+    )
+    _, _, ended = read_model(tmp_path / "same")
+    assert all(torch.allclose(ended[name], value, atol=1e-8) for name, value in started.items())
+    again = detector.spec
+    assert (again.channels, again.settings, again.scaling, again.grid) == (
+        before.channels,
+        before.settings,
+        before.scaling,
+        before.grid,
+    )
+    assert again.training is not None and before.training is not None
+    assert (again.training.steps, again.training.batch_size) == (1, before.training.batch_size)
+    assert len(again.training.pretrained) == 64 and not before.training.pretrained
+
+
+def test_a_score_that_was_chosen_is_chosen_anew(cohort: Path, cache: Path, marking: Path, tmp_path: Path) -> None:
+    assert Pretrained.read(marking).preset.score.kind == "auto"
+    short = {"steps": 2, "validate_every": 2}
+    spec = train(cohort, tmp_path / "model", pretrained=marking, training=short, cache=cache).spec
+    assert spec.score.chosen_by and spec.score.kind != "auto"
+    assert set(spec.subset_thresholds) == {"flair", "t1"}
+
+
+def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        write_case(tmp_path / "others", f"new{number}", 20 + number, lesion=False)
+    short = {"steps": 2, "validate_every": 2}
+    train(tmp_path / "others", tmp_path / "model", pretrained=model, training=short, cache=cache)
+    splits = {case.name: case.split for case in model_cases(tmp_path / "model" / "splits.csv")}
+    assert splits == {case.name: case.split for case in find_cases(cohort)} | {
+        name: splits[name] for name in ("new0", "new1")
+    }
+    assert sorted([splits["new0"], splits["new1"]]) == ["train", "val"]
+
+
+def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+    swapped = tmp_path / "splits.csv"
+    swapped.write_text("case,split\n" + "".join(f"case{k},{'val' if k == 0 else 'train'}\n" for k in range(7)))
+    with pytest.raises(AnomriError, match="case0 is in the split val, but .*model was trained on it"):
+        train(cohort, tmp_path / "model", pretrained=model, splits=swapped, cache=cache)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "quick"}, "leave out --method and --preset"),
+        ({"method": "vae"}, "leave out --method and --preset"),
+        ({"channels": ["flair"]}, "has the channels flair, t1; leave out --channels"),
+        ({"settings": {"widths": [4, 8]}}, "leave out settings that change the network"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AnomriError, match=message):
+        train(cohort, tmp_path / "model", pretrained=model, cache=cache, **arguments)
+
+
+def test_what_has_no_weights_cannot_be_gone_on_from(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    train(cohort, tmp_path / "thresholding", method="thresholding", cache=cache)
+    with pytest.raises(AnomriError, match="thresholding has no weights to begin with"):
+        train(cohort, tmp_path / "model", pretrained=tmp_path / "thresholding", cache=cache)
+
+
+def test_resuming_goes_on_from_its_own_step_and_not_from_another_model(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
+    training = {"steps": 4, "validate_every": 2}
+
+    def stop(state: Progress) -> None:
+        if state.stage == "train" and state.done == 2:
+            raise Interrupted("stopped", 2)
+
+    whole = train(cohort, tmp_path / "whole", pretrained=model, training=training, cache=cache)
+    with pytest.raises(Interrupted):
+        train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, progress=stop)
+    assert (tmp_path / "model" / TrainingState.NAME).exists()
+    with pytest.raises(AnomriError, match="was begun with another training"):
+        train(cohort, tmp_path / "model", preset="tiny", training=training, cache=cache, resume=True)
+    resumed = train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True)
+    assert resumed.fingerprint == whole.fingerprint
+    # And is known again once it is finished.
+    shutil.rmtree(tmp_path / "whole")
+    assert train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True)
+
+
+def test_the_model_in_the_package_can_be_gone_on_from() -> None:
+    before = Pretrained.read(BUILT_IN)
+    assert before.preset.training is not None and before.preset.training.precision == "auto"
+    assert before.preset.score.kind == "auto" and before.preset.score.flips
+    assert {case.split for case in before.cases} >= {"train", "val"}
+    assert before.spec == ModelSpec.read(BUILT_IN / "model.json")
