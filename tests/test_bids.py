@@ -122,6 +122,9 @@ def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
         "derivatives/les/sub-03/anat/sub-03_label-L_desc-T1lesion_mask",
         "derivatives/sub-03/sub-03_msk",
         "sub-03/anat/sub-03_label-lesion_roi",
+        "sub-03/anat/sub-03_FLAIR_roi",
+        "derivatives/hand/sub-03/anat/sub-03_seg-manual_mask",
+        "derivatives/hand/sub-03/anat/sub-03_desc-gt_mask",
     ],
 )
 def test_what_may_be_a_label_and_is_not_read_as_one_is_named(dataset: Path, place: str) -> None:
@@ -131,6 +134,14 @@ def test_what_may_be_a_label_and_is_not_read_as_one_is_named(dataset: Path, plac
     save(dataset / f"{place}.nii.gz", np.ones(SHAPE, np.uint8))
     with pytest.raises(AnomriError, match=rf"{Path(place).name}.*looks like the label of a lesion, but is not read"):
         find_cases(dataset)
+
+
+def test_a_participant_may_be_called_after_a_lesion(dataset: Path) -> None:
+    for place in [dataset / "sub-03", *dataset.glob("derivatives/*/sub-03")]:
+        for file in place.rglob("sub-03*"):
+            file.rename(file.with_name(file.name.replace("sub-03", "sub-stroke3")))
+        place.rename(place.with_name("sub-stroke3"))
+    assert "sub-stroke3" in [case.name for case in find_cases(dataset)]
 
 
 def test_a_folder_called_as_in_bids_may_be_another_layout(dataset: Path) -> None:

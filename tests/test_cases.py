@@ -39,7 +39,7 @@ def test_table(tmp_path: Path) -> None:
     touch(tmp_path, "x.nii.gz", "y.nii.gz", "l.nii.gz")
     table = tmp_path / "cohort.tsv"
     table.write_text(
-        "case\tFLAIR\tlabel\tmask\tsplit\tsubject\np1\tx.nii.gz\tl.nii.gz\t\ttest\ts\np2\ty.nii.gz\t\t\t\t\n"
+        "case\tFLAIR\tlesion\tbrain_mask\tsplit\tsubject\np1\tx.nii.gz\tl.nii.gz\t\ttest\ts\np2\ty.nii.gz\t\t\t\t\n"
     )
     first, second = find_cases(table)
     assert first == Case("p1", {"flair": tmp_path / "x.nii.gz"}, tmp_path / "l.nii.gz", None, "test", "s")
@@ -355,3 +355,132 @@ def test_folders_in_folders_that_are_no_visits_are_refused(tmp_path: Path, names
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
     with pytest.raises(AnomriError, match=r"no scans found.*There is .*nii.gz: name a folder that is nearer"):
         find_cases(tmp_path)
+
+
+LAYOUTS = {
+    "MSSEG 2016": (
+        [f"P{k}/{name}" for k in (1, 2) for name in ("FLAIR_preprocessed", "DP_preprocessed", "T2_preprocessed")]
+        + [f"P{k}/{name}" for k in (1, 2) for name in ("GADO_preprocessed", "Consensus", "Brain_Mask")],
+        {f"P{k}": ("flair pd t1ce t2", "Consensus", "Brain_Mask") for k in (1, 2)},
+    ),
+    "open_ms_data": (
+        [f"p{k}/p{k}_{name}" for k in (1, 2) for name in ("FLAIR", "T1W", "T1WKS", "T2W", "consensus_gt", "brainmask")],
+        {f"p{k}": ("flair t1 t1ce t2", f"p{k}_consensus_gt", f"p{k}_brainmask") for k in (1, 2)},
+    ),
+    "open_ms_data, called alike": (
+        [f"p{k}/{name}" for k in (1, 2) for name in ("FLAIR", "T1W", "consensus_gt", "brainmask")],
+        {f"p{k}": ("flair t1", "consensus_gt", "brainmask") for k in (1, 2)},
+    ),
+    "ISBI 2015": (
+        [f"training01_01_{name}" for name in ("flair_pp", "mprage_pp", "pd_pp", "t2_pp", "mask1", "mask2")],
+        {"training01_01": ("flair pd t1 t2", "training01_01_mask1", None)},
+    ),
+    "WMH 2017, flat": (["0/FLAIR", "0/T1", "0/wmh"], {"0": ("flair t1", "wmh", None)}),
+    "MSLesSeg": (
+        [f"P1_{time}/P1_{time}_{name}" for time in ("T1", "T2") for name in ("FLAIR", "T1", "T2", "lesion_MASK")],
+        {f"P1_{time}": ("flair t1 t2", f"P1_{time}_lesion_MASK", None) for time in ("T1", "T2")},
+    ),
+    "BraTS 2020, case 355": (
+        ["BraTS20_355/BraTS20_355_flair", "BraTS20_355/BraTS20_355_t1", "BraTS20_355/W39_1998.09.19_Segm"],
+        {"BraTS20_355": ("flair t1", "W39_1998.09.19_Segm", None)},
+    ),
+    "BraTS-MEN-RT": (["a-1/a-1_t1c", "a-1/a-1_gtv"], {"a-1": ("t1ce", "a-1_gtv", None)}),
+    "UPENN-GBM": (
+        ["UPENN-GBM-1_11_FLAIR", "UPENN-GBM-1_11_T1GD", "UPENN-GBM-1_11_segm"],
+        {"UPENN-GBM-1_11": ("flair t1ce", "UPENN-GBM-1_11_segm", None)},
+    ),
+    "IXI": (
+        ["IXI002-Guys-0828-T1", "IXI002-Guys-0828-PD", "IXI002-Guys-0828-MRA", "IXI003-HH-1-T1"],
+        {"IXI002-Guys-0828": ("mra pd t1", None, None), "IXI003-HH-1": ("t1", None, None)},
+    ),
+    "visits by the names of BIDS": (
+        ["sub-1/ses-1/sub-1_ses-1_T1w", "sub-1/ses-1/sub-1_ses-1_space-orig_label-L_desc-T1lesion_mask"],
+        {"sub-1_ses-1": ("t1", "sub-1_ses-1_space-orig_label-L_desc-T1lesion_mask", None)},
+    ),
+    "ds004199": (["sub-1_FLAIR", "sub-1_FLAIR_roi"], {"sub-1": ("flair", "sub-1_FLAIR_roi", None)}),
+    "named after an image": (["p_FLAIR", "p_T1", "p_FLAIR_seg", "p_T1_seg"], {"p": ("flair t1", "p_FLAIR_seg", None)}),
+    "named after what it shows": (
+        ["p_FLAIR", "p_lesion_seg", "q_FLAIR", "q_manual_seg", "r_FLAIR", "r_lesionmask", "s_FLAIR", "s_wmh_mask"],
+        {
+            "p": ("flair", "p_lesion_seg", None),
+            "q": ("flair", "q_manual_seg", None),
+            "r": ("flair", "r_lesionmask", None),
+            "s": ("flair", "s_wmh_mask", None),
+        },
+    ),
+    "a brain's mask and a lesion's": (
+        ["p_FLAIR", "p_mask", "p_lesion_mask", "tumor_FLAIR", "tumor_mask"],
+        {"p": ("flair", "p_lesion_mask", "p_mask"), "tumor": ("flair", None, "tumor_mask")},
+    ),
+    "drawn on each image": (
+        [f"1-{of}{name}" for of in ("", "LesionSeg-") for name in ("T1", "Flair", "T2")],
+        {"1": ("flair t1 t2", "1-LesionSeg-Flair", None)},
+    ),
+    "raw and processed": (["p/FLAIR", "p/FLAIR_n4", "p/T1_reg"], {"p": ("flair t1", None, None)}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_public_data_sets_by_their_own_names(tmp_path: Path, layout: str) -> None:
+    names, expected = LAYOUTS[layout]
+    touch(tmp_path, *(f"{name}.nii.gz" for name in names))
+    found = {
+        case.name: (
+            " ".join(case.channels),
+            case.label and case.label.name.removesuffix(".nii.gz"),
+            case.mask and case.mask.name.removesuffix(".nii.gz"),
+        )
+        for case in find_cases(tmp_path)
+    }
+    assert found == expected
+
+
+def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
+    (case,) = find_cases(
+        touch(tmp_path, "p_FLAIR.nii", "p_manual.nii", "p_consensus.nii", "p_mask.nii", "p_brainmask.nii")
+    )
+    assert (case.label, case.mask) == (tmp_path / "p_consensus.nii", tmp_path / "p_brainmask.nii")
+    assert case.notes == (
+        "p: p_consensus.nii is taken for its label, not p_manual.nii.",
+        "p: p_brainmask.nii is taken for its brain mask, not p_mask.nii.",
+    )
+    with pytest.raises(AnomriError, match="are both seg of case q"):
+        find_cases(touch(tmp_path / "two", "q_FLAIR.nii", "q_lesion_seg.nii", "q_manual_seg.nii"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0/wmh", "0/pre/FLAIR"),
+        ("segm/UPENN-GBM-1_11_segm", "structural/UPENN-GBM-1_11/UPENN-GBM-1_11_FLAIR"),
+        ("a/b/c/d/FLAIR",),
+    ],
+)
+def test_labels_without_images_lead_to_images_that_lie_deeper(tmp_path: Path, names: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{name}.nii.gz" for name in names))
+    with pytest.raises(
+        AnomriError, match=rf"no scans found.*There is .*{names[-1]}.nii.gz: name a folder that is nearer"
+    ):
+        find_cases(tmp_path)
+
+
+def test_labels_alone_are_cases_for_the_maps_of_others(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/v1/seg.nii", "p2/v1/seg.nii")
+    assert all(case.label and not case.channels for case in find_cases(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("P01_v2", "P01"),
+        ("P1_T2", "P1"),
+        ("site3_p7_baseline", "site3_p7"),
+        ("UPENN-GBM-00001_21", "UPENN-GBM-00001"),
+        ("training01_02", "training01"),
+        ("Brats18_TCIA02_606_1", "Brats18_TCIA02_606_1"),
+        ("scan_2001", "scan_2001"),
+        ("head_v1", "head_v1"),
+    ],
+)
+def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
+    assert Case(name, {}).patient == patient

@@ -13,6 +13,7 @@ from anomri.cases import Case, case_of_files
 from anomri.cli import main
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
+from anomri.evaluation import evaluate
 from anomri.intake import holds_dicom
 from anomri.spec import AnomriError
 from anomri.viewer import _scans
@@ -139,8 +140,10 @@ def test_a_mask_is_resampled_by_the_nearest_voxel_and_a_label_is_not(tmp_path: P
         read_volume(case, ["flair"])  # training takes no scan that it has to resample
     nib.save(mask, tmp_path / "a_seg.nii.gz")
     (labelled,) = find_cases(tmp_path)
-    with pytest.raises(AnomriError, match=r"a_seg.nii.gz: .*"):
-        thresholding("flair").read(labelled)
+    without = thresholding("flair").read(labelled)
+    assert without.label is None and "its label was left out: " in without.notes[-1]
+    with pytest.raises(AnomriError, match=r"a_seg.nii.gz: .* lie on one grid"):
+        evaluate([labelled], model=thresholding("flair"))
 
 
 def test_the_same_grid_in_another_orientation_is_turned_exactly(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import Case
+from anomri.cases import Case, split_cases
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.interruption import StopRequest
@@ -23,6 +23,7 @@ from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
 from anomri.steps import load_optimizer, optimizer_of
 from anomri.training import batch_numbers, learning_rate, train
+from anomri.training_cohort import notes_of
 from anomri.training_state import TrainingState
 from conftest import write
 
@@ -83,6 +84,20 @@ def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> No
         pack_cohort(cases, ("flair", "t2"), Grid(), Scaling(), tmp_path)
     assert str(caught.value).startswith("9 of 9 cases cannot be used")
     assert all(case.name in str(caught.value) for case in cases)
+
+
+def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path) -> None:
+    cases = split_cases(find_cases(cohort), {}, 0)
+    unlabelled = "5 of the 7 cases to train and validate on have no label: all of their slices are taken for healthy."
+    assert notes_of(cases) == [unlabelled]
+    beside = [replace(case, split=None) if case.name == "case0" else case for case in cases]
+    assert notes_of(beside) == [
+        unlabelled.replace("5 of the 7", "4 of the 6"),
+        "in no split, and not used (1 of 9 cases): case0.",
+    ]
+    # What a name that is not known leaves of a case: its label, by itself.
+    with pytest.raises(AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"):
+        notes_of([*cases, Case("x2", {}, label=cases[2].label)])
 
 
 class StopAt:
@@ -233,7 +248,7 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
     monkeypatch.setattr(DAE, "forward", lambda *given: cramped(*given))
     train(cohort, tmp_path / "m", progress=lambda state: notes.append(state.note), **arguments)  # type: ignore[arg-type]
     assert cramped.sizes == {8, 4, 2}
-    assert [note for note in notes if note] == [
+    assert [note for note in notes if note][1:] == [
         "memory does not hold a batch at once; it is taken in 4 parts, with the same result."
     ]
     parted = train(cohort, tmp_path / "asked", accumulate=3, **{**arguments, "training": {"steps": 6, "seed": 0}})  # type: ignore[arg-type]

@@ -112,9 +112,47 @@ def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
     mask = np.zeros(SHAPE, np.uint8)
-    mask[20:40, 20:40, 3:9] = 1
+    mask[20:40, 10:40, 3:9] = 1
     case = Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "m.nii.gz", mask))
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
+
+
+def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
+    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    for most, cut in ((1.0, 0.5), (255.0, 127.5), (4.0, 0.5)):
+        soft = np.zeros(SHAPE, np.float32)
+        soft[20:40] = np.linspace(0.001, 1, 20, dtype=np.float32)[:, None, None] * most
+        label = write(tmp_path / "a_seg.nii.gz", soft)
+        volume = read_volume(Case("a", {"t1": image}, label=label), ["t1"])
+        assert volume.label is not None
+        assert volume.label.sum() == (soft >= cut).sum() < (soft > 0).sum()
+        assert volume.notes == (
+            f"a_seg.nii.gz has values between whole numbers (up to {most:.3g}); those from {cut:.3g} on are taken.",
+        )
+    classes = (np.random.default_rng(0).integers(0, 5, SHAPE)).astype(np.float32)
+    volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", classes)), ["t1"])
+    assert volume.label is not None and volume.label.sum() == (classes > 0).sum() and not volume.notes
+
+
+def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(tmp_path: Path) -> None:
+    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    case = Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones((5, 5, 5))))
+    expect(case, "lie on one grid")
+    volume = read_volume(case, ["t1"], resampled=True)
+    (note,) = volume.notes
+    assert (
+        volume.label is None and note.startswith("its label was left out: ") and "a_seg.nii.gz: has (5, 5, 5)" in note
+    )
+
+
+def test_headers_that_were_rounded_are_of_one_grid(tmp_path: Path) -> None:
+    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    near, far = AFFINE.copy(), AFFINE.copy()
+    near[0, 3] += 0.1  # of voxels of 3.75 mm
+    far[0, 3] += 0.3
+    label = write(tmp_path / "a_seg.nii.gz", image_of_ones(), near)
+    assert read_volume(Case("a", {"t1": image}, label=label), ["t1"]).label is not None
+    expect(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones(), far)), "0.3 mm away")
 
 
 # Bad input: each names the file, what was found and what to do.
@@ -182,6 +220,17 @@ def test_more_than_one_volume_and_colours(tmp_path: Path) -> None:
     expect(single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))), r"4 axes \(5, 5, 5, 2\)")
     colour = np.zeros((5, 5, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     expect(single(write(tmp_path / "a_t1.nii.gz", colour)), "real numbers")
+
+
+def test_the_label_of_a_lesion_is_no_mask_of_a_brain(tmp_path: Path) -> None:
+    lesion = np.zeros(SHAPE, np.uint8)
+    lesion[20:25, 20:25, 3:9] = 1
+    case = Case(
+        "a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "a_m.nii.gz", lesion)
+    )
+    expect(
+        case, r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is above zero there; that is no mask of a brain"
+    )
 
 
 def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:

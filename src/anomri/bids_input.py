@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from anomri.cases import Case
+from anomri.naming import LIKE_A_LESION
 from anomri.spec import AnomriError
 
 CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
 """How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
 SUFFIXES = ("FLAIR", "T1w", "T2w")
-LIKE_A_LESION = re.compile(r"lesion|tumou?r|wmh|infarct|stroke|_msk", re.IGNORECASE)
-"""What names of files have that may be labels."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,12 @@ def bids_cases(
 def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
     """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
     labelled = {case.name for case in cases if case.label}
+    images = {path for case in cases for path in case.channels.values()}
     for path in sorted(bids_dir.rglob("*.nii*")):
         whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
+        named = whose.group() if whose else ""
         # Of several of one case the first is taken, and a note says so.
-        if LIKE_A_LESION.search(path.name) and not (whose and whose.group() in labelled):
+        if path not in images and named not in labelled and LIKE_A_LESION.search(path.name[len(named) :]):
             raise AnomriError(
                 f"{path}: looks like the label of a lesion, but is not read as one: labels are "
                 f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "

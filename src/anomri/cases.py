@@ -24,8 +24,12 @@ from anomri.naming import (
 from anomri.spec import AnomriError
 
 SPLITS = ("train", "val", "test")
-PATIENT = re.compile(r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d+(?=-\d+$)")
-"""The patient in the names of BIDS and, before the number of a visit, of BraTS since 2023."""
+PATIENT = re.compile(
+    r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d+(?=-\d+$)|(?:UPENN-GBM-|training|test)\d+(?=_\d+$)"
+    r"|.*\d.*(?=_(?:ses(?:sion)?|visit|v|tp|timepoint|time|t|fu|follow-?up|baseline|bl)[-_]?\d*$)",
+    re.IGNORECASE,
+)
+"""The patient in the names of BIDS and, before a visit, of BraTS since 2023, UPENN-GBM, ISBI 2015, and of ``P01_v2``."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,14 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
 
 def case_with(name: str, files: dict[str, Path]) -> Case:
     """A case of files by what they show: channels, and a lesion label and a brain mask by their names."""
-    label = next((files[kind] for kind in LABEL_NAMES if kind in files), None)
-    mask = next((files[kind] for kind in MASK_NAMES if kind in files), None)
-    known = (*LABEL_NAMES, *MASK_NAMES)
-    return Case(name, {kind: path for kind, path in sorted(files.items()) if kind not in known}, label, mask)
+    labels, masks = ([files[kind] for kind in kinds if kind in files] for kinds in (LABEL_NAMES, MASK_NAMES))
+    notes = tuple(
+        f"{name}: {found[0].name} is taken for its {what}, not {', '.join(path.name for path in found[1:])}."
+        for what, found in (("label", labels), ("brain mask", masks))
+        if len(found) > 1
+    )
+    channels = {kind: path for kind, path in sorted(files.items()) if kind not in (*LABEL_NAMES, *MASK_NAMES)}
+    return Case(name, channels, next(iter(labels), None), next(iter(masks), None), notes=notes)
 
 
 def table_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from anomri.naming import (
     SUFFIXES,
     channel_name,
     folder_name,
-    is_stripped,
+    is_processed,
     may_name_files,
     split_name,
     split_names,
@@ -74,11 +74,16 @@ def find_cases(cohort: str | Path) -> list[Case]:
         raise AnomriError(f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be.")
     else:
         raise AnomriError(f"{path}: no such file or folder.")
-    if not cases:
-        deeper = next((one for one in path.glob("*/*/*") if one.name.lower().endswith(SUFFIXES)), None)
+    deeper = None
+    if not any(case.channels for case in cases) and path.is_dir():
+        known = {file for case in cases for file in (case.label, case.mask)}
+        images = (one for one in path.glob("*/*/**/*") if one.name.lower().endswith(SUFFIXES))
+        deeper = next((one for one in images if one not in known), None)
+    if not cases or deeper:
         hint = f" There is {deeper}: name a folder that is nearer, or write a .tsv." if deeper else ""
+        labels = " but labels and masks" if cases else ""
         raise AnomriError(
-            f"{path}: no scans found. Expected <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
+            f"{path}: no scans found{labels}. Expected NIfTI files, <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
             f"<patient>/<visit>/<channel>.nii.gz, a BIDS data set or a .tsv.{hint}"
         )
     return sorted(cases, key=lambda case: case.name)
@@ -112,12 +117,12 @@ def _cases_in_folder(folder: Path) -> list[Case]:
             other = files.setdefault(kind, path)
             if other is path:
                 continue
-            if is_stripped(path) == is_stripped(other):
+            if is_processed(path) == is_processed(other):
                 raise AnomriError(
                     f"{path} and {other} are both {kind} of case {name}; keep one of them or, if they are of two scans, "
                     f"call these differently or name them in a TSV."
                 )
-            files[kind] = path if is_stripped(path) else other
+            files[kind] = path if is_processed(path) else other
     subjects = {name: place.parent.name for place, name in visits.items()}
     cases = [replace(case_with(name, files), subject=subjects.get(name)) for name, files in found.items()]
     return [case for case in cases if case.channels or case.label or case.mask]
@@ -169,7 +174,7 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
 
 
 def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, bool]]:
-    return [(kind, is_stripped(path)) for path, (_, kind) in named.items()]
+    return [(kind, is_processed(path)) for path, (_, kind) in named.items()]
 
 
 def _cases_in_table(path: Path) -> list[Case]:

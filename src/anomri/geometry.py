@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from anomri.resampling import Lattice, resample
 from anomri.spec import AnomriError, Grid
 
-AFFINE_TOLERANCE_MM = 1e-2
+TOLERANCE = 0.05
+"""Share of the smallest voxel by which the corners of two images on one grid may lie apart: headers are rounded."""
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
 """A header in metres or micrometres lies beyond these."""
 
@@ -127,7 +128,7 @@ def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geom
         )
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
     apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
-    if not apart <= AFFINE_TOLERANCE_MM:
+    if not apart <= TOLERANCE * min(first.spacing_mm):
         raise AnomriError(
             f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
             f"case lie on one grid; register or resample this one to that one's."

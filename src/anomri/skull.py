@@ -20,7 +20,7 @@ from anomri.geometry import Geometry
 from anomri.naming import bare_name
 from anomri.nifti import read_image
 from anomri.spec import AnomriError, first_line
-from anomri.volume import Volume
+from anomri.volume import MIN_BRAIN_ML, Volume
 
 MAX_BRAIN_ML = 2200.0
 """No brain is larger, with all its fluid; 28 patients with tumours reach 1,750 ml, a head has 3,000 to 6,000."""
@@ -28,7 +28,6 @@ MAX_SLICE_MM2 = 22_500.0
 """No axial slice of a brain is larger: those patients reach 19,900 mm2; for a field that shows part of a head."""
 MAX_FILLED = 0.75
 """No brain fills more of the field: an ellipsoid fills 0.52 of the box around it; where air is not zero, all is filled."""
-MIN_BRAIN_ML = 300.0
 TOOLS = ("mri_synthstrip", "hd-bet")
 """Programs that are called if they are on the path, the first found; made for scans of any contrast."""
 

@@ -34,7 +34,7 @@ from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
-from anomri.training_cohort import Packed, common_box, describe_cohort, finished, pack_splits, task_of
+from anomri.training_cohort import Packed, common_box, describe_cohort, finished, notes_of, pack_splits, task_of
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
@@ -122,9 +122,8 @@ def train(
     known = [*cases, *(before.beside(cases) if before else ())]
     if data_licence:
         spec = replace(spec, data_licence=data_licence)
-    for case in cases:
-        for note in case.notes:
-            progress(Progress("pack", 0, len(cases), note=note))
+    for note in notes_of(cases):
+        progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
         if team.once(lambda: finished(folder, spec, known, resume)):

@@ -75,6 +75,31 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     )
 
 
+def notes_of(cases: Sequence[Case]) -> list[str]:
+    """What the owner of a cohort should know of it before a training.
+
+    Raises `AnomriError` for a label without an image: those of its scan would be taken for healthy.
+    """
+    for case in cases:
+        if case.label and not case.channels:
+            raise AnomriError(
+                f"{case.label}: is a label, but no image is called {case.name} as it is, and the slices that it marks would be "
+                f"taken for healthy; call both alike (<case>_flair.nii.gz, <case>_seg.nii.gz), or name them in a .tsv."
+            )
+    notes = [note for case in cases for note in case.notes]
+    used = [case for case in cases if case.split in ("train", "val")]
+    unlabelled = sum(case.label is None for case in used)
+    if unlabelled:
+        notes.append(
+            f"{unlabelled} of the {len(used)} cases to train and validate on have no label: all of their slices are taken for "
+            f"healthy."
+        )
+    if beside := [case.name for case in cases if case.split is None]:
+        names = ", ".join(beside[:5]) + (", ..." if beside[5:] else "")
+        notes.append(f"in no split, and not used ({len(beside)} of {len(cases)} cases): {names}.")
+    return notes
+
+
 def pack_splits(
     cases: Sequence[Case], spec: ModelSpec, cache: Path, team: Processes, progress: Callable[[int, int], None]
 ) -> Packed:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
-from anomri.geometry import AFFINE_TOLERANCE_MM, Geometry, check_grid, copy_turned, geometry_of
+from anomri.geometry import TOLERANCE, Geometry, check_grid, copy_turned, geometry_of
 from anomri.launch import processors
 from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
@@ -26,6 +26,11 @@ MAX_NEGATIVE = 0.1
 """An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
 MAX_UNDERSHOOT = 0.1
 """How deep interpolation may undershoot, as a share of the largest value."""
+MIN_BRAIN_ML, MIN_MASKED = 300.0, 0.1
+"""A mask of less, that leaves a smaller share of an image, is none of a brain."""
+MAX_CLASS = 10
+"""No label has more classes; where values are larger, as 255, their size says nothing."""
+WITHOUT_LABEL = "its label was left out: "
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,9 @@ def read_volume(
     Voxels outside the case's brain mask, if it has one, are set to zero, and so are negative values, with a note.
     With ``resampled`` an image on another grid than the first channel is brought onto it by the headers (trilinear;
     masks by the nearest voxel), with a note. A label never is: what is measured against it must not depend on how it
-    was brought over. Raises `AnomriError` naming the file that is missing, empty, not finite, standardised, on another
-    grid, or, with ``resampled``, that does not overlap the first at all.
+    was brought over; one that cannot be used is left out, with a note. Raises `AnomriError` naming the file that is
+    missing, empty, not finite, standardised, on another grid, the label of a lesion in place of a brain's mask, or, with
+    ``resampled``, that does not overlap the first at all.
     """
     files, notes, read, slopes = case.files(channels), list[str](), list[NDArray[Any]](), list[float]()
     if not files:
@@ -135,7 +141,8 @@ def read_volume(
             read.append(_onto(path, image, values, files[0], first, notes if resampled else None))
     assert first is not None
     if case.mask is not None:
-        mask = _read_mask(case.mask, files[0], first, notes if resampled else None)
+        mask = _read_mask(case.mask, files[0], first, notes, resampled)
+        _check_mask(case.mask, mask, files[0], read[0], first.voxel_mm3)
         read = [values * mask for values in read]
     boxes = [box_around(values) for values in read]
     for path, box in zip(files, boxes, strict=True):
@@ -145,7 +152,12 @@ def read_volume(
             )
     label: NDArray[np.bool_] | None = None
     if case.label is not None and with_label:
-        label = _read_mask(case.label, files[0], first, None)
+        try:
+            label = _read_mask(case.label, files[0], first, notes, resampled=False)
+        except AnomriError as error:
+            if not resampled:
+                raise
+            notes.append(f"{WITHOUT_LABEL}{error}")
     brain = join(boxes)
     inside = np.empty((len(read), *(side.stop - side.start for side in brain)), dtype=np.float32)
     for values, slope, channel in zip(read, slopes, inside, strict=True):
@@ -160,7 +172,7 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     assert case.label is not None
     image = read_image(case.label)
     geometry = geometry_of(case.label, image, grid)
-    return np.ascontiguousarray(geometry.canonical(_finite(case.label, values_of(image)) > 0)), geometry
+    return np.ascontiguousarray(geometry.canonical(_marked(case.label, image, []))), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
@@ -219,12 +231,34 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
     return np.ascontiguousarray(data[(slice(None), *brain)], dtype=np.float32), brain
 
 
-def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str] | None) -> NDArray[np.bool_]:
+def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str], resampled: bool) -> NDArray[np.bool_]:
     image = read_image(path)
-    inside = _onto(path, image, _finite(path, values_of(image)) > 0, first_path, first, notes)
+    inside = _onto(path, image, _marked(path, image, notes), first_path, first, notes if resampled else None)
     mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
     copy_turned(inside[box], mask[box])
     return mask
+
+
+def _marked(path: Path, image: nib.Nifti1Image, notes: list[str]) -> NDArray[np.bool_]:
+    """The voxels above zero of a mask or label; of one that interpolation made soft, with a note, those above a half."""
+    values = _finite(path, values_of(image))
+    marked: NDArray[np.bool_] = values > 0
+    if values.dtype.kind in "iu" or not marked.any() or bool((values[marked] % 1 == 0).all()):
+        return marked
+    most = float(values.max())
+    cut = 0.5 if 1 < most <= MAX_CLASS else most / 2
+    notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:.3g} on are taken.")
+    return np.asarray(values >= cut)
+
+
+def _check_mask(path: Path, mask: NDArray[np.bool_], first_path: Path, values: NDArray[Any], voxel_mm3: float) -> None:
+    inside, whole = (int(np.count_nonzero(one)) for one in (mask & (values > 0), values > 0))
+    millilitres = inside * voxel_mm3 / 1000
+    if inside and inside < MIN_MASKED * whole and millilitres < MIN_BRAIN_ML:
+        raise AnomriError(
+            f"{path}: leaves {millilitres:.3g} ml of {first_path.name}, {inside / whole:.1%} of what is above zero there; that is "
+            f"no mask of a brain. If it is the label of a lesion, call it <case>_seg.nii.gz, or name it so in a .tsv."
+        )
 
 
 def _onto(
@@ -248,7 +282,7 @@ def _onto(
     )
     apart = float(np.abs(source.corners_mm - target.corners_mm).max())
     turned = here.canonical(values)
-    if source.shape == target.shape and apart <= AFFINE_TOLERANCE_MM:
+    if source.shape == target.shape and apart <= TOLERANCE * min(target.spacing_mm):
         return turned
     share = covered(source, target)
     if not share:
