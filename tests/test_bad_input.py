@@ -117,7 +117,6 @@ PAIRS: dict[str, tuple[str, bytes | None, str]] = {
     "mask empty": ("mask", image(BRAIN * 0), "no voxel is above zero"),
     "mask elsewhere": ("mask", moved(-5000), "do not overlap at all"),
     "mask damaged": ("mask", b"x", "is not a NIfTI|cut short"),
-    "label not finite": ("seg", image(spoilt(np.nan)), "NaN or infinite"),
 }
 
 
@@ -132,6 +131,14 @@ def test_a_bad_companion_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(AnomriError, match=message) as caught:
         detector.detect({"flair": tmp_path / "a_flair.nii", kind: second})
     assert ("a_" if kind != "mask" else "a") in str(caught.value)
+
+
+def test_a_bad_label_is_left_out_and_said(tmp_path: Path) -> None:
+    (tmp_path / "a_flair.nii").write_bytes(image())
+    (tmp_path / "a_seg.nii").write_bytes(image(spoilt(np.nan)))
+    detection = thresholding().detect(tmp_path)
+    assert detection.volume.label is None
+    assert "its label was left out" in detection.volume.notes[-1] and "NaN or infinite" in detection.volume.notes[-1]
 
 
 def test_brain_mask_that_is_no_file(tmp_path: Path) -> None:
