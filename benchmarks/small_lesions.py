@@ -1,10 +1,11 @@
-"""Which small lesions a mask shows, by their size, and how many findings are none, at several of a model's settings.
+"""Which small lesions a mask shows, by their size, and how many findings are false, at several of a model's settings.
 
 python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/models/brats18 [--split val] [--repeats 4]
 
 Balls with the contrast of a plaque of multiple sclerosis (`robustness.with_balls`) are planted in the slices without a lesion,
-and the mask of `anomri detect` is made on the scan's own voxels. A ball is shown if the mask has a voxel of it; a component of
-the mask that lies in those slices alone, and has none of any ball, is a finding too many. A model may have been given its
+and map and mask of `anomri detect` are made on the scan's own voxels. A ball is shown if the mask has a voxel of it; a component of
+the mask that lies in those slices alone, and has none of any ball, is a false finding. Average precision is that of the map, over
+the voxels of the brain in those slices. A model may have been given its
 score and threshold on other balls in slices of the same scans (`val`).
 """
 
@@ -24,9 +25,9 @@ from anomri.cases import Case
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.lesions import lesion_labels
-from anomri.metrics import drop_small_components
+from anomri.metrics import drop_small_components, precision_recall
 from anomri.volume import read_volume
-from robustness import BALLS, Mask, labelled_of, parts_of, with_balls
+from robustness import BALLS, Data, Mask, labelled_of, parts_of, with_balls
 
 SETTINGS: dict[str, tuple[str | None, float | None]] = {
     "default": (None, None),
@@ -74,17 +75,20 @@ def main() -> None:
 def table(detector: Detector, cases: list[Case], repeats: int) -> None:
     """Print the rows of one."""
     balls_of, extra = defaultdict[str, list[tuple[float, bool]]](list), defaultdict[str, list[int]](list)
+    voxels = defaultdict[str, list[tuple[Data, Mask]]](list)
     chosen = {name: detector.with_threshold(rate).with_min_volume(least) for name, (rate, least) in SETTINGS.items()}
     for case in cases:
         volume = read_volume(case, detector.spec.channels)
         assert volume.label is not None
         healthy, voxel_mm3 = ~np.asarray(volume.label.any((0, 1))), volume.geometry.voxel_mm3
         for repeat in range(repeats):
-            for number, kind in enumerate(BALLS.values()):
+            for number, (size, kind) in enumerate(BALLS.items()):
                 draw = np.random.default_rng([zlib.crc32(case.name.encode()), number, repeat])
                 scan = with_balls(volume, *kind, draw)
                 assert scan.label is not None
                 found = detector.detect(scan)
+                counted = scan.foreground & healthy
+                voxels[size].append((found.anomaly_map[counted], scan.label[counted]))
                 for name, one in chosen.items():
                     assert one.thresholds is not None
                     dropped = one.spec.score.max_dropped(found.stack.spacing_mm, voxel_mm3)
@@ -97,7 +101,10 @@ def table(detector: Detector, cases: list[Case], repeats: int) -> None:
         cells = [f"{np.mean(one):.2f}" if one else "" for one in shown.values()]
         print(f"| {low:g} to {high:g} mm | {len(shown['default'])} |", " | ".join(cells), "|")
     cells = [f"{np.mean(one):.1f}" for one in extra.values()]
-    print("| findings too many, in a scan's slices without a lesion | |", " | ".join(cells), "|", flush=True)
+    print("| false findings in a scan's slices without a lesion | |", " | ".join(cells), "|")
+    for size, pairs in voxels.items():
+        scores, labels = map(np.concatenate, zip(*pairs, strict=True))
+        print(f"\nAverage precision, {size}: {precision_recall(scores, labels).average_precision:.3f}", flush=True)
 
 
 if __name__ == "__main__":
