@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from anomri.cases import Case, assign_splits, case_of_files, channels_of, read_splits, split_cases, write_splits
+from anomri.cases import (
+    Case,
+    assign_splits,
+    case_of_files,
+    channels_of,
+    read_splits,
+    split_cases,
+    splits_of,
+    write_splits,
+)
 from anomri.cohorts import find_cases
 from anomri.spec import AnomriError
 
@@ -416,7 +425,35 @@ LAYOUTS = {
         [f"1-{of}{name}" for of in ("", "LesionSeg-") for name in ("T1", "Flair", "T2")],
         {"1": ("flair t1 t2", "1-LesionSeg-Flair", None)},
     ),
-    "raw and processed": (["p/FLAIR", "p/FLAIR_n4", "p/T1_reg"], {"p": ("flair t1", None, None)}),
+    "UCSF-PDGM": (
+        ["U4_nifti/U4_FLAIR", "U4_nifti/U4_brain_parenchyma_segmentation", "U4_nifti/U4_tumor_segmentation"],
+        {"U4": ("flair", "U4_tumor_segmentation", None)},
+    ),
+    "tissues beside a lesion": (
+        ["p/p_FLAIR", "p/aparc_seg", "p/p_brain_seg", "p/p_lesion_seg", "q/q_T1", "q/q_T1_brain_seg", "q/q_aparc_seg"],
+        {"p": ("flair", "p_lesion_seg", None), "q": ("t1", None, None)},
+    ),
+    "cases called after a lesion": (
+        [
+            "p_flair",
+            "p_t1",
+            "p_lesion_flair",
+            "p_lesion_t1",
+            "P_stroke_flair",
+            "P_stroke_lesion_mask",
+            "P_stroke_brain_mask",
+        ],
+        {
+            "p": ("flair t1", None, None),
+            "p_lesion": ("flair t1", None, None),
+            "P_stroke": ("flair", "P_stroke_lesion_mask", "P_stroke_brain_mask"),
+        },
+    ),
+    "named after what was done": (
+        ["p_flair_pp", "p_flair_pp_mask", "p_flair_pp_seg"],
+        {"p": ("flair", "p_flair_pp_seg", "p_flair_pp_mask")},
+    ),
+    "ISLES": (["p_flair", "p_dwi", "p_adc", "p_msk"], {"p": ("adc dwi flair", "p_msk", None)}),
 }
 
 
@@ -441,11 +478,13 @@ def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
     )
     assert (case.label, case.mask) == (tmp_path / "p_consensus.nii", tmp_path / "p_brainmask.nii")
     assert case.notes == (
-        "p: p_consensus.nii is taken for its label, not p_manual.nii.",
         "p: p_brainmask.nii is taken for its brain mask, not p_mask.nii.",
+        "p: p_consensus.nii is taken for its label, not p_manual.nii.",
     )
-    with pytest.raises(AnomriError, match="are both seg of case q"):
-        find_cases(touch(tmp_path / "two", "q_FLAIR.nii", "q_lesion_seg.nii", "q_manual_seg.nii"))
+    names = ("lesion_mask", "manual_seg", "wml_mask", "FLAIR_seg")
+    (case,) = find_cases(touch(tmp_path / "more", "q_FLAIR.nii", *(f"q_{name}.nii" for name in names)))
+    others = "q_FLAIR_seg.nii, q_lesion_mask.nii, q_wml_mask.nii"
+    assert case.notes == (f"q: q_manual_seg.nii is taken for its label, not {others}.",)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +519,35 @@ def test_labels_alone_are_cases_for_the_maps_of_others(tmp_path: Path) -> None:
         ("Brats18_TCIA02_606_1", "Brats18_TCIA02_606_1"),
         ("scan_2001", "scan_2001"),
         ("head_v1", "head_v1"),
+        ("3T_V01", "3T_V01"),
+        ("test1_001", "test1_001"),
     ],
 )
 def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
     assert Case(name, {}).patient == patient
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("p_t1", "p_t1_mni", "p_t1_n4"), "p_t1"),
+        (("p_t1", "p_t1_n4", "p_t1_brain", "p_t1_brain_n4"), "p_t1_brain"),
+        (("p_t1_n4", "p_t1_n4_reg"), "p_t1_n4"),
+        (("p_t1", "p_mprage"), "p_t1"),
+        (("p_mprage",), "p_mprage"),
+    ],
+)
+def test_of_several_images_of_a_channel_one_is_preferred(tmp_path: Path, names: tuple[str, ...], taken: str) -> None:
+    (case,) = find_cases(touch(tmp_path, *(f"{name}.nii" for name in names)))
+    assert case.channels == {"t1": tmp_path / f"{taken}.nii"}
+
+
+def test_of_two_that_were_processed_otherwise_none_is(tmp_path: Path) -> None:
+    with pytest.raises(AnomriError, match="p_t1_n4.nii and .*p_t1_reg.nii are both t1 of case p"):
+        find_cases(touch(tmp_path, "p_t1_n4.nii", "p_t1_reg.nii"))
+
+
+def test_a_patient_who_was_seen_once_was_seen() -> None:
+    cases = [Case("P1_v1", {}, split="test"), Case("P1_v2", {}, split="train"), Case("P1_v3", {}, split="val")]
+    for order in (cases, cases[::-1]):
+        assert splits_of(order) == {"P1": "train", "P1_v1": "test", "P1_v2": "train", "P1_v3": "val"}

@@ -1,12 +1,13 @@
 """A training that begins with a trained model."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from anomri.cases import model_cases
+from anomri.cases import Case, model_cases
 from anomri.cohorts import find_cases
 from anomri.detector import BUILT_IN
 from anomri.model_files import read_model
@@ -40,7 +41,7 @@ def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
 
 
 def test_a_score_that_was_chosen_is_chosen_anew(cohort: Path, cache: Path, marking: Path, tmp_path: Path) -> None:
-    assert Pretrained.read(marking).preset.score.kind == "auto"
+    assert Pretrained.read(marking).preset().score.kind == "auto"
     short = {"steps": 2, "validate_every": 2}
     spec = train(cohort, tmp_path / "model", pretrained=marking, training=short, cache=cache).spec
     assert spec.score.chosen_by and spec.score.kind != "auto"
@@ -59,10 +60,33 @@ def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, 
     assert sorted([splits["new0"], splits["new1"]]) == ["train", "val"]
 
 
+def test_patients_keep_their_sides_where_no_split_is_given(cohort: Path, model: Path, tmp_path: Path) -> None:
+    before = Pretrained.read(model)
+    again = [replace(case, split=None) for case in find_cases(cohort)]
+    new = [Case("new0", {}), Case("new1", {})]
+    divided = {case.name: case.split for case in before.divided([*again, *new], seed=0)}
+    assert divided == {case.name: case.split for case in find_cases(cohort)} | {"new0": "train", "new1": "train"}
+    # Nobody who was held out: some of the new ones are.
+    divided = {case.name: case.split for case in before.divided([*again[:5], *new], seed=0)}
+    assert sorted(str(divided[case.name]) for case in new) == ["train", "val"]
+    assert len(before.others([replace(case, split=divided[case.name]) for case in [*again[:5], *new]])) == 4
+    for given in (find_cases(cohort), new):
+        assert before.divided(given, seed=0) == given
+
+
+def test_the_terms_of_both_cohorts_are_told(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+    arguments = {"pretrained": model, "training": {"steps": 1}, "cache": cache}
+    old = ModelSpec.read(model / "model.json").data_licence
+    spec = train(cohort, tmp_path / "given", data_licence="CC0", **arguments).spec  # type: ignore[arg-type]
+    assert spec.data_licence == f"CC0; began with weights of: {old}"
+    assert Pretrained.read(model).licence(old) == old
+    assert Pretrained.read(model).licence(None).startswith("unknown for the scans that it went on with; began with")
+
+
 def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
     swapped = tmp_path / "splits.csv"
     swapped.write_text("case,split\n" + "".join(f"case{k},{'val' if k == 0 else 'train'}\n" for k in range(7)))
-    with pytest.raises(AnomriError, match="case0 is in the split val, but .*model was trained on it"):
+    with pytest.raises(AnomriError, match="case0 is in the split val, but .*model was trained on that patient"):
         train(cohort, tmp_path / "model", pretrained=model, splits=swapped, cache=cache)
     assert not (tmp_path / "model").exists()
 
@@ -112,8 +136,8 @@ def test_resuming_goes_on_from_its_own_step_and_not_from_another_model(
 
 
 def test_the_model_in_the_package_can_be_gone_on_from() -> None:
-    before = Pretrained.read(BUILT_IN)
-    assert before.preset.training is not None and before.preset.training.precision == "auto"
-    assert before.preset.score.kind == "auto" and before.preset.score.flips
+    before = Pretrained.read("built-in")
+    assert (preset := before.preset()).training is not None and preset.training.precision == "auto"
+    assert preset.score.kind == "auto" and preset.score.flips
     assert {case.split for case in before.cases} >= {"train", "val"}
     assert before.spec == ModelSpec.read(BUILT_IN / "model.json")

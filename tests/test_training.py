@@ -23,7 +23,7 @@ from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
 from anomri.steps import load_optimizer, optimizer_of
 from anomri.training import batch_numbers, learning_rate, train
-from anomri.training_cohort import notes_of
+from anomri.training_cohort import check_labels, notes_of
 from anomri.training_state import TrainingState
 from conftest import write
 
@@ -96,8 +96,10 @@ def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path)
         "in no split, and not used (1 of 9 cases): case0.",
     ]
     # What a name that is not known leaves of a case: its label, by itself.
+    alone = Case("x2", {}, label=cases[2].label)
     with pytest.raises(AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"):
-        notes_of([*cases, Case("x2", {}, label=cases[2].label)])
+        check_labels([*cases, alone])
+    check_labels([*(case for case in cases if case.label), alone])
 
 
 class StopAt:

@@ -127,9 +127,19 @@ def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
         assert volume.label is not None
         assert volume.label.sum() == (soft >= cut).sum() < (soft > 0).sum()
         assert volume.notes == (
-            f"a_seg.nii.gz has values between whole numbers (up to {most:.3g}); those from {cut:.3g} on are taken.",
+            f"a_seg.nii.gz has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken.",
         )
-    classes = (np.random.default_rng(0).integers(0, 5, SHAPE)).astype(np.float32)
+    # What nobody knows the half of, and whole numbers that a header scales, are taken as they are.
+    low = np.zeros(SHAPE, np.float32)
+    low[20:30] = np.linspace(0.01, 0.06, 10, dtype=np.float32)[:, None, None]
+    scaled = np.zeros(SHAPE, np.float32)
+    scaled[20:30] = np.arange(1, 11, dtype=np.float32)[:, None, None] * np.float32(1.000001)
+    for values in (low, scaled):
+        volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", values)), ["t1"])
+        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes
+    classes = (np.random.default_rng(0).integers(0, 5, SHAPE) * (np.arange(SHAPE[0]) < 20)[:, None, None]).astype(
+        np.float32
+    )
     volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", classes)), ["t1"])
     assert volume.label is not None and volume.label.sum() == (classes > 0).sum() and not volume.notes
 
@@ -150,9 +160,10 @@ def test_headers_that_were_rounded_are_of_one_grid(tmp_path: Path) -> None:
     near, far = AFFINE.copy(), AFFINE.copy()
     near[0, 3] += 0.1  # of voxels of 3.75 mm
     far[0, 3] += 0.3
-    label = write(tmp_path / "a_seg.nii.gz", image_of_ones(), near)
+    lesion = image_of_ones() * (np.arange(SHAPE[0]) < 20)[:, None, None]
+    label = write(tmp_path / "a_seg.nii.gz", lesion, near)
     assert read_volume(Case("a", {"t1": image}, label=label), ["t1"]).label is not None
-    expect(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones(), far)), "0.3 mm away")
+    expect(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", lesion, far)), "0.3 mm away")
 
 
 # Bad input: each names the file, what was found and what to do.
@@ -229,8 +240,29 @@ def test_the_label_of_a_lesion_is_no_mask_of_a_brain(tmp_path: Path) -> None:
         "a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "a_m.nii.gz", lesion)
     )
     expect(
-        case, r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is above zero there; that is no mask of a brain"
+        case, r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is to be seen there; that is no mask of a brain"
     )
+
+
+def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_path: Path) -> None:
+    draw, place = np.random.default_rng(0), np.indices(SHAPE)
+    brain = ((place - np.array([32, 30, 7])[:, None, None, None]) ** 2 * np.array([1, 1, 16])[:, None, None, None]).sum(
+        0
+    ) < 64
+    values = np.where(brain, 1.0, 0.03 * draw.random(SHAPE)).astype(np.float32)
+    image = write(tmp_path / "a_t1.nii.gz", values)
+    mask = write(tmp_path / "a_mask.nii.gz", brain.astype(np.uint8))
+    assert (
+        brain.mean() < 0.1 and read_volume(Case("a", {"t1": image}, mask=mask), ["t1"]).foreground.sum() == brain.sum()
+    )
+    slab = write(tmp_path / "a_brain_mask.nii.gz", (brain & (place[2] == 7) & (place[0] < 27)).astype(np.uint8))
+    assert read_volume(Case("a", {"t1": image}, mask=slab), ["t1"]).foreground.any()
+
+
+def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
+    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
+    expect(Case("a", {"t1": image}, label=label), "a_seg.nii.gz: marks 100% of what is to be seen in a_t1.nii.gz")
 
 
 def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from anomri.spec import AnomriError
 
 SPLITS = ("train", "val", "test")
 PATIENT = re.compile(
-    r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d+(?=-\d+$)|(?:UPENN-GBM-|training|test)\d+(?=_\d+$)"
-    r"|.*\d.*(?=_(?:ses(?:sion)?|visit|v|tp|timepoint|time|t|fu|follow-?up|baseline|bl)[-_]?\d*$)",
-    re.IGNORECASE,
+    r"sub-[A-Za-z0-9]+|BraTS-[A-Za-z]+-\d+(?=-\d+$)|UPENN-GBM-\d+(?=_\d+$)|(?:training|test)\d\d(?=_\d\d$)"
+    r"|.*\d.*(?=_(?i:[vt][-_]?\d|(?:ses|session|visit|tp|timepoint|fu|follow-?up)[-_]?\d+|baseline|bl|follow-?up)$)"
 )
 """The patient in the names of BIDS and, before a visit, of BraTS since 2023, UPENN-GBM, ISBI 2015, and of ``P01_v2``."""
 
@@ -147,8 +146,10 @@ def read_splits(path: Path) -> dict[str, str]:
 
 
 def splits_of(cases: Sequence[Case]) -> dict[str, str]:
-    """The split of each case that has one, by its name and by its patient's."""
-    return {name: case.split for case in cases if case.split for name in (case.patient, case.name)}
+    """The split of each case that has one, by its name and by its patient's; of several of a patient that which is seen most."""
+    seen_most_last = sorted((case for case in cases if case.split), key=lambda case: -SPLITS.index(str(case.split)))
+    by_patient = {case.patient: str(case.split) for case in seen_most_last}
+    return by_patient | {case.name: str(case.split) for case in seen_most_last if case.name != case.patient}
 
 
 def model_cases(path: Path) -> list[Case]:
@@ -182,13 +183,15 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
 def case_with(name: str, files: dict[str, Path]) -> Case:
     """A case of files by what they show: channels, and a lesion label and a brain mask by their names."""
     labels, masks = ([files[kind] for kind in kinds if kind in files] for kinds in (LABEL_NAMES, MASK_NAMES))
-    notes = tuple(
-        f"{name}: {found[0].name} is taken for its {what}, not {', '.join(path.name for path in found[1:])}."
-        for what, found in (("label", labels), ("brain mask", masks))
-        if len(found) > 1
-    )
+    notes = (*several(name, "label", labels), *several(name, "brain mask", masks))
     channels = {kind: path for kind, path in sorted(files.items()) if kind not in (*LABEL_NAMES, *MASK_NAMES)}
     return Case(name, channels, next(iter(labels), None), next(iter(masks), None), notes=notes)
+
+
+def several(name: str, what: str, paths: Sequence[Path]) -> list[str]:
+    """A note that of several files for the same the first is taken; none where there is no other."""
+    others = ", ".join(path.name for path in paths[1:])
+    return [f"{name}: {paths[0].name} is taken for its {what}, not {others}."] if others else []
 
 
 def table_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:

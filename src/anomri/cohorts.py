@@ -13,16 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from anomri.bids_input import bids_cases, check_labels
-from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, table_rows
+from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, several, table_rows
 from anomri.naming import (
     CHANNELS,
+    IMAGES,
     LABEL_NAMES,
     MASK_NAMES,
     SUFFIXES,
     channel_name,
     folder_name,
-    is_processed,
     may_name_files,
+    preference,
     split_name,
     split_names,
 )
@@ -52,9 +53,11 @@ def find_cases(cohort: str | Path) -> list[Case]:
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
 
-    ``_seg`` or ``_label`` marks the lesion label, ``_mask`` or ``_brainmask`` the brain mask; channel names are
-    lower case, and ``t1w``, ``t1c``, ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a
-    hyphen. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken. What `anomri detect`
+    ``_seg``, ``_lesion``, ``_lesion_mask`` and the like mark the lesion label (`naming.LABEL_NAMES`; of several one is
+    taken, with a note), ``_mask`` or ``_brainmask`` the brain mask; channel names are lower case, and ``t1w``, ``t1c``,
+    ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a hyphen and with ``_n4``, ``_reg`` or the
+    like behind them. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken; of a raw and
+    a processed one the raw. What `anomri detect`
     wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
     tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
@@ -78,7 +81,7 @@ def find_cases(cohort: str | Path) -> list[Case]:
     if not any(case.channels for case in cases) and path.is_dir():
         known = {file for case in cases for file in (case.label, case.mask)}
         images = (one for one in path.glob("*/*/**/*") if one.name.lower().endswith(SUFFIXES))
-        deeper = next((one for one in images if one not in known), None)
+        deeper = next((one for one in images if one not in known and (not cases or split_name(one)[1] in IMAGES)), None)
     if not cases or deeper:
         hint = f" There is {deeper}: name a folder that is nearer, or write a .tsv." if deeper else ""
         labels = " but labels and masks" if cases else ""
@@ -109,23 +112,32 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     places |= {place: _listed(place)[0] for place in visits}
     images = split_names({place: places[place] for place in sorted(places)})
     patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
-    found: dict[str, dict[str, Path]] = {}
+    found: dict[str, dict[str, list[Path]]] = {}
     for place, named in images.items():
         for path, (stem, kind) in named.items():
             name = visits.get(place) or (folder_name(place) if not stem or place in patients else stem)
-            files = found.setdefault(name, {})
-            other = files.setdefault(kind, path)
-            if other is path:
-                continue
-            if is_processed(path) == is_processed(other):
+            found.setdefault(name, {}).setdefault(kind, []).append(path)
+    subjects = {name: place.parent.name for place, name in visits.items()}
+    cases = [replace(_case(name, files), subject=subjects.get(name)) for name, files in found.items()]
+    return [case for case in cases if case.channels or case.label or case.mask]
+
+
+def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
+    """A case of the images of each kind: of a channel's the preferred one, of labels the first, with a note."""
+    chosen: dict[str, Path] = {}
+    for kind, paths in files.items():
+        first, *others = sorted(paths, key=preference)
+        if kind not in LABEL_NAMES:
+            if others and preference(first) == preference(others[0]):
                 raise AnomriError(
-                    f"{path} and {other} are both {kind} of case {name}; keep one of them or, if they are of two scans, "
+                    f"{first} and {others[0]} are both {kind} of case {name}; keep one of them or, if they are of two scans, "
                     f"call these differently or name them in a TSV."
                 )
-            files[kind] = path if is_processed(path) else other
-    subjects = {name: place.parent.name for place, name in visits.items()}
-    cases = [replace(case_with(name, files), subject=subjects.get(name)) for name, files in found.items()]
-    return [case for case in cases if case.channels or case.label or case.mask]
+            chosen[kind] = first
+    if labels := [(path, kind) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths]:
+        chosen[labels[0][1]] = labels[0][0]
+    case = case_with(name, chosen)
+    return replace(case, notes=(*case.notes, *several(name, "label", [path for path, _ in labels])))
 
 
 def _visits(patients: Mapping[Path, Sequence[Path]]) -> dict[Path, str]:
@@ -174,7 +186,7 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
 
 
 def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, bool]]:
-    return [(kind, is_processed(path)) for path, (_, kind) in named.items()]
+    return [(kind, not preference(path)[0]) for path, (_, kind) in named.items()]
 
 
 def _cases_in_table(path: Path) -> list[Case]:

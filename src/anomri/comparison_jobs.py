@@ -110,6 +110,7 @@ def evaluate_job(job: Job, tell: Tell) -> None:
             try:
                 if isinstance(volume, AnomriError):
                     raise volume
+                volume.lesions()  # or why there are none
                 stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
                 assert stack.label is not None
                 begun = time.monotonic()

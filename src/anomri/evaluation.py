@@ -29,7 +29,7 @@ from anomri.reporting import evaluation_report
 from anomri.residual import describe
 from anomri.slices import SliceStack, label_slices, rescale
 from anomri.spec import AnomriError, Grid, Score
-from anomri.volume import WITHOUT_LABEL, Volume, read_label, read_map
+from anomri.volume import Volume, read_label, read_map
 
 PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
 """Voxels of the paper's working grid on BraTS: slices, rows and columns."""
@@ -247,9 +247,7 @@ def _detected(
         try:
             if isinstance(volume, AnomriError):
                 raise volume
-            if volume.label is None:
-                why = next(note for note in volume.notes if note.startswith(WITHOUT_LABEL))
-                raise AnomriError(why.removeprefix(WITHOUT_LABEL))
+            label = volume.lesions()
             detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
@@ -257,7 +255,7 @@ def _detected(
             if grid == "model":
                 scores, label, voxel_mm3 = on_published_grid(detection.scores, detection.stack, volume, working)
             else:
-                scores, label, voxel_mm3 = detection.anomaly_map, volume.label, volume.geometry.voxel_mm3
+                scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
             yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
         except Exception as error:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from anomri.resampling import Lattice, resample
 from anomri.spec import AnomriError, Grid
 
-TOLERANCE = 0.05
-"""Share of the smallest voxel by which the corners of two images on one grid may lie apart: headers are rounded."""
+TOLERANCE_MM, TOLERANCE = 1e-2, 0.05
+"""How far the corners of two images on one grid may lie apart, in mm or as a share of the smallest voxel: headers are rounded."""
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
 """A header in metres or micrometres lies beyond these."""
 
@@ -67,6 +67,11 @@ class Geometry:
         if self.working is not None:
             return self.working.affine
         return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
+
+    @property
+    def tolerance_mm(self) -> float:
+        """How far the corners of another image may lie apart from this one's that is on the same grid."""
+        return max(TOLERANCE_MM, TOLERANCE * min(self.spacing_mm))
 
     @property
     def voxel_mm3(self) -> float:
@@ -128,7 +133,7 @@ def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geom
         )
     corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
     apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
-    if not apart <= TOLERANCE * min(first.spacing_mm):
+    if not apart <= first.tolerance_mm:
         raise AnomriError(
             f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
             f"case lie on one grid; register or resample this one to that one's."

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SUFFIXES = (".nii.gz", ".nii")
 LABEL_NAMES = (
-    *("seg", "label", "consensus", "lesion", "lesions", "lesionmask", "lesionseg", "wmh", "tumor", "tumour", "infarct"),
-    *("gt", "groundtruth", "segm", "segmentation", "labels", "gtv", "roi", "manual", "annotation", "mask1", "mask2"),
+    *("seg", "label", "consensus", "lesion", "lesions", "lesionmask", "lesionseg", "wmh", "wml", "infarct", "infarcts"),
+    *("stroke", "tumor", "tumour", "tumors", "tumours", "gt", "truth", "groundtruth", "segm", "segmentation", "labels"),
+    *("msk", "gtv", "roi", "manual", "annotation", "mask1", "mask2"),
 )
-"""How labels of lesions end; of several of one case the first in this order is taken."""
+"""How labels of lesions end in public data sets (``mask1`` and ``mask2`` are the raters' of ISBI 2015), the surest first."""
 MASK_NAMES = ("brainmask", "brain_mask", "mask")
+"""How brain masks end; ``brain_mask`` as a column of a table, since of a file's name the last part alone is looked at."""
 OUTPUTS = ("anomaly", "mask", "reconstruction")
 """How the images that `anomri detect` writes end: anomaly first, which is written first."""
 IMAGES = ("flair", "t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "mra")
@@ -32,9 +35,11 @@ ALIASES = {
     "mprage": "t1",
     "dp": "pd",
 }
+SELDOM = ("t1wks", "gado", "mprage", "dp")
+"""Of these, those that stand back where a case has an image by the channel's own name."""
 """What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
 CHANNELS = {"flair", "t1", "t1ce", "t2"}
-HYPHENATED = {*ALIASES, *IMAGES, *LABEL_NAMES, *MASK_NAMES} - {"brain_mask"}
+HYPHENATED = {*ALIASES, *CHANNELS, "pd", "mra", "seg", "label", "mask", "brainmask"}
 """What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
 TWO_PARTS = re.compile(r"(?:^|[_-])(t2[_-]flair|t1[_-](?:ce|gd|c)|t1\+c)$", re.IGNORECASE)
 """Channels in two words, as in ``T2_FLAIR``: not the channel ``flair`` of a case ``T2``."""
@@ -45,12 +50,18 @@ PROCESSED = re.compile(
     re.IGNORECASE,
 )
 """What others write behind a name for what was done to the image, which is still of the same."""
-LIKE_A_LESION = re.compile(
-    r"(?:^|[_-])(?:(?:label|desc|seg|mask)-)?(?:[a-z0-9]*lesions?(?:-?(?:seg|mask))?|tumou?rs?|wm[hl]s?|infarcts?|strokes?"
-    r"|consensus|gt|ground-?truth|manual|roi|msk)(?=$|[_.-])",
+LESION = re.compile(
+    r"(?:^|[_-])(?:(?:label|desc|seg|mask)-)?"
+    r"(?:[a-z0-9]*lesions?|tumou?rs?|wm[hl]s?|infarcts?|strokes?|consensus|manual|gt|ground)$",
     re.IGNORECASE,
 )
-"""What names have of which an image may be the label of a lesion; before ``_mask``, that it is not the brain's."""
+"""What stands before ``_mask`` if that is a lesion's and not the brain's, and before ``_seg`` between it and the case."""
+TISSUE = re.compile(
+    r"(?:^|[_-])(?:brain|parenchyma|tissues?|aparc|aseg|gm|wm|csf|ventricles?)(?=$|[_+-])", re.IGNORECASE
+)
+"""What names have of which a mask or a segmentation is of healthy anatomy."""
+DRAWN_ON = re.compile(r"[_-]lesion-?(?:seg|mask)$", re.IGNORECASE)
+"""What stands before ``_flair`` if it is the label that was drawn on that image."""
 FORBIDDEN = {*"/\\", *(':*?"<>|' if os.name == "nt" else "")}
 """What would lead a file's name out of its folder, or is refused there."""
 
@@ -81,19 +92,38 @@ def folder_name(folder: Path) -> str:
 
 def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
-    bare = PROCESSED.sub("", bare_name(path))
+    bare = bare_name(path)
     stem, kind = _split(bare, two_words)
-    if kind not in IMAGES and STRIPPED.search(bare) and (whole := _split(stem, two_words))[1] in CHANNELS:
-        return whole
-    if bare != bare_name(path) and kind not in (*IMAGES, *LABEL_NAMES, *MASK_NAMES):
-        return _split(bare_name(path), two_words)
+    known = (*IMAGES, *LABEL_NAMES, *MASK_NAMES)
+    if kind not in known:
+        plain, _, processed = _plain(bare)
+        whole = _split(plain, two_words)
+        if whole[1] in CHANNELS or (processed and whole[1] in known):
+            return whole
     return stem, kind
+
+
+def preference(path: Path) -> tuple[bool, int, bool]:
+    """The lower, the rather an image is taken of several of one channel: brains without skull, then the least processed."""
+    plain, stripped, processed = _plain(bare_name(path))
+    return not stripped, processed, re.split("[_-]", plain)[-1].lower() in SELDOM
+
+
+def _plain(bare: str) -> tuple[str, bool, int]:
+    """A name without what tools write behind it; whether that says that a skull was stripped, and how much more there is."""
+    stripped, processed = False, 0
+    while end := STRIPPED.search(bare) or PROCESSED.search(bare):
+        is_brain = STRIPPED.search(bare) is not None
+        stripped, processed = stripped or is_brain, processed + (not is_brain)
+        bare = bare[: end.start()]
+    return bare, stripped, processed
 
 
 def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path, tuple[str, str]]]:
     """`split_name` of the files in the folders of a cohort, but as their neighbours suggest; without what `detect` wrote.
 
-    A mask or a label is of the case whose image has its name, and of several the one that is most plainly a case's is taken.
+    A mask or a label is of the case whose image has its name. Of a case's masks in a folder only the one that is most
+    plainly its own is there, and its labels come in that order.
     """
     named = {place: {path: split_name(path) for path in paths} for place, paths in folders.items()}
     found = _all(named)
@@ -113,64 +143,79 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
                 del files[path]
     images = {one for one in _all(named) if one[1] not in MASK_NAMES}
     scans = {stem for stem, kind in images if kind in CHANNELS}
-    return {place: _with_owners(folder_name(place), files, images, scans) for place, files in named.items()}
+    return {place: _with_owners(files, folder_name(place), images, scans) for place, files in named.items()}
 
 
 def _all(named: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[tuple[str, str]]:
     return {one for files in named.values() for one in files.values()}
 
 
+@dataclass(frozen=True, order=True)
+class _Mark:
+    """A mask or a label: how plainly it is one case's, the least the most, and which."""
+
+    rank: tuple[int, str]
+    sureness: int
+    path: Path
+    case: str
+    kind: str
+
+
+ADOPTED = 9
+"""The rank of what is in the folder of a case and else by nothing known to be that case's."""
+
+
 def _with_owners(
-    place: str, files: Mapping[Path, tuple[str, str]], images: set[tuple[str, str]], scans: set[str]
+    files: Mapping[Path, tuple[str, str]], place: str, images: set[tuple[str, str]], scans: set[str]
 ) -> dict[Path, tuple[str, str]]:
-    """The files of a folder called ``place`` with each mask and label as its case's, where that can be told."""
-    here = {stem for stem, kind in files.values() if kind in CHANNELS}
-    owned: dict[Path, tuple[str, str]] = {}
-    ranks: dict[Path, tuple[int, str]] = {}
+    """The files of a folder called ``place``, each mask and label with the case whose it is, where that can be told."""
+    marked = {stem for stem, kind in files.values() if kind in (*LABEL_NAMES, *MASK_NAMES)}
+    others: dict[Path, tuple[str, str]] = {}
+    masks, labels = list[_Mark](), list[_Mark]()
     for path, (stem, kind) in files.items():
-        owned[path] = stem, kind
-        whose = _before_lesion(stem)
-        if kind in CHANNELS and whose != stem and (whose, kind) in images:
-            owned[path], ranks[path] = (whose, "lesion"), (2, kind)  # drawn on that image
-        elif kind in (*MASK_NAMES, *LABEL_NAMES):
-            if kind in MASK_NAMES and stem not in scans and whose != stem:
-                stem, kind = whose, "lesion"
-            ranks[path], case = _owner(stem, images, scans)
-            # A folder of one case, called after it: whatever its label is called.
-            owned[path] = place if case not in scans and here == {place} else case, kind
-    best: dict[tuple[str, bool], tuple[int, str]] = {}
-    for path, rank in ranks.items():
-        case, kind = owned[path]
-        one = case, kind in MASK_NAMES
-        best[one] = min(rank, best.get(one, rank))
-    return {
-        path: (case, kind)
-        for path, (case, kind) in owned.items()
-        if path not in ranks or ranks[path] == best[case, kind in MASK_NAMES]
-    }
+        image = DRAWN_ON.sub("", stem)
+        anatomy = TISSUE.search(stem) is not None
+        if image != stem and kind in CHANNELS and (image, kind) in images and stem not in marked:
+            labels.append(_Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg"))
+        elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
+            rank, case = _owner(stem, _plain(stem)[0], images, scans)
+            masks.append(_Mark(rank, 0, path, case, kind))
+        elif kind in (*LABEL_NAMES, *MASK_NAMES):
+            kind = "lesion" if kind in MASK_NAMES else kind
+            rank, case = _owner(stem, PROCESSED.sub("", _before_lesion(stem, scans)), images, scans)
+            if case in scans or not anatomy:
+                labels.append(_Mark(rank, LABEL_NAMES.index(kind), path, case, kind))
+        else:
+            others[path] = stem, kind
+    if {stem for stem, kind in others.values() if kind in CHANNELS} == {place}:
+        masks, labels = _adopted(masks, place, scans), _adopted(labels, place, scans)
+    best = {mark.case: mark.rank for mark in sorted(masks, reverse=True)}
+    kept = [*(mark for mark in masks if mark.rank == best[mark.case]), *sorted(labels)]
+    return others | {mark.path: (mark.case, mark.kind) for mark in kept}
 
 
-def _owner(stem: str, images: set[tuple[str, str]], scans: set[str]) -> tuple[tuple[int, str], str]:
-    """How plainly a mask or label called ``stem`` is one case's, the least number the most, and that case."""
+def _owner(stem: str, plain: str, images: set[tuple[str, str]], scans: set[str]) -> tuple[tuple[int, str], str]:
+    """How plainly a mask or label called ``stem``, ``plain`` without what tools add, is one case's, and that case."""
     if stem in scans:
         return (0, ""), stem
-    bare = STRIPPED.sub("", _before_lesion(stem))
-    for case, channel in (_split(bare, two_words) for two_words in (True, False)):
+    for case, channel in (_split(plain, two_words) for two_words in (True, False)):
         if (case, channel) in images and channel in IMAGES:
             return (2 + (channel not in CHANNELS), channel), case
-    return (1 if bare != stem else 0, ""), bare
+    return (1 if plain != stem else 0, ""), plain
 
 
-def _before_lesion(stem: str) -> str:
-    """What is left of ``consensus`` and the like at the end of a name."""
-    while last := next((one for one in LIKE_A_LESION.finditer(stem) if one.end() == len(stem)), None):
-        stem = stem[: last.start()]
+def _adopted(marks: Sequence[_Mark], place: str, scans: set[str]) -> list[_Mark]:
+    """In the folder of one case, called after it, what is no one's by its name is that case's, if it has none that is."""
+    if any(mark.case == place for mark in marks):
+        return list(marks)
+    return [mark if mark.case in scans else replace(mark, rank=(ADOPTED, ""), case=place) for mark in marks]
+
+
+def _before_lesion(stem: str, scans: set[str]) -> str:
+    """A name without ``_consensus`` and the like at its end, but for what is a scan's name."""
+    while stem not in scans and (end := LESION.search(stem)):
+        stem = stem[: end.start()]
     return stem
-
-
-def is_processed(path: Path) -> bool:
-    """Whether a file's name says that its image is a brain without its skull, or what was made of a raw image."""
-    return any(words.search(bare_name(path)) for words in (STRIPPED, PROCESSED))
 
 
 def _split(bare: str, two_words: bool = True) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from anomri.preparation import prepare
 from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_volume
 from anomri.spec import AnomriError, Grid, Scaling
 
-PACKING_VERSION = 7
+PACKING_VERSION = 8
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, channels_of, model_cases
+from anomri.cases import Case, channels_of, model_cases, split_cases, splits_of
+from anomri.detector import BUILT_IN
 from anomri.devices import resolve_device, resolve_precision
 from anomri.methods import Preset
 from anomri.model_files import MAX_TABLE, plain_file, read_model
@@ -23,6 +24,8 @@ from anomri.training_cohort import CHOSEN, FOUND, check_grid
 from anomri.views import check_score
 
 DEFAULT_PRESET = "small"
+IN_THE_PACKAGE = "built-in"
+"""What the model that comes with the package is called in place of its folder."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,28 @@ class Pretrained:
     """Those it was trained and validated on, without files; none where its folder does not say."""
 
     @classmethod
-    def read(cls, folder: Path) -> Pretrained:
-        """Read a model folder; raises `AnomriError` if there is none, or nothing in it was trained."""
+    def read(cls, model: str | Path) -> Pretrained:
+        """Read a model folder, or `IN_THE_PACKAGE`; raises `AnomriError` if there is none, or nothing in it was trained."""
+        folder = BUILT_IN if str(model) == IN_THE_PACKAGE else Path(model)
         spec, _, weights = read_model(folder)
         if not weights:
             raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
         splits = folder / "splits.csv"
         return cls(folder, spec, weights, model_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else [])
 
-    @property
     def preset(self) -> Preset:
-        """How it was trained, or the method's first preset says; its score is chosen anew if it was chosen."""
+        """How it was trained (an imported checkpoint: as published); a score that was chosen is chosen anew."""
         spec = self.spec
         training = spec.training or methods.preset(spec.method, "paper").training
         if training and training.precision == "bf16-mixed":
             training = replace(training, precision="auto")
+        if training:
+            training = replace(training, pretrained=hashlib.sha256(save_tensors(self.weights)).hexdigest())
         again = FOUND | CHOSEN if spec.score.chosen_by else FOUND
         score = replace(spec.score, **{name: getattr(Score(), name) for name in again})
         if spec.score.chosen_by:
             score = replace(score, kind="auto")
-        digest = hashlib.sha256(save_tensors(self.weights)).hexdigest()
-        return Preset(spec.settings, training and replace(training, pretrained=digest), spec.scaling, score, spec.grid)
+        return Preset(spec.settings, training, spec.scaling, score, spec.grid)
 
     def begin(self, network: nn.Module) -> None:
         """Give a network the weights; raises `AnomriError` if it is not of their shape."""
@@ -68,17 +72,33 @@ class Pretrained:
                 f"({first_line(error)})."
             ) from error
 
-    def beside(self, cases: Sequence[Case]) -> list[Case]:
-        """The cases it knows that are not among ``cases``; raises `AnomriError` if one is held out that it was trained on."""
-        trained = {name for case in self.cases if case.split == "train" for name in (case.name, case.patient)}
+    def divided(self, cases: Sequence[Case], seed: int) -> list[Case]:
+        """``cases`` with the sides that their patients had; where any was among these and no case has a split of its own."""
+        sides = splits_of(self.cases)
+        known = [replace(case, split=sides.get(case.name) or sides.get(case.patient)) for case in cases]
+        if any(case.split for case in cases) or not any(case.split for case in known):
+            return list(cases)
+        if any(case.split == "val" for case in known):
+            return [replace(case, split=case.split or "train") for case in known]
+        new = [case for case in known if not case.split]
+        return [case for case in known if case.split] + (split_cases(new, {}, seed) if new else [])
+
+    def others(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases it knows beside ``cases``; raises `AnomriError` if it was trained on a patient held out among these."""
+        sides = splits_of(self.cases)
         for case in cases:
-            if case.split in ("val", "test") and trained & {case.name, case.patient}:
+            if case.split in ("val", "test") and "train" in (sides.get(case.name), sides.get(case.patient)):
                 raise AnomriError(
-                    f"{case.name} is in the split {case.split}, but {self.folder} was trained on it; a split that has it in "
-                    f"train is honest: give one with --splits."
+                    f"{case.name} is in the split {case.split}, but {self.folder} was trained on that patient; give it the split "
+                    f"train, in a splits.csv or by --splits."
                 )
         names = {case.name for case in cases}
         return [case for case in self.cases if case.name not in names]
+
+    def licence(self, given: str | None) -> str:
+        """The terms of a model that begins with it and goes on with scans under those ``given``."""
+        terms = given or "unknown for the scans that it went on with"
+        return terms if terms == self.spec.data_licence else f"{terms}; began with weights of: {self.spec.data_licence}"
 
 
 def planned(
@@ -92,6 +112,7 @@ def planned(
     training: dict[str, Any],
     score: dict[str, Any],
     grid: int | None,
+    data_licence: str | None,
     device: str,
 ) -> ModelSpec:
     """The specification of the model that a training on ``cases`` makes; raises `AnomriError` for what does not fit.
@@ -110,7 +131,7 @@ def planned(
             f"{pretrained.folder}: has the channels {', '.join(pretrained.spec.channels)}; leave out --channels."
         )
     method = pretrained.spec.method if pretrained else method or "dae"
-    chosen = pretrained.preset if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
+    chosen = pretrained.preset() if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
     spec = ModelSpec(
         channels=names,
         method=method,
@@ -127,7 +148,9 @@ def planned(
     check_grid(network, spec.grid)
     if pretrained:
         pretrained.begin(network)
-        spec = replace(spec, data_licence=pretrained.spec.data_licence)
+        spec = replace(spec, data_licence=pretrained.licence(data_licence))
+    elif data_licence:
+        spec = replace(spec, data_licence=data_licence)
     if spec.training:
         precision = resolve_precision(spec.training.precision, resolve_device(device).type)
         spec = replace(spec, training=replace(spec.training, precision=precision))

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from anomri.cases import Case
 from anomri.extras import optional
 from anomri.geometry import Geometry
+from anomri.masks import MIN_BRAIN_ML
 from anomri.naming import bare_name
 from anomri.nifti import read_image
 from anomri.spec import AnomriError, first_line
-from anomri.volume import MIN_BRAIN_ML, Volume
+from anomri.volume import Volume
 
 MAX_BRAIN_ML = 2200.0
 """No brain is larger, with all its fluid; 28 patients with tumours reach 1,750 ml, a head has 3,000 to 6,000."""

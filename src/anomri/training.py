@@ -34,7 +34,16 @@ from anomri.slices import foreground_of
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
 from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
-from anomri.training_cohort import Packed, common_box, describe_cohort, finished, notes_of, pack_splits, task_of
+from anomri.training_cohort import (
+    Packed,
+    check_labels,
+    common_box,
+    describe_cohort,
+    finished,
+    notes_of,
+    pack_splits,
+    task_of,
+)
 from anomri.training_state import Log, TrainingState
 
 VALIDATION_SEED = 2022
@@ -86,8 +95,8 @@ def train(
 
     ``cohort`` is what `find_cases` takes, or what it gave; ``method``, by default, ``dae``. ``preset`` is ``paper`` (as
     published), ``small`` (the default: the same on a laptop in a quarter of an hour), ``accurate`` (more than the paper's
-    recipe, in two hours) or ``quick`` (what of that half an hour can hold). ``pretrained`` is the folder of a model to go
-    on from: its weights, and its method, channels and recipe in place of a preset's. ``settings`` (of the method),
+    recipe, in two hours) or ``quick`` (what of that half an hour can hold). Instead, ``pretrained`` is the folder of a
+    model (or ``built-in``) to go on from, with its weights, method, channels and recipe. ``settings`` (of the method),
     ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of the working
     grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
@@ -104,37 +113,40 @@ def train(
     """
     folder, team = Path(model), processes(device)
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
-    before = Pretrained.read(Path(pretrained)) if pretrained else None
+    started = Pretrained.read(pretrained) if pretrained else None
     spec = planned(
         cases,
         method=method,
         preset=preset,
-        pretrained=before,
+        pretrained=started,
         channels=channels,
         settings=settings or {},
         training=training or {},
         score=score or {},
         grid=grid,
+        data_licence=data_licence,
         device=device,
     )
-    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, spec.training.seed if spec.training else 0)
-    # What the model knows, whoever trained it on that; beyond the cohort there are names alone.
-    known = [*cases, *(before.beside(cases) if before else ())]
-    if data_licence:
-        spec = replace(spec, data_licence=data_licence)
+    seed = spec.training.seed if spec.training else 0
+    if started and not splits:
+        cases = started.divided(cases, seed)
+    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed)
+    check_labels(cases)
+    # Whom the model has seen, in this training and before.
+    known = [*cases, *(started.others(cases) if started else ())]
     for note in notes_of(cases):
         progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
         if team.once(lambda: finished(folder, spec, known, resume)):
             return Detector.load(folder, device)
-        return _train(cases, known, before, folder, spec, place, accumulate, team, device, progress)
+        return _train(cases, known, started, folder, spec, place, accumulate, team, device, progress)
 
 
 def _train(
     cases: Sequence[Case],
     known: Sequence[Case],
-    before: Pretrained | None,
+    started: Pretrained | None,
     folder: Path,
     spec: ModelSpec,
     cache: Path,
@@ -157,8 +169,8 @@ def _train(
         write_splits(folder / "splits.csv", known)
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
-    if before:
-        before.begin(network)
+    if started:
+        started.begin(network)
     if schedule:
         fabric = fabric_of(device, schedule.precision)
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)

@@ -75,17 +75,19 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     )
 
 
-def notes_of(cases: Sequence[Case]) -> list[str]:
-    """What the owner of a cohort should know of it before a training.
+def check_labels(cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` for a label without an image where a case has no label: it may be that one's."""
+    unlabelled = any(case.label is None for case in cases if case.split in ("train", "val"))
+    alone = next((case for case in cases if case.label and not case.channels), None)
+    if alone and unlabelled:
+        raise AnomriError(
+            f"{alone.label}: is a label, but no image is called {alone.name} as it is, and the slices that it marks would be taken "
+            f"for healthy; call both alike (<case>_flair.nii.gz, <case>_seg.nii.gz), or name them in a .tsv."
+        )
 
-    Raises `AnomriError` for a label without an image: those of its scan would be taken for healthy.
-    """
-    for case in cases:
-        if case.label and not case.channels:
-            raise AnomriError(
-                f"{case.label}: is a label, but no image is called {case.name} as it is, and the slices that it marks would be "
-                f"taken for healthy; call both alike (<case>_flair.nii.gz, <case>_seg.nii.gz), or name them in a .tsv."
-            )
+
+def notes_of(cases: Sequence[Case]) -> list[str]:
+    """What the owner of a cohort should know of it before a training."""
     notes = [note for case in cases for note in case.notes]
     used = [case for case in cases if case.split in ("train", "val")]
     unlabelled = sum(case.label is None for case in used)
@@ -156,7 +158,10 @@ def task_of(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
         "channels": list(spec.channels),
         "settings": spec.settings,
         "scaling and grid": [asdict(spec.scaling), asdict(spec.grid)],
-        "training": {name: value for name, value in schedule.items() if name not in MAY_CHANGE},
+        # What began with random weights says nothing of others, as before there was such a choice.
+        "training": {
+            k: value for k, value in schedule.items() if k not in MAY_CHANGE and (k, value) != ("pretrained", "")
+        },
         "training cases": [case.fingerprint for case in packed["train"]],
         "validation cases": [case.fingerprint for case in packed["val"]],
     }

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
-from anomri.geometry import TOLERANCE, Geometry, check_grid, copy_turned, geometry_of
+from anomri.geometry import Geometry, check_grid, copy_turned, geometry_of
 from anomri.launch import processors
+from anomri.masks import check_brain, check_lesion, marked
 from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
@@ -26,10 +27,6 @@ MAX_NEGATIVE = 0.1
 """An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
 MAX_UNDERSHOOT = 0.1
 """How deep interpolation may undershoot, as a share of the largest value."""
-MIN_BRAIN_ML, MIN_MASKED = 300.0, 0.1
-"""A mask of less, that leaves a smaller share of an image, is none of a brain."""
-MAX_CLASS = 10
-"""No label has more classes; where values are larger, as 255, their size says nothing."""
 WITHOUT_LABEL = "its label was left out: "
 
 
@@ -104,6 +101,15 @@ class Volume:
         missing = tuple(name for name in channels if name not in self.channels)
         return replace(self, channels=tuple(channels), inside=inside, missing=missing, notes=(*self.notes, *notes))
 
+    def lesions(self) -> NDArray[np.bool_]:
+        """The label; raises `AnomriError` if there is none, with the reason if it was left out."""
+        if self.label is None:
+            why = next(
+                (note.removeprefix(WITHOUT_LABEL) for note in self.notes if note.startswith(WITHOUT_LABEL)), None
+            )
+            raise AnomriError(why or f"{self.name}: has no label.")
+        return self.label
+
     def without(self, hidden: Sequence[str]) -> Volume:
         """The scan with these of its channels ``missing``."""
         if not hidden:
@@ -142,7 +148,7 @@ def read_volume(
     assert first is not None
     if case.mask is not None:
         mask = _read_mask(case.mask, files[0], first, notes, resampled)
-        _check_mask(case.mask, mask, files[0], read[0], first.voxel_mm3)
+        check_brain(case.mask, mask, files[0], read[0], first.voxel_mm3)
         read = [values * mask for values in read]
     boxes = [box_around(values) for values in read]
     for path, box in zip(files, boxes, strict=True):
@@ -154,6 +160,7 @@ def read_volume(
     if case.label is not None and with_label:
         try:
             label = _read_mask(case.label, files[0], first, notes, resampled=False)
+            check_lesion(case.label, label, files[0], read[0])
         except AnomriError as error:
             if not resampled:
                 raise
@@ -172,7 +179,9 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     assert case.label is not None
     image = read_image(case.label)
     geometry = geometry_of(case.label, image, grid)
-    return np.ascontiguousarray(geometry.canonical(_marked(case.label, image, []))), geometry
+    return np.ascontiguousarray(
+        geometry.canonical(marked(case.label, _finite(case.label, values_of(image)), []))
+    ), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
@@ -233,32 +242,17 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
 
 def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str], resampled: bool) -> NDArray[np.bool_]:
     image = read_image(path)
-    inside = _onto(path, image, _marked(path, image, notes), first_path, first, notes if resampled else None)
+    inside = _onto(
+        path,
+        image,
+        marked(path, _finite(path, values_of(image)), notes),
+        first_path,
+        first,
+        notes if resampled else None,
+    )
     mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
     copy_turned(inside[box], mask[box])
     return mask
-
-
-def _marked(path: Path, image: nib.Nifti1Image, notes: list[str]) -> NDArray[np.bool_]:
-    """The voxels above zero of a mask or label; of one that interpolation made soft, with a note, those above a half."""
-    values = _finite(path, values_of(image))
-    marked: NDArray[np.bool_] = values > 0
-    if values.dtype.kind in "iu" or not marked.any() or bool((values[marked] % 1 == 0).all()):
-        return marked
-    most = float(values.max())
-    cut = 0.5 if 1 < most <= MAX_CLASS else most / 2
-    notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:.3g} on are taken.")
-    return np.asarray(values >= cut)
-
-
-def _check_mask(path: Path, mask: NDArray[np.bool_], first_path: Path, values: NDArray[Any], voxel_mm3: float) -> None:
-    inside, whole = (int(np.count_nonzero(one)) for one in (mask & (values > 0), values > 0))
-    millilitres = inside * voxel_mm3 / 1000
-    if inside and inside < MIN_MASKED * whole and millilitres < MIN_BRAIN_ML:
-        raise AnomriError(
-            f"{path}: leaves {millilitres:.3g} ml of {first_path.name}, {inside / whole:.1%} of what is above zero there; that is "
-            f"no mask of a brain. If it is the label of a lesion, call it <case>_seg.nii.gz, or name it so in a .tsv."
-        )
 
 
 def _onto(
@@ -282,7 +276,7 @@ def _onto(
     )
     apart = float(np.abs(source.corners_mm - target.corners_mm).max())
     turned = here.canonical(values)
-    if source.shape == target.shape and apart <= TOLERANCE * min(target.spacing_mm):
+    if source.shape == target.shape and apart <= first.tolerance_mm:
         return turned
     share = covered(source, target)
     if not share:

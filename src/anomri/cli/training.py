@@ -67,7 +67,6 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m anomri train ..., or srun anomri train ...
     """
-    from anomri.detector import BUILT_IN
     from anomri.progress import training_progress
     from anomri.training import train as run
 
@@ -88,7 +87,7 @@ def train(
             output,
             method=method,
             preset=preset,
-            pretrained=BUILT_IN if pretrained == Path("built-in") else pretrained,
+            pretrained=pretrained,
             channels=names_of(channels),
             settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},
