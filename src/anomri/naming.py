@@ -35,9 +35,9 @@ ALIASES = {
     "mprage": "t1",
     "dp": "pd",
 }
+"""What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
 SELDOM = ("t1wks", "gado", "mprage", "dp")
 """Of these, those that stand back where a case has an image by the channel's own name."""
-"""What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
 CHANNELS = {"flair", "t1", "t1ce", "t2"}
 HYPHENATED = {*ALIASES, *CHANNELS, "pd", "mra", "seg", "label", "mask", "brainmask"}
 """What may stand behind a hyphen, as in BraTS since 2023, where a name's last part else stands behind an underscore."""
