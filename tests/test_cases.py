@@ -551,3 +551,29 @@ def test_a_patient_who_was_seen_once_was_seen() -> None:
     cases = [Case("P1_v1", {}, split="test"), Case("P1_v2", {}, split="train"), Case("P1_v3", {}, split="val")]
     for order in (cases, cases[::-1]):
         assert splits_of(order) == {"P1": "train", "P1_v1": "test", "P1_v2": "train", "P1_v3": "val"}
+
+
+def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
+    names = (
+        "imagesTr/MS_001_0000",
+        "imagesTr/MS_001_0001",
+        "labelsTr/MS_001",
+        "imagesTr/MS_002_0000",
+        "imagesTr/MS_002_0001",
+    )
+    touch(tmp_path, *(f"{name}.nii.gz" for name in names))
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T2-FLAIR", "1": "T1Gd"}}')
+    first, second = find_cases(tmp_path)
+    assert first == Case(
+        "MS_001",
+        {"flair": tmp_path / f"{names[0]}.nii.gz", "t1ce": tmp_path / f"{names[1]}.nii.gz"},
+        tmp_path / "labelsTr/MS_001.nii.gz",
+    )
+    assert (second.label, second.split) == (None, None)
+    touch(tmp_path, "imagesTs/MS_003_0000.nii.gz")
+    assert [(case.name, case.split) for case in find_cases(tmp_path)][1:] == [("MS_002", "train"), ("MS_003", "test")]
+    with pytest.raises(AnomriError, match="MS_003_0002.nii.gz: is none of the channels 0000, 0001 in dataset.json"):
+        find_cases(touch(tmp_path, "imagesTs/MS_003_0002.nii.gz"))
+    (tmp_path / "dataset.json").write_text('{"channel_names": ["FLAIR"]}')
+    with pytest.raises(AnomriError, match="has no channel_names as"):
+        find_cases(tmp_path)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from anomri.bids_input import bids_cases, check_labels
+from anomri.bids_input import bids_cases, check_labels, read_json
 from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, several, table_rows
 from anomri.naming import (
     CHANNELS,
@@ -20,6 +20,7 @@ from anomri.naming import (
     LABEL_NAMES,
     MASK_NAMES,
     SUFFIXES,
+    bare_name,
     channel_name,
     folder_name,
     may_name_files,
@@ -49,6 +50,7 @@ def find_cases(cohort: str | Path) -> list[Case]:
       ``<patient>_<visit>``, and all visits of a patient are one ``subject``'s;
     * a BIDS data set, raw or derivative (`bids_input.bids_cases`: FLAIR, T1w, ``ce-*_T1w`` and T2w), but for participants
       without an image;
+    * a raw data set of nnU-Net, its channels by the names in ``dataset.json``; what is in ``imagesTs`` is for testing;
     * a ``.tsv`` with a column ``case``, one per channel, and optionally ``mask``, ``label``, ``split``,
       ``subject`` (whose scans must not be split); its paths are relative to the table;
     * one NIfTI file, a case of one channel.
@@ -63,7 +65,10 @@ def find_cases(cohort: str | Path) -> list[Case]:
     """
     path = Path(cohort)
     if path.is_dir():
-        cases = _cases_in_folder(path) or (_cases_in_bids(path) if _is_bids(path) else [])
+        if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir():
+            cases = _cases_of_nnunet(path)
+        else:
+            cases = _cases_in_folder(path) or (_cases_in_bids(path) if _is_bids(path) else [])
         splits = path / "splits.csv"
         if splits.is_file():
             cases = assign_splits(cases, read_splits(splits))
@@ -87,9 +92,34 @@ def find_cases(cohort: str | Path) -> list[Case]:
         labels = " but labels and masks" if cases else ""
         raise AnomriError(
             f"{path}: no scans found{labels}. Expected NIfTI files, <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
-            f"<patient>/<visit>/<channel>.nii.gz, a BIDS data set or a .tsv.{hint}"
+            f"<patient>/<visit>/<channel>.nii.gz, a data set of BIDS or nnU-Net, or a .tsv.{hint}"
         )
     return sorted(cases, key=lambda case: case.name)
+
+
+def _cases_of_nnunet(folder: Path) -> list[Case]:
+    facts = read_json(folder / "dataset.json")
+    named = facts.get("channel_names") or facts.get("modality")
+    if not isinstance(named, dict) or not all(str(number).isdigit() for number in named):
+        raise AnomriError(f"{folder / 'dataset.json'}: has no channel_names as {{'0': 'FLAIR', ...}}; name them there.")
+    channels = {f"{int(n):04d}": channel_name(re.sub("[^a-z0-9]", "", str(name).lower())) for n, name in named.items()}
+    tested = (folder / "imagesTs").is_dir()
+    cases: list[Case] = []
+    for part, split in (("Tr", "train"), ("Ts", "test"))[: 1 + tested]:
+        images: dict[str, dict[str, Path]] = {}
+        for path in _listed(folder / f"images{part}")[0]:
+            name, _, number = bare_name(path).rpartition("_")
+            if number not in channels:
+                raise AnomriError(
+                    f"{path}: is none of the channels {', '.join(channels)} in dataset.json; name it there."
+                )
+            images.setdefault(name, {})[channels[number]] = path
+        there = folder / f"labels{part}"
+        labels = {bare_name(path): path for path in _listed(there)[0]} if there.is_dir() else {}
+        cases += [
+            Case(name, files, labels.get(name), split=split if tested else None) for name, files in images.items()
+        ]
+    return cases
 
 
 def _is_bids(folder: Path) -> bool:
