@@ -433,6 +433,30 @@ LAYOUTS = {
         ["p/p_FLAIR", "p/aparc_seg", "p/p_brain_seg", "p/p_lesion_seg", "q/q_T1", "q/q_T1_brain_seg", "q/q_aparc_seg"],
         {"p": ("flair", "p_lesion_seg", None), "q": ("t1", None, None)},
     ),
+    "a lesion of a tissue": (
+        [
+            *("p/p_flair", "p/p_brain_tumor_mask", "q/q_flair", "q/q_wm_lesion", "q/q_wm_mask", "q/q_brain_mask"),
+            *(
+                "brain_01/brain_01_flair",
+                "brain_01/brain_01_lesion_mask",
+                "r/r_flair",
+                "r/r_eye_mask",
+                "r/hippocampus_seg",
+            ),
+        ],
+        {
+            "p": ("flair", "p_brain_tumor_mask", None),
+            "q": ("flair", "q_wm_lesion", "q_brain_mask"),
+            "q_wm": ("", None, "q_wm_mask"),
+            "brain_01": ("flair", "brain_01_lesion_mask", None),
+            "r": ("flair", None, None),
+            "r_eye": ("", None, "r_eye_mask"),
+        },
+    ),
+    "a visit's own label before others": (
+        ["P1/v1/FLAIR", "P1/v1/FLAIR_seg", "P1/v1/T1_seg", "P1/v1/final_seg"],
+        {"P1_v1": ("flair", "FLAIR_seg", None)},
+    ),
     "cases called after a lesion": (
         [
             "p_flair",
@@ -534,6 +558,7 @@ def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
         (("p_t1", "p_t1_n4", "p_t1_brain", "p_t1_brain_n4"), "p_t1_brain"),
         (("p_t1_n4", "p_t1_n4_reg"), "p_t1_n4"),
         (("p_t1", "p_mprage"), "p_t1"),
+        (("p_t1", "p_mprage", "p_mprage_brain"), "p_t1"),
         (("p_mprage",), "p_mprage"),
     ],
 )
@@ -572,8 +597,15 @@ def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
     assert (second.label, second.split) == (None, None)
     touch(tmp_path, "imagesTs/MS_003_0000.nii.gz")
     assert [(case.name, case.split) for case in find_cases(tmp_path)][1:] == [("MS_002", "train"), ("MS_003", "test")]
-    with pytest.raises(AnomriError, match="MS_003_0002.nii.gz: is none of the channels 0000, 0001 in dataset.json"):
+    touch(tmp_path, "labelsTr/MS_009.nii.gz")
+    assert [(case.name, case.channels) for case in find_cases(tmp_path)][-1] == ("MS_009", {})
+    with pytest.raises(
+        AnomriError, match="MS_003_0002.nii.gz: does not end in one of 0000, 0001, as dataset.json has them"
+    ):
         find_cases(touch(tmp_path, "imagesTs/MS_003_0002.nii.gz"))
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "T1w", "2": "T2"}}')
+    with pytest.raises(AnomriError, match="MS_001_0001.nii.gz are both t1 of MS_001"):
+        find_cases(tmp_path)
     (tmp_path / "dataset.json").write_text('{"channel_names": ["FLAIR"]}')
     with pytest.raises(AnomriError, match="has no channel_names as"):
         find_cases(tmp_path)

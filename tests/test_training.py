@@ -23,7 +23,7 @@ from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
 from anomri.steps import load_optimizer, optimizer_of
 from anomri.training import batch_numbers, learning_rate, train
-from anomri.training_cohort import check_labels, notes_of
+from anomri.training_cohort import notes_of, with_images
 from anomri.training_state import TrainingState
 from conftest import write
 
@@ -88,18 +88,20 @@ def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> No
 
 def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path) -> None:
     cases = split_cases(find_cases(cohort), {}, 0)
-    unlabelled = "5 of the 7 cases to train and validate on have no label: all of their slices are taken for healthy."
+    unlabelled = "no label, all slices taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
     assert notes_of(cases) == [unlabelled]
     beside = [replace(case, split=None) if case.name == "case0" else case for case in cases]
     assert notes_of(beside) == [
-        unlabelled.replace("5 of the 7", "4 of the 6"),
-        "in no split, and not used (1 of 9 cases): case0.",
+        unlabelled.replace("5 of 7", "4 of 6").replace("case0, ", ""),
+        "in no split, and not used: 1 of 9 cases (case0).",
     ]
     # What a name that is not known leaves of a case: its label, by itself.
     alone = Case("x2", {}, label=cases[2].label)
     with pytest.raises(AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"):
-        check_labels([*cases, alone])
-    check_labels([*(case for case in cases if case.label), alone])
+        with_images([*cases, alone])
+    labelled = [case for case in cases if case.label]
+    assert with_images([*labelled, alone]) == (labelled, ["no image, and not used: 1 of 5 cases (x2)."])
+    assert with_images([*cases, replace(alone, split="test")])[0] == cases
 
 
 class StopAt:

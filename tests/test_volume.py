@@ -119,7 +119,7 @@ def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
 
 def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
-    for most, cut in ((1.0, 0.5), (255.0, 127.5), (4.0, 0.5)):
+    for most, cut in ((1.0, 0.5), (1.15, 0.5), (255.0, 127.5), (100.0, 50.0), (4.0, 0.5)):
         soft = np.zeros(SHAPE, np.float32)
         soft[20:40] = np.linspace(0.001, 1, 20, dtype=np.float32)[:, None, None] * most
         label = write(tmp_path / "a_seg.nii.gz", soft)
@@ -133,7 +133,7 @@ def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
     low = np.zeros(SHAPE, np.float32)
     low[20:30] = np.linspace(0.01, 0.06, 10, dtype=np.float32)[:, None, None]
     scaled = np.zeros(SHAPE, np.float32)
-    scaled[20:30] = np.arange(1, 11, dtype=np.float32)[:, None, None] * np.float32(1.000001)
+    scaled[20:30] = np.arange(1, 11, dtype=np.float32)[:, None, None] * np.float32(1.00001)
     for values in (low, scaled):
         volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", values)), ["t1"])
         assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes
@@ -262,7 +262,11 @@ def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_pat
 def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
-    expect(Case("a", {"t1": image}, label=label), "a_seg.nii.gz: marks 100% of what is to be seen in a_t1.nii.gz")
+    expect(
+        Case("a", {"t1": image}, label=label), "a_seg.nii.gz: marks 6,048 ml, 100% of what is to be seen in a_t1.nii.gz"
+    )
+    half = write(tmp_path / "a_seg.nii.gz", image_of_ones() * (np.arange(SHAPE[0]) < 35)[:, None, None])
+    expect(Case("a", {"t1": image}, label=half), "a_seg.nii.gz: marks 3,307 ml, 55% of")
 
 
 def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:

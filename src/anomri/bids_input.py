@@ -20,7 +20,7 @@ CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
 """How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
 SUFFIXES = ("FLAIR", "T1w", "T2w")
 LIKE_A_LESION = re.compile(
-    r"lesion|tumou?r|wm[hl]|infarct|stroke|_msk|_(FLAIR|T1w|T2w)_roi|(label|desc|seg)-(gt|manual|consensus)[^_]*_(mask|probseg)",
+    r"lesion|tumou?r|wm[hl]|infarct|stroke|_msk|_(FLAIR|T1w|T2w)_roi|(label|desc|seg)-(gt|consensus)|(label|seg)-manual",
     re.IGNORECASE,
 )
 """What is in the names of files, behind participant and session, that may be labels."""

@@ -190,8 +190,9 @@ def case_with(name: str, files: dict[str, Path]) -> Case:
 
 def several(name: str, what: str, paths: Sequence[Path]) -> list[str]:
     """A note that of several files for the same the first is taken; none where there is no other."""
-    others = ", ".join(path.name for path in paths[1:])
-    return [f"{name}: {paths[0].name} is taken for its {what}, not {others}."] if others else []
+    alike = len({path.name for path in paths}) < len(paths)
+    first, *others = [str(path) if alike else path.name for path in paths] or [""]
+    return [f"{name}: {first} is taken for its {what}, not {', '.join(others)}."] if others else []
 
 
 def table_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:

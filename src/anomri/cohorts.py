@@ -111,14 +111,15 @@ def _cases_of_nnunet(folder: Path) -> list[Case]:
             name, _, number = bare_name(path).rpartition("_")
             if number not in channels:
                 raise AnomriError(
-                    f"{path}: is none of the channels {', '.join(channels)} in dataset.json; name it there."
+                    f"{path}: does not end in one of {', '.join(channels)}, as dataset.json has them; write one 3D file for each."
                 )
-            images.setdefault(name, {})[channels[number]] = path
+            other = images.setdefault(name, {}).setdefault(channels[number], path)
+            if other is not path:
+                raise AnomriError(f"{other} and {path} are both {channels[number]} of {name}; name each channel once.")
         there = folder / f"labels{part}"
         labels = {bare_name(path): path for path in _listed(there)[0]} if there.is_dir() else {}
-        cases += [
-            Case(name, files, labels.get(name), split=split if tested else None) for name, files in images.items()
-        ]
+        for name in {**images, **labels}:
+            cases.append(Case(name, images.get(name, {}), labels.get(name), split=split if tested else None))
     return cases
 
 
@@ -167,7 +168,10 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     if labels := [(path, kind) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths]:
         chosen[labels[0][1]] = labels[0][0]
     case = case_with(name, chosen)
-    return replace(case, notes=(*case.notes, *several(name, "label", [path for path, _ in labels])))
+    notes = [*case.notes, *several(name, "label", [path for path, _ in labels])]
+    if case.label and name not in case.label.name and all(name in path.name for path in case.channels.values()):
+        notes.append(f"{name}: {case.label.name} is taken for its label, as it is in its folder.")
+    return replace(case, notes=tuple(notes))
 
 
 def _visits(patients: Mapping[Path, Sequence[Path]]) -> dict[Path, str]:
@@ -215,8 +219,8 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
     return {place for places in shared for place in places}
 
 
-def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, bool]]:
-    return [(kind, not preference(path)[0]) for path, (_, kind) in named.items()]
+def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, tuple[bool, bool, int]]]:
+    return [(kind, preference(path)) for path, (_, kind) in named.items()]
 
 
 def _cases_in_table(path: Path) -> list[Case]:

@@ -16,7 +16,7 @@ from anomri.cases import Case
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
 from anomri.files import sole_use
-from anomri.findings import Detection, check_room, remove_results
+from anomri.findings import Detection, check_room, remove_results, without_result
 from anomri.launch import processors
 from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
@@ -63,7 +63,8 @@ def detect_cohort(
     team = Processes(part.number - 1, part.count) if part else processes(_device_of(model))
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
-    cases = detector.find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    found = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
+    cases = [without_result(case) for case in found]
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,14 @@ def check_room(folder: Path, cases: Sequence[Case]) -> None:
                 f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
                 f"folder with -o."
             )
+
+
+def without_result(case: Case) -> Case:
+    """The case without a brain mask that is none but what an earlier run found in it, and left beside its images."""
+    mask = case.mask
+    if mask and mask.name == f"{case.name}_mask.nii.gz" and _is_summary(mask.with_name(f"{case.name}.json")):
+        return replace(case, mask=None)
+    return case
 
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:

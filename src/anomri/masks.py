@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anomri.naming import TISSUE, bare_name
+from anomri.naming import bare_name
 from anomri.spec import AnomriError
 
 MIN_BRAIN_ML, MIN_BRAIN_SHARE = 300.0, 0.1
 """A mask that leaves less than both of what an image shows is none of a brain."""
+MAX_LESION_ML, MAX_LESION_SHARE, MAX_SHARE = 800.0, 0.4, 0.9
+"""No lesion has more than the first two, nor takes more than the last of what an image shows."""
 SHOWN = 0.1
 """What an image shows lies above this share of its 99.9th percentile; below is air."""
-MAX_LESION_SHARE = 0.6
-"""No lesion takes more of a brain, or of a head."""
-SURE, WHITE = 0.9, 255.0
-"""The least maximum of a soft mask of which a half is 0.5; and the maximum of one whose half is that of 255."""
+SURE_MAXIMUM = 0.9
+"""Of values that are all lower nobody knows where a half of what is meant by one is."""
+MAX_CLASS = 10.5
+"""Above this, values are not the numbers of classes but shares of a maximum such as 100 or 255."""
+BRAIN_MASK = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
-def marked(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.bool_]:
-    """The voxels above zero of a mask or label; of one that interpolation made soft, those from a half on, with a note."""
+def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.bool_]:
+    """The voxels above zero of a label; of one that interpolation made soft, those from a half on, with a note."""
     inside: NDArray[np.bool_] = values > 0
     if values.dtype.kind in "iu" or not inside.any():
         return inside
     above = values[inside]
     most = float(above.max())
-    # Headers may scale whole numbers; and of probabilities that are all low nobody knows where a half is.
-    if most < SURE or bool((np.abs(above - above.round()) <= 0.01 * above).all()):
+    # Whole numbers that a header scales are nearly whole.
+    if most < SURE_MAXIMUM or bool((np.abs(above - above.round()) <= 1e-3).all()):
         return inside
-    cut = WHITE / 2 if WHITE - 55 < most < WHITE + 45 else 0.5
+    cut = 0.5 if most <= MAX_CLASS else most / 2
     notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken.")
     return np.asarray(values >= cut)
 
@@ -45,12 +49,12 @@ def _shown(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 def check_brain(path: Path, mask: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float) -> None:
     """Raise `AnomriError` if a mask leaves so little of an image that it is no brain's, unless its name says it is."""
-    if TISSUE.search(bare_name(path)):
+    if BRAIN_MASK.search(bare_name(path)) or not (mask & (values > 0)).any():
         return
     shown = _shown(values)
     inside, whole = int(np.count_nonzero(mask & shown)), int(np.count_nonzero(shown))
     millilitres = inside * voxel_mm3 / 1000
-    if inside and inside < MIN_BRAIN_SHARE * whole and millilitres < MIN_BRAIN_ML:
+    if inside < MIN_BRAIN_SHARE * whole and millilitres < MIN_BRAIN_ML:
         raise AnomriError(
             f"{path}: leaves {millilitres:.3g} ml of {image.name}, {inside / whole:.1%} of what is to be seen there; that is no "
             f"mask of a brain. If it is the label of a lesion, call it <case>_seg.nii.gz, or name it so in a .tsv; if it is a "
@@ -58,14 +62,17 @@ def check_brain(path: Path, mask: NDArray[np.bool_], image: Path, values: NDArra
         )
 
 
-def check_lesion(path: Path, label: NDArray[np.bool_], image: Path, values: NDArray[Any]) -> None:
+def check_lesion(path: Path, label: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float) -> None:
     """Raise `AnomriError` if a label marks so much of an image that it is no lesion's."""
-    if np.count_nonzero(label) <= MAX_LESION_SHARE * np.count_nonzero(values):
+    marked = int(np.count_nonzero(label))
+    if marked <= MAX_LESION_SHARE * np.count_nonzero(values):
         return
     shown = _shown(values)
-    share = np.count_nonzero(label & shown) / max(int(np.count_nonzero(shown)), 1)
-    if share > MAX_LESION_SHARE:
+    inside = int(np.count_nonzero(label & shown))
+    share, millilitres = inside / max(int(np.count_nonzero(shown)), 1), inside * voxel_mm3 / 1000
+    if share > MAX_SHARE or (share > MAX_LESION_SHARE and millilitres > MAX_LESION_ML):
         raise AnomriError(
-            f"{path}: marks {share:.0%} of what is to be seen in {image.name}; that is no label of a lesion. If it is the brain's "
-            f"mask, call it <case>_mask.nii.gz; if it shows tissues, take it out of the folder, or name the files in a .tsv."
+            f"{path}: marks {millilitres:,.0f} ml, {share:.0%} of what is to be seen in {image.name}; that is no label of a "
+            f"lesion. If it is the brain's mask, call it <case>_mask.nii.gz; if it shows tissues, take it out of the "
+            f"folder or name the files in a .tsv."
         )

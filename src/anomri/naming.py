@@ -50,14 +50,28 @@ PROCESSED = re.compile(
     re.IGNORECASE,
 )
 """What others write behind a name for what was done to the image, which is still of the same."""
-LESION = re.compile(
-    r"(?:^|[_-])(?:(?:label|desc|seg|mask)-)?"
-    r"(?:[a-z0-9]*lesions?|tumou?rs?|wm[hl]s?|infarcts?|strokes?|consensus|manual|gt|ground)$",
-    re.IGNORECASE,
+SURE = r"(?:^|[_-])(?:(?:label|desc|seg|mask)-)?(?:[a-z0-9]*lesions?|tumou?rs?|wm[hl]s?|infarcts?|strokes?"
+SURELY_LESION, LESION = (re.compile(f"{SURE}{more})$", re.IGNORECASE) for more in ("", "|consensus|manual|gt|ground"))
+"""What stands before ``_mask`` if that is a lesion's and not the brain's, and before ``_seg`` between it and the case; of
+`SURELY_LESION` also if there is a `TISSUE` before it, as in ``brain_tumor_mask``."""
+VAGUE = (
+    "seg",
+    "label",
+    "labels",
+    "segm",
+    "segmentation",
+    "consensus",
+    "manual",
+    "annotation",
+    "gt",
+    "truth",
+    "groundtruth",
 )
-"""What stands before ``_mask`` if that is a lesion's and not the brain's, and before ``_seg`` between it and the case."""
+"""Names of labels that segmentations of tissues have too."""
 TISSUE = re.compile(
-    r"(?:^|[_-])(?:brain|parenchyma|tissues?|aparc|aseg|gm|wm|csf|ventricles?)(?=$|[_+-])", re.IGNORECASE
+    r"(?:^|[_-])(?:brain|parenchyma|tissues?|aparc|aseg|synthseg|samseg|fast|pve|gm|wm|csf|ventricles?|hippocamp[a-z]*|thalam[a-z]*"
+    r"|cerebr[a-z]*|cerebell[a-z]*|subcort[a-z]*|eyes?|face|icv|skull)(?=$|[_+-])",
+    re.IGNORECASE,
 )
 """What names have of which a mask or a segmentation is of healthy anatomy."""
 DRAWN_ON = re.compile(r"[_-]lesion-?(?:seg|mask)$", re.IGNORECASE)
@@ -103,10 +117,10 @@ def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     return stem, kind
 
 
-def preference(path: Path) -> tuple[bool, int, bool]:
-    """The lower, the rather an image is taken of several of one channel: brains without skull, then the least processed."""
+def preference(path: Path) -> tuple[bool, bool, int]:
+    """The lower, the rather an image is taken of several of a channel: by its own name, without skull, the least processed."""
     plain, stripped, processed = _plain(bare_name(path))
-    return not stripped, processed, re.split("[_-]", plain)[-1].lower() in SELDOM
+    return re.split("[_-]", plain)[-1].lower() in SELDOM, not stripped, processed
 
 
 def _plain(bare: str) -> tuple[str, bool, int]:
@@ -161,8 +175,8 @@ class _Mark:
     kind: str
 
 
-ADOPTED = 9
-"""The rank of what is in the folder of a case and else by nothing known to be that case's."""
+UNKNOWN, ADOPTED = 8, 9
+"""Ranks of what is called after no scan, and of a label that but for its folder would be."""
 
 
 def _with_owners(
@@ -174,7 +188,8 @@ def _with_owners(
     masks, labels = list[_Mark](), list[_Mark]()
     for path, (stem, kind) in files.items():
         image = DRAWN_ON.sub("", stem)
-        anatomy = TISSUE.search(stem) is not None
+        sure = SURELY_LESION.search(stem) is not None or (kind in LABEL_NAMES and kind not in VAGUE)
+        anatomy = TISSUE.search(stem) is not None and not sure
         if image != stem and kind in CHANNELS and (image, kind) in images and stem not in marked:
             labels.append(_Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg"))
         elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
@@ -182,13 +197,15 @@ def _with_owners(
             masks.append(_Mark(rank, 0, path, case, kind))
         elif kind in (*LABEL_NAMES, *MASK_NAMES):
             kind = "lesion" if kind in MASK_NAMES else kind
-            rank, case = _owner(stem, PROCESSED.sub("", _before_lesion(stem, scans)), images, scans)
+            before = _before_lesion(stem, scans)
+            plain = before if before in scans else _plain(before)[0] if sure else PROCESSED.sub("", before)
+            rank, case = _owner(stem, plain, images, scans)
             if case in scans or not anatomy:
                 labels.append(_Mark(rank, LABEL_NAMES.index(kind), path, case, kind))
         else:
             others[path] = stem, kind
     if {stem for stem, kind in others.values() if kind in CHANNELS} == {place}:
-        masks, labels = _adopted(masks, place, scans), _adopted(labels, place, scans)
+        labels = _adopted(labels, place, scans)
     best = {mark.case: mark.rank for mark in sorted(masks, reverse=True)}
     kept = [*(mark for mark in masks if mark.rank == best[mark.case]), *sorted(labels)]
     return others | {mark.path: (mark.case, mark.kind) for mark in kept}
@@ -201,14 +218,14 @@ def _owner(stem: str, plain: str, images: set[tuple[str, str]], scans: set[str])
     for case, channel in (_split(plain, two_words) for two_words in (True, False)):
         if (case, channel) in images and channel in IMAGES:
             return (2 + (channel not in CHANNELS), channel), case
-    return (1 if plain != stem else 0, ""), plain
+    return (1 if plain in scans else UNKNOWN, ""), plain
 
 
-def _adopted(marks: Sequence[_Mark], place: str, scans: set[str]) -> list[_Mark]:
-    """In the folder of one case, called after it, what is no one's by its name is that case's, if it has none that is."""
-    if any(mark.case == place for mark in marks):
-        return list(marks)
-    return [mark if mark.case in scans else replace(mark, rank=(ADOPTED, ""), case=place) for mark in marks]
+def _adopted(labels: Sequence[_Mark], place: str, scans: set[str]) -> list[_Mark]:
+    """In the folder of one case, called after it, a label that is no one's by its name is that case's, if it has none."""
+    if any(label.case == place for label in labels):
+        return list(labels)
+    return [label if label.case in scans else replace(label, rank=(ADOPTED, ""), case=place) for label in labels]
 
 
 def _before_lesion(stem: str, scans: set[str]) -> str:

@@ -36,13 +36,13 @@ from anomri.steps import Step, load_optimizer, optimizer_of
 from anomri.thresholds import healthy_thresholds, subset_thresholds
 from anomri.training_cohort import (
     Packed,
-    check_labels,
     common_box,
     describe_cohort,
     finished,
     notes_of,
     pack_splits,
     task_of,
+    with_images,
 )
 from anomri.training_state import Log, TrainingState
 
@@ -112,7 +112,7 @@ def train(
     SIGTERM asks to stop.
     """
     folder, team = Path(model), processes(device)
-    cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    cases, notes = with_images(find_cases(cohort) if isinstance(cohort, str | Path) else cohort)
     started = Pretrained.read(pretrained) if pretrained else None
     spec = planned(
         cases,
@@ -131,10 +131,9 @@ def train(
     if started and not splits:
         cases = started.divided(cases, seed)
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed)
-    check_labels(cases)
     # Whom the model has seen, in this training and before.
     known = [*cases, *(started.others(cases) if started else ())]
-    for note in notes_of(cases):
+    for note in [*notes, *notes_of(cases)]:
         progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):

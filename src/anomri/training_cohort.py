@@ -75,31 +75,35 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     )
 
 
-def check_labels(cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` for a label without an image where a case has no label: it may be that one's."""
-    unlabelled = any(case.label is None for case in cases if case.split in ("train", "val"))
-    alone = next((case for case in cases if case.label and not case.channels), None)
-    if alone and unlabelled:
+def with_images(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """The cases that have an image, and notes of the others.
+
+    Raises `AnomriError` for a label without an image where a scan, not for testing, has no label: it may be that one's.
+    """
+    scans = [case for case in cases if case.channels]
+    alone = [case for case in cases if not case.channels and case.label and case.split != "test"]
+    if alone and any(case.label is None for case in scans if case.split != "test"):
         raise AnomriError(
-            f"{alone.label}: is a label, but no image is called {alone.name} as it is, and the slices that it marks would be taken "
-            f"for healthy; call both alike (<case>_flair.nii.gz, <case>_seg.nii.gz), or name them in a .tsv."
+            f"{alone[0].label}: is a label, but no image is called {alone[0].name} as it is, and the slices that it marks would be "
+            f"taken for healthy; call both alike (<case>_flair.nii.gz, <case>_seg.nii.gz), or name them in a .tsv."
         )
+    beside = [case.name for case in cases if not case.channels]
+    return scans, [f"no image, and not used: {_some(beside, len(cases))}."] if beside else []
 
 
 def notes_of(cases: Sequence[Case]) -> list[str]:
     """What the owner of a cohort should know of it before a training."""
     notes = [note for case in cases for note in case.notes]
     used = [case for case in cases if case.split in ("train", "val")]
-    unlabelled = sum(case.label is None for case in used)
-    if unlabelled:
-        notes.append(
-            f"{unlabelled} of the {len(used)} cases to train and validate on have no label: all of their slices are taken for "
-            f"healthy."
-        )
+    if unlabelled := [case.name for case in used if case.label is None]:
+        notes.append(f"no label, all slices taken for healthy: {_some(unlabelled, len(used))}.")
     if beside := [case.name for case in cases if case.split is None]:
-        names = ", ".join(beside[:5]) + (", ..." if beside[5:] else "")
-        notes.append(f"in no split, and not used ({len(beside)} of {len(cases)} cases): {names}.")
+        notes.append(f"in no split, and not used: {_some(beside, len(cases))}.")
     return notes
+
+
+def _some(names: Sequence[str], all_cases: int) -> str:
+    return f"{len(names)} of {all_cases} cases ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
 
 
 def pack_splits(

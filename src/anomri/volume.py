@@ -18,7 +18,7 @@ from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
 from anomri.geometry import Geometry, check_grid, copy_turned, geometry_of
 from anomri.launch import processors
-from anomri.masks import check_brain, check_lesion, marked
+from anomri.masks import check_brain, check_lesion, lesion_of
 from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
 from anomri.resampling import Lattice, covered, resample
 from anomri.spec import AnomriError, Grid
@@ -27,7 +27,6 @@ MAX_NEGATIVE = 0.1
 """An image with a larger share of negative values than this, deeper than `MAX_UNDERSHOOT`, is no plain MR image."""
 MAX_UNDERSHOOT = 0.1
 """How deep interpolation may undershoot, as a share of the largest value."""
-WITHOUT_LABEL = "its label was left out: "
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Volume:
     geometry: Geometry
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    label_error: str = ""
+    """Why the label was left out, if it was."""
 
     @classmethod
     def of(
@@ -104,10 +105,7 @@ class Volume:
     def lesions(self) -> NDArray[np.bool_]:
         """The label; raises `AnomriError` if there is none, with the reason if it was left out."""
         if self.label is None:
-            why = next(
-                (note.removeprefix(WITHOUT_LABEL) for note in self.notes if note.startswith(WITHOUT_LABEL)), None
-            )
-            raise AnomriError(why or f"{self.name}: has no label.")
+            raise AnomriError(self.label_error or f"{self.name}: no label was read.")
         return self.label
 
     def without(self, hidden: Sequence[str]) -> Volume:
@@ -157,21 +155,24 @@ def read_volume(
                 f"{path}: no voxel is above zero; the image is empty (or all of it lies outside the mask)."
             )
     label: NDArray[np.bool_] | None = None
+    label_error = ""
     if case.label is not None and with_label:
+        about = list[str]()
         try:
-            label = _read_mask(case.label, files[0], first, notes, resampled=False)
-            check_lesion(case.label, label, files[0], read[0])
+            label = _read_mask(case.label, files[0], first, about, resampled=False, lesion=True)
+            check_lesion(case.label, label, files[0], read[0], first.voxel_mm3)
         except AnomriError as error:
             if not resampled:
                 raise
-            notes.append(f"{WITHOUT_LABEL}{error}")
+            label, label_error, about = None, str(error), [f"its label was left out: {error}"]
+        notes += about
     brain = join(boxes)
     inside = np.empty((len(read), *(side.stop - side.start for side in brain)), dtype=np.float32)
     for values, slope, channel in zip(read, slopes, inside, strict=True):
         copy_turned(values[brain], channel)
         if slope != 1:
             channel *= np.float32(slope)
-    return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes))
+    return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes), label_error=label_error)
 
 
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
@@ -180,7 +181,7 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     image = read_image(case.label)
     geometry = geometry_of(case.label, image, grid)
     return np.ascontiguousarray(
-        geometry.canonical(marked(case.label, _finite(case.label, values_of(image)), []))
+        geometry.canonical(lesion_of(case.label, _finite(case.label, values_of(image)), []))
     ), geometry
 
 
@@ -240,16 +241,13 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
     return np.ascontiguousarray(data[(slice(None), *brain)], dtype=np.float32), brain
 
 
-def _read_mask(path: Path, first_path: Path, first: Geometry, notes: list[str], resampled: bool) -> NDArray[np.bool_]:
+def _read_mask(
+    path: Path, first_path: Path, first: Geometry, notes: list[str], resampled: bool, lesion: bool = False
+) -> NDArray[np.bool_]:
     image = read_image(path)
-    inside = _onto(
-        path,
-        image,
-        marked(path, _finite(path, values_of(image)), notes),
-        first_path,
-        first,
-        notes if resampled else None,
-    )
+    values = _finite(path, values_of(image))
+    marked = lesion_of(path, values, notes) if lesion else values > 0
+    inside = _onto(path, image, marked, first_path, first, notes if resampled else None)
     mask, box = np.zeros(first.canonical_shape, dtype=bool), box_around(inside)
     copy_turned(inside[box], mask[box])
     return mask
