@@ -96,6 +96,9 @@ def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path)
         "in no split, and not used: 1 of 9 cases (case0).",
     ]
     # What a name that is not known leaves of a case: its label, by itself.
+    assert notes_of([case for case in cases if not case.label]) == [
+        "no label, all slices taken for healthy: every case."
+    ]
     alone = Case("x2", {}, label=cases[2].label)
     with pytest.raises(AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"):
         with_images([*cases, alone])

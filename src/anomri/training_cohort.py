@@ -95,8 +95,10 @@ def notes_of(cases: Sequence[Case]) -> list[str]:
     """What the owner of a cohort should know of it before a training."""
     notes = [note for case in cases for note in case.notes]
     used = [case for case in cases if case.split in ("train", "val")]
-    if unlabelled := [case.name for case in used if case.label is None]:
-        notes.append(f"no label, all slices taken for healthy: {_some(unlabelled, len(used))}.")
+    unlabelled = [case.name for case in used if case.label is None]
+    if unlabelled:
+        which = _some(unlabelled, len(used)) if len(unlabelled) < len(used) else "every case"
+        notes.append(f"no label, all slices taken for healthy: {which}.")
     if beside := [case.name for case in cases if case.split is None]:
         notes.append(f"in no split, and not used: {_some(beside, len(cases))}.")
     return notes
