@@ -58,8 +58,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
     ``_seg``, ``_lesion``, ``_lesion_mask`` and the like mark the lesion label (`naming.LABEL_NAMES`; of several one is
     taken, with a note), ``_mask`` or ``_brainmask`` the brain mask; channel names are lower case, and ``t1w``, ``t1c``,
     ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a hyphen and with ``_n4``, ``_reg`` or the
-    like behind them. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken; of a raw and
-    a processed one the raw. What `anomri detect`
+    like behind them. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken; of a raw
+    image and a processed one, the raw; segmentations of healthy tissue are left alone. What `anomri detect`
     wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
     tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
