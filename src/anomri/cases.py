@@ -14,6 +14,7 @@ from pathlib import Path
 from anomri.files import write_text
 from anomri.naming import (
     LABEL_NAMES,
+    MARKS,
     MASK_NAMES,
     SUFFIXES,
     bare_name,
@@ -79,7 +80,7 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
             raise AnomriError(f"{path}: channel {channel} has to be a .nii or .nii.gz file.")
         if not path.is_file():
             raise AnomriError(f"{path}: no such file (channel {channel}).")
-    images = [channel for channel in paths if channel not in (*LABEL_NAMES, *MASK_NAMES)]
+    images = [channel for channel in paths if channel not in MARKS]
     if not images:
         raise AnomriError("no channel is given; name a file for each, such as flair.")
     first = paths[images[0]]
@@ -184,7 +185,7 @@ def case_with(name: str, files: dict[str, Path]) -> Case:
     """A case of files by what they show: channels, and a lesion label and a brain mask by their names."""
     labels, masks = ([files[kind] for kind in kinds if kind in files] for kinds in (LABEL_NAMES, MASK_NAMES))
     notes = (*several(name, "label", labels), *several(name, "brain mask", masks))
-    channels = {kind: path for kind, path in sorted(files.items()) if kind not in (*LABEL_NAMES, *MASK_NAMES)}
+    channels = {kind: path for kind, path in sorted(files.items()) if kind not in MARKS}
     return Case(name, channels, next(iter(labels), None), next(iter(masks), None), notes=notes)
 
 

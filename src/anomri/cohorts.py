@@ -18,7 +18,7 @@ from anomri.naming import (
     CHANNELS,
     IMAGES,
     LABEL_NAMES,
-    MASK_NAMES,
+    MARKS,
     SUFFIXES,
     bare_name,
     channel_name,
@@ -204,7 +204,7 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
     for place, named in images.items():
         stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
         words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
-        if len(stems) != 1 or words & kinds or kinds <= {*LABEL_NAMES, *MASK_NAMES}:
+        if len(stems) != 1 or words & kinds or kinds <= MARKS:
             continue
         (stem,) = stems
         if stem == place.name or stem in elsewhere:

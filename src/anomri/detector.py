@@ -17,14 +17,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, model_cases, splits_of
+from anomri.cases import Case, case_of_files, splits_of
 from anomri.cohorts import find_cases
 from anomri.devices import resolve_device
 from anomri.findings import Detection
 from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
 from anomri.metrics import drop_small_components
-from anomri.model_files import MAX_TABLE, plain_file, read_model, write_model
+from anomri.model_files import cases_of_model, read_model, write_model
 from anomri.naming import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
 from anomri.nifti import as_files
 from anomri.preparation import Preparation, prepare
@@ -108,8 +108,7 @@ class Detector:
                 f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
             ) from error
         detector = cls(spec, method, resolve_device(device), precision)
-        if (folder / "splits.csv").is_file():
-            detector.splits = splits_of(model_cases(plain_file(folder / "splits.csv", MAX_TABLE)))
+        detector.splits = splits_of(cases_of_model(folder))
         return detector
 
     def detect(

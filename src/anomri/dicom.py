@@ -33,7 +33,7 @@ from anomri.dicom_files import (
 )
 from anomri.files import output_folder
 from anomri.geometry import Geometry
-from anomri.naming import LABEL_NAMES, MASK_NAMES
+from anomri.naming import MARKS
 from anomri.spec import AnomriError
 from anomri.volume import write_image
 
@@ -107,7 +107,7 @@ def choose_series(
             else:
                 chosen.setdefault(channel, []).append(series)
     for channel, name in (channels or {}).items():
-        if not re.fullmatch(r"[a-z0-9]+", channel) or channel in (*LABEL_NAMES, *MASK_NAMES):
+        if not re.fullmatch(r"[a-z0-9]+", channel) or channel in MARKS:
             raise AnomriError(f"channel {channel!r}: name it in lower-case letters and digits, such as flair.")
         same = [s for s in found if name == s.uid or name.strip().lower() == s.description.lower()]
         chosen[channel] = same

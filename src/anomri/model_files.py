@@ -15,6 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from anomri import methods
+from anomri.cases import Case, model_cases
 from anomri.files import output_folder, whole_file, write_text
 from anomri.naming import channel_name
 from anomri.positions import unpacked_maps
@@ -85,6 +86,12 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     with whole_file(folder / "weights.safetensors") as partial:
         partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
     write_text(folder / "model.json", spec.to_json())
+
+
+def cases_of_model(folder: Path) -> list[Case]:
+    """The cases that a model was trained on and held out, without their files; none where its folder does not say."""
+    splits = folder / "splits.csv"
+    return model_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else []
 
 
 def plain_file(path: Path, limit: int) -> Path:

@@ -20,7 +20,9 @@ MASK_NAMES = ("brainmask", "brain_mask", "mask")
 OUTPUTS = ("anomaly", "mask", "reconstruction")
 """How the images that `anomri detect` writes end: anomaly first, which is written first."""
 IMAGES = ("flair", "t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "mra")
-OTHER_IMAGES = (*LABEL_NAMES, *MASK_NAMES, *OUTPUTS, *IMAGES)
+MARKS = {*LABEL_NAMES, *MASK_NAMES}
+"""What is no channel."""
+OTHER_IMAGES = {*MARKS, *OUTPUTS, *IMAGES}
 """How files end that are not to be taken for a channel which they do not name."""
 ALIASES = {
     "t1w": "t1",
@@ -108,11 +110,10 @@ def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
     bare = bare_name(path)
     stem, kind = _split(bare, two_words)
-    known = (*IMAGES, *LABEL_NAMES, *MASK_NAMES)
-    if kind not in known:
+    if kind not in MARKS and kind not in IMAGES:
         plain, _, processed = _plain(bare)
         whole = _split(plain, two_words)
-        if whole[1] in CHANNELS or (processed and whole[1] in known):
+        if whole[1] in CHANNELS or (processed and (whole[1] in MARKS or whole[1] in IMAGES)):
             return whole
     return stem, kind
 
@@ -127,7 +128,7 @@ def _plain(bare: str) -> tuple[str, bool, int]:
     """A name without what tools write behind it; whether that says that a skull was stripped, and how much more there is."""
     stripped, processed = False, 0
     while end := STRIPPED.search(bare) or PROCESSED.search(bare):
-        is_brain = STRIPPED.search(bare) is not None
+        is_brain = end.re is STRIPPED
         stripped, processed = stripped or is_brain, processed + (not is_brain)
         bare = bare[: end.start()]
     return bare, stripped, processed
@@ -142,7 +143,7 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
     named = {place: {path: split_name(path) for path in paths} for place, paths in folders.items()}
     found = _all(named)
     scans = {stem for stem, kind in found if kind in CHANNELS}
-    marked = {stem for stem, kind in found if kind in (*LABEL_NAMES, *MASK_NAMES) and _split(stem) not in found}
+    marked = {stem for stem, kind in found if kind in MARKS and _split(stem) not in found}
     for place, files in named.items():
         around = folder_name(place)
         for path in files:
@@ -183,7 +184,7 @@ def _with_owners(
     files: Mapping[Path, tuple[str, str]], place: str, images: set[tuple[str, str]], scans: set[str]
 ) -> dict[Path, tuple[str, str]]:
     """The files of a folder called ``place``, each mask and label with the case whose it is, where that can be told."""
-    marked = {stem for stem, kind in files.values() if kind in (*LABEL_NAMES, *MASK_NAMES)}
+    marked = {stem for stem, kind in files.values() if kind in MARKS}
     others: dict[Path, tuple[str, str]] = {}
     masks, labels = list[_Mark](), list[_Mark]()
     for path, (stem, kind) in files.items():
@@ -195,7 +196,7 @@ def _with_owners(
         elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
             rank, case = _owner(stem, _plain(stem)[0], images, scans)
             masks.append(_Mark(rank, 0, path, case, kind))
-        elif kind in (*LABEL_NAMES, *MASK_NAMES):
+        elif kind in MARKS:
             kind = "lesion" if kind in MASK_NAMES else kind
             before = _before_lesion(stem, scans)
             plain = before if before in scans else _plain(before)[0] if sure else PROCESSED.sub("", before)

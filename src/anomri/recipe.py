@@ -13,11 +13,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, channels_of, model_cases, split_cases, splits_of
+from anomri.cases import Case, channels_of, split_cases, splits_of
 from anomri.detector import BUILT_IN
 from anomri.devices import resolve_device, resolve_precision
 from anomri.methods import Preset
-from anomri.model_files import MAX_TABLE, plain_file, read_model
+from anomri.model_files import cases_of_model, read_model
 from anomri.naming import channel_name
 from anomri.spec import AnomriError, ModelSpec, Score, Training, first_line
 from anomri.training_cohort import CHOSEN, FOUND, check_grid
@@ -45,8 +45,7 @@ class Pretrained:
         spec, _, weights = read_model(folder)
         if not weights:
             raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
-        splits = folder / "splits.csv"
-        return cls(folder, spec, weights, model_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else [])
+        return cls(folder, spec, weights, cases_of_model(folder))
 
     def preset(self) -> Preset:
         """How it was trained (an imported checkpoint: as published); a score that was chosen is chosen anew."""

@@ -10,9 +10,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case, model_cases, splits_of
+from anomri.cases import Case, splits_of
 from anomri.distribution import Processes
 from anomri.methods import Box
+from anomri.model_files import cases_of_model
 from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
 from anomri.slices import join_boxes
 from anomri.spec import AnomriError, Cohort, Grid, ModelSpec, Training
@@ -70,8 +71,7 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
         same(found) == same(spec)
         and trained == wanted
         and scored == asked
-        and (folder / "splits.csv").is_file()
-        and splits_of(model_cases(folder / "splits.csv")) == splits_of(cases)
+        and splits_of(cases_of_model(folder)) == splits_of(cases)
     )
 
 
