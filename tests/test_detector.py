@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_weights_of_another_network_are_refused(model: Path, tmp_path: Path) -> 
         Detector.load(tmp_path / "m")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# A GPU's network does not depend on how many threads its processor has; this one would round by it.
+@pytest.mark.usefixtures("one_thread")
 def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
     model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

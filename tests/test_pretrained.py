@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from anomri import methods
 from anomri.cases import Case, model_cases
 from anomri.cohorts import find_cases
-from anomri.detector import BUILT_IN
+from anomri.detector import BUILT_IN, Detector
 from anomri.model_files import read_model
 from anomri.recipe import Pretrained
 from anomri.spec import AnomriError, Interrupted, ModelSpec
@@ -46,6 +47,40 @@ def test_a_score_that_was_chosen_is_chosen_anew(cohort: Path, cache: Path, marki
     spec = train(cohort, tmp_path / "model", pretrained=marking, training=short, cache=cache).spec
     assert spec.score.chosen_by and spec.score.kind != "auto"
     assert set(spec.subset_thresholds) == {"flair", "t1"}
+
+
+def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
+    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+) -> None:
+    alone = [replace(case, channels={"t1": case.channels["t1"]}) for case in find_cases(cohort)]
+    told: list[str] = []
+    still = {"steps": 1, "learning_rate": 1e-12}
+    part = train(
+        alone,
+        tmp_path / "model",
+        pretrained=marking,
+        training=still,
+        cache=cache,
+        progress=lambda state: told.append(state.note),
+    )
+    assert "goes on without flair: the new model has t1." in told
+    assert part.spec.channels == ("t1",) and part.spec.settings["network_channels"] == ["flair", "t1"]
+    assert part.spec.score.kind != "auto" and not part.spec.subset_thresholds
+    # What it makes of T1 is what the first model makes of a scan that has nothing else.
+    x = torch.rand((2, 2, 32, 40), generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    whole, own = methods.build(before := read_model(marking)[0]), methods.build(part.spec)
+    whole.load_state_dict(read_model(marking)[2])
+    own.load_state_dict(read_model(tmp_path / "model")[2])
+    with torch.no_grad():
+        expected, found = whole.reconstruct(x), own.reconstruct(x[:, 1:])
+    assert found.shape == (2, 2, 32, 40)
+    assert torch.allclose(found, expected[:, 1:], atol=1e-5)
+    # And once more: the network keeps its channels, whatever was left out on the way.
+    assert Pretrained.read(tmp_path / "model").channels_for(alone, ()) == ("t1",)
+    assert Pretrained.read(marking).settings_for(before.channels) == {}
+    found = Detector.load(tmp_path / "model").detect(alone[7])
+    assert found.anomaly_map.max() > 0
 
 
 def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
@@ -96,7 +131,9 @@ def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, 
     [
         ({"preset": "quick"}, "leave out --method and --preset"),
         ({"method": "vae"}, "leave out --method and --preset"),
-        ({"channels": ["flair"]}, "has the channels flair, t1; leave out --channels"),
+        ({"channels": ["flair"]}, "takes no part of its channels, flair, t1; leave out --channels"),
+        ({"channels": ["flair", "t2"]}, "has the channels flair, t1, not flair, t2"),
+        ({"channels": ["t1", "t1"]}, "two of the channels"),
         ({"settings": {"widths": [4, 8]}}, "leave out settings that change the network"),
     ],
 )

@@ -61,6 +61,32 @@ class Pretrained:
             score = replace(score, kind="auto")
         return Preset(spec.settings, training, spec.scaling, score, spec.grid)
 
+    def channels_for(self, cases: Sequence[Case], wanted: Sequence[str]) -> tuple[str, ...]:
+        """Those of its channels that are ``wanted``, or else that most cases have; all of them if it takes no subsets.
+
+        Raises `AnomriError` for channels that it does not have.
+        """
+        own, asked = self.spec.channels, wanted or channels_of(cases)
+        names = tuple(name for name in own if name in asked)
+        if not names or (wanted and {*asked} != {*names}):
+            raise AnomriError(f"{self.folder}: has the channels {', '.join(own)}, not {', '.join(asked)}.")
+        if names != own and not getattr(methods.build(self.spec), "takes_subsets", False):
+            if not wanted:
+                return own
+            raise AnomriError(f"{self.folder}: takes no part of its channels, {', '.join(own)}; leave out --channels.")
+        return names
+
+    def settings_for(self, channels: Sequence[str]) -> dict[str, Any]:
+        """Settings of the method that a training with these of its channels needs beside its own."""
+        if channels == self.spec.channels:
+            return {}
+        return {"network_channels": list(self.spec.settings.get("network_channels", self.spec.channels))}
+
+    def notes(self, channels: Sequence[str]) -> list[str]:
+        """What the owner of a cohort should know of a training with these of its channels."""
+        absent = [name for name in self.spec.channels if name not in channels]
+        return [f"goes on without {', '.join(absent)}: the new model has {', '.join(channels)}."] if absent else []
+
     def begin(self, network: nn.Module) -> None:
         """Give a network the weights; raises `AnomriError` if it is not of their shape."""
         try:
@@ -122,13 +148,13 @@ def planned(
         raise AnomriError(
             f"a training that begins with {pretrained.folder} has its method and its recipe; leave out --method and --preset."
         )
-    names = tuple(map(channel_name, channels or (pretrained.spec.channels if pretrained else channels_of(cases))))
+    names = tuple(map(channel_name, channels or ()))
     if len({*names}) < len(names):
         raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
-    if pretrained and names != pretrained.spec.channels:
-        raise AnomriError(
-            f"{pretrained.folder}: has the channels {', '.join(pretrained.spec.channels)}; leave out --channels."
-        )
+    if pretrained:
+        names = pretrained.channels_for(cases, names)
+        settings = {**pretrained.settings_for(names), **settings}
+    names = names or channels_of(cases)
     method = pretrained.spec.method if pretrained else method or "dae"
     chosen = pretrained.preset() if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
     spec = ModelSpec(

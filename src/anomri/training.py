@@ -96,9 +96,9 @@ def train(
     ``cohort`` is what `find_cases` takes, or what it gave; ``method``, by default, ``dae``. ``preset`` is ``paper`` (as
     published), ``small`` (the default: the same on a laptop in a quarter of an hour), ``accurate`` (more than the paper's
     recipe, in two hours) or ``quick`` (what of that half an hour can hold). Instead, ``pretrained`` is the folder of a
-    model (or ``built-in``) to go on from, with its weights, method, channels and recipe. ``settings`` (of the method),
-    ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels of a side of the working
-    grid) replace single values of it.
+    model (or ``built-in``) to go on from: its weights, method and recipe, and those of its channels that most cases have.
+    ``settings`` (of the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels
+    of a side of the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
     ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
     holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
@@ -133,7 +133,7 @@ def train(
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed)
     # Whom the model has seen, in this training and before.
     known = [*cases, *(started.others(cases) if started else ())]
-    for note in [*notes, *notes_of(cases)]:
+    for note in [*notes, *notes_of(cases), *(started.notes(spec.channels) if started else ())]:
         progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):

@@ -76,9 +76,13 @@ class DAE(nn.Module):
       symmetric, and lesions are not.
     * ``subpixels``: squares of so many pixels a side are one pixel of the network, with as many times the channels, and
       are taken apart again (Shi et al. 2016): a grid twice as fine for little more than the price of the coarse one.
+    * ``network_channels``: all that the network has, where a scan's ``channels`` are a part of them. The others are empty to
+      it, so that a network which takes subsets of its channels can be gone on from with fewer.
     """
 
     half_precision = True
+    places: Tensor
+    maps: Tensor
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
@@ -117,6 +121,7 @@ class DAE(nn.Module):
         mirror: bool = False,
         subpixels: int = 1,
         plaques: float = PLAQUE_SHARE,
+        network_channels: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if mark and not anomalies:
@@ -133,7 +138,14 @@ class DAE(nn.Module):
         self.extra_maps = int(mark)
         self.mirror = mirror
         self.subpixels = subpixels
-        maps = len(channels) * (1 + mirror), len(channels) + self.extra_maps
+        whole = tuple(network_channels) or self.channels
+        if not {*channels} <= {*whole}:
+            raise AnomriError(f"network_channels are the channels ({', '.join(channels)}) and more; found {whole}.")
+        places = [whole.index(name) for name in channels]
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+        self.register_buffer("maps", torch.tensor([*places, len(whole)][: len(places) + mark]), persistent=False)
+        self.absent = len(whole) - len(places)
+        maps = len(whole) * (1 + mirror), len(whole) + self.extra_maps
         self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
         self.box_multiple = subpixels * 2 ** (len(widths) - 1)
         self.values_per_pixel = widths[0] / subpixels**2
@@ -206,11 +218,22 @@ class DAE(nn.Module):
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
     def _output(self, x: Tensor) -> Tensor:
+        if self.absent:
+            x = self._among_all(x)
         seen = torch.cat([x, mirrored(x)], 1) if self.mirror else x
         if self.subpixels == 1:
-            return self.network(seen).float()
-        output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
-        return functional.pixel_shuffle(output, self.subpixels).float()
+            output = self.network(seen)
+        else:
+            output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
+            output = functional.pixel_shuffle(output, self.subpixels)
+        return (output.index_select(1, self.maps) if self.absent else output).float()
+
+    def _among_all(self, x: Tensor) -> Tensor:
+        """The channels (n, c, h, w) among those of the network, of which the others are zero; laid out as before."""
+        n, c, h, w = x.shape
+        whole = x.new_zeros((n, c + self.absent, h, w)).index_copy(1, self.places, x)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return whole.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""
