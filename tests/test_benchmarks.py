@@ -43,7 +43,7 @@ def test_balls_lie_in_slices_without_a_lesion_and_are_bright_on_flair(scan: Volu
     assert radii.max() < 5 * 3 ** (1 / 3) + 1  # three that touch, at most
     flair, t1 = planted.data - scan.data
     assert flair[planted.label].min() > 0 > t1[planted.label].mean()
-    assert np.abs(flair[~ndimage.binary_dilation(planted.label, iterations=3)]).max() < 1e-3 * scan.data[0].max()
+    assert np.abs(flair[~ndimage.binary_dilation(planted.label, iterations=3)]).max() < 5e-3 * scan.data[0].max()
     everywhere = replace(scan, label=np.ones_like(scan.label))
     nothing = robustness.with_balls(everywhere, 3, (3.0, 5.0), np.random.default_rng(0))
     assert nothing.label is not None
