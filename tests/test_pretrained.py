@@ -13,7 +13,7 @@ from anomri.cohorts import find_cases
 from anomri.detector import BUILT_IN, Detector
 from anomri.model_files import read_model
 from anomri.recipe import Pretrained
-from anomri.spec import AnomriError, Interrupted, ModelSpec
+from anomri.spec import AnomriError, Interrupted, ModelSpec, Score
 from anomri.training import Progress, train
 from anomri.training_state import TrainingState
 from conftest import write_case
@@ -69,18 +69,60 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
     # What it makes of T1 is what the first model makes of a scan that has nothing else.
     x = torch.rand((2, 2, 32, 40), generator=torch.Generator().manual_seed(0))
     x[:, 0] = 0
-    whole, own = methods.build(before := read_model(marking)[0]), methods.build(part.spec)
+    whole, own = methods.build(read_model(marking)[0]), methods.build(part.spec)
     whole.load_state_dict(read_model(marking)[2])
     own.load_state_dict(read_model(tmp_path / "model")[2])
     with torch.no_grad():
         expected, found = whole.reconstruct(x), own.reconstruct(x[:, 1:])
     assert found.shape == (2, 2, 32, 40)
     assert torch.allclose(found, expected[:, 1:], atol=1e-5)
-    # And once more: the network keeps its channels, whatever was left out on the way.
-    assert Pretrained.read(tmp_path / "model").channels_for(alone, ()) == ("t1",)
-    assert Pretrained.read(marking).settings_for(before.channels) == {}
     found = Detector.load(tmp_path / "model").detect(alone[7])
     assert found.anomaly_map.max() > 0
+
+
+def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: Path) -> None:
+    before = Pretrained.read("built-in")
+    assert before.preset().settings == before.spec.settings
+    once = before.preset(("flair", "t2"))
+    assert once.settings == {**before.spec.settings, "network_channels": ["flair", "t1", "t1ce", "t2"]}
+    given = Score("positive", ("flair", "t1"), parts=("flair", "flair+t1"))
+    part = replace(before, spec=replace(before.spec, channels=("flair", "t2"), settings=once.settings, score=given))
+    again = part.preset(("flair",))
+    assert again.settings == once.settings
+    assert (again.score.kind, again.score.channels, again.score.parts) == ("positive", ("flair",), ("flair",))
+    networks = [methods.build(replace(part.spec, channels=names)) for names in (("flair", "t2"), ("flair",), ("t2",))]
+    x = torch.rand((1, 2, 32, 40), generator=torch.Generator().manual_seed(0))
+    for network in networks:
+        network.load_state_dict(before.weights)
+        # Processes of one training would wait for each other to make buffers equal.
+        assert not list(network.buffers())
+    both, flair, t2 = networks
+    with torch.no_grad():
+        for channel, one in enumerate((flair, t2)):
+            alone = x * (torch.arange(2) == channel)[:, None, None]
+            expected = both.reconstruct(alone)[:, [channel, 2]]
+            assert torch.allclose(one.reconstruct(x[:, channel : channel + 1]), expected, atol=1e-5)
+
+
+def test_the_channels_are_those_of_most_cases_that_are_not_for_testing() -> None:
+    before = Pretrained.read("built-in")
+
+    def cases(*kinds: tuple[int, str, str | None]) -> list[Case]:
+        return [
+            Case(f"{channels}{number}", {name: Path(name) for name in channels.split("+")}, split=split)
+            for count, channels, split in kinds
+            for number in range(count)
+        ]
+
+    every = "flair+t1+t1ce+t2"
+    assert before.channels_for(cases((3, every, "train"), (4, "flair", "test")), ()) == before.spec.channels
+    # What the model does not have counts neither for nor against.
+    some = cases((2, every, None), (3, f"{every}+pd", None), (4, "flair+t1", None), (2, "pd", None))
+    assert before.channels_for(some, ()) == before.spec.channels
+    assert before.channels_for(some, ("t1", "flair")) == ("flair", "t1")
+    assert before.channels_for(cases((2, "t1+flair", None), (1, every, None)), ()) == ("flair", "t1")
+    with pytest.raises(AnomriError, match="has the channels flair, t1, t1ce, t2, not pd"):
+        before.channels_for(cases((2, "pd", None)), ())
 
 
 def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
@@ -134,6 +176,7 @@ def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, 
         ({"channels": ["flair"]}, "takes no part of its channels, flair, t1; leave out --channels"),
         ({"channels": ["flair", "t2"]}, "has the channels flair, t1, not flair, t2"),
         ({"channels": ["t1", "t1"]}, "two of the channels"),
+        ({"settings": {"network_channels": ["t1", "flair"]}}, "leave them out"),
         ({"settings": {"widths": [4, 8]}}, "leave out settings that change the network"),
     ],
 )

@@ -74,7 +74,8 @@ def _as_named_here(spec: ModelSpec) -> ModelSpec:
 
     if names(spec.channels) == spec.channels:
         return spec
-    settings = {k: list(names(value)) if k == "alone" else value for k, value in spec.settings.items()}
+    named = ("alone", "network_channels")
+    settings = {k: list(names(value)) if k in named else value for k, value in spec.settings.items()}
     thresholds = {"+".join(names(part.split("+"))): one for part, one in spec.subset_thresholds.items()}
     score = replace(spec.score, channels=names(spec.score.channels))
     return replace(spec, channels=names(spec.channels), settings=settings, subset_thresholds=thresholds, score=score)

@@ -47,9 +47,12 @@ class Pretrained:
             raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
         return cls(folder, spec, weights, cases_of_model(folder))
 
-    def preset(self) -> Preset:
-        """How it was trained (an imported checkpoint: as published); a score that was chosen is chosen anew."""
-        spec = self.spec
+    def preset(self, channels: Sequence[str] = ()) -> Preset:
+        """How it was trained (an imported checkpoint: as published), for all or these of its ``channels``.
+
+        A score that was chosen is chosen anew; what one that was given looks at and is gone, it looks at no more.
+        """
+        spec, names = self.spec, tuple(channels) or self.spec.channels
         training = spec.training or methods.preset(spec.method, "paper").training
         if training and training.precision == "bf16-mixed":
             training = replace(training, precision="auto")
@@ -59,28 +62,34 @@ class Pretrained:
         score = replace(spec.score, **{name: getattr(Score(), name) for name in again})
         if spec.score.chosen_by:
             score = replace(score, kind="auto")
-        return Preset(spec.settings, training, spec.scaling, score, spec.grid)
+        score = replace(
+            score,
+            channels=tuple(name for name in score.channels if name in names),
+            parts=tuple(part for part in score.parts if {*part.split("+")} <= {*names}),
+        )
+        settings = spec.settings
+        if names != spec.channels:
+            settings = {"network_channels": list(spec.channels), **settings}
+        return Preset(settings, training, spec.scaling, score, spec.grid)
 
     def channels_for(self, cases: Sequence[Case], wanted: Sequence[str]) -> tuple[str, ...]:
         """Those of its channels that are ``wanted``, or else that most cases have; all of them if it takes no subsets.
 
-        Raises `AnomriError` for channels that it does not have.
+        Cases for testing do not count. Raises `AnomriError` for channels that it does not have.
         """
-        own, asked = self.spec.channels, wanted or channels_of(cases)
+        own, asked = self.spec.channels, wanted
+        if not wanted:
+            used = [case for case in cases if case.split != "test"] or cases
+            known = [replace(case, channels={k: v for k, v in case.channels.items() if k in own}) for case in used]
+            asked = channels_of(known if any(case.channels for case in known) else used)
         names = tuple(name for name in own if name in asked)
-        if not names or (wanted and {*asked} != {*names}):
+        if not names or {*asked} != {*names}:
             raise AnomriError(f"{self.folder}: has the channels {', '.join(own)}, not {', '.join(asked)}.")
         if names != own and not getattr(methods.build(self.spec), "takes_subsets", False):
             if not wanted:
                 return own
             raise AnomriError(f"{self.folder}: takes no part of its channels, {', '.join(own)}; leave out --channels.")
         return names
-
-    def settings_for(self, channels: Sequence[str]) -> dict[str, Any]:
-        """Settings of the method that a training with these of its channels needs beside its own."""
-        if channels == self.spec.channels:
-            return {}
-        return {"network_channels": list(self.spec.settings.get("network_channels", self.spec.channels))}
 
     def notes(self, channels: Sequence[str]) -> list[str]:
         """What the owner of a cohort should know of a training with these of its channels."""
@@ -152,11 +161,12 @@ def planned(
     if len({*names}) < len(names):
         raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
     if pretrained:
+        if "network_channels" in settings:
+            raise AnomriError("network_channels are those of the model that a training begins with; leave them out.")
         names = pretrained.channels_for(cases, names)
-        settings = {**pretrained.settings_for(names), **settings}
     names = names or channels_of(cases)
     method = pretrained.spec.method if pretrained else method or "dae"
-    chosen = pretrained.preset() if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
+    chosen = pretrained.preset(names) if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
     spec = ModelSpec(
         channels=names,
         method=method,

@@ -81,8 +81,6 @@ class DAE(nn.Module):
     """
 
     half_precision = True
-    places: Tensor
-    maps: Tensor
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
@@ -139,12 +137,13 @@ class DAE(nn.Module):
         self.mirror = mirror
         self.subpixels = subpixels
         whole = tuple(network_channels) or self.channels
-        if not {*channels} <= {*whole}:
-            raise AnomriError(f"network_channels are the channels ({', '.join(channels)}) and more; found {whole}.")
-        places = [whole.index(name) for name in channels]
-        self.register_buffer("places", torch.tensor(places), persistent=False)
-        self.register_buffer("maps", torch.tensor([*places, len(whole)][: len(places) + mark]), persistent=False)
-        self.absent = len(whole) - len(places)
+        if not {*channels} <= {*whole} or len({*whole}) < len(whole):
+            raise AnomriError(
+                f"network_channels are {', '.join(channels)} and more, each once; found {', '.join(whole)}."
+            )
+        # No buffers: processes would wait for each other at every call to make them equal.
+        self.places = tuple(whole.index(name) for name in channels)
+        self.network_maps = len(whole)
         maps = len(whole) * (1 + mirror), len(whole) + self.extra_maps
         self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
         self.box_multiple = subpixels * 2 ** (len(widths) - 1)
@@ -218,7 +217,8 @@ class DAE(nn.Module):
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
     def _output(self, x: Tensor) -> Tensor:
-        if self.absent:
+        part = self.places != tuple(range(self.network_maps))
+        if part:
             x = self._among_all(x)
         seen = torch.cat([x, mirrored(x)], 1) if self.mirror else x
         if self.subpixels == 1:
@@ -226,12 +226,16 @@ class DAE(nn.Module):
         else:
             output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
             output = functional.pixel_shuffle(output, self.subpixels)
-        return (output.index_select(1, self.maps) if self.absent else output).float()
+        if part:
+            own = self.places + (self.network_maps,) * self.extra_maps
+            output = output.index_select(1, constants(own, output.device, torch.int64))
+        return output.float()
 
     def _among_all(self, x: Tensor) -> Tensor:
         """The channels (n, c, h, w) among those of the network, of which the others are zero; laid out as before."""
-        n, c, h, w = x.shape
-        whole = x.new_zeros((n, c + self.absent, h, w)).index_copy(1, self.places, x)
+        n, _, h, w = x.shape
+        places = constants(self.places, x.device, torch.int64)
+        whole = x.new_zeros((n, self.network_maps, h, w)).index_copy(1, places, x)
         last = x.is_contiguous(memory_format=torch.channels_last)
         return whole.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
