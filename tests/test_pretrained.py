@@ -11,7 +11,7 @@ from anomri import methods
 from anomri.cases import Case, model_cases
 from anomri.cohorts import find_cases
 from anomri.detector import BUILT_IN, Detector
-from anomri.model_files import read_model
+from anomri.model_files import read_model, write_model
 from anomri.recipe import Pretrained
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Score
 from anomri.training import Progress, train
@@ -102,6 +102,16 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
             alone = x * (torch.arange(2) == channel)[:, None, None]
             expected = both.reconstruct(alone)[:, [channel, 2]]
             assert torch.allclose(one.reconstruct(x[:, channel : channel + 1]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [["flair", "t2"], ["flair", "t1", "t1"], ["t2"]])
+def test_a_description_with_other_channels_of_the_network_is_refused_by_name(
+    marking: Path, tmp_path: Path, channels: list[str]
+) -> None:
+    spec, _, weights = read_model(marking)
+    write_model(tmp_path, replace(spec, settings={**spec.settings, "network_channels": channels}), weights)
+    with pytest.raises(AnomriError, match=r"model\.json: network_channels are the channels and others"):
+        read_model(tmp_path)
 
 
 def test_the_channels_are_those_of_most_cases_that_are_not_for_testing() -> None:

@@ -49,13 +49,13 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
     try:
         _modest(spec)
         with torch.device("meta"):
-            outline = methods.build(spec)
+            outline = _built(spec, description)
         size = sum(value.nbytes for value in [*outline.parameters(), *outline.buffers()])
         content = plain_file(weights, size + MAX_HEADER).read_bytes()
         # What the method keeps beside its weights is made anew, and has to be in proportion.
         if size > 2 * len(content) + MAX_HEADER:
             raise ValueError(f"it describes {size:,} bytes of numbers, but the weights have {len(content):,}")
-        method = methods.build(spec)
+        method = _built(spec, description)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, LookupError, AttributeError) as error:
         raise AnomriError(f"{description}: does not describe a model ({error}).") from error
     except OSError as error:
@@ -64,6 +64,13 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
         return spec, method, load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+
+
+def _built(spec: ModelSpec, description: Path) -> Any:
+    try:
+        return methods.build(spec)
+    except AnomriError as error:
+        raise AnomriError(f"{description}: {error}") from error
 
 
 def _as_named_here(spec: ModelSpec) -> ModelSpec:

@@ -137,9 +137,9 @@ class DAE(nn.Module):
         self.mirror = mirror
         self.subpixels = subpixels
         whole = tuple(network_channels) or self.channels
-        if not {*channels} <= {*whole} or len({*whole}) < len(whole):
+        if network_channels and (not {*channels} <= {*whole} or len({*whole}) < len(whole)):
             raise AnomriError(
-                f"network_channels are {', '.join(channels)} and more, each once; found {', '.join(whole)}."
+                f"network_channels are the channels and others, each of them once; found {', '.join(whole):.200}."
             )
         # No buffers: processes would wait for each other at every call to make them equal.
         self.places = tuple(whole.index(name) for name in channels)
