@@ -37,15 +37,17 @@ class Pretrained:
     weights: dict[str, Tensor]
     cases: list[Case]
     """Those it was trained and validated on, without files; none where its folder does not say."""
+    takes_subsets: bool
+    """Whether a scan may lack some of its channels."""
 
     @classmethod
     def read(cls, model: str | Path) -> Pretrained:
         """Read a model folder, or `IN_THE_PACKAGE`; raises `AnomriError` if there is none, or nothing in it was trained."""
         folder = BUILT_IN if str(model) == IN_THE_PACKAGE else Path(model)
-        spec, _, weights = read_model(folder)
+        spec, method, weights = read_model(folder)
         if not weights:
             raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
-        return cls(folder, spec, weights, cases_of_model(folder))
+        return cls(folder, spec, weights, cases_of_model(folder), bool(getattr(method, "takes_subsets", False)))
 
     def preset(self, channels: Sequence[str] = ()) -> Preset:
         """How it was trained (an imported checkpoint: as published), for all or these of its ``channels``.
@@ -85,7 +87,7 @@ class Pretrained:
         names = tuple(name for name in own if name in asked)
         if not names or {*asked} != {*names}:
             raise AnomriError(f"{self.folder}: has the channels {', '.join(own)}, not {', '.join(asked)}.")
-        if names != own and not getattr(methods.build(self.spec), "takes_subsets", False):
+        if names != own and not self.takes_subsets:
             if not wanted:
                 return own
             raise AnomriError(f"{self.folder}: takes no part of its channels, {', '.join(own)}; leave out --channels.")
