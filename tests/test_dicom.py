@@ -11,7 +11,7 @@ import pytest
 from nibabel.affines import apply_affine
 
 from anomri.dicom import MIN_SLICES, Series, choose_series, convert, find_series, guess_channel
-from anomri.dicom_seg import write_segmentation
+from anomri.dicom_seg import PATIENT_AND_STUDY, write_segmentation
 from anomri.spec import AnomriError
 from anomri.volume import Volume, read_volume
 
@@ -216,6 +216,18 @@ def series(text: str, **kwargs: Any) -> Series:
         ("T1 w/o contrast", {}, "t1"),
         ("T1 pre and post contrast", {}, None),
         ("T1 post-op", {}, "t1"),
+        ("T1_post_op", {}, "t1"),
+        ("AX T1 POSTCONTRAST", {}, "t1ce"),
+        ("T1 postgado", {}, "t1ce"),
+        ("MPRAGEpost", {}, "t1ce"),
+        ("t1_post_3d", {}, "t1ce"),
+        ("T1 precontrast", {}, "t1"),
+        ("T1 precontrast", {"agent": "Dotarem"}, None),
+        ("T1 C-", {}, "t1"),
+        ("T1 -C", {}, "t1"),
+        ("T1-C", {}, None),
+        ("T1 w/wo contrast", {}, None),
+        ("T1 with and without contrast", {}, None),
         ("T1 cor", {"echo_time": 95}, None),
         ("t1_tse_dark", {"protocol": "BRAIN T2 FLAIR WITH CONTRAST"}, "t1"),
         ("", {"protocol": "t2_tse_tra"}, "t2"),
@@ -493,6 +505,31 @@ def check_frames(folder: Path, mask: np.ndarray, affine: np.ndarray, source: Ser
         lps = position + np.outer(column, across * of.PixelSpacing[1]) + np.outer(row, down * of.PixelSpacing[0])
         index = np.rint(apply_affine(to_mask, lps * [-1, -1, 1])).astype(int)
         np.testing.assert_array_equal(image.ravel().astype(bool), mask[tuple(index.T)])
+
+
+def test_headers_without_names_and_times_do_too(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="needs anomri[dicom]")
+    for file in write_series(tmp_path / "in", EchoTime=None, RepetitionTime=None):
+        one = pydicom.dcmread(file)
+        for keyword in (*PATIENT_AND_STUDY, "SliceThickness"):
+            if keyword in one:
+                delattr(one, keyword)
+        one.save_as(file)
+    case, (source,) = convert(tmp_path / "in", tmp_path / "out"), find_series(tmp_path / "in")
+    volume = read_volume(case, ["flair"])
+    write_segmentation(tmp_path / "seg.dcm", volume.data[0] > 1500, volume.geometry, source)
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert (seg.PatientName, seg.PatientID, seg.StudyDate) == ("", "", "")
+    assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 5
+
+
+def test_series_of_several_frames_of_reference_are_told(tmp_path: Path) -> None:
+    write_series(tmp_path / "in" / "1", "Ax FLAIR")
+    write_series(tmp_path / "in" / "2", "Sag T1")
+    assert convert(tmp_path / "in", tmp_path / "out").notes == ()
+    write_series(tmp_path / "in" / "2", "Sag T1", FrameOfReferenceUID=generate_uid(entropy_srcs=["another"]))
+    (note,) = convert(tmp_path / "in", tmp_path / "out").notes
+    assert "not of one frame of reference" in note
 
 
 def test_a_segmentation_says_what_it_is_and_whose(tmp_path: Path, scanned: Any) -> None:

@@ -12,9 +12,11 @@ from scipy.spatial.transform import Rotation
 from anomri.cases import Case, case_of_files
 from anomri.cli import main
 from anomri.cohorts import find_cases
+from anomri.detection import detect_cohort
 from anomri.detector import Detector
 from anomri.evaluation import evaluate
 from anomri.intake import holds_dicom
+from anomri.nifti import read_image, values_of
 from anomri.spec import AnomriError
 from anomri.viewer import _scans
 from anomri.volume import read_volume
@@ -257,8 +259,12 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
     folder, out = tmp_path / "in", tmp_path / "in" / "out"
     dicom_folder(folder)
     thresholding("flair", "t1").save(tmp_path / "m")
-    for _ in range(2):
-        assert main(["detect", "-i", str(folder), "-o", str(out), "-m", str(tmp_path / "m"), "--dicom-seg"]) == 0
+    arguments = ["detect", "-i", str(folder), "-o", str(out), "-m", str(tmp_path / "m")]
+    written = []
+    for more in (["--dicom-seg"], ["--dicom-seg"], []):
+        assert main([*arguments, *more]) == 0
+        written.append({path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")})
+    assert written[0] == written[1] == written[2] and len(written[0]) == 4
     (name,) = (path.name.removesuffix("_mask.dcm") for path in out.glob("*_mask.dcm"))
     for scans in (None, folder):
         assert _scans(out, scans)[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
@@ -361,6 +367,77 @@ def test_a_header_without_codes_is_told(tmp_path: Path) -> None:
     nib.save(image, tmp_path / "a_flair.nii.gz")
     (note,) = thresholding("flair").read(tmp_path / "a_flair.nii.gz").notes
     assert note == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right."
+
+
+@pytest.mark.parametrize("unsaid", ["t1", "mask", "flair"])
+def test_an_image_without_codes_lies_as_the_one_beside_it(tmp_path: Path, unsaid: str) -> None:
+    affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
+    data = scan((64, 72, 56), affine)
+    for name, values in {"flair": data, "t1": data, "mask": data > 0}.items():
+        image = nib.Nifti1Image(values.astype(np.float32), affine)
+        if name == unsaid:
+            image.set_sform(None, 0)
+            image.set_qform(None, 0)
+        nib.save(image, tmp_path / f"a_{name}.nii.gz")
+    volume = thresholding("flair", "t1").read(tmp_path)
+    (flair, t1), told = volume.data, [note for note in volume.notes if "was taken to lie as" in note]
+    np.testing.assert_array_equal(flair, t1)
+    assert (flair > 0).sum() == (data > 0).sum()
+    assert told and all(note.startswith(f"a_{unsaid}.nii.gz does not say how it lies") for note in told)
+    other = nib.Nifti1Image(data[:-2].astype(np.float32), None if unsaid == "t1" else affine)
+    nib.save(other, tmp_path / "a_t1.nii.gz")
+    if unsaid != "mask":
+        with pytest.raises(AnomriError, match=f"a_t1.nii.gz: a_{unsaid}.nii.gz does not say how it lies"):
+            thresholding("flair", "t1").read(tmp_path)
+
+
+def test_the_background_of_a_scaled_image_is_zero(tmp_path: Path) -> None:
+    affine = np.diag([3, 3, 3, 1])
+    for seed in range(4):
+        data = scan((64, 72, 56), affine, seed=seed)
+        data[32, 36, 28] = -7.3 - seed
+        header = nib.Nifti1Header()
+        header.set_data_dtype(np.int16)
+        nib.save(nib.Nifti1Image(data, affine, header), tmp_path / "a_flair.nii.gz")
+        stored = read_image(tmp_path / "a_flair.nii.gz")
+        assert stored.dataobj.inter != 0
+        found = values_of(stored)
+        np.testing.assert_allclose(found, data, atol=stored.dataobj.slope)
+        assert (found[data == 0] == 0).all()
+        thresholding("flair").read(tmp_path)
+
+
+def test_a_header_is_not_read_as_voxels(tmp_path: Path) -> None:
+    path = tmp_path / "a_flair.nii"
+    nib.save(nib.Nifti1Image(scan((64, 72, 56), np.eye(4)).astype(np.float32), np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(0).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(AnomriError, match="places the image 0 bytes into the file"):
+        read_image(path)
+
+
+def test_another_scan_of_the_same_name_does_not_replace_results(tmp_path: Path) -> None:
+    out, detector = tmp_path / "out", thresholding("flair")
+    affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
+    for seed in (0, 1):
+        folder = tmp_path / str(seed) / "pre"
+        folder.mkdir(parents=True)
+        data = scan((64, 72, 56), affine, seed=seed).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, affine), folder / "FLAIR.nii.gz")
+    first, second = (detector.find_cases(tmp_path / name / "pre") for name in "01")
+    assert [case.name for case in (*first, *second)] == ["pre", "pre"]
+    detect_cohort(first, out, detector)
+    before = (out / "pre_anomaly.nii.gz").read_bytes()
+    with pytest.raises(AnomriError, match="the results of another scan that is called pre too"):
+        detect_cohort(second, out, detector)
+    assert (out / "pre_anomaly.nii.gz").read_bytes() == before
+    # The same scan elsewhere, or another in the same place, is the same scan.
+    moved = (tmp_path / "0").rename(tmp_path / "moved")
+    detect_cohort(detector.find_cases(moved / "pre"), out, detector)
+    (tmp_path / "1" / "pre" / "FLAIR.nii.gz").replace(moved / "pre" / "FLAIR.nii.gz")
+    detect_cohort(detector.find_cases(moved / "pre"), out, detector)
+    assert (out / "pre_anomaly.nii.gz").read_bytes() != before
 
 
 def test_cases_of_a_run_before_are_told(

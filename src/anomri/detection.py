@@ -21,7 +21,7 @@ from anomri.launch import processors
 from anomri.parallel import threads_divided
 from anomri.preparation import Preparation
 from anomri.previews import save_preview
-from anomri.records import Records, Shard, keys_of
+from anomri.records import Records, Shard, check_same_scans, keys_of, origin_of
 from anomri.results import CaseResult, run_facts, write_run_tables
 from anomri.spec import AnomriError
 from anomri.volume import Volume
@@ -56,24 +56,27 @@ def detect_cohort(
     and they share the cases. ``shard``, as ``3/40``, does one share of the cases alone; `merging.merge` then writes the
     tables of all.
 
-    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written or holds files that
-    results would replace, or another run is writing to it.
+    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written or holds files, or
+    results of another scan of the same name, that results would replace, or another run is writing to it.
     """
     folder, part = Path(out), Shard.parse(shard)
     team = Processes(part.number - 1, part.count) if part else processes(_device_of(model))
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
-    found = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    cases = [without_result(case) for case in found]
+    listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
+    cases = [without_result(case) for case in listed]
     keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
         mine = team.part(cases)
-        if part:
-            check_room(folder, mine)
-        else:
-            team.once(lambda: check_room(folder, cases))
+
+        def check() -> None:
+            of_this_run = mine if part else cases
+            check_room(folder, of_this_run)
+            check_same_scans(folder / LOGS, of_this_run)
+
+        check() if part else team.once(check)
         records = begin() if part else team.once(begin)
         results = {case.name: result for case in mine if (result := finished(records, case.name, folder))}
 
@@ -81,16 +84,18 @@ def detect_cohort(
             for result in results.values():
                 progress(result, len(mine))
             waiting = [case for case in mine if case.name not in results]
-            for result in detect_each(
+            found = detect_each(
                 detector,
                 waiting,
                 lambda case: detector.read(case, preparation),
                 lambda case, detection: detection.save(folder, reconstruction=reconstruction),
                 folder,
-            ):
+            )
+            for case, result in zip(waiting, found, strict=True):
                 results[result.case] = result
                 remove_results(folder, result.case, result.files)
-                records.save(result.case, result.to_record(folder))
+                origin = {} if result.error else {"origin": origin_of(case)}
+                records.save(result.case, result.to_record(folder) | origin)
                 progress(result, len(mine))
 
         if part:

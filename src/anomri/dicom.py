@@ -34,8 +34,9 @@ from anomri.dicom_files import (
 from anomri.files import output_folder
 from anomri.geometry import Geometry
 from anomri.naming import MARKS
+from anomri.nifti import read_image, write_image_file
 from anomri.spec import AnomriError
-from anomri.volume import write_image
+from anomri.volume import image_of
 
 MIN_SLICES = 10
 """Series with fewer slices are taken for localizers."""
@@ -161,8 +162,23 @@ def convert_series(chosen: Mapping[str, Series], out: str | Path, *, keep_identi
         data = np.asanyarray(image.dataobj)
         as_stored = np.array([[0, 1], [1, 1], [2, 1]])
         rows, columns, slices = data.shape
-        write_image(files[channel], data, Geometry((rows, columns, slices), image.affine, as_stored, image.header))
-    return Case(name, files, subject=subject or None)
+        written = image_of(data, Geometry((rows, columns, slices), image.affine, as_stored, image.header))
+        # One that is there already keeps its time, by which a run that goes on knows what it has done.
+        if not _holds(files[channel], written):
+            write_image_file(files[channel], written)
+    frames = {series.frame for series in chosen.values() if series.frame}
+    apart = (
+        "its series are not of one frame of reference (the patient may have moved in between), and their channels may "
+        "not lie on each other: register them, or look at one."
+    )
+    return Case(name, files, subject=subject or None, notes=(apart,) if len(frames) > 1 else ())
+
+
+def _holds(path: Path, image: nib.Nifti1Image) -> bool:
+    try:
+        return read_image(path).to_bytes() == image.to_bytes()
+    except AnomriError:
+        return False
 
 
 def read_series(series: Series) -> nib.Nifti1Image:
@@ -179,6 +195,10 @@ def read_series(series: Series) -> nib.Nifti1Image:
         for number, one in enumerate(ordered, start=1):
             # dicom2nifti takes slices that were numbered in the order of acquisition for several volumes.
             one.InstanceNumber = number
+            for keyword in ("EchoTime", "RepetitionTime"):
+                # It reads them as numbers, and they may be empty; nothing here rests on them any more.
+                if keyword in one:
+                    delattr(one, keyword)
         try:
             # Not reoriented: `volume` does that, and the slices stay slices.
             image = library.dicom_array_to_nifti(ordered, None, reorient_nifti=False)["NII"]
@@ -241,6 +261,7 @@ def _series(members: Sequence[tuple[Path, Any]]) -> Series:
         study=text_of(header, "StudyInstanceUID"),
         description=text_of(header, "SeriesDescription"),
         protocol=text_of(header, "ProtocolName"),
+        frame=text_of(header, "FrameOfReferenceUID"),
         modality=text_of(header, "Modality"),
         files=tuple(sorted(path for path, _ in members)),
         agent=text_of(header, "ContrastBolusAgent") if "ContrastBolusAgent" in header else None,

@@ -17,12 +17,13 @@ _T1 = re.compile(r"(?<![a-z0-9])t1(?!\d)|mp[ _-]?rage|bravo|spgr")
 _T2 = re.compile(r"(?<![a-z0-9])t2(?!\d)")
 _AGENT = r"(?:gd|gad\w*|contrast|km)(?![a-z])"
 _WITH_AGENT = re.compile(
-    rf"(?<![a-z])(?:post(?!\w|[ -]?op)|ce(?![a-z])|{_AGENT})|t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
+    rf"(?<![a-z])(?:ce(?![a-z])|(?:post)?{_AGENT})|post(?![a-z0-9]|[ _-]?op)|t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
 )
 _WITHOUT_AGENT = re.compile(
-    rf"(?<![a-z])(?:(?:pre(?!\w|[ -]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
-    rf"non?[ _-]*{_AGENT})|-c\b"
+    rf"(?<![a-z])(?:(?:pre(?![a-z0-9]|[ _-]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
+    rf"(?:non?|pre)[ _-]*{_AGENT})|(?<![a-z0-9])(?:-c\b|c-(?!\w))"
 )
+_EITHER = re.compile(r"(?<![a-z])w(?:ith)?[ _]*(?:/|&|\+|and)?[ _]*w(?:/?o|ithout)(?![a-z])|t1-c\b")
 _NO_AGENT = {"no", "none", "n", "no contrast", "without", "nil", "0"}
 
 
@@ -41,6 +42,8 @@ class Series:
     echo_time: float | None = None
     inversion_time: float | None = None
     gradient_echo: bool = False
+    frame: str = ""
+    """The FrameOfReferenceUID: coordinates of series are comparable within one."""
 
     @property
     def slices(self) -> int:
@@ -81,6 +84,8 @@ def guess_channel(series: Series) -> str | None:
 
 def _t1_or_t1ce(series: Series, text: str) -> str | None:
     votes = set()
+    if _EITHER.search(text):
+        return None
     if _WITHOUT_AGENT.search(text):
         votes.add(False)
     if _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", text)):

@@ -20,6 +20,7 @@ REASONS = {
 """Why an object of this SOP class is left out, where its name does not say it."""
 TAGS = ["SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription"]
 TAGS += ["ProtocolName", "ImageType", "ContrastBolusAgent", "EchoTime", "InversionTime", "ScanningSequence"]
+TAGS += ["FrameOfReferenceUID"]
 
 
 def optional(module: str) -> Any:

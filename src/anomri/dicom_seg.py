@@ -23,6 +23,8 @@ from anomri.files import whole_file
 from anomri.geometry import Geometry
 from anomri.spec import AnomriError
 
+PATIENT_AND_STUDY = ["PatientName", "PatientID", "PatientBirthDate", "PatientSex"]
+PATIENT_AND_STUDY += ["AccessionNumber", "StudyDate", "StudyTime", "StudyID", "ReferringPhysicianName"]
 OFFSET_TOLERANCE = 0.1
 """How far, in voxels, a voxel of the mask may lie from the pixel of the source series that it becomes."""
 
@@ -50,6 +52,13 @@ def write_segmentation(
         except Exception as error:  # damaged bytes make pydicom raise about anything
             raise AnomriError(f"{where}: cannot be read as DICOM ({reason_of(error)}); copy it again.") from error
         ordered, affine = stack(source, headers)
+        for one in ordered:
+            # Where names were taken out the whole element may be gone; the standard wants it there, empty.
+            for keyword in PATIENT_AND_STUDY:
+                if keyword not in one:
+                    setattr(one, keyword, "")
+            if not one.get("SliceThickness"):
+                one.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.6g}"
         shape = (int(ordered[0].Columns), int(ordered[0].Rows), len(ordered))
         frames = _onto(mask, geometry, shape, affine, where).transpose(2, 1, 0)
         with whole_file(path) as partial:

@@ -124,6 +124,11 @@ def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
     return Geometry((rows, columns, slices), affine, transform, image.header)
 
 
+def says_where(header: nib.Nifti1Header) -> bool:
+    """Whether a header says where its image lies; nibabel makes a place up where it does not."""
+    return bool(header["sform_code"] or header["qform_code"])
+
+
 def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
     """Raise `AnomriError` unless the image in a file lies on the grid ``first`` of another."""
     if image.shape != first.shape:

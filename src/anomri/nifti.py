@@ -70,6 +70,8 @@ def stored_values_of(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
         return stored, float(proxy.slope)
     values: NDArray[np.float32] = np.multiply(stored, np.float32(proxy.slope), dtype=np.float32)
     values += np.float32(proxy.inter)
+    # The stored number closest to zero stands for it: what lies around a brain is nothing, not half a step.
+    values[stored == np.rint(-proxy.inter / proxy.slope)] = 0
     return values, 1.0
 
 
@@ -123,7 +125,7 @@ def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
     if voxels > MAX_VOXELS:
         raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
     offset = float(header["vox_offset"])
-    if not 0 <= offset <= HEADER_BYTES:
+    if not header.sizeof_hdr <= offset <= HEADER_BYTES:
         raise AnomriError(f"{path}: its header places the image {offset:g} bytes into the file; it is damaged.")
     return int(offset) + voxels * header.get_data_dtype().itemsize
 

@@ -115,6 +115,36 @@ class Records:
         return self.folder / f"{case}.json"
 
 
+def origin_of(case: Case) -> dict[str, str]:
+    """What tells a scan from another of the same name: hashes of its first image's folder and content; none if it is gone."""
+    first = next(iter(case.channels.values()))
+    try:
+        return {"folder": _folder_of(first), "content": _content_of(first)}
+    except OSError:
+        return {}
+
+
+def check_same_scans(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if a record in ``folder`` says that it is of another scan than the case of that name.
+
+    Names as ``pre`` or ``baseline`` are those of many patients' folders. A scan that was moved, or made anew in its
+    place, is the same.
+    """
+    for case in cases:
+        try:
+            origin = json.loads((folder / f"{case.name}.json").read_text(encoding="utf-8"))["origin"]
+            first = next(iter(case.channels.values()))
+            # Most lie where they lay, and are not read for this.
+            same = origin["folder"] == _folder_of(first) or origin["content"] == _content_of(first)
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            continue
+        if not same:
+            raise AnomriError(
+                f"{folder.parent}: holds the results of another scan that is called {case.name} too, and those of {first} "
+                f"would replace them; name another folder with -o, or list the scans in a .tsv with names of their own."
+            )
+
+
 def keys_of(cases: Sequence[Case], channels: Sequence[str], *settings: object) -> dict[str, str]:
     """The key of each case: a hash of whose it is, where its files lie, their sizes and times, and the settings (JSON)."""
     for case in cases:
@@ -140,6 +170,14 @@ def _code() -> str:
 
 def _sources(case: Case, channels: Sequence[str]) -> list[Path | None]:
     return [*(case.channels.get(channel) for channel in channels), case.mask, case.label]
+
+
+def _folder_of(path: Path) -> str:
+    return _hash(str(path.resolve().parent))
+
+
+def _content_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _stat(path: Path | None) -> list[object] | None:

@@ -77,7 +77,8 @@ def refusal(name: str, path: Path, found: str) -> AnomriError:
         f"one of\n  anomri detect ... --skull-strip          (deepbet: pip install 'anomri[bet]')"
         f"\n  hd-bet -i {head} -o {brain}"
         f"\n  mri_synthstrip -i {head} -o {brain} -m {mask}"
-        f"\nor name the mask of its brain with --brain-mask, or lay it beside the scan as <case>_mask.nii.gz."
+        f"\nor name the mask of its brain with --brain-mask, or lay it beside the scan as <case>_mask.nii.gz "
+        f"and give the folder of both with -i."
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around, is_empty, join
 from anomri.cases import Case
-from anomri.geometry import Geometry, check_grid, copy_turned, geometry_of
+from anomri.geometry import Geometry, check_grid, copy_turned, geometry_of, says_where
 from anomri.launch import processors
 from anomri.masks import check_brain, check_lesion, lesion_of
 from anomri.nifti import read_image, stored_values_of, type_of, values_of, write_image_file
@@ -138,7 +138,7 @@ def read_volume(
         for path, (image, values, slope, found) in zip(files, pool.map(_read_positive, files), strict=True):
             if first is None:
                 first = geometry_of(path, image, grid)
-                if not (image.header["sform_code"] or image.header["qform_code"]):
+                if not says_where(image.header):
                     notes.append(f"{path.name} does not say how it lies (sform and qform code 0): left may be right.")
             notes += found
             slopes.append(slope)
@@ -264,6 +264,19 @@ def _onto(
     """``values`` of an image in the working orientation of ``first``; without ``notes`` it must lie there already."""
     if notes is None:
         check_grid(path, image, first_path, first)
+        return first.canonical(values)
+    told = {says_where(image.header): path.name, says_where(first.header): first_path.name}
+    if len(told) > 1:
+        # What nibabel makes up where a header says nothing is no place to resample from, or to.
+        if image.shape != first.shape:
+            raise AnomriError(
+                f"{path}: {told[False]} does not say how it lies (sform and qform code 0), {told[True]} does, and they "
+                f"differ in size ({image.shape} and {first.shape} voxels). Copy the header of the image that it was made from."
+            )
+        notes.append(
+            f"{told[False]} does not say how it lies (sform and qform code 0): it was taken to lie as {told[True]}, "
+            f"which has as many voxels."
+        )
         return first.canonical(values)
     axes = orientations.io_orientation(first.canonical_affine)
     here = geometry_of(path, image, Grid())
