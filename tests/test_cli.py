@@ -61,6 +61,8 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
     ]
     options = ["--steps", "4", "--batch-size", "4", "--learning-rate", "0.002", "--seed", "3", "--precision", "32-true"]
     options += [
+        "--validate-every",
+        "2",
         "--noise-resolution",
         "8",
         "--noise-std",
@@ -78,7 +80,7 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
     assert spec.training is not None
     assert (spec.channels, spec.data_licence) == (("t1", "flair"), "ours")
     assert (spec.training.steps, spec.training.batch_size, spec.training.seed) == (4, 4, 3)
-    assert spec.training.learning_rate == 0.002
+    assert (spec.training.learning_rate, spec.training.validate_every) == (0.002, 2)
     assert (spec.settings["noise_resolution"], spec.settings["noise_std"]) == (8, 0.3)
     assert spec.settings["augmentation"] == {"flip": True, "gain": 0.2}
 

@@ -40,6 +40,9 @@ def train(
     ] = 1,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
+    validate_every: Annotated[
+        Optional[int], typer.Option(min=1, help="Steps between validations; the weights of the best are kept.")
+    ] = None,
     precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
     seed: Annotated[
         Optional[int], typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split.")
@@ -74,6 +77,7 @@ def train(
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "validate_every": validate_every,
         "precision": precision,
         "seed": seed,
     }
