@@ -23,11 +23,10 @@ import anomri
 from anomri.cases import Case
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
-from anomri.evaluation import on_published_grid
 from anomri.methods.dae import DAE
 from anomri.pooling import Pool, Scored
 from anomri.residual import BRIGHT, anomaly_score, describe, score_of
-from anomri.slices import SliceStack, slice_volume
+from anomri.slices import SliceStack, on_published_grid, slice_volume
 from anomri.spec import AnomriError, Scaling, Score
 from anomri.volume import Volume
 

@@ -181,9 +181,11 @@ def test_checkpoints_that_are_refused(released: Path, tmp_path: Path) -> None:
     refused({"model_state_dict": {**state, "last.weight": torch.zeros(())}}, "is not of the released U-Net")
     refused({"model_state_dict": dict(list(state.items())[3:])}, "is not of the released U-Net|do not form")
     refused({"model_state_dict": state}, "has 4 channels, but 1 are named", channels=["flair"])
-    bad.write_bytes(b"nothing")
-    with pytest.raises(AnomriError, match=r"bad.pt: cannot be read"):
-        import_checkpoint(bad, tmp_path / "m")
+    refused({"model_state_dict": state}, "two of the channels .* are the same", channels=["flair", "t1", "t1", "t2"])
+    for text in (b"nothing", b"hello world"):
+        bad.write_bytes(text)
+        with pytest.raises(AnomriError, match=r"bad.pt: cannot be read"):
+            import_checkpoint(bad, tmp_path / "m")
 
 
 def test_the_demo_runs_end_to_end(

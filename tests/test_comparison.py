@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -110,12 +111,19 @@ def test_a_table_curves_and_pictures(
     assert "| DAE + median | 2 | " in (text := (tmp_path / "table.md").read_text()) and "±" in text
     with pytest.raises(AnomriError, match=r"comparison.json: was begun with other training; give the same"):
         compare(cohort, tmp_path, **{**given, "training": {"steps": 5}})  # type: ignore[arg-type]
+    # What a model was trained on stays; what it is evaluated on is evaluated again where it has changed.
+    (scan,) = (cohort / "case0").glob("*_flair.nii.gz")
     label = cohort / "case8" / "case8_seg.nii.gz"
-    before_that = label.stat()
-    os.utime(label)
+    times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (scan, label)}
+    os.utime(scan)
     with pytest.raises(AnomriError, match="was begun with other files; give"):
         compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
-    os.utime(label, ns=(before_that.st_atime_ns, before_that.st_mtime_ns))
+    os.utime(scan, ns=times[scan])
+    os.utime(label)
+    before = list(here)
+    compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
+    assert here[len(before) :] == [("evaluate_job", "dae-seed0"), ("evaluate_job", "dae-seed1")]
+    os.utime(label, ns=times[label])
 
 
 def test_a_stopped_comparison_continues(
@@ -143,7 +151,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(
     given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 2, "validate_every": 2}}
     comparison = compare(cohort, tmp_path, methods="dae,vae", noise_std=[float("nan")], **given)  # type: ignore[arg-type]
     assert list(comparison.failed) == ["dae-noise_std-nan-seed0"]
-    assert "the loss of step 1 is nan" in comparison.failed["dae-noise_std-nan-seed0"]
+    assert "its setting noise_std is nan" in comparison.failed["dae-noise_std-nan-seed0"]
     assert len(comparison.rows) == 4
     assert "failed: dae-noise_std-nan-seed0" in comparison.report.read_text()
 
@@ -245,6 +253,27 @@ def test_a_scan_that_fails_does_not_stop_the_others(
     assert result["cases"] == 1 and list(result["failed"]) == ["case8"]
     with np.load(job.result.with_suffix(".npz")) as arrays:
         assert arrays["map"].shape == arrays["scan"].shape == (1, 128, 128)
+
+
+def test_scans_that_failed_are_told_and_evaluated_again_when_they_are_mended(
+    cohort: Path, cache: Path, tiny_preset: None, here: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    shutil.copytree(cohort, tmp_path / "cohort")
+    scan = tmp_path / "cohort" / "case8" / "case8_t1.nii.gz"
+    whole, given = scan.read_bytes(), {"methods": "thresholding", "preset": "small", "cache": cache, "device": "cpu"}
+    scan.write_bytes(whole[:2000])
+    out = tmp_path / "out"
+    for _ in range(2):
+        comparison = compare(tmp_path / "cohort", out, **given)  # type: ignore[arg-type]
+        assert list(comparison.failed) == ["thresholding-seed0, case8"]
+    jobs = len(here)
+    scan.write_bytes(whole)
+    assert not compare(tmp_path / "cohort", out, **given).failed  # type: ignore[arg-type]
+    assert len(here) == jobs + 1
+    assert not compare(tmp_path / "cohort", out, **given).failed and len(here) == jobs + 1  # type: ignore[arg-type]
+    (out / "comparison.json").write_text("[1]")
+    with pytest.raises(AnomriError, match="comparison.json: cannot be read as a JSON object"):
+        compare(tmp_path / "cohort", out, **given)  # type: ignore[arg-type]
 
 
 def test_settings_by_name() -> None:

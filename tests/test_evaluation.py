@@ -1,20 +1,24 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
 
 import anomri
+import anomri.evaluation as evaluation_module
 from anomri.cases import Case, model_cases, splits_of, write_splits
 from anomri.cli import main
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
-from anomri.evaluation import choose_cases, evaluate
+from anomri.evaluation import choose_cases, evaluate, evaluate_shard, make_plan, merge_evaluations
 from anomri.metrics import count_lesions, dice, drop_small_components
-from anomri.spec import AnomriError
+from anomri.spec import AnomriError, Grid
 from conftest import AFFINE, SHAPE, write
 
 
@@ -150,6 +154,99 @@ def test_a_case_that_fails_is_told_and_the_others_count(tmp_path: Path) -> None:
     assert "c2.nii.gz" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_cases_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, _, _ = synthetic_maps(tmp_path)
+    expected = evaluate(cases, maps=tmp_path).figures
+    read, tried, broken = evaluation_module.read_map, list[str](), {"c1.nii.gz"}
+
+    def read_or_fail(path: Path, *others: Any) -> Any:
+        tried.append(path.name)
+        if path.name in broken:
+            raise MemoryError
+        return read(path, *others)
+
+    monkeypatch.setattr(evaluation_module, "read_map", read_or_fail)
+    assert list(evaluate(cases, tmp_path / "out", maps=tmp_path).failed) == ["c1"]
+    broken.clear()
+    tried.clear()
+    again = evaluate(cases, tmp_path / "out", maps=tmp_path)
+    assert (again.failed, again.figures, tried) == ({}, expected, ["c1.nii.gz"])
+    assert not (tmp_path / "out" / ".scores").exists()
+    assert evaluate(cases, tmp_path / "out", maps=tmp_path).figures == expected and tried == ["c1.nii.gz"]
+    # The same with shards, of which one is given again after the merge.
+    broken.add("c2.nii.gz")
+    plan = make_plan(cases, tmp_path / "shards", maps=tmp_path)
+    failed = [evaluate_shard(plan, tmp_path / "shards", f"{k}/2", lambda *state: None) for k in (1, 2)]
+    assert sum(failed) == 1 and list(merge_evaluations(tmp_path / "shards").failed) == ["c2"]
+    broken.clear()
+    assert evaluate_shard(plan, tmp_path / "shards", f"{failed.index(1) + 1}/2", lambda *state: None) == 0
+    merged = merge_evaluations(tmp_path / "shards")
+    assert (merged.failed, merged.figures) == ({}, expected)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "patients.tsv", "curve.tsv", "report.html"])
+def test_a_table_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
+    cases, _, _ = synthetic_maps(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(AnomriError, match=f"{name}: is no result of anomri"):
+        evaluate(cases, tmp_path / "out", maps=tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == [name]
+
+
+def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(cohort: Path, model: Path, tmp_path: Path) -> None:
+    evaluate(cohort, tmp_path / "out", model=model)
+    assert "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text()
+    for case in find_cases(cohort):
+        write(tmp_path / "maps" / f"{case.name}.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
+    evaluate(cohort, tmp_path / "out", maps=tmp_path / "maps")
+    assert "data:image/jpeg" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_scores_that_only_float64_tells_apart_are_told_apart(tmp_path: Path) -> None:
+    cases, scores, labels = synthetic_maps(tmp_path)
+    fine = [1 - 1e-9 * np.exp(-score.astype(np.float64)) for score in scores]
+    for case, score in zip(cases, fine, strict=True):
+        write(tmp_path / f"{case.name}.nii.gz", score)
+    expected = average_precision_score(np.ravel(labels), np.ravel(scores))
+    assert average_precision_score(np.ravel(labels), np.ravel(fine)) == pytest.approx(expected)
+    assert evaluate(cases, maps=tmp_path)["AUPRC, pooled"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_threshold_of_the_curve_gives_the_dice_beside_it(tmp_path: Path) -> None:
+    cases, _, labels = synthetic_maps(tmp_path)
+    for case, label in zip(cases, labels, strict=True):
+        write(tmp_path / f"{case.name}.nii.gz", np.roll(label, 1, 0).astype(np.uint8))
+    curve = evaluate(cases, maps=tmp_path).curve
+    threshold, *_, best = max(curve, key=lambda point: point[3])
+    found = evaluate(cases, maps=tmp_path, threshold=threshold)
+    dices = [patient.dice_unfiltered for patient in found.patients]
+    assert best > 0.8 and np.mean(dices) == pytest.approx(best, abs=0.02)
+
+
+def test_lesions_that_the_grid_loses_are_told(cohort: Path, model: Path, tmp_path: Path) -> None:
+    label = np.zeros(SHAPE, np.uint8)
+    label[20:28, 20:28, 4:8] = 1
+    label[12, 14, 2] = label[14, 30, 3] = label[31, 12, 5] = label[35, 35, 6] = 1
+    case = replace(find_cases(cohort)[7], label=write(tmp_path / "x_seg.nii.gz", label))
+    coarse = Detector.load(model)
+    coarse = coarse.with_spec(replace(coarse.spec, grid=Grid((16, 16))))
+    told = evaluate([case], model=coarse).protocol["lesion"]
+    assert re.search(r"[1-4] of 5 lesions are too small for this grid.*: --grid input", told)
+    assert "too small" not in evaluate([case], model=coarse, grid="input").protocol["lesion"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -3.0])
+def test_a_method_whose_scores_are_no_scores_is_told(
+    cohort: Path, model: Path, monkeypatch: pytest.MonkeyPatch, score: float
+) -> None:
+    detector = Detector.load(model)
+    monkeypatch.setattr(type(detector.method), "raw_score", lambda self, x, *others: torch.full_like(x[:, 0], score))
+    detector.spec = replace(detector.spec, score=replace(detector.spec.score, kind="own"))
+    with pytest.raises(AnomriError, match="the method dae scores from .* scores are numbers from 0 up"):
+        detector.detect(find_cases(cohort)[7])
+
+
 def test_what_cannot_be_evaluated(cohort: Path, model: Path, tmp_path: Path) -> None:
     cases = find_cases(cohort)
     with pytest.raises(AnomriError, match="either a model or a folder of maps"):
@@ -180,7 +277,9 @@ def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: 
     assert evaluation["AUPRC, mean of patients"] == pytest.approx(mean)
     assert evaluation.figures[0].low is not None
     assert evaluation.figures[0].low > 0.5 * evaluation.figures[0].value  # resamples without a lesion say nothing
-    assert evaluation.patients[2].dice == 0.0
+    assert np.isnan(evaluation.patients[2].dice) and evaluation.patients[2].lesions.false_positives > 0
+    dices = [patient.dice for patient in evaluation.patients[:2]]
+    assert evaluation["Dice at the threshold, components filtered, mean of patients"] == pytest.approx(np.mean(dices))
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
     with pytest.raises(AnomriError, match="none of the 1 cases has a labelled lesion"):
         evaluate([healthy], maps=tmp_path)

@@ -1,6 +1,7 @@
 """Every method on the small cohort: it learns, it is saved and loaded, it goes on after a stop."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Generator
 
 import anomri
 from anomri import methods
+from anomri.cli.options import settings_of
 from anomri.cohorts import find_cases
 from anomri.gan_networks import Downward
 from anomri.methods.dae import DAE
@@ -316,6 +318,45 @@ class Mine(DAE):
 
     def __init__(self, channels: list[str], extra: int = 1, **settings: Any) -> None:
         super().__init__(channels, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"anomalies": "no"}, "the setting anomalies of dae: input should be a valid boolean; found 'no'"),
+        ({"noise_resolution": 8.5}, "the setting noise_resolution of dae: .*; found 8.5"),
+        ({"noise_share": "half"}, "the setting noise_share of dae: .*; found 'half'"),
+        ({"augmentation": {"flip": "no"}}, "the augmentation flip is true or false; found 'no'"),
+        ({"augmentation": {"turn": True}}, "the augmentation turn is a number; found True"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(AnomriError, match=message):
+        methods.build(ModelSpec(("flair",), settings=settings))
+
+
+def test_true_and_false_are_not_text() -> None:
+    assert settings_of(["a=False", "b=True", "c=false", "d=no"]) == {"a": False, "b": True, "c": False, "d": "no"}
+
+
+class Heavy(DAE):
+    """What keeps a table that it does not save, and has a setting larger than a model's description may hold."""
+
+    def __init__(self, channels: Sequence[str], widths: Sequence[int], table: int, seed: int = 0) -> None:
+        super().__init__(channels, widths)
+        self.register_buffer("table", torch.zeros(table), persistent=False)
+
+
+def test_what_could_not_be_read_again_is_not_trained(
+    monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    methods.register("heavy", f"{__name__}:Heavy")
+    given: dict[str, Any] = {"method": "heavy", "preset": "tiny", "training": {"steps": 1}, "cache": cache}
+    for settings in ({}, {"table": 0, "seed": 5_000_000}):
+        with pytest.raises(AnomriError, match="a model of heavy like this could not be read again"):
+            train(cohort, tmp_path / "model", settings={"table": 2**20, **settings}, **given)
+    assert not (tmp_path / "model").exists()
 
 
 def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path) -> None:

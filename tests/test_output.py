@@ -42,6 +42,15 @@ def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name:
     assert (flat / name).read_text() == '{"EchoTime": 0.1}' and not (flat / "p_anomaly.nii.gz").exists()
 
 
+@pytest.mark.parametrize("name", ["cases.tsv", "report.html"])
+def test_a_table_that_no_run_wrote_is_not_replaced(flat: Path, model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(AnomriError, match=f"{name}: is no result of anomri"):
+        anomri.detect_cohort(flat, tmp_path / "out", model)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
 def test_a_converter_s_json_beside_a_map_is_not_replaced(flat: Path, model: Path) -> None:
     (flat / "p_anomaly.nii.gz").touch()
     (flat / "p.json").write_text('{"EchoTime": 0.1}')

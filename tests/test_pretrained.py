@@ -161,6 +161,54 @@ def test_patients_keep_their_sides_where_no_split_is_given(cohort: Path, model: 
         assert before.divided(given, seed=0) == given
 
 
+def sided(**splits: str | None) -> list[Case]:
+    return [Case(name, {}, split=split) for name, split in splits.items()]
+
+
+def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on(model: Path) -> None:
+    before = Pretrained.read(model)
+    known = {case.name: case.split for case in before.cases}
+    assert known["case0"] == known["case1"] == "train" and "val" in known.values()
+    validated = next(name for name, side in known.items() if side == "val")
+    for seed in range(5):
+        # As a data set of nnU-Net: training and test, and nothing in between.
+        found = before.divided(sided(case0="train", case1="train", new0="train", new1="test", new2=None), seed)
+        assert {case.name: case.split for case in found} == {
+            "case0": "train",
+            "case1": "train",
+            "new0": "val",
+            "new1": "test",
+            "new2": None,
+        }
+    found = before.divided(sided(case0="train", new0="train", **{validated: "train"}), 0)
+    assert {case.name: case.split for case in found} == {"case0": "train", "new0": "train", validated: "val"}
+    for split in ("train", None):
+        with pytest.raises(AnomriError, match="was trained on all of these patients; add one that it does not know"):
+            before.divided(sided(case0=split, case1=split), 0)
+
+
+def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
+    before = Pretrained.read(model)
+    validated = next(case.name for case in before.cases if case.split == "val")
+    # A case of the cohort that is in none of its splits has still been seen before.
+    kept = {case.name for case in before.others(sided(case0="train", case1=None))}
+    assert "case0" not in kept and {"case1", validated} <= kept
+    with pytest.raises(
+        AnomriError, match="in the split test, but .* was validated on that patient; give it the split val"
+    ):
+        before.others(sided(**{validated: "test"}))
+    assert before.others(sided(**{validated: "train"}))
+
+
+def test_a_saved_model_knows_whom_it_has_seen(model: Path, tmp_path: Path) -> None:
+    detector = Detector.load(model)
+    assert detector.splits
+    for number, one in enumerate((detector, detector.with_spec(detector.spec), detector.with_min_volume(9))):
+        one.save(tmp_path / str(number))
+        assert (tmp_path / str(number) / "splits.csv").read_bytes() == (model / "splits.csv").read_bytes()
+        assert Detector.load(tmp_path / str(number)).splits == detector.splits
+
+
 def test_the_terms_of_both_cohorts_are_told(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
     arguments = {"pretrained": model, "training": {"steps": 1}, "cache": cache}
     old = ModelSpec.read(model / "model.json").data_licence

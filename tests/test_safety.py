@@ -154,6 +154,17 @@ def test_giant_headers_of_weights_are_refused(stranger: Path, header: int) -> No
     refused(stranger, "weights.safetensors: does not hold the weights")
 
 
+def test_weights_that_are_no_numbers_are_refused(stranger: Path) -> None:
+    path = stranger / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    refused(stranger, "weights.safetensors: is damaged .* holds what is no number")
+
+
+def test_a_split_that_is_none_is_refused(stranger: Path) -> None:
+    (stranger / "splits.csv").write_text("case,split\ncase0,train\ncase1,tr")
+    refused(stranger, "splits.csv, line 3: split 'tr' is none of train, val, test")
+
+
 def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:
     with (stranger / "weights.safetensors").open("r+b") as file:
         file.truncate(2**40)  # takes no room on the disk
@@ -169,13 +180,15 @@ def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:
         ({"settings": {"widths": [10**9, 10**9]}}, "does not describe a model .its setting widths is 1e\\+09"),
         ({"settings": {"widths": [10**5] * 4}}, "it describes .* bytes of numbers, but the weights have"),
         ({"settings": {"widths": [1] * 100_000}}, "setting widths has 100,000 entries"),
-        ({"settings": {"widths": [[[4]]]}}, "does not describe a model|do not fit"),
-        ({"settings": {"widths": "abcd"}}, "does not describe a model|do not fit"),
+        ({"settings": {"widths": [[[4]]]}}, "model.json: the setting widths of dae: input should be"),
+        ({"settings": {"widths": "abcd"}}, "model.json: the setting widths of dae: "),
         ({"settings": {"widths": [-4, 8]}}, "does not describe a model|do not fit"),
         ({"settings": {"noise_resolution": 1e300}}, "setting noise_resolution is 1e\\+300"),
         ({"method": "diffusion", "settings": {"steps": 10**12}}, "do not fit|setting steps is 1e\\+12"),
         ({"grid": {"size": [10**6, 10**6]}}, "its working grid is"),
         ({"score": {"median": 10**9}}, "its setting median is 1e\\+09"),
+        ({"thresholds": {"chosen": 0.0031}}, "its thresholds do not belong together"),
+        ({"thresholds": {"value": [1.0]}}, "its thresholds do not belong together"),
     ],
 )
 def test_descriptions_that_ask_for_more_than_there_is_are_refused(

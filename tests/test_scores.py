@@ -199,6 +199,43 @@ def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -
         thresholding.output(stack)
 
 
+def test_passes_show_no_noise_where_a_scan_has_no_channel(
+    marking: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = anomri.load(marking).with_score(flips=False, passes=2)
+    volume = detector.read(case_of(cohort, "case7")).without(["t1"])
+    stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
+    seen: list[torch.Tensor] = []
+    inference = type(detector.inference)
+
+    def look(self: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        seen.append(x)
+        return torch.zeros((len(x), 3, *x.shape[2:]))
+
+    monkeypatch.setattr(inference, "__call__", look)
+    detector.output(stack)
+    assert len(seen) == 2
+    for x in seen:
+        assert not torch.equal(x[:, 0], stack.x[:, 0]) and not x[:, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "score", "message"),
+    [
+        ("ae", {"passes": 2}, "AE cannot reconstruct from noise"),
+        ("dae", {"passes": -1}, "passes and erosion are 0 or more"),
+        ("dae", {"erosion": -1}, "passes and erosion are 0 or more"),
+        ("dae", {"scales": ()}, "scales above 0"),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused_before_the_training(
+    cohort: Path, tmp_path: Path, method: str, score: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AnomriError, match=message):
+        train(cohort, tmp_path / "model", method=method, score=score, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_parts_of_the_channels_are_views_like_any_other(marking: Path, model: Path, cohort: Path) -> None:
     """Marks are the mean over all views, a channel's reconstruction over those that show it."""
     detector = anomri.load(marking, precision="32-true").with_score(flips=False, parts=())

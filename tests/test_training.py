@@ -212,9 +212,12 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
         train(cohort, tmp_path, preset="tiny", cache=cache, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops(
+    cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anomri.noise.Noise.draw", lambda self, x, *others: x * float("nan"))
     with pytest.raises(AnomriError, match=r"the loss of step 1 is nan; its batch has slices of case\d, .*from step 0"):
-        train(cohort, tmp_path, preset="tiny", cache=cache, settings={"noise_std": float("nan")})
+        train(cohort, tmp_path, preset="tiny", cache=cache)
 
 
 def test_a_training_goes_on_from_before_its_loss_was_no_number(
@@ -276,7 +279,7 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
         ({"method": "magic"}, "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae"),
         ({"settings": {"depth": 3}}, "dae has no setting depth; it has widths, noise_resolution"),
-        ({"settings": {"widths": 3}}, "settings .* do not fit the method dae"),
+        ({"settings": {"widths": 3}}, "the setting widths of dae: input should be .*; found 3"),
         ({"score": {"kind": "best"}}, "no score 'best'; there are own, auto, .*positive"),
         ({"score": {"kind": "mark"}}, "the score mark needs marks, which the model does not make"),
         ({"score": {"channels": ["FLAIR"]}}, "the score looks at FLAIR; the model's channels are flair, t1"),
@@ -300,6 +303,30 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
 def test_bad_arguments(cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(AnomriError, match=message):
         train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "content"), [("splits.csv", "case,split,age\ncase0,train,9\n"), ("log.csv", "a,b\n")])
+def test_a_table_that_is_not_the_training_s_is_not_replaced(
+    cohort: Path, cache: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AnomriError, match=f"{name}: is not of this training, which would replace it"):
+        train(cohort, tmp_path, preset="tiny", training={"steps": 1}, cache=cache)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_what_was_saved_on_a_failing_disk_is_not_gone_on_from(tmp_path: Path) -> None:
+    state = TrainingState(task={"steps": 2})
+    state.best = {"w": torch.arange(20_000, dtype=torch.float32)}
+    state.save(tmp_path)
+    content = (tmp_path / TrainingState.NAME).read_bytes()
+    assert torch.equal(TrainingState.load(tmp_path, {"steps": 2}).best["w"], state.best["w"])
+    broken = bytearray(content)
+    broken[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    for damaged in (bytes(broken), b"hello world", b"\x80\x02}q\xff.", content[:-100]):
+        (tmp_path / TrainingState.NAME).write_bytes(damaged)
+        with pytest.raises(AnomriError, match="is damaged .* delete it to train from the start"):
+            TrainingState.load(tmp_path, {"steps": 2})
 
 
 def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: Path) -> None:

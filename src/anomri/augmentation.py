@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Generator, Tensor
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from anomri.anomalies import between, smooth_field
 from anomri.draws import uniform
-from anomri.spec import FLOOR
+from anomri.spec import FLOOR, AnomriError
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Augmentation:
     brightness: float = 0.0
     shading: float = 0.0
     blur: float = 0.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, bool) != isinstance(one.default, bool) or not isinstance(value, int | float):
+                what = "true or false" if isinstance(one.default, bool) else "a number"
+                raise AnomriError(f"the augmentation {one.name} is {what}; found {value!r:.80}.")
 
 
 def augment(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:

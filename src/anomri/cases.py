@@ -116,8 +116,7 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
     if not any(case.split for case in cases):
         cases = [replace(case, split="train") for case in cases]
     if not any(case.split == "val" for case in cases):
-        patients = sorted({case.patient for case in cases if case.split == "train"})
-        drawn = set(random.Random(seed).sample(patients, max(1, round(len(patients) / 10))) if patients else ())
+        drawn = drawn_patients({case.patient for case in cases if case.split == "train"}, seed)
         cases = [
             replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases
         ]
@@ -135,12 +134,15 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
     return cases
 
 
+def drawn_patients(patients: set[str], seed: int) -> set[str]:
+    """A tenth of them, at least one, to validate on."""
+    return set(random.Random(seed).sample(sorted(patients), max(1, round(len(patients) / 10))) if patients else ())
+
+
 def read_splits(path: Path) -> dict[str, str]:
     """Read a table (.csv or .tsv) with the columns ``case`` and ``split`` (train, val or test)."""
     splits: dict[str, str] = {}
-    for line, row in enumerate(table_rows(path, ("case", "split")), start=2):
-        if row["split"] not in SPLITS:
-            raise AnomriError(f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}.")
+    for line, row in enumerate(_split_rows(path), start=2):
         if splits.setdefault(row["case"], row["split"]) != row["split"]:
             raise AnomriError(f"{path}, line {line}: case {row['case']} is in two splits; each case has one.")
     return splits
@@ -155,8 +157,15 @@ def splits_of(cases: Sequence[Case]) -> dict[str, str]:
 
 def model_cases(path: Path) -> list[Case]:
     """The cases that `write_splits` noted, without their files."""
+    return [Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in _split_rows(path)]
+
+
+def _split_rows(path: Path) -> list[dict[str, str]]:
     rows = table_rows(path, ("case", "split"))
-    return [Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in rows]
+    for line, row in enumerate(rows, start=2):
+        if row["split"] not in SPLITS:
+            raise AnomriError(f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}.")
+    return rows
 
 
 def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
@@ -173,12 +182,17 @@ def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
 
 
 def write_splits(path: Path, cases: Sequence[Case]) -> None:
-    """Write the table that `read_splits` reads; with a column ``subject`` if patients are not known by their cases' names."""
+    """Write the `splits_table` that `read_splits` reads."""
+    write_text(path, splits_table(cases))
+
+
+def splits_table(cases: Sequence[Case]) -> str:
+    """Each case's split as CSV; with a column ``subject`` if patients are not known by their cases' names."""
     text = StringIO()
     columns = ("case", "split", "subject")[: 3 if any(case.subject for case in cases) else 2]
     rows = [(case.name, case.split, case.subject or "")[: len(columns)] for case in cases if case.split]
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def case_with(name: str, files: dict[str, Path]) -> Case:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
+from anomri.bids_input import read_json
 from anomri.cases import Case, channels_of, read_splits, split_cases
 from anomri.cohorts import find_cases
-from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
+from anomri.comparison_jobs import Job, evaluate_job, result_of, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
 from anomri.files import output_folder, sole_use, write_text
@@ -102,13 +103,15 @@ def compare(
         report, rows = write_comparison(folder, jobs, protocol, failed)
         for job in jobs:
             try:
-                if not job.result.is_file():
+                if not _is_done(job):
                     _do(job, partial(progress, job.name))
                     # Written again after every job: what there is can be looked at while the rest runs.
                     report, rows = write_comparison(folder, jobs, protocol, failed)
             except AnomriError as error:
                 failed[job.name] = str(error)
                 report, rows = write_comparison(folder, jobs, protocol, failed)
+        for job in jobs:
+            failed |= {f"{job.name}, {case}": error for case, error in result_of(job).get("failed", {}).items()}
         return Comparison(tuple(rows), report, failed)
 
 
@@ -169,6 +172,12 @@ def _do(job: Job, tell: Callable[[Progress], None]) -> None:
     run_in_process(evaluate_job, job, tell)
 
 
+def _is_done(job: Job) -> bool:
+    """Whether all test cases were evaluated, as their files are now."""
+    result = result_of(job)
+    return not result.get("failed", True) and result.get("files") == files_of(job.test_cases, job.channels or ())
+
+
 def _same_comparison(folder: Path, first: Job) -> None:
     """Refuse to mix the models of two comparisons in one folder."""
     path = folder / "comparison.json"
@@ -178,11 +187,15 @@ def _same_comparison(folder: Path, first: Job) -> None:
         "channels": list(first.channels or ()),
         "cases": {case.name: case.split for case in first.training_cases},
         "test cases": [case.name for case in first.test_cases],
-        "files": files_of(first.training_cases, first.channels or ()),
+        "files": files_of([case for case in first.training_cases if case.split != "test"], first.channels or ()),
         "version of anomri": version("anomri"),
     }
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
+        if "version of anomri" not in before:
+            raise AnomriError(
+                f"{path}: is of no comparison, and this one would replace it; name another folder with -o."
+            )
         changed = [name for name, value in facts.items() if before.get(name, value) != value]
         if changed:
             raise AnomriError(

@@ -20,14 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from anomri import methods
+from anomri.bids_input import read_json
 from anomri.cases import Case, shown_channel
 from anomri.detection import problem, read_ahead
 from anomri.detector import Detector
 from anomri.files import output_folder, whole_file, write_text
 from anomri.interruption import StopRequest
 from anomri.pooling import Evaluation, Pool, Scored
+from anomri.records import files_of
 from anomri.residual import anomaly_score
-from anomri.slices import SliceStack, slice_volume
+from anomri.slices import SliceStack, on_published_grid, slice_volume
 from anomri.spec import AnomriError, Interrupted
 from anomri.training import Progress, train
 from anomri.training_state import TrainingState
@@ -99,6 +101,11 @@ def train_job(job: Job, tell: Tell) -> None:
     write_text(job.model / "cost.json", json.dumps({"peak_memory_mb": peak_memory_mb()}) + "\n")
 
 
+def result_of(job: Job) -> dict[str, Any]:
+    """What `evaluate_job` wrote; nothing if it has not."""
+    return read_json(job.result) if job.result.is_file() else {}
+
+
 def evaluate_job(job: Job, tell: Tell) -> None:
     """Score every test scan once, and pool the scores without and with median filter; then write the result."""
     detector = detector_of(job)
@@ -112,15 +119,15 @@ def evaluate_job(job: Job, tell: Tell) -> None:
                     raise volume
                 volume.lesions()  # or why there are none
                 stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
-                assert stack.label is not None
                 begun = time.monotonic()
                 raw, _ = detector.raw_score(stack)
                 filtered = anomaly_score(raw, stack.foreground, replace(spec, median=MEDIAN), stack.spacing_mm)
                 seconds.append(time.monotonic() - begun)
                 plain = anomaly_score(raw, stack.foreground, replace(spec, median=0), stack.spacing_mm)
-                dropped = spec.max_dropped(stack.spacing_mm)
-                for name, scores in (("plain", plain), ("median", filtered)):
-                    pools[name].add(Scored(case.name, scores, stack.label.numpy(), dropped, patient=case.patient))
+                for name, made in (("plain", plain), ("median", filtered)):
+                    scores, label, voxel_mm3 = on_published_grid(made, stack, volume, detector.spec.grid)
+                    dropped = spec.max_dropped(stack.spacing_mm, voxel_mm3)
+                    pools[name].add(Scored(case.name, scores, label, dropped, patient=case.patient))
                 kept.add(case.name, detector, stack, filtered)
             except Exception as error:
                 for pool in pools.values():
@@ -143,6 +150,7 @@ def evaluate_job(job: Job, tell: Tell) -> None:
         "examples": kept.names,
         "cases": len(seconds),
         "failed": failed,
+        "files": files_of(job.test_cases, job.channels or ()),
         "seconds_per_scan": float(np.mean(seconds)),
         "peak_memory_mb": peak_memory_mb(),
         "threads": torch.get_num_threads(),

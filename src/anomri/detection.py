@@ -15,7 +15,7 @@ from typing import TypeVar
 from anomri.cases import Case
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
-from anomri.files import sole_use
+from anomri.files import check_tables, sole_use
 from anomri.findings import Detection, check_room, remove_results, without_result
 from anomri.launch import processors
 from anomri.parallel import threads_divided
@@ -27,6 +27,7 @@ from anomri.spec import AnomriError
 from anomri.volume import Volume
 
 LOGS = "logs"
+TABLES = ("cases.tsv", "lesions.tsv", "run.json", "report.html")
 MOST_SCANS = 8
 """How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def detect_cohort(
         def check() -> None:
             of_this_run = mine if part else cases
             check_room(folder, of_this_run)
+            check_tables(folder, TABLES, (LOGS,))
             check_same_scans(folder / LOGS, of_this_run)
 
         check() if part else team.once(check)

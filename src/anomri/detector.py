@@ -17,9 +17,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, case_of_files, splits_of
+from anomri.cases import Case, case_of_files, splits_of, write_splits
 from anomri.cohorts import find_cases
 from anomri.devices import resolve_device
+from anomri.files import output_folder
 from anomri.findings import Detection
 from anomri.inference import Inference
 from anomri.lesions import Lesion, find_lesions
@@ -28,7 +29,7 @@ from anomri.model_files import cases_of_model, read_model, write_model
 from anomri.naming import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
 from anomri.nifti import as_files
 from anomri.preparation import Preparation, prepare
-from anomri.residual import anomaly_score, score_of
+from anomri.residual import anomaly_score, check_scores, score_of
 from anomri.sensitivity import choose_threshold
 from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
 from anomri.spec import AnomriError, ModelSpec, Thresholds
@@ -52,8 +53,8 @@ class Detector:
         self.spec = spec
         self.channels = spec.channels
         """Those of the model's channels that are looked at; see `with_channels`."""
-        self.splits: dict[str, str] = {}
-        """Which cases and patients the model was trained on and held out (`cases.splits_of`), if its folder says so."""
+        self.cases: Sequence[Case] = ()
+        """Those that the model was trained on and held out, if its folder says so; maybe without files."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -78,6 +79,11 @@ class Detector:
         if self.inference.precision != "auto":
             seen += self.inference.precision
         return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Which cases and patients the model was trained on and held out (`cases.splits_of`)."""
+        return splits_of(self.cases)
 
     @property
     def thresholds(self) -> Thresholds | None:
@@ -108,7 +114,7 @@ class Detector:
                 f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
             ) from error
         detector = cls(spec, method, resolve_device(device), precision)
-        detector.splits = splits_of(cases_of_model(folder))
+        detector.cases = cases_of_model(folder)
         return detector
 
     def detect(
@@ -307,6 +313,7 @@ class Detector:
         if self.spec.score.kind in ("own", "auto"):
             with torch.no_grad():
                 raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
+            check_scores(raw, stack.foreground, self.spec.method)
         else:
             raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
         # Outside the brain a method is free to make up anything; nobody should see it.
@@ -317,7 +324,9 @@ class Detector:
         return averaged_output(self.inference, stack, self.spec.channels, self.spec.score, self._box(stack))
 
     def save(self, folder: str | Path) -> None:
-        """Write the model folder that `load` reads."""
+        """Write the model folder that `load` reads: the model with all of its channels, and whom it has seen."""
+        if self.cases:
+            write_splits(output_folder(Path(folder)) / "splits.csv", self.cases)
         write_model(Path(folder), self.spec, self._state)
 
     def with_spec(self, spec: ModelSpec) -> Detector:
@@ -327,7 +336,9 @@ class Detector:
             method.load_state_dict(self._state)
         except RuntimeError as error:
             raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
-        return Detector(spec, method, self.device, self.inference.precision)
+        detector = Detector(spec, method, self.device, self.inference.precision)
+        detector.cases = self.cases
+        return detector
 
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:

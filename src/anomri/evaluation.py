@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,29 +10,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from anomri.cases import Case
 from anomri.cohorts import find_cases
 from anomri.detection import LOGS, problem, read_ahead
 from anomri.detector import Detector
 from anomri.distribution import Processes, processes
-from anomri.files import output_folder, sole_use, write_text
+from anomri.files import check_tables, output_folder, sole_use, write_text
+from anomri.metrics import count_components
 from anomri.naming import SUFFIXES
 from anomri.pooling import Evaluation, Pool, Scored, spool
-from anomri.previews import save_preview
+from anomri.previews import remove_preview, save_preview
 from anomri.records import PLAN, Records, Shard, keys_of
 from anomri.reporting import evaluation_report
 from anomri.residual import describe
-from anomri.slices import SliceStack, label_slices, rescale
-from anomri.spec import AnomriError, Grid, Score
-from anomri.volume import Volume, read_label, read_map
+from anomri.slices import on_published_grid
+from anomri.spec import AnomriError, Score
+from anomri.volume import read_label, read_map
 
 PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
 """Voxels of the paper's working grid on BraTS: slices, rows and columns."""
 SCORES = ".scores"
+TABLES = ("metrics.json", "patients.tsv", "curve.tsv", "report.html")
 EVALUATION = "evaluation"
 """In ``logs``, where the records of cases end in ``.json``."""
 GRIDS = {
@@ -88,8 +85,9 @@ def evaluate(
             return _pooled(records, None)
     folder = Path(out)
     with team.sole_use(folder):
+        team.once(lambda: check_tables(folder, TABLES, (LOGS, SCORES)))
         done = team.once(lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint))
-        if done is not None:
+        if done is not None and not done.failed:
             return done
         records = team.once(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
         team.each(lambda: _spool(plan, team.part(plan.cases), records, progress))
@@ -101,6 +99,7 @@ def evaluate_shard(plan: Plan, out: str | Path, shard: str, progress: Callable[[
     part, folder = Shard.parse(shard), Path(out)
     assert part is not None
     with part.sole_use(folder):
+        check_tables(folder, TABLES, (LOGS, SCORES))
         records = Records.begin(folder / SCORES, plan.keys, plan.facts)
         mine = Processes(part.number - 1, part.count).part(plan.cases)
         _spool(plan, mine, records, progress)
@@ -114,7 +113,9 @@ def merge_evaluations(folder: Path) -> Evaluation:
             done = _evaluated(folder, None)
         else:
             records = Records.open(folder / SCORES)
-            done = _evaluated(folder, records.fingerprint) or _pooled(records, folder)
+            done = _evaluated(folder, records.fingerprint)
+            # Of cases that failed, some may have been scored since.
+            done = _pooled(records, folder) if done is None or done.failed else done
     if done is None:
         raise AnomriError(f"{folder}: holds no evaluation; begin one with `anomri evaluate --shard K/N`.")
     return done
@@ -149,7 +150,7 @@ def make_plan(
         facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": _dropped(Score())}
         with_maps = [replace(case, channels={"map": _map_of(place, case) or place}) for case in cases]
         keys = keys_of(with_maps, ["map"], facts)
-        return Plan(cases, lambda some: _read_maps(place, some, threshold), facts, keys)
+        return Plan(cases, lambda some: _read_maps(place, some, folder, threshold), facts, keys)
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     spec = detector.spec
@@ -177,7 +178,7 @@ def _spool(plan: Plan, cases: Sequence[Case], records: Records, progress: Callab
 
 
 def _pooled(records: Records, folder: Path | None) -> Evaluation:
-    """The figures of all cases of a plan; the scores are removed when they are written."""
+    """The figures of all cases of a plan; the scores are removed when they are written and none failed."""
     pool, facts = Pool(records.folder), records.facts
     for record in records.all():
         pool.count(record)
@@ -193,7 +194,10 @@ def _pooled(records: Records, folder: Path | None) -> Evaluation:
 
 
 def _evaluated(folder: Path, run: str | None) -> Evaluation | None:
-    """The evaluation that was finished in ``folder``, its files written; ``None`` if there is none, or of another run."""
+    """The evaluation that was finished in ``folder``, its files written; ``None`` if there is none, or of another run.
+
+    Scores stay where cases failed.
+    """
     try:
         result = json.loads((folder / LOGS / EVALUATION).read_text(encoding="utf-8"))
         evaluation = Evaluation.of_json(result["evaluation"])
@@ -203,7 +207,8 @@ def _evaluated(folder: Path, run: str | None) -> Evaluation | None:
         return None
     evaluation.save(folder)
     evaluation_report(folder)
-    shutil.rmtree(folder / SCORES, ignore_errors=True)
+    if not evaluation.failed:  # else the same command tries those again, and they alone
+        shutil.rmtree(folder / SCORES, ignore_errors=True)
     return evaluation
 
 
@@ -248,6 +253,7 @@ def _detected(
             if isinstance(volume, AnomriError):
                 raise volume
             label = volume.lesions()
+            drawn = count_components(label)
             detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
@@ -257,26 +263,11 @@ def _detected(
             else:
                 scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
-            yield Scored(case.name, scores, label, dropped, threshold=detection.threshold, patient=case.patient)
+            lost = max(drawn - count_components(label), 0)
+            its, whose = detection.threshold, case.patient
+            yield Scored(case.name, scores, label, dropped, threshold=its, patient=whose, lesions=drawn, lost=lost)
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
-
-
-def on_published_grid(
-    scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
-    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare.
-
-    And the volume of a voxel there, in mm3.
-    """
-    published, voxel_mm3 = Grid().size, math.prod(stack.spacing_mm)
-    assert stack.label is not None
-    assert volume.label is not None
-    if min(grid.size) <= max(published):
-        return scores, stack.label.numpy(), voxel_mm3
-    coarse = rescale(torch.from_numpy(scores)[:, None], published[0] / grid.size[0], 1)[:, 0]
-    label = label_slices(volume.label, stack.window, Grid(published), stack.index)
-    return coarse.numpy(), label.numpy(), voxel_mm3 * math.prod(grid.size) / coarse[0].numel()
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:
@@ -287,9 +278,12 @@ def _map_names(case: Case) -> list[str]:
     return [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
 
 
-def _read_maps(maps: Path, cases: Sequence[Case], threshold: float | None) -> Iterator[Scored]:
+def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold: float | None) -> Iterator[Scored]:
     for case in cases:
         try:
+            if folder is not None:
+                # Those that are there show what a model made of the case.
+                remove_preview(folder, case.name)
             path, names = _map_of(maps, case), _map_names(case)
             if path is None:
                 raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
@@ -317,14 +311,21 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         others = sum(case["threshold"] != facts["threshold"] for case in pool.cases)
         threshold += f"; of {others} that lack channels, the one for the channels they have, if any" if others else ""
     patients = len(pool.patients)
+    lost, drawn = (sum(case.get(name, 0) for case in pool.cases) for name in ("lost", "lesions"))
     return {
         "scored": facts["what"],
         "cases": f"{len(pool.cases)} ({facts['chosen']})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
         "voxels": f"{GRIDS[facts['grid']]}, background counted: {pool.voxels:,}",
-        "lesion": "every label above zero is one class",
+        "lesion": "every label above zero is one class; of one that interpolation made soft, what is a half and more"
+        + (
+            f"; {lost} of {drawn} lesions are too small for this grid, or grow together on it: --grid input"
+            if lost
+            else ""
+        ),
         "AUPRC": "average precision over all voxels, every distinct score a threshold",
         "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",
         "threshold": threshold,
+        "Dice at the threshold": "of scans with a lesion; what is found in others are false positive components",
         "lesion-wise": "26-connected lesions; detected if one voxel is in the mask",
         "intervals": "95 %, 2,000 bootstrap resamples of patients"
         + (f" ({patients}, of {len(pool.cases)} scans)" if patients < len(pool.cases) else ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,17 @@ def output_folder(path: Path) -> Path:
     except OSError as error:
         raise AnomriError(f"{path}: cannot write to this folder ({error.strerror or error}); name another.") from error
     return path
+
+
+def check_tables(folder: Path, names: Sequence[str], own: Sequence[str]) -> None:
+    """Raise `AnomriError` if a run would replace a table or page in ``folder`` that no run wrote: none of its ``own`` is there."""
+    if any((folder / name).exists() for name in own):
+        return
+    for path in (folder / name for name in names):
+        if path.exists():
+            raise AnomriError(
+                f"{path}: is no result of anomri, and this run would replace it; name another folder with -o, or move it away."
+            )
 
 
 @contextmanager

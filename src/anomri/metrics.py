@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from anomri.boxes import box_around
 
+Scores = NDArray[np.floating[Any]]
 Counts = NDArray[np.int64]
 
 
@@ -42,7 +44,7 @@ class Curve:
     positive where score >= threshold.
     """
 
-    thresholds: NDArray[np.float32]
+    thresholds: Scores
     true_positives: Counts
     false_positives: Counts
     positives: int
@@ -81,20 +83,20 @@ class Curve:
         return float(self.thresholds[np.argmax(self.dice)]) if self.positives else float("inf")
 
 
-def lesion_thresholds(lesion_scores: Iterable[NDArray[np.float32]]) -> tuple[NDArray[np.float32], Counts]:
+def lesion_thresholds(lesion_scores: Iterable[Scores]) -> tuple[Scores, Counts]:
     """Distinct scores of lesion voxels, rising, and how often each occurs."""
     scores = list(lesion_scores)
     pooled = np.concatenate(scores) if scores else np.empty(0, np.float32)
     return np.unique(pooled, return_counts=True)
 
 
-def count_at(rising: NDArray[np.float32], thresholds: NDArray[np.float32]) -> Counts:
+def count_at(rising: Scores, thresholds: Scores) -> Counts:
     """How many of some ``rising`` (sorted) scores lie at or above each rising threshold but below the next."""
     # The thresholds are looked up among the scores, not the scores among them: there are far fewer.
     return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
 
-def curve_of(thresholds: NDArray[np.float32], lesion: Counts, healthy: Counts, positives: int, negatives: int) -> Curve:
+def curve_of(thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int) -> Curve:
     """The `Curve` from counts per rising threshold, as `lesion_thresholds` and `count_at` give them."""
     return Curve(
         thresholds=thresholds[::-1],
@@ -105,16 +107,12 @@ def curve_of(thresholds: NDArray[np.float32], lesion: Counts, healthy: Counts, p
     )
 
 
-def precision_recall(
-    scores: NDArray[np.float32], labels: NDArray[np.bool_], thresholds: NDArray[np.float32] | None = None
-) -> Curve:
+def precision_recall(scores: Scores, labels: NDArray[np.bool_], thresholds: Scores | None = None) -> Curve:
     """The exact `Curve` of scores and labels of the same shape, or what rising ``thresholds`` show of it."""
     return precision_recall_of_sorted(np.sort(scores[labels]), np.sort(scores[~labels]), thresholds)
 
 
-def precision_recall_of_sorted(
-    lesion: NDArray[np.float32], healthy: NDArray[np.float32], thresholds: NDArray[np.float32] | None = None
-) -> Curve:
+def precision_recall_of_sorted(lesion: Scores, healthy: Scores, thresholds: Scores | None = None) -> Curve:
     """`precision_recall` of the rising scores of lesion voxels and of all others."""
     if thresholds is None:
         thresholds, counts = lesion_thresholds([lesion])
@@ -127,6 +125,14 @@ def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
     """Dice of two masks; 1 if both are empty."""
     total = int(prediction.sum()) + int(label.sum())
     return 2 * int((prediction & label).sum()) / total if total else 1.0
+
+
+def count_components(mask: NDArray[np.bool_]) -> int:
+    """How many 26-connected components a mask (x, y, z) has."""
+    inside = mask[box_around(mask)]
+    return (
+        int(cc3d.connected_components(inside.astype(np.uint8), connectivity=26, return_N=True)[1]) if inside.size else 0
+    )
 
 
 def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> NDArray[np.bool_]:

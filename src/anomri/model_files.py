@@ -47,10 +47,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
     if spec.format_version > FORMAT_VERSION:
         raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
     try:
-        _modest(spec)
-        with torch.device("meta"):
-            outline = _built(spec, description)
-        size = sum(value.nbytes for value in [*outline.parameters(), *outline.buffers()])
+        size = _size(spec, description)
         content = plain_file(weights, size + MAX_HEADER).read_bytes()
         # What the method keeps beside its weights is made anew, and has to be in proportion.
         if size > 2 * len(content) + MAX_HEADER:
@@ -61,9 +58,33 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
     except OSError as error:
         raise AnomriError(f"{weights}: cannot be read ({error.strerror}).") from error
     try:
-        return spec, method, load_tensors(content)
+        tensors = load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise AnomriError(f"{weights}: is damaged ({broken[0]} holds what is no number); copy it again.")
+    return spec, method, tensors
+
+
+def check_readable(spec: ModelSpec) -> None:
+    """Raise `AnomriError` if `read_model` would refuse a model of this specification: before it is trained, not after."""
+    try:
+        with torch.device("meta"):
+            kept = sum(value.nbytes for value in methods.build(spec).state_dict().values())
+        size = _size(spec, Path("model.json"))
+        if size > 2 * kept + MAX_HEADER or kept > size + MAX_HEADER:
+            raise ValueError(f"it has {size:,} bytes of parameters and buffers, and saves {kept:,}")
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise AnomriError(f"a model of {spec.method} like this could not be read again ({error}).") from error
+
+
+def _size(spec: ModelSpec, description: Path) -> int:
+    """How many bytes the parameters and buffers of a model would take, which is not built for this."""
+    _modest(spec)
+    with torch.device("meta"):
+        outline = _built(spec, description)
+    return sum(value.nbytes for value in [*outline.parameters(), *outline.buffers()])
 
 
 def _built(spec: ModelSpec, description: Path) -> Any:
@@ -120,6 +141,9 @@ def _modest(spec: ModelSpec) -> None:
     for side in spec.grid.size:
         if not 1 <= side <= MAX_SIDE:
             raise ValueError(f"its working grid is {spec.grid.size}")
+    for one in filter(None, (spec.thresholds, *spec.subset_thresholds.values())):
+        if len(one.value) != len(one.false_positive_rate) or one.chosen not in one.false_positive_rate:
+            raise ValueError("its thresholds do not belong together")
     if spec.score.healthy_maps:
         unpacked_maps(spec.score.healthy_maps, len(spec.channels))
     for name, value in {**spec.settings, **vars(spec.score)}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from anomri.metrics import (
     Curve,
     Figure,
     LesionCounts,
+    Scores,
     bootstrap_weights,
     count_at,
     count_lesions,
@@ -68,8 +70,8 @@ class PatientScores:
 class Evaluation:
     """The result of `evaluate`: what was compared (``protocol``), the table, a row per scan, and the curve.
 
-    ``curve`` holds (threshold, recall, precision, Dice) at up to 512 thresholds, for plots; the figures come from all
-    thresholds. ``failed`` names the cases that could not be used and why.
+    ``curve`` holds (threshold, recall, precision, Dice) of the masks above up to 512 thresholds, for plots; the figures
+    come from all thresholds. ``failed`` names the cases that could not be used and why.
     """
 
     protocol: dict[str, str]
@@ -127,17 +129,20 @@ class Scored:
     """
 
     case: str
-    scores: NDArray[np.float32] | None = None
+    scores: Scores | None = None
     label: NDArray[np.bool_] | None = None
     max_dropped: int = 0
     error: str | None = None
     threshold: float | None = None
     patient: str | None = None
+    lesions: int = 0
+    """How many its label has as it was drawn, where it was brought to another grid for this; ``lost`` are not there any more."""
+    lost: int = 0
 
 
 def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     """Write the scores and label of a case, less the margin where all is zero, to ``folder``; returns what `Pool` needs."""
-    facts = {name: getattr(scored, name) for name in ("case", "max_dropped", "error", "threshold")}
+    facts = {name: getattr(scored, name) for name in ("case", "max_dropped", "error", "threshold", "lesions", "lost")}
     facts["patient"] = scored.patient or scored.case
     if scored.scores is None or scored.label is None:
         return {**facts, "error": scored.error or "no label"}
@@ -157,7 +162,7 @@ class Pool:
         """What `spool` gave of each."""
         self.failed: dict[str, str] = {}
         self.voxels = 0
-        self._lesion_scores: list[NDArray[np.float32]] = []
+        self._lesion_scores: list[Scores] = []
 
     def add(self, scored: Scored) -> None:
         """Spool one case and let it count."""
@@ -207,25 +212,27 @@ class Pool:
         figures = _figures(curve, counted, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
         return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
 
-    def _read(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    def _read(self) -> Iterator[tuple[Scores, NDArray[np.bool_]]]:
         for case in self.cases:
             with np.load(self.folder / f"{case['case']}.npz") as spooled:
                 inside = tuple(slice(*side) for side in spooled["box"])
-                scores = np.zeros(spooled["shape"], dtype=np.float32)
+                scores = np.zeros(spooled["shape"], dtype=spooled["scores"].dtype)
                 label = np.zeros(spooled["shape"], dtype=bool)
                 scores[inside], label[inside] = spooled["scores"], spooled["label"]
             yield scores, label
 
 
 def _at_threshold(
-    patient: PatientScores, dropped: int, scores: NDArray[np.float32], label: NDArray[np.bool_], threshold: float
+    patient: PatientScores, dropped: int, scores: Scores, label: NDArray[np.bool_], threshold: float
 ) -> PatientScores:
     mask = scores > threshold
     filtered = drop_small_components(mask, dropped)
+    # Of a scan without a lesion it says nothing: what is found there are false positive components.
+    of_mask, of_filtered = (dice(one, label) if label.any() else math.nan for one in (mask, filtered))
     return replace(
         patient,
-        dice=dice(filtered, label),
-        dice_unfiltered=dice(mask, label),
+        dice=of_filtered,
+        dice_unfiltered=of_mask,
         lesions=count_lesions(filtered, label),
         lesions_unfiltered=count_lesions(mask, label),
     )
@@ -286,7 +293,7 @@ def _mean(name: str, rows: Sequence[PatientScores], values: Sequence[float]) -> 
     return Figure(name, float(np.mean(known)), *(mean_interval(known) if len(known) > 1 else ()))
 
 
-def _coarse_steps(lesion_scores: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _coarse_steps(lesion_scores: Sequence[Scores]) -> Scores:
     # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these recalls.
     pooled = np.sort(np.concatenate(lesion_scores))
     return np.unique(pooled[np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled))).astype(int)])
@@ -296,7 +303,9 @@ def _thinned(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
     # Even in recall; the best threshold is among them.
     chosen = np.searchsorted(curve.recall, np.linspace(0, 1, CURVE_POINTS)).clip(max=len(curve.recall) - 1)
     chosen = np.unique([*chosen, int(np.argmax(curve.dice))])
-    columns = (curve.thresholds, curve.recall, curve.precision, curve.dice)
+    # A mask is what lies above its threshold, and these are scores that still belong to it.
+    below = np.nextafter(curve.thresholds, -np.inf, dtype=curve.thresholds.dtype)
+    columns = (below, curve.recall, curve.precision, curve.dice)
     return tuple(zip(*(column[chosen].astype(float).tolist() for column in columns), strict=True))
 
 

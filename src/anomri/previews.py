@@ -74,6 +74,12 @@ def save_preview(detection: Detection, folder: Path) -> None:
     write_text(place / f"{detection.name}.preview.json", json.dumps(facts) + "\n")
 
 
+def remove_preview(folder: Path, name: str) -> None:
+    """Remove what `save_preview` left of a case in ``folder``."""
+    for kind in ("preview.json", *(f"{kind}.jpg" for kind in TITLES)):
+        (folder / "previews" / f"{name}.{kind}").unlink(missing_ok=True)
+
+
 def read_preview(folder: Path, name: str) -> Preview | None:
     """What `save_preview` left of a case in ``folder``; ``None`` if there is nothing, or nothing of use."""
     place = folder / "previews"

@@ -13,11 +13,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import Case, channels_of, split_cases, splits_of
+from anomri.cases import SPLITS, Case, channels_of, drawn_patients, splits_of
 from anomri.detector import BUILT_IN
 from anomri.devices import resolve_device, resolve_precision
 from anomri.methods import Preset
-from anomri.model_files import cases_of_model, read_model
+from anomri.model_files import cases_of_model, check_readable, read_model
 from anomri.naming import channel_name
 from anomri.spec import AnomriError, ModelSpec, Score, Training, first_line
 from anomri.training_cohort import CHOSEN, FOUND, check_grid
@@ -109,26 +109,48 @@ class Pretrained:
             ) from error
 
     def divided(self, cases: Sequence[Case], seed: int) -> list[Case]:
-        """``cases`` with the sides that their patients had; where any was among these and no case has a split of its own."""
-        sides = splits_of(self.cases)
-        known = [replace(case, split=sides.get(case.name) or sides.get(case.patient)) for case in cases]
-        if any(case.split for case in cases) or not any(case.split for case in known):
+        """``cases`` with the sides that their patients had, as far as they have none of their own.
+
+        Where none is for validation, those that the model was validated on are; else a tenth, at least one, of the patients
+        that it does not know. Raises `AnomriError` if it knows them all.
+        """
+        sides, given = splits_of(self.cases), any(case.split for case in cases)
+        before = {case.name: sides.get(case.name) or sides.get(case.patient) for case in cases}
+        if any(case.split == "val" for case in cases) or not any(before.values()):
             return list(cases)
-        if any(case.split == "val" for case in known):
-            return [replace(case, split=case.split or "train") for case in known]
-        new = [case for case in known if not case.split]
-        return [case for case in known if case.split] + (split_cases(new, {}, seed) if new else [])
+
+        def side(case: Case) -> str | None:
+            if given:
+                return "val" if case.split == "train" and before[case.name] == "val" else case.split
+            return before[case.name] or "train"
+
+        divided = [replace(case, split=side(case)) for case in cases]
+        if any(case.split == "val" for case in divided):
+            return divided
+        new = {case.patient for case in divided if case.split == "train" and not before[case.name]}
+        if not new:
+            raise AnomriError(
+                f"{self.folder} was trained on all of these patients; add one that it does not know, to validate on."
+            )
+        held_out = drawn_patients(new, seed)
+        return [replace(case, split="val") if case.patient in held_out else case for case in divided]
 
     def others(self, cases: Sequence[Case]) -> list[Case]:
-        """The cases it knows beside ``cases``; raises `AnomriError` if it was trained on a patient held out among these."""
+        """The cases it knows that have no side among ``cases``.
+
+        Raises `AnomriError` if a patient that it was trained on is held out among these, or one that it was validated on
+        is for testing.
+        """
         sides = splits_of(self.cases)
         for case in cases:
-            if case.split in ("val", "test") and "train" in (sides.get(case.name), sides.get(case.patient)):
-                raise AnomriError(
-                    f"{case.name} is in the split {case.split}, but {self.folder} was trained on that patient; give it the split "
-                    f"train, in a splits.csv or by --splits."
-                )
-        names = {case.name for case in cases}
+            known = {sides.get(case.name), sides.get(case.patient)}
+            for side, verb in (("train", "trained"), ("val", "validated")):
+                if case.split and side in known and SPLITS.index(case.split) > SPLITS.index(side):
+                    raise AnomriError(
+                        f"{case.name} is in the split {case.split}, but {self.folder} was {verb} on that patient; give it the "
+                        f"split {side}, in a splits.csv or by --splits."
+                    )
+        names = {case.name for case in cases if case.split}
         return [case for case in self.cases if case.name not in names]
 
     def licence(self, given: str | None) -> str:
@@ -183,6 +205,7 @@ def planned(
     spec = spec.checked()
     check_score(network := methods.build(spec), spec.score, spec.channels)
     check_grid(network, spec.grid)
+    check_readable(spec)
     if pretrained:
         pretrained.begin(network)
         spec = replace(spec, data_licence=pretrained.licence(data_licence))

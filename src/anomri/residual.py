@@ -250,6 +250,15 @@ def median_filter(score: NDArray[np.float32], kernel: int = 5) -> NDArray[np.flo
     return filtered
 
 
+def check_scores(raw: Tensor, foreground: Tensor, method: str) -> None:
+    """Raise `AnomriError` if a method scores foreground (n, h, w) as what is no number, or below the background's zero."""
+    low, high = map(float, raw.masked_fill(~foreground, 0).aminmax())
+    if not (low >= 0 and high < math.inf):
+        raise AnomriError(
+            f"the method {method} scores from {low:.4g} to {high:.4g} here; scores are numbers from 0 up."
+        )
+
+
 def anomaly_score(
     raw: Tensor, foreground: Tensor, score: Score, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> NDArray[np.float32]:

@@ -331,3 +331,20 @@ def _rounded(first: int, stop: int, multiple: int, size: int) -> tuple[int, int]
     length = min(-(-(stop - first) // multiple) * multiple, size)
     first = min(max(first - (length - (stop - first)) // 2, 0), size - length)
     return first, first + length
+
+
+def on_published_grid(
+    scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
+    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare.
+
+    And the volume of a voxel there, in mm3.
+    """
+    published, voxel_mm3 = Grid().size, math.prod(stack.spacing_mm)
+    assert stack.label is not None
+    assert volume.label is not None
+    if min(grid.size) <= max(published):
+        return scores, stack.label.numpy(), voxel_mm3
+    coarse = rescale(torch.from_numpy(scores)[:, None], published[0] / grid.size[0], 1)[:, 0]
+    label = label_slices(volume.label, stack.window, Grid(published), stack.index)
+    return coarse.numpy(), label.numpy(), voxel_mm3 * math.prod(grid.size) / coarse[0].numel()

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.batches import Batches
-from anomri.cases import Case, read_splits, split_cases, splits_of, write_splits
+from anomri.cases import Case, assign_splits, read_splits, split_cases, write_splits
 from anomri.cohorts import find_cases
 from anomri.detector import Detector
 from anomri.devices import can_compile, resolve_device
@@ -99,8 +99,9 @@ def train(
     model (or ``built-in``) to go on from: its weights, method and recipe, and those of its channels that most cases have.
     ``settings`` (of the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels
     of a side of the working grid) replace single values of it.
-    Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` or the file
-    ``splits``, else at random, a tenth of them (at least one) for validation; no patient is in two splits. ``cache``
+    Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` and the file ``splits``,
+    which counts for the cases that it names, else at random, a tenth of them (at least one) for validation; no patient is in
+    two splits. ``cache``
     holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
     at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
@@ -128,9 +129,9 @@ def train(
         device=device,
     )
     seed = spec.training.seed if spec.training else 0
-    if started and not splits:
-        cases = started.divided(cases, seed)
-    cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed)
+    if splits:
+        cases = assign_splits(cases, read_splits(Path(splits)))
+    cases = split_cases(started.divided(cases, seed) if started else cases, {}, seed)
     # Whom the model has seen, in this training and before.
     known = [*cases, *(started.others(cases) if started else ())]
     for note in [*notes, *notes_of(cases), *(started.notes(spec.channels) if started else ())]:
@@ -187,7 +188,7 @@ def _train(
     thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
     parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
-    detector.splits = splits_of(known)
+    detector.cases = known
     if team.first:
         detector.save(folder)
         (folder / TrainingState.NAME).unlink(missing_ok=True)

@@ -10,14 +10,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case, splits_of
+from anomri.cases import Case, splits_of, splits_table
 from anomri.distribution import Processes
 from anomri.methods import Box
 from anomri.model_files import cases_of_model
 from anomri.packing import PackedCase, cohort_fingerprint, pack_cohort
 from anomri.slices import join_boxes
 from anomri.spec import AnomriError, Cohort, Grid, ModelSpec, Training
-from anomri.training_state import TrainingState
+from anomri.training_state import Log, TrainingState
 
 Packed = dict[str, list[PackedCase]]
 """By side, ``train`` and ``val``."""
@@ -56,7 +56,23 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
         raise AnomriError(f"{folder}: already holds {another} finished model; name another folder with -o.")
     if (folder / TrainingState.NAME).exists() and not resume:
         raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
+    if not (folder / TrainingState.NAME).exists():
+        _check_room(folder, cases)
     return False
+
+
+def _check_room(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` for tables in ``folder`` that a training would replace and that are none of its own."""
+    beginnings = {"splits.csv": splits_table(cases), "log.csv": ",".join(Log.COLUMNS)}
+    for path in (folder / name for name in beginnings if (folder / name).exists()):
+        try:
+            there = path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            there = ""
+        if not (there == beginnings[path.name] or (path.name == "log.csv" and there.startswith(beginnings[path.name]))):
+            raise AnomriError(
+                f"{path}: is not of this training, which would replace it; name another folder with -o, or move it away."
+            )
 
 
 def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,8 +79,15 @@ class TrainingState:
         if not path.exists():
             return cls(task=dict(task))
         try:
+            # torch does not look at the checksums that it writes.
+            with zipfile.ZipFile(path) as parts:
+                if broken := parts.testzip():
+                    raise ValueError(f"the checksum of {broken} does not fit")
             state = cls(**torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        except (
+            *(OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AttributeError),
+            *(pickle.UnpicklingError, zipfile.BadZipFile),
+        ) as error:
             raise AnomriError(f"{path}: is damaged ({error}); delete it to train from the start.") from error
         changed = [name for name in task if state.task.get(name) != task[name]]
         if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -23,8 +24,7 @@ def averaged_output(
     """What a method makes of a scan's slices in the box: (n, c + its further maps, h, w), mean of a score's views.
 
     A channel's reconstruction is the mean of the views that show it, and zero if the scan does not have it; ``channels``
-    names those of the stack. Raises `AnomriError` if the score asks for what the method does not make (`check_score`), or
-    for ``passes`` of one that cannot reconstruct from noise.
+    names those of the stack. Raises `AnomriError` if the score asks for what the method does not make (`check_score`).
     """
     check_score(inference.method, score, channels)
     total: Tensor | None = None
@@ -46,7 +46,8 @@ def _views(
     present = present_channels(stack.x)
     for shown in (present, *_parts(present, channels, score.parts)):
         for noised in _noised(inference.method, stack, score.passes):
-            seen = noised if shown is present else noised * torch.tensor(shown)[:, None, None]
+            # Noise is added to channels that are not there as well, and a training takes it off them again.
+            seen = noised if noised is stack.x and shown is present else noised * torch.tensor(shown)[:, None, None]
             for mirrored in (False, True) if score.flips else (False,):
                 for scale in score.scales:
                     yield shown, _look(inference, seen, box, mirrored, scale)
@@ -60,6 +61,12 @@ def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
         raise AnomriError(
             f"the score {score.kind} needs marks, which the model does not make; train with the settings anomalies and "
             f"mark (preset quick or accurate)."
+        )
+    if score.passes and not hasattr(method, "with_noise"):
+        raise AnomriError(f"{type(method).__name__} cannot reconstruct from noise; leave passes at 0.")
+    if score.passes < 0 or score.erosion < 0 or not score.scales or min(score.scales) <= 0:
+        raise AnomriError(
+            f"passes and erosion are 0 or more, and scales above 0; found {score.passes}, {score.erosion} and {score.scales}."
         )
     unknown = {*score.channels, *(name for part in score.parts for name in part.split("+"))} - {*channels}
     if unknown:
@@ -83,12 +90,10 @@ def _parts(present: list[bool], channels: Sequence[str], parts: Sequence[str]) -
     return [kept for kept in shown if any(kept) and kept != present]
 
 
-def _noised(method: object, stack: SliceStack, passes: int) -> Iterator[Tensor]:
+def _noised(method: Any, stack: SliceStack, passes: int) -> Iterator[Tensor]:
     if not passes:
         yield stack.x
         return
-    if not hasattr(method, "with_noise"):
-        raise AnomriError(f"{type(method).__name__} cannot reconstruct from noise; leave passes at 0.")
     generator = Generator().manual_seed(TEST_SEED)
     for _ in range(passes):
         yield method.with_noise(stack.x, stack.foreground, generator)

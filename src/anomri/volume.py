@@ -185,11 +185,17 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geom
     ), geometry
 
 
-def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.float32]:
-    """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``."""
+def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating[Any]]:
+    """An anomaly map (x, y, z) in the working orientation, which must lie on the grid of ``label``.
+
+    It is float32, or float64 where that tells more of its values apart.
+    """
     image = read_image(path)
     check_grid(path, image, label, geometry)
-    return np.ascontiguousarray(geometry.canonical(_finite(path, values_of(image))), dtype=np.float32)
+    values = values_of(image)
+    rounded = _finite(path, values).astype(np.float32, copy=False)
+    exact = rounded if np.array_equal(rounded, values) else values.astype(np.float64)
+    return np.ascontiguousarray(geometry.canonical(exact))
 
 
 def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:

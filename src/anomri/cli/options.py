@@ -108,8 +108,8 @@ def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> li
 
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:
-    """Settings from NAME=VALUE, the value as JSON if it is that, else as text; raises `AnomriError` without a ``=``."""
-    settings = {}
+    """Settings from NAME=VALUE, the value as JSON (or True, False) if it is that, else as text; `AnomriError` without a ``=``."""
+    settings: dict[str, Any] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals:
@@ -117,5 +117,5 @@ def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:
         try:
             settings[name.strip()] = json.loads(value)
         except ValueError:
-            settings[name.strip()] = value
+            settings[name.strip()] = {"True": True, "False": False}.get(value, value)
     return settings

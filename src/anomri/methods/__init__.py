@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, get_type_hints, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
@@ -88,6 +88,9 @@ class Method(Protocol):
     of the same shape and never waits for them, ``capturable``; one whose slices do not change with those beside them,
     ``values_per_pixel``, how many values its finest maps have for each pixel; one for slices of ``box_multiple`` x
     ``box_multiple`` and no others, ``whole_grid``.
+
+    It can also be built on torch's ``meta`` device, without values, and most of its parameters and buffers are in its state:
+    so a stranger's model is measured before it is built. Settings are numbers of at most a million, texts, and short lists.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]
@@ -102,7 +105,7 @@ class Method(Protocol):
         """What the method takes for the healthy version of ``x``, of the same shape; further maps may follow its channels."""
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """How anomalous each pixel is before erosion and median, (n, h, w); ``x`` is all slices of one scan."""
+        """How anomalous each pixel is before erosion and median, (n, h, w), from 0 up; ``x`` is all slices of one scan."""
 
 
 def names() -> list[str]:
@@ -137,10 +140,29 @@ def build(spec: ModelSpec) -> Any:
     unknown = [name for name in spec.settings if name not in known]
     if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         raise AnomriError(f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
+    _check_types(spec, method)
     try:
         return method(spec.channels, **spec.settings)
     except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
+
+
+def _check_types(spec: ModelSpec, method: Any) -> None:
+    """Raise `AnomriError` for a setting that is not of the type it is declared with: any text would be true."""
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        hints = get_type_hints(method.__init__)
+    except (NameError, TypeError, AttributeError):  # a method of others may declare what only its checker knows
+        return
+    for name, value in spec.settings.items():
+        try:
+            TypeAdapter(hints.get(name, Any), config=ConfigDict(strict=True)).validate_python(value)
+        except PydanticUserError:
+            continue
+        except ValidationError as error:
+            what = error.errors()[0]["msg"][:1].lower() + error.errors()[0]["msg"][1:]
+            raise AnomriError(f"the setting {name} of {spec.method}: {what}; found {value!r:.80}.") from error
 
 
 def players(method: Any) -> Sequence[Player]:
