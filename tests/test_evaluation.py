@@ -224,6 +224,24 @@ def test_a_threshold_of_the_curve_gives_the_dice_beside_it(tmp_path: Path) -> No
     assert best > 0.8 and np.mean(dices) == pytest.approx(best, abs=0.02)
 
 
+def test_what_should_be_known_of_labels_stands_in_the_protocol(cohort: Path, model: Path, tmp_path: Path) -> None:
+    cases, _, labels = synthetic_maps(tmp_path, 2)
+    assert "labels" not in evaluate(cases, maps=tmp_path).protocol
+    for number, (case, most) in enumerate(zip(cases, (1, 2 / 3), strict=True)):
+        soft = np.where(labels[number], most, 0.0)
+        soft[0, 0, 0] = 1 / 3
+        write(case.label, soft.astype(np.float32))  # type: ignore[arg-type]
+    cases[1] = replace(cases[1], notes=("c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz.", "other"))
+    protocol = evaluate(cases, tmp_path / "out", maps=tmp_path).protocol
+    assert protocol["labels"] == (
+        "c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken. "
+        "c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz. "
+        "c1_seg.nii.gz has values between whole numbers, of up to 0.667 only; all above zero are taken."
+    )
+    case = replace(find_cases(cohort)[7], label=cases[1].label, notes=cases[1].notes)
+    assert evaluate([case], model=model).protocol["labels"].count("c1_seg.nii.gz") == 2
+
+
 def test_lesions_that_the_grid_loses_are_told(cohort: Path, model: Path, tmp_path: Path) -> None:
     label = np.zeros(SHAPE, np.uint8)
     label[20:28, 20:28, 4:8] = 1

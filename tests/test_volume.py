@@ -134,9 +134,11 @@ def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
     low[20:30] = np.linspace(0.01, 0.06, 10, dtype=np.float32)[:, None, None]
     scaled = np.zeros(SHAPE, np.float32)
     scaled[20:30] = np.arange(1, 11, dtype=np.float32)[:, None, None] * np.float32(1.00001)
-    for values in (low, scaled):
+    one = np.where(low > 0, np.float32(0.3), 0)
+    low_note = "a_seg.nii.gz has values between whole numbers, of up to 0.06 only; all above zero are taken."
+    for values, notes in ((low, (low_note,)), (scaled, ()), (one, ())):
         volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", values)), ["t1"])
-        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes
+        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and volume.notes == notes
     classes = (np.random.default_rng(0).integers(0, 5, SHAPE) * (np.arange(SHAPE[0]) < 20)[:, None, None]).astype(
         np.float32
     )

@@ -264,10 +264,17 @@ def _detected(
                 scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
             lost = max(drawn - count_components(label), 0)
-            its, whose = detection.threshold, case.patient
-            yield Scored(case.name, scores, label, dropped, threshold=its, patient=whose, lesions=drawn, lost=lost)
+            about: dict[str, Any] = {"patient": case.patient, "notes": _on_label(case, volume.notes)}
+            yield Scored(
+                case.name, scores, label, dropped, threshold=detection.threshold, lesions=drawn, lost=lost, **about
+            )
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
+
+
+def _on_label(case: Case, notes: Sequence[str]) -> list[str]:
+    """Those of the ``notes`` that are about the case's label."""
+    return [note for note in notes if case.label is not None and case.label.name in note]
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:
@@ -287,11 +294,12 @@ def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold
             path, names = _map_of(maps, case), _map_names(case)
             if path is None:
                 raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
-            label, geometry = read_label(case)
+            label, geometry, notes = read_label(case)
             assert case.label is not None
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
-            yield Scored(case.name, scores, label, dropped, threshold=threshold, patient=case.patient)
+            about: dict[str, Any] = {"patient": case.patient, "notes": (*_on_label(case, case.notes), *notes)}
+            yield Scored(case.name, scores, label, dropped, threshold=threshold, **about)
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
 
@@ -311,6 +319,7 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         others = sum(case["threshold"] != facts["threshold"] for case in pool.cases)
         threshold += f"; of {others} that lack channels, the one for the channels they have, if any" if others else ""
     patients = len(pool.patients)
+    notes = [note for case in pool.cases for note in case.get("notes", ())]
     lost, drawn = (sum(case.get(name, 0) for case in pool.cases) for name in ("lost", "lesions"))
     return {
         "scored": facts["what"],
@@ -321,6 +330,11 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
             f"; {lost} of {drawn} lesions are too small for this grid, or grow together on it: --grid input"
             if lost
             else ""
+        ),
+        **(
+            {"labels": " ".join(notes[:5]) + (f" And {len(notes) - 5} more." if len(notes) > 5 else "")}
+            if notes
+            else {}
         ),
         "AUPRC": "average precision over all voxels, every distinct score a threshold",
         "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",

@@ -26,14 +26,22 @@ BRAIN_MASK = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
 def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.bool_]:
-    """The voxels above zero of a label; of one that interpolation made soft, those from a half on, with a note."""
+    """The voxels above zero of a label; of one that interpolation made soft, those from a half on. A note says so.
+
+    Where all values are so low that nobody knows what a half is, it is all of them.
+    """
     inside: NDArray[np.bool_] = values > 0
     if values.dtype.kind in "iu" or not inside.any():
         return inside
     above = values[inside]
     most = float(above.max())
     # Whole numbers that a header scales are nearly whole.
-    if most < SURE_MAXIMUM or bool((np.abs(above - above.round()) <= 1e-3).all()):
+    if most - float(above.min()) <= 1e-3 * most or bool((np.abs(above - above.round()) <= 1e-3).all()):
+        return inside
+    if most < SURE_MAXIMUM:
+        notes.append(
+            f"{path.name} has values between whole numbers, of up to {most:.3g} only; all above zero are taken."
+        )
         return inside
     cut = 0.5 if most <= MAX_CLASS else most / 2
     notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken.")

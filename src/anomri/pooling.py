@@ -135,6 +135,8 @@ class Scored:
     error: str | None = None
     threshold: float | None = None
     patient: str | None = None
+    notes: Sequence[str] = ()
+    """What should be known of its label."""
     lesions: int = 0
     """How many its label has as it was drawn, where it was brought to another grid for this; ``lost`` are not there any more."""
     lost: int = 0
@@ -142,7 +144,10 @@ class Scored:
 
 def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     """Write the scores and label of a case, less the margin where all is zero, to ``folder``; returns what `Pool` needs."""
-    facts = {name: getattr(scored, name) for name in ("case", "max_dropped", "error", "threshold", "lesions", "lost")}
+    facts = {
+        name: getattr(scored, name)
+        for name in ("case", "max_dropped", "error", "threshold", "notes", "lesions", "lost")
+    }
     facts["patient"] = scored.patient or scored.case
     if scored.scores is None or scored.label is None:
         return {**facts, "error": scored.error or "no label"}

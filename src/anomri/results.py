@@ -96,7 +96,7 @@ def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Serie
         return result
     parameters = {name: made[name] for name in ("method", "threshold")}
     try:
-        label, geometry = read_label(Case(result.case, {}, label=mask))
+        label, geometry, _ = read_label(Case(result.case, {}, label=mask))
         write_segmentation(path, label, geometry, series[made["channels"][0]], parameters=parameters)
     except AnomriError as error:
         return replace(result, error=str(error))

@@ -175,14 +175,13 @@ def read_volume(
     return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes), label_error=label_error)
 
 
-def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry]:
-    """The lesion label (x, y, z) of a case in the grid's orientation, and where it lies."""
+def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry, list[str]]:
+    """The lesion label (x, y, z) of a case in the grid's orientation, where it lies, and notes on it."""
     assert case.label is not None
-    image = read_image(case.label)
+    image, notes = read_image(case.label), list[str]()
     geometry = geometry_of(case.label, image, grid)
-    return np.ascontiguousarray(
-        geometry.canonical(lesion_of(case.label, _finite(case.label, values_of(image)), []))
-    ), geometry
+    marked = lesion_of(case.label, _finite(case.label, values_of(image)), notes)
+    return np.ascontiguousarray(geometry.canonical(marked)), geometry, notes
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating[Any]]:
