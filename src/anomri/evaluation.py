@@ -327,7 +327,7 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
         "voxels": f"{GRIDS[facts['grid']]}, background counted: {pool.voxels:,}",
         "lesion": "every label above zero is one class; of one that interpolation made soft, what is a half and more"
         + (
-            f"; {lost} of {drawn} lesions are too small for this grid, or grow together on it: --grid input"
+            f"; {lost} of {drawn} lesions vanish on this grid, or grow together; --grid input keeps them"
             if lost
             else ""
         ),
