@@ -228,6 +228,8 @@ def series(text: str, **kwargs: Any) -> Series:
         ("T1-C", {}, None),
         ("T1 w/wo contrast", {}, None),
         ("T1 with and without contrast", {}, None),
+        ("t1w without contrast", {}, "t1"),
+        ("T1w w/o", {}, "t1"),
         ("T1 cor", {"echo_time": 95}, None),
         ("t1_tse_dark", {"protocol": "BRAIN T2 FLAIR WITH CONTRAST"}, "t1"),
         ("", {"protocol": "t2_tse_tra"}, "t2"),

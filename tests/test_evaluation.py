@@ -201,6 +201,10 @@ def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(cohort: Path, mo
         write(tmp_path / "maps" / f"{case.name}.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
     evaluate(cohort, tmp_path / "out", maps=tmp_path / "maps")
     assert "data:image/jpeg" not in (tmp_path / "out" / "report.html").read_text()
+    # Beside the maps they are theirs.
+    anomri.detect_cohort([case for case in find_cases(cohort) if case.split == "test"], tmp_path / "own", model)
+    evaluate(cohort, tmp_path / "own", maps=tmp_path / "own")
+    assert "data:image/jpeg" in (tmp_path / "own" / "report.html").read_text()
 
 
 def test_scores_that_only_float64_tells_apart_are_told_apart(tmp_path: Path) -> None:

@@ -438,6 +438,18 @@ def test_another_scan_of_the_same_name_does_not_replace_results(tmp_path: Path) 
     (tmp_path / "1" / "pre" / "FLAIR.nii.gz").replace(moved / "pre" / "FLAIR.nii.gz")
     detect_cohort(detector.find_cases(moved / "pre"), out, detector)
     assert (out / "pre_anomaly.nii.gz").read_bytes() != before
+    # Contents may lie elsewhere, behind a link; and two files in one folder are not one scan.
+    store, link = tmp_path / "store", tmp_path / "link_flair.nii.gz"
+    store.mkdir()
+    for seed in (2, 3):
+        nib.save(
+            nib.Nifti1Image(scan((64, 72, 56), affine, seed=seed).astype(np.float32), affine), store / f"{seed}.nii.gz"
+        )
+        link.unlink(missing_ok=True)
+        link.symlink_to(store / f"{seed}.nii.gz")
+        detect_cohort([Case("one", {"flair": link})], out, detector)
+    with pytest.raises(AnomriError, match="another scan that is called one too"):
+        detect_cohort([Case("one", {"flair": store / "2.nii.gz"})], out, detector)
 
 
 def test_cases_of_a_run_before_are_told(

@@ -21,6 +21,7 @@ from anomri.methods.dae import DAE
 from anomri.methods.diffusion import Diffusion, signal_share
 from anomri.methods.fanogan import FAnoGAN
 from anomri.methods.vae import VAE, total_variation
+from anomri.model_files import read_model, write_model
 from anomri.simplex import simplex_noise
 from anomri.slices import cut_box, paste_box
 from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
@@ -342,7 +343,7 @@ def test_true_and_false_are_not_text() -> None:
 class Heavy(DAE):
     """What keeps a table that it does not save, and has a setting larger than a model's description may hold."""
 
-    def __init__(self, channels: Sequence[str], widths: Sequence[int], table: int, seed: int = 0) -> None:
+    def __init__(self, channels: Sequence[str], widths: tuple[int, ...], table: int, seed: int = 0) -> None:
         super().__init__(channels, widths)
         self.register_buffer("table", torch.zeros(table), persistent=False)
 
@@ -357,6 +358,12 @@ def test_what_could_not_be_read_again_is_not_trained(
         with pytest.raises(AnomriError, match="a model of heavy like this could not be read again"):
             train(cohort, tmp_path / "model", settings={"table": 2**20, **settings}, **given)
     assert not (tmp_path / "model").exists()
+    # A tuple is a list in model.json, and infinity is a number.
+    spec = ModelSpec(("flair",), "heavy", {"widths": (2, 4), "table": 2}).checked()
+    methods.build(spec)
+    state = {**methods.build(spec).state_dict(), "network.head.bias": torch.full((1,), torch.inf)}
+    write_model(tmp_path / "infinite", spec, state)
+    assert read_model(tmp_path / "infinite")[2]["network.head.bias"] == torch.inf
 
 
 def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path) -> None:

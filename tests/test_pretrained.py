@@ -182,6 +182,11 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
         }
     found = before.divided(sided(case0="train", new0="train", **{validated: "train"}), 0)
     assert {case.name: case.split for case in found} == {"case0": "train", "new0": "train", validated: "val"}
+    # Those it was to be tested on it was not trained on.
+    tested = [case.name for case in before.cases if case.split == "test"]
+    found = before.divided(sided(case0="train", **dict.fromkeys(tested, "train")), 0)
+    assert sorted(str(case.split) for case in found if case.name in tested) == ["train", "val"]
+    assert before.divided(sided(**dict.fromkeys(tested, "test")), 0) == sided(**dict.fromkeys(tested, "test"))
     for split in ("train", None):
         with pytest.raises(AnomriError, match="was trained on all of these patients; add one that it does not know"):
             before.divided(sided(case0=split, case1=split), 0)

@@ -315,6 +315,13 @@ def test_a_table_that_is_not_the_training_s_is_not_replaced(
     assert (tmp_path / name).read_text() == content
 
 
+def test_the_split_that_is_given_may_lie_where_the_model_goes(cohort: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "splits.csv").write_text("case,split\ncase2,val\ncase0,train\n")
+    cases = [replace(case, split=None) for case in find_cases(cohort)]
+    train(cases, tmp_path, method="thresholding", splits=tmp_path / "splits.csv", cache=cache)
+    assert (tmp_path / "splits.csv").read_text() == "case,split\ncase0,train\ncase2,val\n"
+
+
 def test_what_was_saved_on_a_failing_disk_is_not_gone_on_from(tmp_path: Path) -> None:
     state = TrainingState(task={"steps": 2})
     state.best = {"w": torch.arange(20_000, dtype=torch.float32)}

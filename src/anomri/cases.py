@@ -182,17 +182,12 @@ def assign_splits(cases: Sequence[Case], splits: dict[str, str]) -> list[Case]:
 
 
 def write_splits(path: Path, cases: Sequence[Case]) -> None:
-    """Write the `splits_table` that `read_splits` reads."""
-    write_text(path, splits_table(cases))
-
-
-def splits_table(cases: Sequence[Case]) -> str:
-    """Each case's split as CSV; with a column ``subject`` if patients are not known by their cases' names."""
+    """Write the table that `read_splits` reads; with a column ``subject`` if patients are not known by their cases' names."""
     text = StringIO()
     columns = ("case", "split", "subject")[: 3 if any(case.subject for case in cases) else 2]
     rows = [(case.name, case.split, case.subject or "")[: len(columns)] for case in cases if case.split]
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    return text.getvalue()
+    write_text(path, text.getvalue())
 
 
 def case_with(name: str, files: dict[str, Path]) -> Case:

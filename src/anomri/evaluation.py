@@ -288,8 +288,8 @@ def _map_names(case: Case) -> list[str]:
 def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold: float | None) -> Iterator[Scored]:
     for case in cases:
         try:
-            if folder is not None:
-                # Those that are there show what a model made of the case.
+            if folder is not None and folder.resolve() != maps.resolve():
+                # Those that are there show what a model made of the case, and not what made these maps.
                 remove_preview(folder, case.name)
             path, names = _map_of(maps, case), _map_names(case)
             if path is None:

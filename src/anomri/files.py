@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import tempfile
 import time
@@ -19,6 +20,8 @@ ABANDONED_S = 24 * 3600.0
 """Where several runs write to one folder, only what is half-written for longer than this was left by a dead one."""
 OWN_FOLDERS = ("logs", "previews", ".scores")
 """Folders in an output folder that the run which has it writes to."""
+FACTS = {"run.json": "anomri", "metrics.json": "protocol"}
+"""What a run writes of itself, and a key in it."""
 
 
 @contextmanager
@@ -57,14 +60,24 @@ def output_folder(path: Path) -> Path:
 
 
 def check_tables(folder: Path, names: Sequence[str], own: Sequence[str]) -> None:
-    """Raise `AnomriError` if a run would replace a table or page in ``folder`` that no run wrote: none of its ``own`` is there."""
-    if any((folder / name).exists() for name in own):
+    """Raise `AnomriError` if a run would replace a table or page in ``folder`` that no run wrote.
+
+    One did where what only runs leave is there: one of their ``own`` folders, or facts in JSON.
+    """
+    if any((folder / name).exists() for name in own) or any(_says(folder / name, key) for name, key in FACTS.items()):
         return
     for path in (folder / name for name in names):
         if path.exists():
             raise AnomriError(
                 f"{path}: is no result of anomri, and this run would replace it; name another folder with -o, or move it away."
             )
+
+
+def _says(path: Path, key: str) -> bool:
+    try:
+        return key in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager

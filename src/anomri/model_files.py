@@ -61,7 +61,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
         tensors = load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()]
     if broken:
         raise AnomriError(f"{weights}: is damaged ({broken[0]} holds what is no number); copy it again.")
     return spec, method, tensors

@@ -109,10 +109,10 @@ class Pretrained:
             ) from error
 
     def divided(self, cases: Sequence[Case], seed: int) -> list[Case]:
-        """``cases`` with the sides that their patients had, as far as they have none of their own.
+        """``cases`` with the sides that their patients had, if none has one of its own.
 
-        Where none is for validation, those that the model was validated on are; else a tenth, at least one, of the patients
-        that it does not know. Raises `AnomriError` if it knows them all.
+        Where then none is for validation, those that the model was validated on are, also if they are to be trained on; else a
+        tenth, at least one, of the patients that it was not trained on. Raises `AnomriError` if it was trained on them all.
         """
         sides, given = splits_of(self.cases), any(case.split for case in cases)
         before = {case.name: sides.get(case.name) or sides.get(case.patient) for case in cases}
@@ -127,8 +127,9 @@ class Pretrained:
         divided = [replace(case, split=side(case)) for case in cases]
         if any(case.split == "val" for case in divided):
             return divided
-        new = {case.patient for case in divided if case.split == "train" and not before[case.name]}
-        if not new:
+        trained = [case for case in divided if case.split == "train"]
+        new = {case.patient for case in trained if before[case.name] != "train"}
+        if trained and not new:
             raise AnomriError(
                 f"{self.folder} was trained on all of these patients; add one that it does not know, to validate on."
             )

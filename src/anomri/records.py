@@ -115,12 +115,11 @@ class Records:
         return self.folder / f"{case}.json"
 
 
-def origin_of(case: Case) -> dict[str, str]:
-    """What tells a scan from another of the same name: hashes of its first image's folder and content; none if it is gone."""
-    first = next(iter(case.channels.values()))
+def origin_of(case: Case) -> dict[str, Any]:
+    """What tells a scan from another of the same name: hashes of its images' places and of the first one's content."""
     try:
-        return {"folder": _folder_of(first), "content": _content_of(first)}
-    except OSError:
+        return {"places": _places_of(case), "content": _content_of(case)}
+    except OSError:  # it is gone meanwhile
         return {}
 
 
@@ -133,15 +132,15 @@ def check_same_scans(folder: Path, cases: Sequence[Case]) -> None:
     for case in cases:
         try:
             origin = json.loads((folder / f"{case.name}.json").read_text(encoding="utf-8"))["origin"]
-            first = next(iter(case.channels.values()))
             # Most lie where they lay, and are not read for this.
-            same = origin["folder"] == _folder_of(first) or origin["content"] == _content_of(first)
+            same = not {*origin["places"]}.isdisjoint(_places_of(case)) or origin["content"] == _content_of(case)
         except (OSError, ValueError, KeyError, TypeError, StopIteration):
             continue
         if not same:
             raise AnomriError(
-                f"{folder.parent}: holds the results of another scan that is called {case.name} too, and those of {first} "
-                f"would replace them; name another folder with -o, or list the scans in a .tsv with names of their own."
+                f"{folder.parent}: holds the results of another scan that is called {case.name} too, and those of "
+                f"{next(iter(case.channels.values()))} would replace them; name another folder with -o, or list the scans in a "
+                f".tsv with names of their own."
             )
 
 
@@ -172,12 +171,13 @@ def _sources(case: Case, channels: Sequence[str]) -> list[Path | None]:
     return [*(case.channels.get(channel) for channel in channels), case.mask, case.label]
 
 
-def _folder_of(path: Path) -> str:
-    return _hash(str(path.resolve().parent))
+def _places_of(case: Case) -> list[str]:
+    # Links are not followed: where a tool stores contents by their hash, another place says nothing.
+    return [_hash(str(path.absolute())) for path in case.channels.values()]
 
 
-def _content_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+def _content_of(case: Case) -> str:
+    return hashlib.sha256(next(iter(case.channels.values())).read_bytes()).hexdigest()[:24]
 
 
 def _stat(path: Path | None) -> list[object] | None:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from anomri.cases import Case, splits_of, splits_table
+from anomri.cases import Case, model_cases, splits_of, table_rows
 from anomri.distribution import Processes
 from anomri.methods import Box
 from anomri.model_files import cases_of_model
@@ -63,16 +63,21 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
 
 def _check_room(folder: Path, cases: Sequence[Case]) -> None:
     """Raise `AnomriError` for tables in ``folder`` that a training would replace and that are none of its own."""
-    beginnings = {"splits.csv": splits_table(cases), "log.csv": ",".join(Log.COLUMNS)}
-    for path in (folder / name for name in beginnings if (folder / name).exists()):
-        try:
-            there = path.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            there = ""
-        if not (there == beginnings[path.name] or (path.name == "log.csv" and there.startswith(beginnings[path.name]))):
+    for name, is_own in (("splits.csv", lambda path: _splits_alike(path, cases)), ("log.csv", Log.is_one)):
+        path = folder / name
+        if path.exists() and not is_own(path):
             raise AnomriError(
                 f"{path}: is not of this training, which would replace it; name another folder with -o, or move it away."
             )
+
+
+def _splits_alike(path: Path, cases: Sequence[Case]) -> bool:
+    """Whether a table says of the cases what `cases.write_splits` would, and nothing else."""
+    try:
+        columns = {name for row in table_rows(path, ("case", "split")) for name in row}
+        return columns <= {"case", "split", "subject"} and splits_of(model_cases(path)) == splits_of(cases)
+    except AnomriError:
+        return False
 
 
 def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:

@@ -117,6 +117,14 @@ class Log:
         """What the training had taken when it was last logged."""
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
+    @classmethod
+    def is_one(cls, path: Path) -> bool:
+        """Whether a file is the ``log.csv`` of a training, by its first line."""
+        try:
+            return path.read_text(encoding="utf-8").startswith(",".join(cls.COLUMNS) + "\n")
+        except (OSError, ValueError):
+            return False
+
     def add(self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float) -> None:
         """Append one row."""
         with self._path.open("a", newline="") as file:

@@ -7,6 +7,7 @@ an entry point of the group ``anomri.methods``, or by `register`.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -149,7 +150,7 @@ def build(spec: ModelSpec) -> Any:
 
 def _check_types(spec: ModelSpec, method: Any) -> None:
     """Raise `AnomriError` for a setting that is not of the type it is declared with: any text would be true."""
-    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     try:
         hints = get_type_hints(method.__init__)
@@ -157,8 +158,9 @@ def _check_types(spec: ModelSpec, method: Any) -> None:
         return
     for name, value in spec.settings.items():
         try:
-            TypeAdapter(hints.get(name, Any), config=ConfigDict(strict=True)).validate_python(value)
-        except PydanticUserError:
+            # As model.json holds it, where a tuple is a list.
+            TypeAdapter(hints.get(name, Any)).validate_json(json.dumps(value), strict=True)
+        except (PydanticUserError, TypeError):
             continue
         except ValidationError as error:
             what = error.errors()[0]["msg"][:1].lower() + error.errors()[0]["msg"][1:]
