@@ -17,11 +17,11 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from anomri.bids_input import CHANNELS, bids_cases, description, read_json, validate
+from anomri.bids_input import CHANNELS, bids_cases, description, validate
 from anomri.cases import Case
 from anomri.detection import detect_each, finished
 from anomri.detector import Detector
-from anomri.files import output_folder, remove_abandoned, write_text
+from anomri.files import output_folder, read_json, remove_abandoned, write_text
 from anomri.findings import Detection
 from anomri.launch import alone
 from anomri.lesions import lesion_labels

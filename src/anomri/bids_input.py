@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri.cases import Case
+from anomri.files import read_json
 from anomri.spec import AnomriError
 
 CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
@@ -135,14 +136,6 @@ def description(root: Path) -> dict[str, Any]:
         found = ", ".join(sorted(entry.name for entry in root.glob("*"))[:5]) or "nothing"
         raise AnomriError(f"{path}: no such file, so this is no BIDS data set (found: {found}); name another folder.")
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; raises `AnomriError` if that is no object."""
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError) as error:
-        raise AnomriError(f"{path}: cannot be read as a JSON object ({error}); mend it.") from error
 
 
 def _chosen(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | None) -> list[str]:

@@ -100,6 +100,12 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     return max(sorted(set(sets)), key=sets.count)
 
 
+def check_once(channels: Sequence[str]) -> None:
+    """Raise `AnomriError` if a channel is named twice."""
+    if len({*channels}) < len(channels):
+        raise AnomriError(f"two of the channels {', '.join(channels)} are the same; name each once.")
+
+
 def shown_channel(channels: Sequence[str], missing: Sequence[str] = ()) -> int:
     """The place of the channel that pictures show: FLAIR, on which most lesions are seen best, else the first there is."""
     there = [name for name in channels if name not in missing]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from anomri import methods
+from anomri.cases import check_once
 from anomri.detector import Detector
+from anomri.model_files import LOADING_ERRORS
 from anomri.networks import rename_released_parameters
 from anomri.spec import AnomriError, ModelSpec, first_line
 
@@ -29,10 +30,7 @@ def import_checkpoint(file: str | Path, model: str | Path, channels: Sequence[st
         raise AnomriError(f"{folder}: already holds a model; name another folder with -o.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        *(OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AttributeError),
-        pickle.UnpicklingError,
-    ) as error:
+    except LOADING_ERRORS as error:
         raise AnomriError(f"{file}: cannot be read as a checkpoint of tensors alone ({first_line(error)}).") from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -43,8 +41,7 @@ def import_checkpoint(file: str | Path, model: str | Path, channels: Sequence[st
         count = int(renamed["head.weight"].shape[0])
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise AnomriError(f"{file}: is not of the released U-Net: {error.args[0] if error.args else error}.") from error
-    if len({*channels}) < len(channels):
-        raise AnomriError(f"two of the channels {', '.join(channels)} are the same; name each once.")
+    check_once(channels)
     if count != len(channels):
         raise AnomriError(
             f"{file}: has {count} channels, but {len(channels)} are named ({', '.join(channels)}); use --channels."

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from anomri.bids_input import bids_cases, check_labels, read_json
+from anomri.bids_input import bids_cases, check_labels
 from anomri.cases import SPLITS, Case, assign_splits, case_with, read_splits, several, table_rows
+from anomri.files import read_json
 from anomri.naming import (
     CHANNELS,
     IMAGES,

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from anomri import methods
-from anomri.bids_input import read_json
 from anomri.cases import Case, channels_of, read_splits, split_cases
 from anomri.cohorts import find_cases
 from anomri.comparison_jobs import Job, evaluate_job, result_of, run_in_process, train_job
 from anomri.comparison_report import Row, write_comparison
 from anomri.evaluation import choose_cases
-from anomri.files import output_folder, sole_use, write_text
+from anomri.files import output_folder, read_json, sole_use, write_text
 from anomri.launch import alone
 from anomri.records import files_of
 from anomri.spec import AnomriError, ModelSpec

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from anomri import methods
-from anomri.bids_input import read_json
 from anomri.cases import Case, shown_channel
 from anomri.detection import problem, read_ahead
 from anomri.detector import Detector
-from anomri.files import output_folder, whole_file, write_text
+from anomri.files import output_folder, read_json, whole_file, write_text
 from anomri.interruption import StopRequest
 from anomri.pooling import Evaluation, Pool, Scored
 from anomri.records import files_of

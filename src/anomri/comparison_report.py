@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomri.comparison_jobs import MEDIAN, Job
+from anomri.comparison_jobs import MEDIAN, Job, result_of
 from anomri.files import whole_file, write_text
 from anomri.pictures import TRUTH_COLOUR, grey, heat, outline
 from anomri.previews import Picture
@@ -108,7 +108,7 @@ def write_comparison(
     ``table.tsv`` (every value of every seed), ``table.md``, ``cost.tsv``, ``noise_*.png``, ``examples.png``,
     ``report.html``; the pictures where there is something to show.
     """
-    done = [(job, json.loads(job.result.read_text(encoding="utf-8"))) for job in jobs if job.result.is_file()]
+    done = [(job, result) for job in jobs if (result := result_of(job))]
     order = list(TITLES)
     done.sort(key=lambda pair: order.index(pair[0].method) if pair[0].method in order else len(order))
     rows = _rows(done)

@@ -48,12 +48,17 @@ class Detector:
     """
 
     def __init__(
-        self, spec: ModelSpec, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto"
+        self,
+        spec: ModelSpec,
+        method: nn.Module,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        cases: Sequence[Case] = (),
     ) -> None:
         self.spec = spec
         self.channels = spec.channels
         """Those of the model's channels that are looked at; see `with_channels`."""
-        self.cases: Sequence[Case] = ()
+        self.cases = cases
         """Those that the model was trained on and held out, if its folder says so; maybe without files."""
         # Kept for `save`: folding changes the filters in place.
         self._state = {
@@ -113,9 +118,7 @@ class Detector:
             raise AnomriError(
                 f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
             ) from error
-        detector = cls(spec, method, resolve_device(device), precision)
-        detector.cases = cases_of_model(folder)
-        return detector
+        return cls(spec, method, resolve_device(device), precision, cases_of_model(folder))
 
     def detect(
         self,
@@ -336,9 +339,7 @@ class Detector:
             method.load_state_dict(self._state)
         except RuntimeError as error:
             raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
-        detector = Detector(spec, method, self.device, self.inference.precision)
-        detector.cases = self.cases
-        return detector
+        return Detector(spec, method, self.device, self.inference.precision, self.cases)
 
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:

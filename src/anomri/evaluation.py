@@ -252,21 +252,21 @@ def _detected(
         try:
             if isinstance(volume, AnomriError):
                 raise volume
-            label = volume.lesions()
-            drawn = count_components(label)
+            label, drawn, lost = volume.lesions(), 0, 0
             detection = detector.detect(volume, threshold=threshold)
             if folder is not None:
                 save_preview(detection, folder)
             working = detector.spec.grid
             if grid == "model":
+                drawn = count_components(label)
                 scores, label, voxel_mm3 = on_published_grid(detection.scores, detection.stack, volume, working)
+                lost = max(drawn - count_components(label), 0)
             else:
                 scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
-            lost = max(drawn - count_components(label), 0)
-            about: dict[str, Any] = {"patient": case.patient, "notes": _on_label(case, volume.notes)}
+            notes, its = _on_label(case, volume.notes), detection.threshold
             yield Scored(
-                case.name, scores, label, dropped, threshold=detection.threshold, lesions=drawn, lost=lost, **about
+                case.name, scores, label, dropped, None, its, case.patient, notes=notes, lesions=drawn, lost=lost
             )
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
@@ -298,8 +298,8 @@ def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold
             assert case.label is not None
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
-            about: dict[str, Any] = {"patient": case.patient, "notes": (*_on_label(case, case.notes), *notes)}
-            yield Scored(case.name, scores, label, dropped, threshold=threshold, **about)
+            notes = [*_on_label(case, case.notes), *notes]
+            yield Scored(case.name, scores, label, dropped, None, threshold, case.patient, notes=notes)
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -64,7 +65,7 @@ def check_tables(folder: Path, names: Sequence[str], own: Sequence[str]) -> None
 
     One did where what only runs leave is there: one of their ``own`` folders, or facts in JSON.
     """
-    if any((folder / name).exists() for name in own) or any(_says(folder / name, key) for name, key in FACTS.items()):
+    if any((folder / name).exists() for name in own) or any(says(folder / name, key) for name, key in FACTS.items()):
         return
     for path in (folder / name for name in names):
         if path.exists():
@@ -73,10 +74,19 @@ def check_tables(folder: Path, names: Sequence[str], own: Sequence[str]) -> None
             )
 
 
-def _says(path: Path, key: str) -> bool:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; raises `AnomriError` if that is no object."""
     try:
-        return key in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise AnomriError(f"{path}: cannot be read as a JSON object ({error}); mend it.") from error
+
+
+def says(path: Path, key: str) -> bool:
+    """Whether a file holds a JSON object with this key."""
+    try:
+        return key in read_json(path)
+    except AnomriError:
         return False
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.cases import Case
-from anomri.files import output_folder, write_text
+from anomri.files import output_folder, says, write_text
 from anomri.lesions import Lesion
 from anomri.naming import OUTPUTS
 from anomri.nifti import write_image_file
@@ -25,6 +25,9 @@ from anomri.volume import Volume, image_of
 
 BRIGHTEST_RATE = 0.0005
 """Colours end at twice the score that so many healthy voxels exceed, or as few as the model stores."""
+
+SUMMARY_KEY = "anomri"
+"""What the ``<case>.json`` of a run has, and that of a converter has not."""
 
 Kind = Literal["anomaly", "mask", "reconstruction"]
 
@@ -36,7 +39,7 @@ def check_room(folder: Path, cases: Sequence[Case]) -> None:
     """
     for case in cases:
         *images, about = _paths(folder, case.name)
-        known = _is_summary(about)
+        known = says(about, SUMMARY_KEY)
         foreign = [about] if about.exists() and not known else []
         if not known and not images[-1].exists():
             foreign += [path for path in images if path.exists()]
@@ -50,7 +53,7 @@ def check_room(folder: Path, cases: Sequence[Case]) -> None:
 def without_result(case: Case) -> Case:
     """The case without a brain mask that is none but what an earlier run found in it, and left beside its images."""
     mask = case.mask
-    if mask and mask.name == f"{case.name}_mask.nii.gz" and _is_summary(mask.with_name(f"{case.name}.json")):
+    if mask and mask.name == f"{case.name}_mask.nii.gz" and says(mask.with_name(f"{case.name}.json"), SUMMARY_KEY):
         return replace(case, mask=None)
     return case
 
@@ -67,13 +70,6 @@ def _paths(folder: Path, case: str) -> list[Path]:
     return [
         folder / f"{case}{end}" for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
     ]
-
-
-def _is_summary(path: Path) -> bool:
-    try:
-        return "anomri" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 @dataclass(frozen=True)

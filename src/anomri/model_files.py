@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ MAX_DESCRIPTION = 2**20
 MAX_TABLE = 2**26
 MAX_HEADER = 2**20
 """Bytes of a weights file beyond its tensors."""
+LOADING_ERRORS = (OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AttributeError, UnpicklingError)
+"""What ``torch.load`` makes of bytes that are none of its own, or damaged."""
 MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
 """How large a setting, how long a list of them, and how wide a working grid may be."""
 
@@ -47,7 +50,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
     if spec.format_version > FORMAT_VERSION:
         raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
     try:
-        size = _size(spec, description)
+        size = _bytes(_outline(spec, description))
         content = plain_file(weights, size + MAX_HEADER).read_bytes()
         # What the method keeps beside its weights is made anew, and has to be in proportion.
         if size > 2 * len(content) + MAX_HEADER:
@@ -70,21 +73,23 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
 def check_readable(spec: ModelSpec) -> None:
     """Raise `AnomriError` if `read_model` would refuse a model of this specification: before it is trained, not after."""
     try:
-        with torch.device("meta"):
-            kept = sum(value.nbytes for value in methods.build(spec).state_dict().values())
-        size = _size(spec, Path("model.json"))
+        outline = _outline(spec, Path("model.json"))
+        size, kept = _bytes(outline), sum(value.nbytes for value in outline.state_dict().values())
         if size > 2 * kept + MAX_HEADER or kept > size + MAX_HEADER:
             raise ValueError(f"it has {size:,} bytes of parameters and buffers, and saves {kept:,}")
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
         raise AnomriError(f"a model of {spec.method} like this could not be read again ({error}).") from error
 
 
-def _size(spec: ModelSpec, description: Path) -> int:
-    """How many bytes the parameters and buffers of a model would take, which is not built for this."""
+def _outline(spec: ModelSpec, description: Path) -> Any:
+    """The method without memory for its values, to see how large it would be."""
     _modest(spec)
     with torch.device("meta"):
-        outline = _built(spec, description)
-    return sum(value.nbytes for value in [*outline.parameters(), *outline.buffers()])
+        return _built(spec, description)
+
+
+def _bytes(method: Any) -> int:
+    return sum(value.nbytes for value in [*method.parameters(), *method.buffers()])
 
 
 def _built(spec: ModelSpec, description: Path) -> Any:

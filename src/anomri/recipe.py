@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from anomri import methods
-from anomri.cases import SPLITS, Case, channels_of, drawn_patients, splits_of
+from anomri.cases import SPLITS, Case, channels_of, check_once, drawn_patients, splits_of
 from anomri.detector import BUILT_IN
 from anomri.devices import resolve_device, resolve_precision
 from anomri.methods import Preset
@@ -183,8 +183,7 @@ def planned(
             f"a training that begins with {pretrained.folder} has its method and its recipe; leave out --method and --preset."
         )
     names = tuple(map(channel_name, channels or ()))
-    if len({*names}) < len(names):
-        raise AnomriError(f"two of the channels {', '.join(names)} are the same; name each once.")
+    check_once(names)
     if pretrained:
         if "network_channels" in settings:
             raise AnomriError("network_channels are those of the model that a training begins with; leave them out.")

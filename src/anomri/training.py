@@ -101,9 +101,8 @@ def train(
     of a side of the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` and the file ``splits``,
     which counts for the cases that it names, else at random, a tenth of them (at least one) for validation; no patient is in
-    two splits. ``cache``
-    holds the packed slices (default: the user's cache folder). ``resume`` continues a training that was interrupted,
-    at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    two splits. ``cache`` holds the packed slices (default: the user's cache folder). ``resume`` continues a training that
+    was interrupted, at the step it reached. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
     Where torchrun or srun started several processes, each calls this with the same arguments, and they share the
     packing and every batch; ``accumulate`` takes each one's share of a batch in so many parts, which need less memory.
@@ -177,7 +176,7 @@ def _train(
         # Anew: the one that was trained may be compiled, for batches of its size.
         network = methods.build(spec)
         network.load_state_dict(best)
-    detector = Detector(spec, network, resolve_device(device))
+    detector = Detector(spec, network, resolve_device(device), cases=known)
 
     def scored(done: int, total: int) -> None:
         progress(Progress("score", done, total))
@@ -188,7 +187,6 @@ def _train(
     thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
     parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
-    detector.cases = known
     if team.first:
         detector.save(folder)
         (folder / TrainingState.NAME).unlink(missing_ok=True)

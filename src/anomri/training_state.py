@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from anomri.files import whole_file
+from anomri.model_files import LOADING_ERRORS
 from anomri.spec import AnomriError
 
 
@@ -84,10 +84,7 @@ class TrainingState:
                 if broken := parts.testzip():
                     raise ValueError(f"the checksum of {broken} does not fit")
             state = cls(**torch.load(path, map_location="cpu", weights_only=True))
-        except (
-            *(OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AttributeError),
-            *(pickle.UnpicklingError, zipfile.BadZipFile),
-        ) as error:
+        except (*LOADING_ERRORS, zipfile.BadZipFile) as error:
             raise AnomriError(f"{path}: is damaged ({error}); delete it to train from the start.") from error
         changed = [name for name in task if state.task.get(name) != task[name]]
         if changed:

@@ -45,9 +45,8 @@ def _views(
     """Which channels each view shows, and what the method makes of it."""
     present = present_channels(stack.x)
     for shown in (present, *_parts(present, channels, score.parts)):
-        for noised in _noised(inference.method, stack, score.passes):
-            # Noise is added to channels that are not there as well, and a training takes it off them again.
-            seen = noised if noised is stack.x and shown is present else noised * torch.tensor(shown)[:, None, None]
+        for noised in _noised(inference.method, stack, present, score.passes):
+            seen = noised if shown is present else noised * torch.tensor(shown)[:, None, None]
             for mirrored in (False, True) if score.flips else (False,):
                 for scale in score.scales:
                     yield shown, _look(inference, seen, box, mirrored, scale)
@@ -90,13 +89,14 @@ def _parts(present: list[bool], channels: Sequence[str], parts: Sequence[str]) -
     return [kept for kept in shown if any(kept) and kept != present]
 
 
-def _noised(method: Any, stack: SliceStack, passes: int) -> Iterator[Tensor]:
+def _noised(method: Any, stack: SliceStack, present: list[bool], passes: int) -> Iterator[Tensor]:
     if not passes:
         yield stack.x
         return
     generator = Generator().manual_seed(TEST_SEED)
     for _ in range(passes):
-        yield method.with_noise(stack.x, stack.foreground, generator)
+        # As in a training, noise is taken off the channels that are not there.
+        yield method.with_noise(stack.x, stack.foreground, generator) * torch.tensor(present)[:, None, None]
 
 
 def _look(inference: Inference, x: Tensor, box: Box | None, mirrored: bool, scale: float) -> Tensor:
