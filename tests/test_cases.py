@@ -357,6 +357,7 @@ def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -
         ("train/p1/FLAIR", "val/p2/FLAIR", "test/p3/FLAIR"),
         ("images/p0/FLAIR", "labels/p0/p0_seg"),
         ("p1/FLAIR/FLAIR", "p1/T1/T1"),
+        ("p1/pre/FLAIR", "p1/post/FLAIR"),
         ("sub-01/anat/sub-01_FLAIR", "derivatives/hand/sub-01_label-lesion_mask"),
     ],
 )
@@ -385,6 +386,27 @@ LAYOUTS = {
         {"training01_01": ("flair pd t1 t2", "training01_01_mask1", None)},
     ),
     "WMH 2017, flat": (["0/FLAIR", "0/T1", "0/wmh"], {"0": ("flair t1", "wmh", None)}),
+    "WMH 2017": (
+        [f"{k}/{name}" for k in (0, 2) for name in ("pre/FLAIR", "pre/T1", "pre/3DT1", "orig/FLAIR", "orig/T1", "wmh")]
+        + ["0/orig/3DT1", "0/orig/3DT1_mask"],
+        {f"{k}": ("flair t1", "wmh", None) for k in (0, 2)},
+    ),
+    "MSSEG 2016, as it is published": (
+        [f"P1/Preprocessed_Data/{name}_preprocessed" for name in ("FLAIR", "T1", "GADO")]
+        + [f"P1/Masks/{name}" for name in ("Consensus", "Brain_Mask", "ManualSegmentation_1")]
+        + [f"P1/Raw_Data/3D{name}" for name in ("FLAIR", "T1")],
+        {"P1": ("flair t1 t1ce", "Consensus", "Brain_Mask")},
+    ),
+    "ISBI 2015, as it is published": (
+        [f"training01/preprocessed/training01_0{k}_{name}_pp" for k in (1, 2) for name in ("flair", "mprage")]
+        + [f"training01/masks/training01_0{k}_mask{rater}" for k in (1, 2) for rater in (1, 2)]
+        + ["training01/orig/training01_01_flair"],
+        {f"training01_0{k}": ("flair t1", f"training01_0{k}_mask1", None) for k in (1, 2)},
+    ),
+    "steps of visits": (
+        ["P1/v1/raw/FLAIR", "P1/v1/preprocessed/FLAIR", "P1/v1/lesion_seg"],
+        {"P1_v1": ("flair", "lesion_seg", None)},
+    ),
     "MSLesSeg": (
         [f"P1_{time}/P1_{time}_{name}" for time in ("T1", "T2") for name in ("FLAIR", "T1", "T2", "lesion_MASK")],
         {f"P1_{time}": ("flair t1 t2", f"P1_{time}_lesion_MASK", None) for time in ("T1", "T2")},
@@ -496,6 +518,16 @@ def test_public_data_sets_by_their_own_names(tmp_path: Path, layout: str) -> Non
     assert found == expected
 
 
+def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(tmp_path: Path) -> None:
+    touch(tmp_path, "0/pre/FLAIR.nii", "0/orig/FLAIR.nii", "0/raw/notes.txt", "0/wmh.nii")
+    (case,), (alone,) = find_cases(tmp_path), find_cases(tmp_path / "0")
+    assert case == alone
+    assert (case.channels, case.label) == ({"flair": tmp_path / "0/pre/FLAIR.nii"}, tmp_path / "0/wmh.nii")
+    assert case.notes == ("0: its images are those in pre, not orig, raw.",)
+    touch(tmp_path / "cohort", "raw/p1_FLAIR.nii", "preprocessed/p2_FLAIR.nii")
+    assert [one.name for one in find_cases(tmp_path / "cohort")] == ["p1", "p2"]
+
+
 def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
     (case,) = find_cases(
         touch(tmp_path, "p_FLAIR.nii", "p_manual.nii", "p_consensus.nii", "p_mask.nii", "p_brainmask.nii")
@@ -514,7 +546,7 @@ def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("0/wmh", "0/pre/FLAIR"),
+        ("0/wmh", "0/images/FLAIR"),
         ("segm/UPENN-GBM-1_11_segm", "structural/UPENN-GBM-1_11/UPENN-GBM-1_11_FLAIR"),
         ("a/b/c/d/FLAIR",),
     ],

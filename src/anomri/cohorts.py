@@ -37,6 +37,10 @@ VISIT = re.compile(
     re.IGNORECASE,
 )
 """How the folder of a visit may be called; any other folder in a patient's may hold a channel, a label, another patient."""
+STEPS = ("pre", "preproc", "preprocessed", "preprocessed_data", "orig", "original", "raw", "raw_data")
+"""How the folders of a scan's images before and after processing are called, first those on which lesions are drawn."""
+BESIDE = ("mask", "masks", "label", "labels", "lesion", "lesions", "seg", "segmentation", "segmentations")
+"""How the folder of labels and masks is called that lies beside those of `STEPS`."""
 
 
 def find_cases(cohort: str | Path) -> list[Case]:
@@ -49,6 +53,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
     * a folder of one folder a patient, in which files are called ``<channel>.nii.gz``, or alike in all of them;
     * the same with a folder for each `VISIT`, ``<patient>/<visit>/<channel>.nii.gz``; all images there are one case, called
       ``<patient>_<visit>``, and all visits of a patient are one ``subject``'s;
+    * the same with a folder for each of the `STEPS` of processing, ``<patient>/pre/<channel>.nii.gz``, of which the first is
+      taken; labels and masks may lie above it, or beside it in a folder called so (WMH 2017, MSSEG 2016, ISBI 2015);
     * a BIDS data set, raw or derivative (`bids_input.bids_cases`: FLAIR, T1w, ``ce-*_T1w`` and T2w), but for participants
       without an image;
     * a raw data set of nnU-Net, its channels by the names in ``dataset.json``; what is in ``imagesTs`` is for testing;
@@ -138,10 +144,13 @@ def _cases_in_bids(folder: Path) -> list[Case]:
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     loose, subfolders = _listed(folder)
+    alone = _processed(folder, loose, subfolders)
+    if alone and all(not split_name(path)[0] for path in alone):  # one patient's; else steps of a whole cohort
+        loose, subfolders = alone, []
     listed = {place: _listed(place) for place in subfolders}
     visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
-    places = {folder: loose} | {place: mine for place, (mine, _) in listed.items()}
-    places |= {place: _listed(place)[0] for place in visits}
+    listed |= {place: _listed(place) for place in visits}
+    places = {folder: loose} | {place: _processed(place, *inside) or inside[0] for place, inside in listed.items()}
     images = split_names({place: places[place] for place in sorted(places)})
     patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
     found: dict[str, dict[str, list[Path]]] = {}
@@ -152,6 +161,21 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     subjects = {name: place.parent.name for place, name in visits.items()}
     cases = [replace(_case(name, files), subject=subjects.get(name)) for name, files in found.items()]
     return [case for case in cases if case.channels or case.label or case.mask]
+
+
+def _processed(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
+    """The images of one of the `STEPS` in a scan's folder, with the labels and masks above and `BESIDE`; else none.
+
+    No other folder there may hold images: ``pre`` beside ``post`` is a time, and not a step.
+    """
+    if not any(one.name.lower() in STEPS for one in folders) or any(split_name(one)[1] not in MARKS for one in images):
+        return []
+    filled = {one.name.lower(): found for one in folders if (found := _listed(one)[0])}
+    steps = [name for name in STEPS if name in filled]
+    if not steps or not {*filled} <= {*STEPS, *BESIDE}:
+        return []
+    beside = [path for name in BESIDE for path in filled.get(name, []) if split_name(path)[1] in MARKS]
+    return [*images, *filled[steps[0]], *beside]
 
 
 def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
@@ -172,6 +196,9 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     notes = [*case.notes, *several(name, "label", [path for path, _ in labels])]
     if case.label and name not in case.label.name and all(name in path.name for path in case.channels.values()):
         notes.append(f"{name}: {case.label.name} is taken for its label, as it is in its folder.")
+    if case.channels and (step := next(iter(case.channels.values())).parent).name.lower() in STEPS:
+        others = sorted(one.name for one in _listed(step.parent)[1] if one.name.lower() in STEPS and one != step)
+        notes += [f"{name}: its images are those in {step.name}, not {', '.join(others)}."] if others else []
     return replace(case, notes=tuple(notes))
 
 

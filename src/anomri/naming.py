@@ -35,10 +35,12 @@ ALIASES = {
     "t1wks": "t1ce",
     "gado": "t1ce",
     "mprage": "t1",
+    "3dt1": "t1",
+    "3dflair": "flair",
     "dp": "pd",
 }
 """What BIDS, BraTS since 2023 and others call channels that are known by another name here."""
-SELDOM = ("t1wks", "gado", "mprage", "dp")
+SELDOM = ("t1wks", "gado", "mprage", "3dt1", "3dflair", "dp")
 """Of these, those that stand back where a case has an image by the channel's own name."""
 CHANNELS = {"flair", "t1", "t1ce", "t2"}
 HYPHENATED = {*ALIASES, *CHANNELS, "pd", "mra", "seg", "label", "mask", "brainmask"}
