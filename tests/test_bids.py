@@ -177,6 +177,22 @@ def test_a_case_lies_in_one_space(tmp_path: Path) -> None:
     assert case.mask == anat / "sub-1_space-T1w_desc-brain_mask.nii.gz"
 
 
+@pytest.mark.parametrize(("images", "space"), [(("FLAIR",), "FLAIR"), (("FLAIR", "T1w"), "FLAIR"), (("T1w",), "T1w")])
+def test_marks_may_be_named_after_the_image_whose_grid_is_theirs(
+    tmp_path: Path, images: tuple[str, ...], space: str
+) -> None:
+    root = describe(tmp_path / "in")
+    add(root, "sub-01", 1, images=images, lesion=False)
+    marks = root / "derivatives" / "hand" / "sub-01" / "anat"
+    for of in ("T1w", "FLAIR"):
+        save(marks / f"sub-01_space-{of}_label-lesion_mask.nii.gz", np.ones(SHAPE, np.uint8))
+    save(marks / f"sub-01_space-{space}_desc-brain_mask.nii.gz", np.ones(SHAPE, np.uint8))
+    (case,) = find_cases(root)
+    assert case.label == marks / f"sub-01_space-{space}_label-lesion_mask.nii.gz"
+    assert case.mask == marks / f"sub-01_space-{space}_desc-brain_mask.nii.gz"
+    assert not case.notes
+
+
 def test_a_pickle_in_the_data_set_is_not_loaded(dataset: Path) -> None:
     (dataset / ".ancpbids-dataset.pickle").write_bytes(b"cos\n_exit\n(I3\ntR.")
     assert len(bids_cases(dataset)) == 4

@@ -469,11 +469,13 @@ LAYOUTS = {
         {
             "p": ("flair", "p_brain_tumor_mask", None),
             "q": ("flair", "q_wm_lesion", "q_brain_mask"),
-            "q_wm": ("", None, "q_wm_mask"),
             "brain_01": ("flair", "brain_01_lesion_mask", None),
             "r": ("flair", None, None),
-            "r_eye": ("", None, "r_eye_mask"),
         },
+    ),
+    "masks of tissues, called alike": (
+        [f"P{k}/{name}" for k in (1, 2) for name in ("FLAIR", "wm_mask", "csf_mask", "brain_mask", "lesion_mask")],
+        {f"P{k}": ("flair", "lesion_mask", "brain_mask") for k in (1, 2)},
     ),
     "a visit's own label before others": (
         ["P1/v1/FLAIR", "P1/v1/FLAIR_seg", "P1/v1/T1_seg", "P1/v1/final_seg"],
@@ -523,9 +525,53 @@ def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(tm
     (case,), (alone,) = find_cases(tmp_path), find_cases(tmp_path / "0")
     assert case == alone
     assert (case.channels, case.label) == ({"flair": tmp_path / "0/pre/FLAIR.nii"}, tmp_path / "0/wmh.nii")
-    assert case.notes == ("0: its images are those in pre, not orig, raw.",)
-    touch(tmp_path / "cohort", "raw/p1_FLAIR.nii", "preprocessed/p2_FLAIR.nii")
-    assert [one.name for one in find_cases(tmp_path / "cohort")] == ["p1", "p2"]
+    assert case.notes == ("0: its images are those in pre; not read: orig/FLAIR.nii.",)
+    # Results beside them are no step and no scan, nor is a folder without images.
+    touch(
+        tmp_path / "0", "out/0_anomaly.nii.gz", "0_anomaly.nii.gz", "0_mask.nii.gz", "atlas/labels2.nii", "pre0/x.txt"
+    )
+    again = find_cases(tmp_path / "0")
+    assert [(one.name, one.channels, one.label, one.mask) for one in again] == [("0", case.channels, case.label, None)]
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "unread"),
+    [
+        (("labels/lesions_rater1.nii", "labels/FLAIR.nii"), None, "labels/FLAIR.nii, labels/lesions_rater1.nii"),
+        (("lesions/mask.nii", "lesions/FLAIR_mask.nii"), None, "lesions/FLAIR_mask.nii, lesions/mask.nii"),
+        (("raw/gt.nii", "raw/FLAIR.nii"), None, "raw/FLAIR.nii, raw/gt.nii"),
+        (("lesions/FLAIR_seg.nii", "masks/manual_1.nii"), "lesions/FLAIR_seg.nii", "masks/manual_1.nii"),
+        (("wmh_v2.nii", "raw/brainmask.nii"), None, "wmh_v2.nii, raw/brainmask.nii"),
+    ],
+)
+def test_what_is_not_read_beside_steps_is_said(
+    tmp_path: Path, names: tuple[str, ...], label: str | None, unread: str
+) -> None:
+    place = touch(tmp_path / "P1", "processed/FLAIR.nii", *names)
+    for folder in (tmp_path, place):
+        (case,) = find_cases(folder)
+        assert (case.label, case.mask) == (label and place / label, None)
+        assert case.notes == (f"P1: its images are those in processed; not read: {unread}.",)
+
+
+def test_one_patients_folder_is_read_as_in_the_cohort(tmp_path: Path) -> None:
+    for place in ("orig", "preprocessed"):
+        touch(tmp_path, *(f"t01/{place}/t01_0{k}_{name}.nii" for k in (1, 2) for name in ("flair", "mprage")))
+    touch(tmp_path, "t01/masks/t01_01_mask1.nii", "t01/masks/t01_02_mask1.nii")
+    touch(tmp_path, "q/raw/q_FLAIR.nii", "q/preprocessed/q_FLAIR.nii", "q/preprocessed/consensus_gt.nii")
+    assert [one.name for one in find_cases(tmp_path)] == ["q", "t01_01", "t01_02"]
+    assert find_cases(tmp_path) == find_cases(tmp_path / "q") + find_cases(tmp_path / "t01")
+    assert {path.parent.name for one in find_cases(tmp_path) for path in one.channels.values()} == {"preprocessed"}
+
+
+def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
+    touch(tmp_path, "raw/p1_FLAIR.nii", "raw/p2_FLAIR.nii", "raw/p1_seg.nii")
+    touch(tmp_path, "preprocessed/p1_FLAIR_mni.nii", "preprocessed/p1_T1_mni.nii")
+    first, second = find_cases(tmp_path)
+    assert {path.parent.name for path in first.channels.values()} == {"preprocessed"}
+    assert (sorted(first.channels), first.label) == (["flair", "t1"], None)
+    assert first.notes == ("p1: its images are those in preprocessed; not read: raw.",)
+    assert second == Case("p2", {"flair": tmp_path / "raw/p2_FLAIR.nii"})
 
 
 def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:

@@ -238,9 +238,9 @@ def test_what_should_be_known_of_labels_stands_in_the_protocol(cohort: Path, mod
     cases[1] = replace(cases[1], notes=("c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz.", "other"))
     protocol = evaluate(cases, tmp_path / "out", maps=tmp_path).protocol
     assert protocol["labels"] == (
-        "c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken. "
+        "c0: c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken. "
         "c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz. "
-        "c1_seg.nii.gz has values between whole numbers, of up to 0.667 only; all above zero are taken."
+        "c1: c1_seg.nii.gz has values between whole numbers, of up to 0.667 only; all above zero are taken."
     )
     case = replace(find_cases(cohort)[7], label=cases[1].label, notes=cases[1].notes)
     assert evaluate([case], model=model).protocol["labels"].count("c1_seg.nii.gz") == 2

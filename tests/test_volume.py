@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from isal import igzip
+from scipy import ndimage
 
 from anomri.cases import Case
 from anomri.nifti import MAX_VOXELS, read_image
@@ -144,6 +145,29 @@ def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
     )
     volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", classes)), ["t1"])
     assert volume.label is not None and volume.label.sum() == (classes > 0).sum() and not volume.notes
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(tmp_path: Path, dtype: type) -> None:
+    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    lesions = np.zeros(SHAPE, np.float32)
+    lesions[20:26, 20:25, 4:7] = lesions[30:36, 12:20, 3:8] = lesions[22:24, 30:33, 6] = 1
+    for most in (100, 255):
+        soft = np.round(ndimage.gaussian_filter(lesions, 0.8) * most).astype(dtype)
+        label = write(tmp_path / "a_seg.nii.gz", soft)
+        volume, cut = read_volume(Case("a", {"t1": image}, label=label), ["t1"]), soft.max() / 2
+        assert volume.label is not None
+        assert 0 < volume.label.sum() == (soft >= cut).sum() < (soft > 0).sum()
+        (note,) = volume.notes
+        assert f"up to {soft.max():g} that differ from voxel to voxel; those from {cut:g} on are taken" in note
+    # Numbers of lesions, two of which touch, and of classes.
+    numbers = ndimage.label(lesions)[0] * 7
+    numbers[20:26, 25:28, 4:7] = 100
+    numbers[40, 20, 4] = 30
+    for values in (numbers, np.where(lesions > 0, 77, 0), np.where(numbers > 20, 12, numbers)):
+        label = write(tmp_path / "a_seg.nii.gz", values.astype(dtype))
+        volume = read_volume(Case("a", {"t1": image}, label=label), ["t1"])
+        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes
 
 
 def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(tmp_path: Path) -> None:

@@ -178,6 +178,11 @@ def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Call
     paths: dict[str, Path] = {}
     for what in (*channels, "brain", "lesion"):
         found = [file.path for file in files if chosen in file.grids and file.shows(what)]
+        first = next(iter(paths), "")
+        if not found and what not in CHANNELS and not chosen[0] and CHANNELS.get(first) in SUFFIXES:
+            # Where images name no space, what lies on the grid of the first of them is named after that.
+            own = CHANNELS[first], chosen[1]
+            found = [file.path for file in files if own in file.grids and file.shows(what)]
         if found:
             paths[what] = found[0]
         if len(found) > 1:

@@ -25,6 +25,7 @@ from anomri.naming import (
     channel_name,
     folder_name,
     may_name_files,
+    not_found,
     preference,
     split_name,
     split_names,
@@ -37,10 +38,13 @@ VISIT = re.compile(
     re.IGNORECASE,
 )
 """How the folder of a visit may be called; any other folder in a patient's may hold a channel, a label, another patient."""
-STEPS = ("pre", "preproc", "preprocessed", "preprocessed_data", "orig", "original", "raw", "raw_data")
+STEPS = (
+    *("pre", "preproc", "preprocessed", "preprocessed_data", "processed"),
+    *("orig", "original", "raw", "raw_data", "native"),
+)
 """How the folders of a scan's images before and after processing are called, first those on which lesions are drawn."""
 BESIDE = ("mask", "masks", "label", "labels", "lesion", "lesions", "seg", "segmentation", "segmentations")
-"""How the folder of labels and masks is called that lies beside those of `STEPS`."""
+"""How the folders of masks, the first two, and of labels are called that lie beside those of `STEPS`."""
 
 
 def find_cases(cohort: str | Path) -> list[Case]:
@@ -144,13 +148,18 @@ def _cases_in_bids(folder: Path) -> list[Case]:
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     loose, subfolders = _listed(folder)
-    alone = _processed(folder, loose, subfolders)
-    if alone and all(not split_name(path)[0] for path in alone):  # one patient's; else steps of a whole cohort
-        loose, subfolders = alone, []
+    own, note = _processed(loose, subfolders)
+    stems = {stem for stem, kind in map(split_name, own) if kind in IMAGES}
+    if stems and all(not stem or stem.startswith(folder_name(folder)) for stem in stems):
+        subfolders = []  # of one patient; else these are patients, or steps, of a cohort
+    else:
+        own, note = loose, ""
     listed = {place: _listed(place) for place in subfolders}
     visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
     listed |= {place: _listed(place) for place in visits}
-    places = {folder: loose} | {place: _processed(place, *inside) or inside[0] for place, inside in listed.items()}
+    stepped = {place: _processed(*inside) for place, inside in listed.items()}
+    places = {folder: own} | {place: stepped[place][0] or files for place, (files, _) in listed.items()}
+    told = {path: text for files, text in ((own, note), *stepped.values()) if text for path in files}
     images = split_names({place: places[place] for place in sorted(places)})
     patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
     found: dict[str, dict[str, list[Path]]] = {}
@@ -159,27 +168,49 @@ def _cases_in_folder(folder: Path) -> list[Case]:
             name = visits.get(place) or (folder_name(place) if not stem or place in patients else stem)
             found.setdefault(name, {}).setdefault(kind, []).append(path)
     subjects = {name: place.parent.name for place, name in visits.items()}
-    cases = [replace(_case(name, files), subject=subjects.get(name)) for name, files in found.items()]
+    cases = []
+    for name, files in found.items():
+        case = _case(name, files)
+        notes = {f"{name}: {told[path]}" for path in case.channels.values() if path in told}
+        cases.append(replace(case, subject=subjects.get(name), notes=(*case.notes, *sorted(notes))))
     return [case for case in cases if case.channels or case.label or case.mask]
 
 
-def _processed(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
-    """The images of one of the `STEPS` in a scan's folder, with the labels and masks above and `BESIDE`; else none.
+def _processed(images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+    """In a scan's folder with `STEPS`, the images of the first, labels and masks above it and `BESIDE`; and what is not read.
 
-    No other folder there may hold images: ``pre`` beside ``post`` is a time, and not a step.
+    Nothing where images lie above, or in a folder that is neither: ``pre`` beside ``post`` is a time, and not a step.
     """
-    if not any(one.name.lower() in STEPS for one in folders) or any(split_name(one)[1] not in MARKS for one in images):
-        return []
-    filled = {one.name.lower(): found for one in folders if (found := _listed(one)[0])}
-    steps = [name for name in STEPS if name in filled]
-    if not steps or not {*filled} <= {*STEPS, *BESIDE}:
-        return []
-    beside = [path for name in BESIDE for path in filled.get(name, []) if split_name(path)[1] in MARKS]
-    return [*images, *filled[steps[0]], *beside]
+    if not any(one.name.lower() in STEPS for one in folders):
+        return [], ""
+    above, inside = not_found(images), {one: not_found(_listed(one)[0]) for one in folders}
+    shown = [one for one, files in inside.items() if any(split_name(path)[1] in IMAGES for path in files)]
+    steps = sorted((one for one in shown if one.name.lower() in STEPS), key=_step)
+    strange = any(one.name.lower() not in (*STEPS, *BESIDE) for one in shown)
+    if not steps or strange or any(split_name(path)[1] in IMAGES for path in above):
+        return [], ""
+    taken = [*inside[steps[0]], *(path for path in above if split_name(path)[1] in MARKS)]
+    for one, files in inside.items():
+        if one.name.lower() in BESIDE:
+            kinds = MARKS if one.name.lower() in BESIDE[:2] else {*LABEL_NAMES}
+            taken += [path for path in files if split_name(path)[1] in kinds]
+    left = [str(path.relative_to(one.parent)) for one in inside for path in inside[one] if path not in taken]
+    left = [path.name for path in above if path not in taken] + left
+    if not left:
+        return taken, ""
+    more = f" and {len(left) - 3} more" if left[3:] else ""
+    return taken, f"its images are those in {steps[0].name}; not read: {', '.join(left[:3])}{more}."
+
+
+def _step(folder: Path) -> tuple[int, Path]:
+    return STEPS.index(folder.name.lower()), folder
 
 
 def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
-    """A case of the images of each kind: of a channel's the preferred one, of labels the first, with a note."""
+    """A case of the images of each kind, all of one step: of a channel's the preferred one, of labels the first, with a note."""
+    shown = {path.parent for kind, paths in files.items() if kind in IMAGES for path in paths}
+    step, *unread = sorted((one for one in shown if one.name.lower() in STEPS), key=_step) or [Path()]
+    files = {kind: own for kind, paths in files.items() if (own := [one for one in paths if one.parent not in unread])}
     chosen: dict[str, Path] = {}
     for kind, paths in files.items():
         first, *others = sorted(paths, key=preference)
@@ -196,9 +227,8 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     notes = [*case.notes, *several(name, "label", [path for path, _ in labels])]
     if case.label and name not in case.label.name and all(name in path.name for path in case.channels.values()):
         notes.append(f"{name}: {case.label.name} is taken for its label, as it is in its folder.")
-    if case.channels and (step := next(iter(case.channels.values())).parent).name.lower() in STEPS:
-        others = sorted(one.name for one in _listed(step.parent)[1] if one.name.lower() in STEPS and one != step)
-        notes += [f"{name}: its images are those in {step.name}, not {', '.join(others)}."] if others else []
+    if unread:
+        notes.append(f"{name}: its images are those in {step.name}; not read: {', '.join(one.name for one in unread)}.")
     return replace(case, notes=tuple(notes))
 
 

@@ -285,7 +285,7 @@ class Detector:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
                 f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
-                f"<case>_<channel>.nii.gz, or train a model with --channels {','.join(scan.channels)}."
+                f"<case>_<channel>.nii.gz, or train a model of the channels that there are."
             )
         volume = prepare(scan, channels, self.spec.grid, preparation)
         return replace(volume, notes=(*scan.notes, *volume.notes))

@@ -273,8 +273,9 @@ def _detected(
 
 
 def _on_label(case: Case, notes: Sequence[str]) -> list[str]:
-    """Those of the ``notes`` that are about the case's label."""
-    return [note for note in notes if case.label is not None and case.label.name in note]
+    """Those of the ``notes`` that are about the case's label, with its name: labels may be called alike."""
+    whose = f"{case.name}: "
+    return [whose + note.removeprefix(whose) for note in notes if case.label and case.label.name in note]
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:
@@ -298,7 +299,7 @@ def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold
             assert case.label is not None
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
-            notes = [*_on_label(case, case.notes), *notes]
+            notes = _on_label(case, [*case.notes, *notes])
             yield Scored(case.name, scores, label, dropped, None, threshold, case.patient, notes=notes)
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))

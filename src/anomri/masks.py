@@ -22,22 +22,32 @@ SURE_MAXIMUM = 0.9
 """Of values that are all lower nobody knows where a half of what is meant by one is."""
 MAX_CLASS = 10.5
 """Above this, values are not the numbers of classes but shares of a maximum such as 100 or 255."""
+UNLIKE = 0.2
+"""Of neighbours in a soft label more than this share differ; along its straightest faces it is a third."""
 BRAIN_MASK = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
 def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.bool_]:
     """The voxels above zero of a label; of one that interpolation made soft, those from a half on. A note says so.
 
-    Where all values are so low that nobody knows what a half is, it is all of them.
+    Where all values are so low that nobody knows what a half is, it is all of them. Whole numbers are classes or numbers of
+    lesions, but for those above `MAX_CLASS` that differ from voxel to voxel: shares of 255, or per cent.
     """
     inside: NDArray[np.bool_] = values > 0
-    if values.dtype.kind in "iu" or not inside.any():
+    if not inside.any():
         return inside
     above = values[inside]
     most = float(above.max())
-    # Whole numbers that a header scales are nearly whole.
-    if most - float(above.min()) <= 1e-3 * most or bool((np.abs(above - above.round()) <= 1e-3).all()):
+    if most - float(above.min()) <= 1e-3 * most:
         return inside
+    # Whole numbers that a header scales are nearly whole.
+    if values.dtype.kind in "iu" or bool((np.abs(above - above.round()) <= 1e-3).all()):
+        if most <= MAX_CLASS or not _is_soft(values, inside):
+            return inside
+        notes.append(
+            f"{path.name} has values up to {most:.3g} that differ from voxel to voxel; those from {most / 2:g} on are taken."
+        )
+        return np.asarray(values >= most / 2)
     if most < SURE_MAXIMUM:
         notes.append(
             f"{path.name} has values between whole numbers, of up to {most:.3g} only; all above zero are taken."
@@ -46,6 +56,21 @@ def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.
     cut = 0.5 if most <= MAX_CLASS else most / 2
     notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken.")
     return np.asarray(values >= cut)
+
+
+def _is_soft(values: NDArray[Any], inside: NDArray[np.bool_]) -> bool:
+    """Whether neighbours ``inside``, but for those at the maximum, often differ: of numbered lesions only some that touch do."""
+    below = inside & (values < values.max())
+    pairs = unlike = 0
+    for axis in range(inside.ndim):
+        one, other = (
+            tuple(side if n == axis else slice(None) for n in range(inside.ndim))
+            for side in (slice(1, None), slice(-1))
+        )
+        both = inside[one] & inside[other] & (below[one] | below[other])
+        pairs += int(np.count_nonzero(both))
+        unlike += int(np.count_nonzero(both & (values[one] != values[other])))
+    return unlike > UNLIKE * pairs
 
 
 def _shown(values: NDArray[Any]) -> NDArray[np.bool_]:

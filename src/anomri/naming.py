@@ -78,6 +78,8 @@ TISSUE = re.compile(
     re.IGNORECASE,
 )
 """What names have of which a mask or a segmentation is of healthy anatomy."""
+WHOLE = re.compile("brain|parenchyma|icv", re.IGNORECASE)
+"""What names have of which a mask of anatomy is the brain's; others, of no scan by their name, are left alone."""
 DRAWN_ON = re.compile(r"[_-]lesion-?(?:seg|mask)$", re.IGNORECASE)
 """What stands before ``_flair`` if it is the label that was drawn on that image."""
 FORBIDDEN = {*"/\\", *(':*?"<>|' if os.name == "nt" else "")}
@@ -136,13 +138,20 @@ def _plain(bare: str) -> tuple[str, bool, int]:
     return bare, stripped, processed
 
 
+def not_found(paths: Sequence[Path]) -> list[Path]:
+    """The files of a folder without what `anomri detect` wrote there: maps, and what else is called after their scans."""
+    named = {path: split_name(path) for path in paths}
+    detected = {stem for stem, kind in named.values() if kind == OUTPUTS[0]}
+    return [path for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS]
+
+
 def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path, tuple[str, str]]]:
     """`split_name` of the files in the folders of a cohort, but as their neighbours suggest; without what `detect` wrote.
 
     A mask or a label is of the case whose image has its name. Of a case's masks in a folder only the one that is most
     plainly its own is there, and its labels come in that order.
     """
-    named = {place: {path: split_name(path) for path in paths} for place, paths in folders.items()}
+    named = {place: {path: split_name(path) for path in not_found(paths)} for place, paths in folders.items()}
     found = _all(named)
     scans = {stem for stem, kind in found if kind in CHANNELS}
     marked = {stem for stem, kind in found if kind in MARKS and _split(stem) not in found}
@@ -154,10 +163,6 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
             alike = {stem, f"{stem[:-1]}1"}
             if kind in CHANNELS and (stem in marked or around in alike or alike & scans):
                 files[path] = stem, kind
-        detected = {stem for stem, kind in files.values() if kind == OUTPUTS[0]}
-        for path, (stem, kind) in list(files.items()):
-            if stem in detected and kind in OUTPUTS:
-                del files[path]
     images = {one for one in _all(named) if one[1] not in MASK_NAMES}
     scans = {stem for stem, kind in images if kind in CHANNELS}
     return {place: _with_owners(files, folder_name(place), images, scans) for place, files in named.items()}
@@ -197,6 +202,8 @@ def _with_owners(
             labels.append(_Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg"))
         elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
             rank, case = _owner(stem, _plain(stem)[0], images, scans)
+            if rank[0] == UNKNOWN and anatomy and not WHOLE.search(stem):
+                continue
             masks.append(_Mark(rank, 0, path, case, kind))
         elif kind in MARKS:
             kind = "lesion" if kind in MASK_NAMES else kind

@@ -105,7 +105,7 @@ def detect(
         def told(result: CaseResult, total: int) -> None:
             advance(result.case, total)
             for text in (result.summary or {}).get("notes", []):  # type: ignore[attr-defined]
-                _note(f"{result.case}: {text}")
+                _note(f"{result.case}: {text.removeprefix(f'{result.case}: ')}")
             if result.error:
                 err.print(f"failed: {result.error}", style="red", soft_wrap=True)
 
