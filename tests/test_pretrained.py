@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anomri import methods
-from anomri.cases import Case, model_cases
+from anomri.cases import Case, model_cases, splits_of, write_splits
 from anomri.cohorts import find_cases
 from anomri.detector import BUILT_IN, Detector
 from anomri.model_files import read_model, write_model
@@ -102,6 +102,34 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
             alone = x * (torch.arange(2) == channel)[:, None, None]
             expected = both.reconstruct(alone)[:, [channel, 2]]
             assert torch.allclose(one.reconstruct(x[:, channel : channel + 1]), expected, atol=1e-5)
+
+
+def test_a_training_may_begin_with_the_mean_of_several_models(
+    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+) -> None:
+    spec, _, weights = read_model(marking)
+    moved = {name: value + 0.5 for name, value in weights.items()}
+    other = replace(spec, channels=("flair",), settings={**spec.settings, "network_channels": ["flair", "t1"]})
+    write_model(tmp_path / "other", replace(other, score=Score("mark"), data_licence="CC0"), moved)
+    write_splits(tmp_path / "other" / "splits.csv", [Case("c0", {}, split="test"), Case("else", {}, split="train")])
+    both = Pretrained.read_all([marking, tmp_path / "other"])
+    assert all(torch.allclose(both.weights[name], value + 0.25, atol=1e-6) for name, value in weights.items())
+    assert (both.spec.channels, both.spec.score) == (spec.channels, spec.score)
+    assert both.spec.data_licence == f"{spec.data_licence}; CC0" and both.takes_subsets
+    # Of two sides the one that more was seen of.
+    sides = splits_of(Pretrained.read(marking).cases)
+    assert splits_of(both.cases) == sides | {"else": "train"} and sides["c0"] == "train"
+    still = {"steps": 1, "learning_rate": 1e-12}
+    trained = train(cohort, tmp_path / "mean", pretrained=[marking, tmp_path / "other"], training=still, cache=cache)
+    _, _, ended = read_model(tmp_path / "mean")
+    assert all(torch.allclose(ended[name], value + 0.25, atol=1e-5) for name, value in weights.items())
+    assert trained.splits["else"] == "train"
+    with pytest.raises(AnomriError, match=r"brats18: its network is not that of .*model; a mean is of models"):
+        Pretrained.read_all([marking, "built-in"])
+    alike = replace(spec, channels=("t1", "t2"))
+    write_model(tmp_path / "alike", replace(alike, score=Score("mark")), weights)
+    with pytest.raises(AnomriError, match="alike: its network is not that of"):
+        Pretrained.read_all([marking, tmp_path / "alike"])
 
 
 @pytest.mark.parametrize("channels", [["flair", "t2"], ["flair", "t1", "t1"], ["t2"]])

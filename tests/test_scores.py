@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 import anomri
-from anomri.balls import LARGE, MAX_SCANS, SEED, SMALL, plant_balls
+from anomri.balls import LARGE, SEED, SMALL, plant_balls
 from anomri.cli import main
 from anomri.cli.options import names_of
 from anomri.cohorts import find_cases
@@ -28,7 +28,7 @@ from anomri.residual import SCORES, WITH_MARKS, anomaly_score, erode_foreground,
 from anomri.score_choice import choose_score
 from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
-from anomri.thresholds import healthy_thresholds
+from anomri.thresholds import MAX_SCANS, healthy_thresholds
 from anomri.training import train
 from anomri.volume import read_volume
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -30,9 +31,9 @@ IN_THE_PACKAGE = "built-in"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained model that a training begins with: its description, its weights, and the cases it knows."""
+    """A trained model that a training begins with, or several: a description, weights, and the cases that they know."""
 
-    folder: Path
+    folder: str
     spec: ModelSpec
     weights: dict[str, Tensor]
     cases: list[Case]
@@ -47,7 +48,45 @@ class Pretrained:
         spec, method, weights = read_model(folder)
         if not weights:
             raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
-        return cls(folder, spec, weights, cases_of_model(folder), bool(getattr(method, "takes_subsets", False)))
+        return cls(str(folder), spec, weights, cases_of_model(folder), bool(getattr(method, "takes_subsets", False)))
+
+    @classmethod
+    def read_all(cls, models: str | Path | Sequence[str | Path]) -> Pretrained:
+        """`read` a model or, of several, the first with the mean of their weights (Wortsman et al., ICML 2022).
+
+        It knows the cases of all. Raises `AnomriError` if their networks are not alike.
+        """
+        one, *others = map(cls.read, [models] if isinstance(models, str | Path) else models)
+        if not others:
+            return one
+        for other in others:
+            if one.network != other.network:
+                raise AnomriError(
+                    f"{other.folder}: its network is not that of {one.folder}; a mean is of models that went on from the same one."
+                )
+        every = [one, *others]
+        weights = {
+            name: torch.stack([each.weights[name].double() for each in every]).mean(0).to(value.dtype)
+            for name, value in one.weights.items()
+        }
+        # Whom any of them was trained on is to be held out from nothing.
+        known = sorted(
+            (case for each in every for case in each.cases), key=lambda case: SPLITS.index(case.split or "test")
+        )
+        licences = {each.spec.data_licence: None for each in every}
+        return replace(
+            one,
+            folder=" and ".join(each.folder for each in every),
+            spec=replace(one.spec, data_licence="; ".join(licences)),
+            weights=weights,
+            cases=list({case.name: case for case in reversed(known)}.values()),
+        )
+
+    @property
+    def network(self) -> tuple[str, list[str], dict[str, torch.Size]]:
+        """What makes a network one that others may be averaged with: method, channels, and the shapes of its weights."""
+        channels = self.spec.settings.get("network_channels") or self.spec.channels
+        return self.spec.method, list(channels), {name: value.shape for name, value in self.weights.items()}
 
     def preset(self, channels: Sequence[str] = ()) -> Preset:
         """How it was trained (an imported checkpoint: as published), for all or these of its ``channels``.

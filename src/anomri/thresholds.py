@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anomri.balls import LARGE, MAX_SCANS, SMALL, Balls, planted
+from anomri.balls import LARGE, SMALL, Balls, planted
 from anomri.detector import Detector
 from anomri.metrics import drop_small_components, precision_recall_of_sorted
 from anomri.packing import PackedCase, spread_healthy
@@ -35,8 +35,11 @@ TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 BINS = 64
 STEPS = 2001
 """Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
-MAX_SUBSET_CASES, MAX_SUBSET_SCANS, MAX_SUBSET_CHANNELS = 8, 6, 5
-"""Limits for thresholds of parts of the channels, of which there are 2^n: of cases, and of scans with balls."""
+MAX_SCANS, MAX_SUBSET_SCANS = 48, 12
+"""Scans with balls, if need be several of a case: with nine the threshold differs by a fifth between two plantings (of parts
+of the channels there are 2^n, so fewer for each)."""
+MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
+"""Limits for thresholds of parts of the channels."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def train(
     *,
     method: str | None = None,
     preset: str | None = None,
-    pretrained: str | Path | None = None,
+    pretrained: str | Path | Sequence[str | Path] | None = None,
     channels: Sequence[str] | None = None,
     settings: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -96,7 +96,8 @@ def train(
     ``cohort`` is what `find_cases` takes, or what it gave; ``method``, by default, ``dae``. ``preset`` is ``paper`` (as
     published), ``small`` (the default: the same on a laptop in a quarter of an hour), ``accurate`` (more than the paper's
     recipe, in two hours) or ``quick`` (what of that half an hour can hold). Instead, ``pretrained`` is the folder of a
-    model (or ``built-in``) to go on from: its weights, method and recipe, and those of its channels that most cases have.
+    model (or ``built-in``) to go on from: its weights, method and recipe, and those of its channels that most cases have;
+    of several that went on from the same one, it is the first with the mean of their weights.
     ``settings`` (of the method), ``training`` (fields of `spec.Training`), ``score`` (of `spec.Score`) and ``grid`` (pixels
     of a side of the working grid) replace single values of it.
     Slices with a labelled lesion are left out. Patients are split by the cohort's ``splits.csv`` and the file ``splits``,
@@ -113,7 +114,7 @@ def train(
     """
     folder, team = Path(model), processes(device)
     cases, notes = with_images(find_cases(cohort) if isinstance(cohort, str | Path) else cohort)
-    started = Pretrained.read(pretrained) if pretrained else None
+    started = Pretrained.read_all(pretrained) if pretrained else None
     spec = planned(
         cases,
         method=method,

@@ -26,9 +26,11 @@ def train(
         typer.Option(help="dae (default), thresholding, ae, vae, vae-restoration, fanogan or diffusion."),
     ] = None,
     pretrained: Annotated[
-        Optional[Path],
+        Optional[list[Path]],
         typer.Option(
-            metavar="MODEL", help="Go on from a trained model, by its own recipe; built-in: the one in the package."
+            metavar="MODEL",
+            help="Go on from a trained model, by its own recipe; built-in: the one in the package. Given again: from the "
+            "mean of their weights.",
         ),
     ] = None,
     channels: Channels = None,
