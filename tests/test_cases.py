@@ -357,7 +357,6 @@ def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -
         ("train/p1/FLAIR", "val/p2/FLAIR", "test/p3/FLAIR"),
         ("images/p0/FLAIR", "labels/p0/p0_seg"),
         ("p1/FLAIR/FLAIR", "p1/T1/T1"),
-        ("p1/pre/FLAIR", "p1/post/FLAIR"),
         ("sub-01/anat/sub-01_FLAIR", "derivatives/hand/sub-01_label-lesion_mask"),
     ],
 )
@@ -570,8 +569,33 @@ def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
     first, second = find_cases(tmp_path)
     assert {path.parent.name for path in first.channels.values()} == {"preprocessed"}
     assert (sorted(first.channels), first.label) == (["flair", "t1"], None)
-    assert first.notes == ("p1: its images are those in preprocessed; not read: raw.",)
+    assert first.notes == ("p1: its images are those in preprocessed; not read: raw, raw/p1_seg.nii.",)
     assert second == Case("p2", {"flair": tmp_path / "raw/p2_FLAIR.nii"})
+
+
+def test_steps_are_told_from_times_from_cohorts_and_from_data_sets(tmp_path: Path) -> None:
+    touch(tmp_path / "times", "p1/pre/FLAIR.nii", "p2/pre/FLAIR.nii", "p2/post/FLAIR.nii")
+    with pytest.raises(AnomriError, match="p2: has images in pre and in post; call folders of times"):
+        find_cases(tmp_path / "times")
+    # Cases that are called after their cohort are not one patient's.
+    named = touch(tmp_path / "MS", *(f"raw/MS0{k}_flair.nii" for k in (1, 2)), "preprocessed/MS01_flair.nii")
+    touch(named, "groundtruth/MS01_seg.nii", "brainmasks/MS01_mask.nii")
+    first, second = find_cases(named)
+    assert (first.label, first.mask) == (named / "groundtruth/MS01_seg.nii", named / "brainmasks/MS01_mask.nii")
+    assert (first.channels["flair"].parent.name, second.name) == ("preprocessed", "MS02")
+    # Nor is what lies in another's folder of steps.
+    touch(tmp_path / "old", "p1/p1_FLAIR.nii", "archive/raw/p1_T1.nii")
+    (case,) = find_cases(tmp_path / "old")
+    assert [*case.channels] == ["flair"]
+    alike = touch(tmp_path / "alike", "raw/anna_FLAIR.nii", "preprocessed/anna_FLAIR.nii")
+    assert [(one.name, one.channels["flair"].parent.name) for one in find_cases(alike)] == [("anna", "preprocessed")]
+    visited = touch(tmp_path / "visited", "raw/FLAIR.nii", "P1/v1/FLAIR.nii")
+    assert [one.name for one in find_cases(visited)] == ["P1_v1", "raw"]
+
+
+def test_a_mask_of_a_scan_that_is_called_like_a_tissue_is_its_own(tmp_path: Path) -> None:
+    (case,) = find_cases(touch(tmp_path, "FAST_001_dwi.nii", "FAST_001_mask.nii"))
+    assert case.mask == tmp_path / "FAST_001_mask.nii"
 
 
 def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:

@@ -111,14 +111,14 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     moved = {name: value + 0.5 for name, value in weights.items()}
     other = replace(spec, channels=("flair",), settings={**spec.settings, "network_channels": ["flair", "t1"]})
     write_model(tmp_path / "other", replace(other, score=Score("mark"), data_licence="CC0"), moved)
-    write_splits(tmp_path / "other" / "splits.csv", [Case("c0", {}, split="test"), Case("else", {}, split="train")])
+    write_splits(tmp_path / "other" / "splits.csv", [Case("case0", {}, split="test"), Case("else", {}, split="train")])
     both = Pretrained.read_all([marking, tmp_path / "other"])
     assert all(torch.allclose(both.weights[name], value + 0.25, atol=1e-6) for name, value in weights.items())
     assert (both.spec.channels, both.spec.score) == (spec.channels, spec.score)
     assert both.spec.data_licence == f"{spec.data_licence}; CC0" and both.takes_subsets
     # Of two sides the one that more was seen of.
     sides = splits_of(Pretrained.read(marking).cases)
-    assert splits_of(both.cases) == sides | {"else": "train"} and sides["c0"] == "train"
+    assert splits_of(both.cases) == sides | {"else": "train"} and sides["case0"] == "train"
     still = {"steps": 1, "learning_rate": 1e-12}
     trained = train(cohort, tmp_path / "mean", pretrained=[marking, tmp_path / "other"], training=still, cache=cache)
     _, _, ended = read_model(tmp_path / "mean")

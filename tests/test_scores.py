@@ -28,7 +28,7 @@ from anomri.residual import SCORES, WITH_MARKS, anomaly_score, erode_foreground,
 from anomri.score_choice import choose_score
 from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
-from anomri.thresholds import MAX_SCANS, healthy_thresholds
+from anomri.thresholds import PLANTED, healthy_thresholds
 from anomri.training import train
 from anomri.volume import read_volume
 
@@ -396,7 +396,7 @@ def test_the_threshold_of_a_chosen_score_is_the_best_on_balls(marking: Path, coh
     scored = []
     for balls in (LARGE, SMALL):
         generator = torch.Generator().manual_seed(SEED)
-        stacks = [case.stack(STANDARD).take(case.healthy) for case in packed] * (MAX_SCANS // len(packed))
+        stacks = [case.stack(STANDARD).take(case.healthy) for case in packed] * (PLANTED // len(packed))
         planted = [plant_balls(stack, CHANNELS, generator, balls) for stack in stacks]
         inside = np.concatenate([stack.foreground.numpy().ravel() for stack, _ in planted])
         scores = np.concatenate([detector.score(stack)[0].ravel() for stack, _ in planted])[inside]

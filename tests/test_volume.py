@@ -164,7 +164,10 @@ def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(tmp_path: Path
     numbers = ndimage.label(lesions)[0] * 7
     numbers[20:26, 25:28, 4:7] = 100
     numbers[40, 20, 4] = 30
-    for values in (numbers, np.where(lesions > 0, 77, 0), np.where(numbers > 20, 12, numbers)):
+    grey = np.zeros(SHAPE)
+    grey[20:26, 20:26, 3:9] = 85
+    grey[21:25, 21:25, 4:8] = 255
+    for values in (numbers, grey, np.where(lesions > 0, 77, 0), np.where(numbers > 20, 12, numbers)):
         label = write(tmp_path / "a_seg.nii.gz", values.astype(dtype))
         volume = read_volume(Case("a", {"t1": image}, label=label), ["t1"])
         assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes

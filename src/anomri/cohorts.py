@@ -25,10 +25,10 @@ from anomri.naming import (
     channel_name,
     folder_name,
     may_name_files,
-    not_found,
     preference,
     split_name,
     split_names,
+    without_outputs,
 )
 from anomri.spec import AnomriError
 
@@ -69,8 +69,8 @@ def find_cases(cohort: str | Path) -> list[Case]:
     ``_seg``, ``_lesion``, ``_lesion_mask`` and the like mark the lesion label (`naming.LABEL_NAMES`; of several one is
     taken, with a note), ``_mask`` or ``_brainmask`` the brain mask; channel names are lower case, and ``t1w``, ``t1c``,
     ``T2_FLAIR``, ... are taken for what they are (`naming.ALIASES`), also behind a hyphen and with ``_n4``, ``_reg`` or the
-    like behind them. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken; of a raw
-    image and a processed one, the raw; segmentations of healthy tissue are left alone. What `anomri detect`
+    like behind them. Of an image and the same with ``_brain`` or ``_bet`` behind its name, the brain is taken; of one that its
+    name says was processed and another, the other; segmentations of healthy tissue are left alone. What `anomri detect`
     wrote there is no scan. A ``splits.csv`` (case,split) in the folder gives each case its split. Nothing is opened but
     tables. Raises `AnomriError` if there is nothing, or something that does not fit.
     """
@@ -148,16 +148,13 @@ def _cases_in_bids(folder: Path) -> list[Case]:
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     loose, subfolders = _listed(folder)
-    own, note = _processed(loose, subfolders)
-    stems = {stem for stem, kind in map(split_name, own) if kind in IMAGES}
-    if stems and all(not stem or stem.startswith(folder_name(folder)) for stem in stems):
-        subfolders = []  # of one patient; else these are patients, or steps, of a cohort
-    else:
-        own, note = loose, ""
+    own, note = _own_steps(folder, loose, subfolders)
+    subfolders = [] if own else subfolders
+    own = own or loose
     listed = {place: _listed(place) for place in subfolders}
     visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
     listed |= {place: _listed(place) for place in visits}
-    stepped = {place: _processed(*inside) for place, inside in listed.items()}
+    stepped = {place: _processed(place, *inside) for place, inside in listed.items()}
     places = {folder: own} | {place: stepped[place][0] or files for place, (files, _) in listed.items()}
     told = {path: text for files, text in ((own, note), *stepped.values()) if text for path in files}
     images = split_names({place: places[place] for place in sorted(places)})
@@ -176,19 +173,44 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     return [case for case in cases if case.channels or case.label or case.mask]
 
 
-def _processed(images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+def _own_steps(folder: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+    """`_processed` of a cohort's folder, where it is the folder of one patient and these are not steps of a whole cohort."""
+    shown = [one for one in folders if _stems(without_outputs(_listed(one)[0]))]
+    if not {one.name.lower() for one in shown} <= {*STEPS, *BESIDE}:
+        return [], ""
+    stems = [_stems(_listed(one)[0]) for one in shown if one.name.lower() in STEPS]
+    beside = [one for one in folders if one.name.lower() not in STEPS]
+    if not set[str]().union(*stems) <= {"", folder_name(folder)}:
+        # Cases may be called after their cohort; of a patient's several scans all lie in the first step, and all else is read.
+        own, note = _processed(folder, images, folders)
+        read = all(path in own for one in beside for path in without_outputs(_listed(one)[0]))
+        return (own, note) if read and set[str]().union(*stems) <= _stems(own) else ([], "")
+    return ([], "") if any(_listed(one)[1] for one in beside) else _processed(folder, images, folders)
+
+
+def _stems(images: Sequence[Path]) -> set[str]:
+    return {stem for stem, kind in map(split_name, images) if kind in IMAGES}
+
+
+def _processed(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
     """In a scan's folder with `STEPS`, the images of the first, labels and masks above it and `BESIDE`; and what is not read.
 
-    Nothing where images lie above, or in a folder that is neither: ``pre`` beside ``post`` is a time, and not a step.
+    Nothing where images lie above, or are called after others than the folder, or the one that it lies in. Raises `AnomriError`
+    where images lie in a folder that is neither: ``pre`` beside ``post`` is a time, and not a step.
     """
     if not any(one.name.lower() in STEPS for one in folders):
         return [], ""
-    above, inside = not_found(images), {one: not_found(_listed(one)[0]) for one in folders}
-    shown = [one for one, files in inside.items() if any(split_name(path)[1] in IMAGES for path in files)]
+    above, inside = without_outputs(images), {one: without_outputs(_listed(one)[0]) for one in folders}
+    shown = [one for one, files in inside.items() if _stems(files)]
     steps = sorted((one for one in shown if one.name.lower() in STEPS), key=_step)
-    strange = any(one.name.lower() not in (*STEPS, *BESIDE) for one in shown)
-    if not steps or strange or any(split_name(path)[1] in IMAGES for path in above):
+    names = (folder_name(place), place.parent.name)
+    if not steps or _stems(above) or not all(stem.startswith(names) for stem in _stems(inside[steps[0]]) - {""}):
         return [], ""
+    if strange := [one for one in shown if one.name.lower() not in (*STEPS, *BESIDE)]:
+        raise AnomriError(
+            f"{place}: has images in {steps[0].name} and in {strange[0].name}; call folders of times as v1 and v2 (or name the "
+            f"files in a .tsv), and take others out of it."
+        )
     taken = [*inside[steps[0]], *(path for path in above if split_name(path)[1] in MARKS)]
     for one, files in inside.items():
         if one.name.lower() in BESIDE:
@@ -210,6 +232,7 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     """A case of the images of each kind, all of one step: of a channel's the preferred one, of labels the first, with a note."""
     shown = {path.parent for kind, paths in files.items() if kind in IMAGES for path in paths}
     step, *unread = sorted((one for one in shown if one.name.lower() in STEPS), key=_step) or [Path()]
+    left = [path for kind, paths in files.items() if kind in MARKS for path in paths if path.parent in unread]
     files = {kind: own for kind, paths in files.items() if (own := [one for one in paths if one.parent not in unread])}
     chosen: dict[str, Path] = {}
     for kind, paths in files.items():
@@ -228,7 +251,8 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     if case.label and name not in case.label.name and all(name in path.name for path in case.channels.values()):
         notes.append(f"{name}: {case.label.name} is taken for its label, as it is in its folder.")
     if unread:
-        notes.append(f"{name}: its images are those in {step.name}; not read: {', '.join(one.name for one in unread)}.")
+        names = [*(one.name for one in unread), *(f"{path.parent.name}/{path.name}" for path in left)]
+        notes.append(f"{name}: its images are those in {step.name}; not read: {', '.join(names)}.")
     return replace(case, notes=tuple(notes))
 
 
@@ -262,7 +286,7 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
     for place, named in images.items():
         stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
         words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
-        if len(stems) != 1 or words & kinds or kinds <= MARKS:
+        if len(stems) != 1 or words & kinds or kinds <= MARKS or place.name.lower() in STEPS:
             continue
         (stem,) = stems
         if stem == place.name or stem in elsewhere:

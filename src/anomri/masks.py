@@ -22,6 +22,8 @@ SURE_MAXIMUM = 0.9
 """Of values that are all lower nobody knows where a half of what is meant by one is."""
 MAX_CLASS = 10.5
 """Above this, values are not the numbers of classes but shares of a maximum such as 100 or 255."""
+MAX_CLASSES = 8
+"""So few whole numbers are classes, however large, as 85, 170 and 255."""
 UNLIKE = 0.2
 """Of neighbours in a soft label more than this share differ; along its straightest faces it is a third."""
 BRAIN_MASK = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
@@ -42,7 +44,7 @@ def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.
         return inside
     # Whole numbers that a header scales are nearly whole.
     if values.dtype.kind in "iu" or bool((np.abs(above - above.round()) <= 1e-3).all()):
-        if most <= MAX_CLASS or not _is_soft(values, inside):
+        if most <= MAX_CLASS or len(np.unique(above)) <= MAX_CLASSES or not _is_soft(values, inside):
             return inside
         notes.append(
             f"{path.name} has values up to {most:.3g} that differ from voxel to voxel; those from {most / 2:g} on are taken."

@@ -20,7 +20,7 @@ from anomri.devices import resolve_device, resolve_precision
 from anomri.methods import Preset
 from anomri.model_files import cases_of_model, check_readable, read_model
 from anomri.naming import channel_name
-from anomri.spec import AnomriError, ModelSpec, Score, Training, first_line
+from anomri.spec import AnomriError, ModelSpec, Scaling, Score, Training, first_line
 from anomri.training_cohort import CHOSEN, FOUND, check_grid
 from anomri.views import check_score
 
@@ -54,7 +54,8 @@ class Pretrained:
     def read_all(cls, models: str | Path | Sequence[str | Path]) -> Pretrained:
         """`read` a model or, of several, the first with the mean of their weights (Wortsman et al., ICML 2022).
 
-        It knows the cases of all. Raises `AnomriError` if their networks are not alike.
+        It knows the cases of all. Raises `AnomriError` if their networks or scalings are not alike; whether they went on from
+        the same model, without which a mean is worth nothing, is not known.
         """
         one, *others = map(cls.read, [models] if isinstance(models, str | Path) else models)
         if not others:
@@ -69,7 +70,7 @@ class Pretrained:
             name: torch.stack([each.weights[name].double() for each in every]).mean(0).to(value.dtype)
             for name, value in one.weights.items()
         }
-        # Whom any of them was trained on is to be held out from nothing.
+        # Whom one of them was trained on counts as trained on.
         known = sorted(
             (case for each in every for case in each.cases), key=lambda case: SPLITS.index(case.split or "test")
         )
@@ -83,10 +84,15 @@ class Pretrained:
         )
 
     @property
-    def network(self) -> tuple[str, list[str], dict[str, torch.Size]]:
-        """What makes a network one that others may be averaged with: method, channels, and the shapes of its weights."""
+    def network(self) -> tuple[str, list[str], Scaling, dict[str, torch.Size]]:
+        """What is alike in networks that may be averaged: method, channels, scaling, and the shapes of their weights."""
         channels = self.spec.settings.get("network_channels") or self.spec.channels
-        return self.spec.method, list(channels), {name: value.shape for name, value in self.weights.items()}
+        return (
+            self.spec.method,
+            list(channels),
+            self.spec.scaling,
+            {name: value.shape for name, value in self.weights.items()},
+        )
 
     def preset(self, channels: Sequence[str] = ()) -> Preset:
         """How it was trained (an imported checkpoint: as published), for all or these of its ``channels``.

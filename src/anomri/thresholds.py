@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anomri.balls import LARGE, SMALL, Balls, planted
+from anomri.balls import LARGE, MAX_SCANS, SMALL, Balls, planted
 from anomri.detector import Detector
 from anomri.metrics import drop_small_components, precision_recall_of_sorted
 from anomri.packing import PackedCase, spread_healthy
@@ -35,9 +35,9 @@ TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 BINS = 64
 STEPS = 2001
 """Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
-MAX_SCANS, MAX_SUBSET_SCANS = 48, 12
-"""Scans with balls, if need be several of a case: with nine the threshold differs by a fifth between two plantings (of parts
-of the channels there are 2^n, so fewer for each)."""
+PLANTED, SUBSET_PLANTED = 48, 12
+"""Scans with balls, several of each of `MAX_SCANS` cases: with nine, another planting moves the threshold by a fifth. Of parts of
+the channels there are 2^n, so fewer for each."""
 MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
 """Limits for thresholds of parts of the channels."""
 
@@ -139,13 +139,13 @@ def _best_on_balls(
 
     ``None`` if none of the cases that are taken shows one of the channels on its healthy slices.
     """
-    most = MAX_SCANS if tuple(channels) == detector.spec.channels else MAX_SUBSET_SCANS
-    healthy = [_seen(detector, case, channels).take(case.healthy) for case in spread_healthy(cases, most)]
+    count = PLANTED if tuple(channels) == detector.spec.channels else SUBSET_PLANTED
+    healthy = [_seen(detector, case, channels).take(case.healthy) for case in spread_healthy(cases, MAX_SCANS)]
     healthy = [stack for stack in healthy if stack.foreground.any()]
     if not healthy:
         return None
     # Of few scans a few balls would decide.
-    stacks = healthy * math.ceil(most / len(healthy))
+    stacks = (healthy * math.ceil(count / len(healthy)))[:count]
     scored = [_score_balls(detector, stacks, balls) for balls in (LARGE, SMALL)]
     steps = np.unique(np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS)))
     large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
