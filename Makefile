@@ -5,7 +5,7 @@ COHORT ?= ../shared/data/brats18
 
 .PHONY: demo test bench clean
 
-demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about four minutes
+demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about seven minutes
 	$(BIN)/anomri demo -o demo
 
 test: $(VENV)/.ready  ## lint, types, layers, tests
