@@ -168,8 +168,11 @@ def _anatomical_files(root: Path) -> list[_File]:
 
 
 def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]) -> Case:
+    def showing(what: str, grid: tuple[str, str]) -> list[Path]:
+        return [file.path for file in files if grid in file.grids and file.shows(what)]
+
     def offers(grid: tuple[str, str], wanted: Sequence[str]) -> int:
-        return sum(any(grid in file.grids and file.shows(channel) for file in files) for channel in wanted)
+        return sum(bool(showing(channel, grid)) for channel in wanted)
 
     grids = {grid for file in files if file.suffix in SUFFIXES and not file.derived for grid in file.grids}
     # FLAIR shows most lesions best: a space that has it comes before one with more of the others.
@@ -177,12 +180,11 @@ def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Call
     chosen = min(grids, key=lambda grid: (-offers(grid, bright), -offers(grid, channels), grid))
     paths: dict[str, Path] = {}
     for what in (*channels, "brain", "lesion"):
-        found = [file.path for file in files if chosen in file.grids and file.shows(what)]
-        first = next(iter(paths), "")
-        if not found and what not in CHANNELS and not chosen[0] and CHANNELS.get(first) in SUFFIXES:
+        found = showing(what, chosen)
+        first = CHANNELS.get(next(iter(paths), ""))
+        if not found and what not in CHANNELS and not chosen[0] and first in SUFFIXES:
             # Where images name no space, what lies on the grid of the first of them is named after that.
-            own = CHANNELS[first], chosen[1]
-            found = [file.path for file in files if own in file.grids and file.shows(what)]
+            found = showing(what, (first, chosen[1]))
         if found:
             paths[what] = found[0]
         if len(found) > 1:

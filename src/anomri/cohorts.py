@@ -26,9 +26,9 @@ from anomri.naming import (
     folder_name,
     may_name_files,
     preference,
+    split_folder,
     split_name,
     split_names,
-    without_outputs,
 )
 from anomri.spec import AnomriError
 
@@ -45,6 +45,8 @@ STEPS = (
 """How the folders of a scan's images before and after processing are called, first those on which lesions are drawn."""
 BESIDE = ("mask", "masks", "label", "labels", "lesion", "lesions", "seg", "segmentation", "segmentations")
 """How the folders of masks, the first two, and of labels are called that lie beside those of `STEPS`."""
+Listing = tuple[list[Path], list[Path]]
+"""Images and folders in a folder."""
 
 
 def find_cases(cohort: str | Path) -> list[Case]:
@@ -148,14 +150,14 @@ def _cases_in_bids(folder: Path) -> list[Case]:
 
 def _cases_in_folder(folder: Path) -> list[Case]:
     loose, subfolders = _listed(folder)
-    own, note = _own_steps(folder, loose, subfolders)
-    subfolders = [] if own else subfolders
-    own = own or loose
     listed = {place: _listed(place) for place in subfolders}
+    own, note = _processed(folder, loose, listed) if _is_one_patient(folder, listed) else ([], "")
+    if own:
+        listed = {}
     visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
     listed |= {place: _listed(place) for place in visits}
-    stepped = {place: _processed(place, *inside) for place, inside in listed.items()}
-    places = {folder: own} | {place: stepped[place][0] or files for place, (files, _) in listed.items()}
+    stepped = {place: _steps_in(place, *inside) for place, inside in listed.items()}
+    places = {folder: own or loose} | {place: stepped[place][0] or files for place, (files, _) in listed.items()}
     told = {path: text for files, text in ((own, note), *stepped.values()) if text for path in files}
     images = split_names({place: places[place] for place in sorted(places)})
     patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
@@ -173,35 +175,42 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     return [case for case in cases if case.channels or case.label or case.mask]
 
 
-def _own_steps(folder: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
-    """`_processed` of a cohort's folder, where it is the folder of one patient and these are not steps of a whole cohort."""
-    shown = [one for one in folders if _stems(without_outputs(_listed(one)[0]))]
-    if not {one.name.lower() for one in shown} <= {*STEPS, *BESIDE}:
+def _is_one_patient(folder: Path, listed: Mapping[Path, Listing]) -> bool:
+    """Whether the folders in a cohort's are `STEPS` of one patient's scans, not of a whole cohort, nor patients."""
+    if not any(one.name.lower() in STEPS for one in listed):
+        return False
+    stems = {one: _stems(split_folder(images)) for one, (images, _) in listed.items()}
+    if any(found and one.name.lower() not in (*STEPS, *BESIDE) for one, found in stems.items()):
+        return False
+    in_steps = set[str]().union(*(found for one, found in stems.items() if one.name.lower() in STEPS))
+    beside = [inside for one, inside in listed.items() if one.name.lower() not in STEPS]
+    if in_steps <= {"", folder_name(folder)}:
+        return not any(deeper for _, deeper in beside)
+    # Cases may be called after their cohort; of a patient's several scans all lie in the first step, and all else is read.
+    own, _ = _processed(folder, [], listed)
+    rest = {path for images, _ in beside for path in split_folder(images)}
+    return rest <= {*own} and in_steps <= _stems(split_folder(own))
+
+
+def _stems(named: Mapping[Path, tuple[str, str]]) -> set[str]:
+    return {stem for stem, kind in named.values() if kind in IMAGES}
+
+
+def _steps_in(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+    """`_processed` of a folder, if one in it may be a step: no other is looked into."""
+    if not any(one.name.lower() in STEPS for one in folders):
         return [], ""
-    stems = [_stems(_listed(one)[0]) for one in shown if one.name.lower() in STEPS]
-    beside = [one for one in folders if one.name.lower() not in STEPS]
-    if not set[str]().union(*stems) <= {"", folder_name(folder)}:
-        # Cases may be called after their cohort; of a patient's several scans all lie in the first step, and all else is read.
-        own, note = _processed(folder, images, folders)
-        read = all(path in own for one in beside for path in without_outputs(_listed(one)[0]))
-        return (own, note) if read and set[str]().union(*stems) <= _stems(own) else ([], "")
-    return ([], "") if any(_listed(one)[1] for one in beside) else _processed(folder, images, folders)
+    return _processed(place, images, {one: _listed(one) for one in folders})
 
 
-def _stems(images: Sequence[Path]) -> set[str]:
-    return {stem for stem, kind in map(split_name, images) if kind in IMAGES}
-
-
-def _processed(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+def _processed(place: Path, images: Sequence[Path], listed: Mapping[Path, Listing]) -> tuple[list[Path], str]:
     """In a scan's folder with `STEPS`, the images of the first, labels and masks above it and `BESIDE`; and what is not read.
 
     Nothing where images lie above, or are called after others than the folder, or the one that it lies in. Raises `AnomriError`
     where images lie in a folder that is neither: ``pre`` beside ``post`` is a time, and not a step.
     """
-    if not any(one.name.lower() in STEPS for one in folders):
-        return [], ""
-    above, inside = without_outputs(images), {one: without_outputs(_listed(one)[0]) for one in folders}
-    shown = [one for one, files in inside.items() if _stems(files)]
+    above, inside = split_folder(images), {one: split_folder(files) for one, (files, _) in listed.items()}
+    shown = [one for one, named in inside.items() if _stems(named)]
     steps = sorted((one for one in shown if one.name.lower() in STEPS), key=_step)
     names = (folder_name(place), place.parent.name)
     if not steps or _stems(above) or not all(stem.startswith(names) for stem in _stems(inside[steps[0]]) - {""}):
@@ -211,13 +220,15 @@ def _processed(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> 
             f"{place}: has images in {steps[0].name} and in {strange[0].name}; call folders of times as v1 and v2 (or name the "
             f"files in a .tsv), and take others out of it."
         )
-    taken = [*inside[steps[0]], *(path for path in above if split_name(path)[1] in MARKS)]
-    for one, files in inside.items():
-        if one.name.lower() in BESIDE:
-            kinds = MARKS if one.name.lower() in BESIDE[:2] else {*LABEL_NAMES}
-            taken += [path for path in files if split_name(path)[1] in kinds]
-    left = [str(path.relative_to(one.parent)) for one in inside for path in inside[one] if path not in taken]
-    left = [path.name for path in above if path not in taken] + left
+    marks = {
+        one: MARKS if one.name.lower() in BESIDE[:2] else {*LABEL_NAMES} for one in inside if one.name.lower() in BESIDE
+    }
+    taken = [*inside[steps[0]]]
+    for named, kinds in ((above, MARKS), *((inside[one], kinds) for one, kinds in marks.items())):
+        taken += [path for path, (_, kind) in named.items() if kind in kinds]
+    read = {*taken}
+    left = [path.name for path in above if path not in read]
+    left += [str(path.relative_to(one.parent)) for one, named in inside.items() for path in named if path not in read]
     if not left:
         return taken, ""
     more = f" and {len(left) - 3} more" if left[3:] else ""
@@ -267,7 +278,7 @@ def _visits(patients: Mapping[Path, Sequence[Path]]) -> dict[Path, str]:
     return found
 
 
-def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
+def _listed(folder: Path) -> Listing:
     """Images and folders in a folder, without hidden ones."""
     # A scan of it knows what is a folder; of paths every file would be asked, and a cohort has many.
     with os.scandir(folder) as entries:

@@ -65,13 +65,10 @@ def _is_soft(values: NDArray[Any], inside: NDArray[np.bool_]) -> bool:
     below = inside & (values < values.max())
     pairs = unlike = 0
     for axis in range(inside.ndim):
-        one, other = (
-            tuple(side if n == axis else slice(None) for n in range(inside.ndim))
-            for side in (slice(1, None), slice(-1))
-        )
-        both = inside[one] & inside[other] & (below[one] | below[other])
+        one, marked, low = (np.moveaxis(array, axis, 0) for array in (values, inside, below))
+        both = marked[1:] & marked[:-1] & (low[1:] | low[:-1])
         pairs += int(np.count_nonzero(both))
-        unlike += int(np.count_nonzero(both & (values[one] != values[other])))
+        unlike += int(np.count_nonzero(both & (one[1:] != one[:-1])))
     return unlike > UNLIKE * pairs
 
 

@@ -138,11 +138,11 @@ def _plain(bare: str) -> tuple[str, bool, int]:
     return bare, stripped, processed
 
 
-def without_outputs(paths: Sequence[Path]) -> list[Path]:
-    """The files of a folder without what `anomri detect` wrote there: maps, and what else is called after their scans."""
+def split_folder(paths: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+    """`split_name` of the files of a folder, without what `anomri detect` wrote there: maps, and what is called after theirs."""
     named = {path: split_name(path) for path in paths}
     detected = {stem for stem, kind in named.values() if kind == OUTPUTS[0]}
-    return [path for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS]
+    return {path: (stem, kind) for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS}
 
 
 def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path, tuple[str, str]]]:
@@ -151,7 +151,7 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
     A mask or a label is of the case whose image has its name. Of a case's masks in a folder only the one that is most
     plainly its own is there, and its labels come in that order.
     """
-    named = {place: {path: split_name(path) for path in without_outputs(paths)} for place, paths in folders.items()}
+    named = {place: split_folder(paths) for place, paths in folders.items()}
     found = _all(named)
     scans = {stem for stem, kind in found if kind in CHANNELS}
     marked = {stem for stem, kind in found if kind in MARKS and _split(stem) not in found}
@@ -192,7 +192,6 @@ def _with_owners(
 ) -> dict[Path, tuple[str, str]]:
     """The files of a folder called ``place``, each mask and label with the case whose it is, where that can be told."""
     marked = {stem for stem, kind in files.values() if kind in MARKS}
-    shown = {stem for stem, kind in images if kind in IMAGES}
     others: dict[Path, tuple[str, str]] = {}
     masks, labels = list[_Mark](), list[_Mark]()
     for path, (stem, kind) in files.items():
@@ -203,7 +202,8 @@ def _with_owners(
             labels.append(_Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg"))
         elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
             rank, case = _owner(stem, _plain(stem)[0], images, scans)
-            if rank[0] == UNKNOWN and anatomy and not WHOLE.search(stem) and stem not in shown:
+            shown = any((stem, image) in images for image in IMAGES)
+            if rank[0] == UNKNOWN and anatomy and not WHOLE.search(stem) and not shown:
                 continue
             masks.append(_Mark(rank, 0, path, case, kind))
         elif kind in MARKS:
