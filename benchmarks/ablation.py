@@ -20,15 +20,16 @@ from typing import Any
 from torch import Tensor
 
 import anomri
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
+from anomri.errors import AnomriError
+from anomri.evaluation.pooling import Pool, Scored
 from anomri.methods.dae import DAE
-from anomri.pooling import Pool, Scored
-from anomri.residual import BRIGHT, anomaly_score, describe, score_of
+from anomri.model.detector import Detector
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
+from anomri.scans.volume import Volume
+from anomri.scoring.scores import BRIGHT, anomaly_score, describe, score_of
 from anomri.slices import SliceStack, on_published_grid, slice_volume
-from anomri.spec import AnomriError, Scaling, Score
-from anomri.volume import Volume
+from anomri.spec import Scaling, Score
 
 SCORES: dict[str, dict[str, Any]] = {
     "the paper's score": asdict(Score("absolute")),

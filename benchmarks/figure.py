@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from anomri.pictures import COLUMNS
+from anomri.reporting.pictures import COLUMNS
 
 
 def main(result: str, target: str, *cases: str) -> None:

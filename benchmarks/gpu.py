@@ -27,13 +27,14 @@ import torch
 
 import anomri
 import plain
-from anomri import methods, training
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detection import detect_cohort
-from anomri.detector import Detector
-from anomri.packing import HealthySlices, PackedCase, pack_cohort
+from anomri import methods
+from anomri.model.detector import Detector
+from anomri.runs.detect import detect_cohort
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
 from anomri.spec import ModelSpec
+from anomri.training import train as training
+from anomri.training.packing import HealthySlices, PackedCase, pack_cohort
 
 Row = dict[str, float]
 PUBLISHED_STEPS = 67_200

@@ -21,12 +21,12 @@ import torch
 
 import plain
 from anomri import methods
-from anomri.cohorts import find_cases
-from anomri.detection import detect_cohort
-from anomri.detector import Detector
+from anomri.model.detector import Detector
+from anomri.runs.detect import detect_cohort
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
 from anomri.slices import brain_box, slice_volume
 from anomri.spec import ModelSpec
-from anomri.volume import read_volume
 
 WIDTHS = (16, 32, 64, 128)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import anomri
-from anomri.cohorts import find_cases
+from anomri.scans.find import find_cases
 
 STEPS, RESAMPLES = 4000, 2000
 

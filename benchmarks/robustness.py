@@ -1,6 +1,6 @@
 """What a model still finds in scans that are changed as other scanners, protocols and preparations would change them.
 
-python benchmarks/robustness.py ../shared/data/brats18 src/anomri/models/brats18 [--split val] [--only slices]
+python benchmarks/robustness.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split val] [--only slices]
 python benchmarks/robustness.py ../shared/data/brats18 runs/folds/fold* --split test --lesions
 
 All channels of a scan are changed before the model sees it, in mm on the scan's own voxels; labels follow where the head
@@ -27,13 +27,13 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import anomri
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.metrics import dice, precision_recall
+from anomri.model.detector import Detector
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
+from anomri.scans.volume import Volume, read_volume
+from anomri.scoring.metrics import dice, precision_recall
 from anomri.slices import intensity_scale, label_slices, slice_volume
 from anomri.spec import Scaling
-from anomri.volume import Volume, read_volume
 
 Data = NDArray[np.float32]
 Mask = NDArray[np.bool_]

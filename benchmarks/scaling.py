@@ -26,11 +26,11 @@ import torch
 
 import anomri
 from anomri import methods
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.distribution import processes
-from anomri.packing import PackedCase, pack_cohort
+from anomri.model.detector import Detector
+from anomri.runtime.processes import processes
+from anomri.scans.find import find_cases
 from anomri.spec import Grid, ModelSpec, Scaling
+from anomri.training.packing import PackedCase, pack_cohort
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 SKIPPED_STEPS = 1

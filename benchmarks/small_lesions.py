@@ -1,6 +1,6 @@
 """Which small lesions a mask shows, by their size, and how many findings are false, at several of a model's settings.
 
-python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/models/brats18 [--split val] [--repeats 4]
+python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split val] [--repeats 4]
 
 Balls with the contrast of a plaque of multiple sclerosis (`robustness.with_balls`) are planted in the slices without a lesion,
 and map and mask of `anomri detect` are made on the scan's own voxels. A ball is shown if the mask has a voxel of it; a component of
@@ -21,12 +21,12 @@ import cc3d
 import numpy as np
 
 import anomri
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.lesions import lesion_labels
-from anomri.metrics import drop_small_components, precision_recall
-from anomri.volume import read_volume
+from anomri.model.detector import Detector
+from anomri.model.lesions import lesion_labels
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
+from anomri.scoring.metrics import drop_small_components, precision_recall
 from robustness import BALLS, Data, Mask, labelled_of, parts_of, with_balls
 
 SETTINGS: dict[str, tuple[str | None, float | None]] = {

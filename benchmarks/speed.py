@@ -30,17 +30,17 @@ from numpy.typing import NDArray
 
 import plain
 from anomri import methods
-from anomri.cohorts import find_cases
-from anomri.comparison_jobs import peak_memory_mb
-from anomri.detection import read_ahead
-from anomri.detector import Detector
-from anomri.devices import resolve_precision
-from anomri.metrics import drop_small_components
-from anomri.packing import pack_cohort
-from anomri.pooling import Pool, Scored
+from anomri.comparison.jobs import peak_memory_mb
+from anomri.evaluation.pooling import Pool, Scored
+from anomri.model.detector import Detector
+from anomri.runs.detect import read_ahead
+from anomri.runtime.devices import resolve_precision
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
+from anomri.scoring.metrics import drop_small_components
 from anomri.slices import brain_box, foreground_of, join_boxes, slice_volume
 from anomri.spec import Grid, ModelSpec, Scaling, Training
-from anomri.volume import read_volume
+from anomri.training.packing import pack_cohort
 
 MEMORY = "memory of detect over 100 scans, the model in the package"
 
@@ -198,7 +198,7 @@ def main() -> None:
 
 def _training(spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, pairs: Pairs) -> None:
     half = resolve_precision("auto") == "bf16-mixed"
-    # As `training.fit` does.
+    # As `train.fit` does.
     method = methods.build(spec).train().to(memory_format=torch.channels_last if half else torch.contiguous_format)
     optimizer = plain.optimizer_of(method)
     generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())

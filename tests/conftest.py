@@ -124,7 +124,7 @@ def tiny_preset() -> None:
 @pytest.fixture(scope="session")
 def model(cohort: Path, cache: Path, tiny_preset: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder trained on the small cohort."""
-    from anomri.training import train
+    from anomri.training.train import train
 
     folder = tmp_path_factory.mktemp("model") / "model"
     train(cohort, folder, preset="tiny", cache=cache, device="cpu")

@@ -32,16 +32,16 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
 
 WARM = (
-    "training",
-    "detection",
-    "evaluation",
-    "merging",
-    "reporting",
-    "pictures",
-    "plots",
-    "previews",
-    "progress",
-    "intake",
+    "training.train",
+    "runs.detect",
+    "evaluation.evaluate",
+    "evaluation.merge",
+    "reporting.pages",
+    "reporting.pictures",
+    "reporting.plots",
+    "reporting.previews",
+    "cli.progress",
+    "scans.intake",
 )
 CASES = 5
 TRIAL_KILLS = 6
@@ -67,12 +67,14 @@ def warm_up() -> None:
 
     # Refuses a name that is not there: a constant that has moved would otherwise be left as it is.
     changes = pytest.MonkeyPatch()
-    changes.setattr("anomri.pooling.BOOTSTRAP_STEPS", 64)  # the figures' intervals are not what is tried here
+    changes.setattr(
+        "anomri.evaluation.pooling.BOOTSTRAP_STEPS", 64
+    )  # the figures' intervals are not what is tried here
     # A cache may be shared, so that what a killed run left in it stays for a day; here it is one run's.
     changes.setattr("anomri.files.ABANDONED_S", 0.0)
     # A case takes no time, so that tables and reports can be compared to the byte.
     clock = {name: getattr(time, name) for name in ("time", "strftime", "localtime")}
-    changes.setattr("anomri.detection.time", SimpleNamespace(**clock, monotonic=lambda: 0.0))
+    changes.setattr("anomri.runs.detect.time", SimpleNamespace(**clock, monotonic=lambda: 0.0))
     torch.set_num_threads(1)
     small = DAE.PRESETS["small"]
     assert small.training is not None

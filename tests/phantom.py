@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 
 from anomri import methods
-from anomri.detector import Detector
+from anomri.model.detector import Detector
 from anomri.spec import ModelSpec, Thresholds
 
 LESION_MM = (28.0, -14.0, 22.0)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from anomri.anomalies import mark_loss, plant_anomalies, random_blobs, random_depths, typical_shifts
-from anomri.augmentation import Augmentation, augment
-from anomri.draws import PartGenerator
+from anomri.errors import AnomriError
+from anomri.methods.anomalies import mark_loss, plant_anomalies, random_blobs, random_depths, typical_shifts
+from anomri.methods.augmentation import Augmentation, augment
 from anomri.methods.dae import DAE, mirrored
-from anomri.noise import Noise
-from anomri.spec import AnomriError
+from anomri.methods.draws import PartGenerator
+from anomri.methods.noise import Noise
 
 CHANNELS = ("flair", "t1", "t1ce", "t2")
 
@@ -55,7 +55,7 @@ def test_small_anomalies_are_as_frequent_as_large_ones() -> None:
 
 
 def test_some_slices_get_several_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anomri.anomalies.CHANCES", ())
+    monkeypatch.setattr("anomri.methods.anomalies.CHANCES", ())
     x, foreground = slices(400)
     _, where = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded())
     counts = torch.tensor([int(cc3d.connected_components(one.numpy(), return_N=True)[1]) for one in where])
@@ -67,7 +67,7 @@ def test_some_slices_get_several_small_ones(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_slices_gets_small_ones(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    monkeypatch.setattr("anomri.anomalies.CHANCES", ())
+    monkeypatch.setattr("anomri.methods.anomalies.CHANCES", ())
     x, foreground = slices(400)
     dae = DAE(CHANNELS, widths=[8, 16], anomalies=True, plaques=share)
     changed, _ = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded(), plaques=dae.plaques)

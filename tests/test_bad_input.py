@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anomri.preparation import Preparation
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
+from anomri.scans.prepare import Preparation
 from phantom import scan, thresholding
 
 SHAPE, AFFINE = (20, 24, 18), nib.affines.from_matvec(np.diag([-9.0, -9, 9]), [85, 103, -76])
@@ -166,8 +166,8 @@ def test_memory_is_not_taken_for_what_is_refused(tmp_path: Path, name: str) -> N
 
 LIMITED = """
 import resource, sys
-from anomri.spec import AnomriError
-from anomri.nifti import read_image
+from anomri.errors import AnomriError
+from anomri.scans.nifti import read_image
 from pathlib import Path
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 1024**2,) * 2)

@@ -11,9 +11,9 @@ from scipy import ndimage
 
 import robustness
 import small_lesions
-from anomri.cohorts import find_cases
-from anomri.evaluation import evaluate
-from anomri.volume import Volume, read_volume
+from anomri.evaluation.evaluate import evaluate
+from anomri.scans.find import find_cases
+from anomri.scans.volume import Volume, read_volume
 from conftest import AFFINE, brain, write
 
 

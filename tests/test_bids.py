@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri.bids import run_group, run_participant
-from anomri.bids_input import bids_cases, validate
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.lesions import lesion_labels
-from anomri.reporting import read_tsv
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
+from anomri.model.detector import Detector
+from anomri.model.lesions import lesion_labels
+from anomri.reporting.pages import read_tsv
+from anomri.runs.bids import run_group, run_participant
+from anomri.scans.bids import bids_cases, validate
+from anomri.scans.find import find_cases
 from conftest import AFFINE, SHAPE, brain
 
 VALIDATOR = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))

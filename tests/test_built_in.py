@@ -12,9 +12,9 @@ import pytest
 
 import anomri
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detector import BUILT_IN
-from anomri.synthetic import make_cohort
+from anomri.demo.cohort import make_cohort
+from anomri.model.detector import BUILT_IN
+from anomri.scans.find import find_cases
 
 
 def test_it_is_small_and_has_its_card() -> None:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from anomri.cases import (
+from anomri.errors import AnomriError
+from anomri.scans.case import (
     Case,
     assign_splits,
     case_of_files,
@@ -12,8 +13,7 @@ from anomri.cases import (
     splits_of,
     write_splits,
 )
-from anomri.cohorts import find_cases
-from anomri.spec import AnomriError
+from anomri.scans.find import find_cases
 
 
 def touch(folder: Path, *names: str) -> Path:

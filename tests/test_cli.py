@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import anomri
-from anomri.checkpoint import import_checkpoint
 from anomri.cli import main
+from anomri.errors import AnomriError
 from anomri.methods.dae import DAE
-from anomri.spec import AnomriError
+from anomri.model.released import import_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -192,8 +192,8 @@ def test_the_demo_runs_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(DAE.PRESETS, "demo", DAE.PRESETS["tiny"])
-    monkeypatch.setattr("anomri.demo.HEALTHY", 3)
-    monkeypatch.setattr("anomri.demo.LESIONED", 1)
+    monkeypatch.setattr("anomri.demo.run.HEALTHY", 3)
+    monkeypatch.setattr("anomri.demo.run.LESIONED", 1)
     out = tmp_path / "demo"
     assert main(["demo", "-o", str(out), "--keep"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

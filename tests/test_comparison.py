@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri import comparison_jobs, comparison_report, methods
+from anomri import methods
 from anomri.cli import main
 from anomri.cli.options import numbers_of, settings_of
-from anomri.cohorts import find_cases
-from anomri.comparison import compare, plan
-from anomri.comparison_jobs import Job, evaluate_job, run_in_process, train_job
-from anomri.comparison_report import Row
+from anomri.comparison import jobs as comparison_jobs
+from anomri.comparison import report as comparison_report
+from anomri.comparison.compare import compare, plan
+from anomri.comparison.jobs import Job, evaluate_job, run_in_process, train_job
+from anomri.comparison.report import Row
+from anomri.errors import AnomriError, Interrupted
 from anomri.methods import Preset
 from anomri.methods.vae import VAE, VAERestoration
-from anomri.spec import AnomriError, Interrupted
-from anomri.training import Progress
-from anomri.training_state import TrainingState
+from anomri.scans.find import find_cases
+from anomri.training.state import TrainingState
+from anomri.training.train import Progress
 
 WIDTHS = [2, 4, 8, 16]
 
@@ -39,7 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         ran.append((work.__name__, job.name))
         work(job, tell)
 
-    monkeypatch.setattr("anomri.comparison.run_in_process", run)
+    monkeypatch.setattr("anomri.comparison.compare.run_in_process", run)
     return ran
 
 

@@ -13,14 +13,15 @@ import torch
 from scipy import ndimage
 
 import anomri
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detection import detect_cohort
-from anomri.detector import Detector
-from anomri.findings import Detection
-from anomri.pictures import COLUMNS, preview
-from anomri.spec import AnomriError, ModelSpec, Score
-from anomri.volume import Volume
+from anomri.errors import AnomriError
+from anomri.model.detection import Detection
+from anomri.model.detector import Detector
+from anomri.reporting.pictures import COLUMNS, preview
+from anomri.runs.detect import detect_cohort
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
+from anomri.scans.volume import Volume
+from anomri.spec import ModelSpec, Score
 from conftest import AFFINE, write
 
 
@@ -172,7 +173,7 @@ def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
     detect_cohort(folder, tmp_path / "alone", model)
     # As beside a GPU with eight processors.
     monkeypatch.setattr(Detector, "device", property(lambda detector: torch.device("cuda")))
-    monkeypatch.setattr("anomri.detection.processors", lambda: 8)
+    monkeypatch.setattr("anomri.runs.detect.processors", lambda: 8)
     at_once, most = set[int](), list[int]()
     detect = Detector.detect
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from anomri.dicom import MIN_SLICES, Series, choose_series, convert, find_series, guess_channel
-from anomri.dicom_seg import PATIENT_AND_STUDY, write_segmentation
-from anomri.spec import AnomriError
-from anomri.volume import Volume, read_volume
+from anomri.errors import AnomriError
+from anomri.scans.dicom.read import MIN_SLICES, Series, choose_series, convert, find_series, guess_channel
+from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
+from anomri.scans.volume import Volume, read_volume
 
 pydicom = pytest.importorskip("pydicom", reason="needs anomri[dicom]")
 pytest.importorskip("dicom2nifti", reason="needs anomri[dicom]")

@@ -18,17 +18,19 @@ import pytest
 import torch
 
 import anomri
-from anomri import launch, methods
+from anomri import methods
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.distribution import Processes, ToldElsewhere
-from anomri.draws import PartGenerator, integers, normal, uniform
-from anomri.launch import Launch, launched
-from anomri.noise import coarse_noise
-from anomri.records import Shard
-from anomri.simplex import simplex_noise
-from anomri.spec import AnomriError, ModelSpec
-from anomri.training_state import TrainingState
+from anomri.errors import AnomriError
+from anomri.methods.draws import PartGenerator, integers, normal, uniform
+from anomri.methods.noise import coarse_noise
+from anomri.methods.simplex import simplex_noise
+from anomri.runs.records import Shard
+from anomri.runtime import launch
+from anomri.runtime.launch import Launch, launched
+from anomri.runtime.processes import Processes, ToldElsewhere
+from anomri.scans.find import find_cases
+from anomri.spec import ModelSpec
+from anomri.training.state import TrainingState
 
 STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
 # One start of the processes for all commands.

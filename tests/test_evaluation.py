@@ -11,14 +11,15 @@ import torch
 from sklearn.metrics import average_precision_score
 
 import anomri
-import anomri.evaluation as evaluation_module
-from anomri.cases import Case, model_cases, splits_of, write_splits
+import anomri.evaluation.evaluate as evaluation_module
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.evaluation import choose_cases, evaluate, evaluate_shard, make_plan, merge_evaluations
-from anomri.metrics import count_lesions, dice, drop_small_components
-from anomri.spec import AnomriError, Grid
+from anomri.errors import AnomriError
+from anomri.evaluation.evaluate import choose_cases, evaluate, evaluate_shard, make_plan, merge_evaluations
+from anomri.model.detector import Detector
+from anomri.scans.case import Case, model_cases, splits_of, write_splits
+from anomri.scans.find import find_cases
+from anomri.scoring.metrics import count_lesions, dice, drop_small_components
+from anomri.spec import Grid
 from conftest import AFFINE, SHAPE, write
 
 

@@ -12,14 +12,15 @@ import torch
 
 import plain
 from anomri import methods
-from anomri.cohorts import find_cases
-from anomri.detector import Detector, load
-from anomri.devices import resolve_precision
-from anomri.metrics import precision_recall
-from anomri.networks import TINY, ConvBlock, UNet, fold_weight_standardisation
+from anomri.errors import AnomriError
+from anomri.methods.networks.unet import TINY, ConvBlock, UNet, fold_weight_standardisation
+from anomri.model.detector import Detector, load
+from anomri.runtime.devices import resolve_precision
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
+from anomri.scoring.metrics import precision_recall
 from anomri.slices import slice_volume
-from anomri.spec import AnomriError, ModelSpec
-from anomri.volume import read_volume
+from anomri.spec import ModelSpec
 
 WIDTHS = (4, 8, 16, 32)
 LAYERS = {"0": "conv1", "2": "norm1", "3": "conv2", "5": "norm2"}

@@ -16,13 +16,14 @@ import torch
 
 import anomri
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
+from anomri.errors import AnomriError
 from anomri.files import PARTIAL, sole_use
 from anomri.methods.dae import DAE
-from anomri.packing import HealthySlices, pack_cohort
-from anomri.spec import AnomriError, Grid, Scaling
-from anomri.training import Progress, train
+from anomri.model.detector import Detector
+from anomri.scans.find import find_cases
+from anomri.spec import Grid, Scaling
+from anomri.training.packing import HealthySlices, pack_cohort
+from anomri.training.train import Progress, train
 
 
 @contextmanager
@@ -219,8 +220,8 @@ def test_a_stop_while_validating_is_made_up_for(cohort: Path, cache: Path, model
     """A validation that is cut short is done first when the training goes on, so that the model is the same."""
     import signal
 
-    from anomri import training
-    from anomri.spec import Interrupted
+    from anomri.errors import Interrupted
+    from anomri.training import train as training
 
     calls = []
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from anomri.errors import AnomriError
 from anomri.files import output_folder, whole_file, write_text
-from anomri.spec import AnomriError
 
 
 def test_many_writers_of_one_file_leave_one_whole_file(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from anomri.geometry import Geometry
-from anomri.metrics import dice, drop_small_components, precision_recall
-from anomri.networks import UNet, fold_weight_standardisation, rename_released_parameters
-from anomri.noise import add_on_foreground, upsample_noise
-from anomri.residual import anomaly_score, mean_absolute_residual
+from anomri.methods.networks.unet import UNet, fold_weight_standardisation, rename_released_parameters
+from anomri.methods.noise import add_on_foreground, upsample_noise
+from anomri.scans.geometry import Geometry
+from anomri.scans.volume import Volume
+from anomri.scoring.metrics import dice, drop_small_components, precision_recall
+from anomri.scoring.scores import anomaly_score, mean_absolute_residual
 from anomri.slices import foreground_of, slice_volume
 from anomri.spec import Grid, Scaling, Score
-from anomri.volume import Volume
 
 GOLDEN = Path(__file__).parent / "golden"
 

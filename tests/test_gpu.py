@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import anomri
-from anomri import steps, training
-from anomri.cohorts import find_cases
-from anomri.detection import detect_cohort
-from anomri.devices import can_compile
-from anomri.draws import PartGenerator
+from anomri.errors import Interrupted
 from anomri.methods.dae import ACCURATE, DAE
-from anomri.packing import HealthySlices, pack_cohort
-from anomri.spec import Grid, Interrupted, Scaling
+from anomri.methods.draws import PartGenerator
+from anomri.runs.detect import detect_cohort
+from anomri.runtime.devices import can_compile
+from anomri.scans.find import find_cases
+from anomri.spec import Grid, Scaling
+from anomri.training import steps
+from anomri.training import train as training
+from anomri.training.packing import HealthySlices, pack_cohort
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 GPU = "cuda"

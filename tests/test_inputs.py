@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from anomri.cases import Case, case_of_files
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detection import detect_cohort
-from anomri.detector import Detector
-from anomri.evaluation import evaluate
-from anomri.intake import holds_dicom
-from anomri.nifti import read_image, values_of
-from anomri.spec import AnomriError
-from anomri.viewer import _scans
-from anomri.volume import read_volume
+from anomri.errors import AnomriError
+from anomri.evaluation.evaluate import evaluate
+from anomri.model.detector import Detector
+from anomri.reporting.viewer import _scans
+from anomri.runs.detect import detect_cohort
+from anomri.scans.case import Case, case_of_files
+from anomri.scans.find import find_cases
+from anomri.scans.intake import holds_dicom
+from anomri.scans.nifti import read_image, values_of
+from anomri.scans.volume import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
 TILT = Rotation.from_euler("xyz", [18, -9, 12], degrees=True).as_matrix()
@@ -318,7 +318,7 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(real_scans: Path
     t1 = nib.load(case.channels["t1"])
     other = tmp_path / "T1.nii.gz"
     moved = t1.affine @ nib.affines.from_matvec(np.diag([1, 1, 2.0]), [0.3, -0.4, 0.5])
-    from anomri.resampling import Lattice, resample
+    from anomri.scans.resample import Lattice, resample
 
     data = np.asanyarray(t1.dataobj).astype(np.float32)
     thick = resample(data, Lattice(t1.shape, t1.affine), Lattice((124, 160, 70), moved))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from anomri.interruption import StopRequest, stoppable
-from anomri.spec import Interrupted
+from anomri.errors import Interrupted
+from anomri.runtime.interruption import StopRequest, stoppable
 
 
 def test_thirty_kills_lose_and_repeat_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 PAGES = """
 import resource
 import numpy as np
-from anomri.memory import keep_memory
+from anomri.runtime.memory import keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

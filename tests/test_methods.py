@@ -15,17 +15,18 @@ from torch import Generator
 import anomri
 from anomri import methods
 from anomri.cli.options import settings_of
-from anomri.cohorts import find_cases
-from anomri.gan_networks import Downward
+from anomri.errors import AnomriError, Interrupted
 from anomri.methods.dae import DAE
 from anomri.methods.diffusion import Diffusion, signal_share
 from anomri.methods.fanogan import FAnoGAN
+from anomri.methods.networks.gan import Downward
+from anomri.methods.simplex import simplex_noise
 from anomri.methods.vae import VAE, total_variation
-from anomri.model_files import read_model, write_model
-from anomri.simplex import simplex_noise
+from anomri.model.files import read_model, write_model
+from anomri.scans.find import find_cases
 from anomri.slices import cut_box, paste_box
-from anomri.spec import AnomriError, Interrupted, ModelSpec, Training
-from anomri.training import learning_rate, train
+from anomri.spec import ModelSpec, Training
+from anomri.training.train import learning_rate, train
 from test_training import StopAt
 
 WIDTHS = [2, 4, 8, 16]

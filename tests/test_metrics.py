@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 from sklearn.metrics import average_precision_score
 
-from anomri.metrics import (
+from anomri.scoring.metrics import (
     bootstrap_weights,
     count_at,
     count_lesions,

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri.cases import Case
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
+from anomri.errors import AnomriError
 from anomri.files import sole_use
-from anomri.records import Shard
-from anomri.reporting import read_tsv
-from anomri.results import CaseResult, write_dicom_seg
-from anomri.spec import AnomriError
+from anomri.model.detector import Detector
+from anomri.reporting.pages import read_tsv
+from anomri.runs.records import Shard
+from anomri.runs.tables import CaseResult, write_dicom_seg
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
 from conftest import write
 from phantom import scan, thresholding
 

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-import anomri.inference as module
+import anomri.model.inference as module
 from anomri import methods
-from anomri.inference import Inference
-from anomri.parallel import side_by_side
+from anomri.model.inference import Inference
+from anomri.runtime.threads import side_by_side
 from anomri.spec import ModelSpec
 
 

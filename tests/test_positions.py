@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anomri.positions import CELLS, packed_maps, spread_over, statistics_by_position, unpacked_maps
-from anomri.residual import score_of
+from anomri.scoring.positions import CELLS, packed_maps, spread_over, statistics_by_position, unpacked_maps
+from anomri.scoring.scores import score_of
 from anomri.slices import Position, SliceStack, Window
 from anomri.spec import Score
 

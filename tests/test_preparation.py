@@ -12,16 +12,17 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from anomri.cli import main
-from anomri.cohorts import find_cases
-from anomri.nifti import read_image
-from anomri.packing import pack_cohort
-from anomri.preparation import CEILING, Preparation, prepare
-from anomri.registration import degrees_of, register, template
-from anomri.skull import TOOLS, has_skull
+from anomri.errors import AnomriError
+from anomri.scans.find import find_cases
+from anomri.scans.nifti import read_image
+from anomri.scans.prepare import CEILING, Preparation, prepare
+from anomri.scans.register import degrees_of, register, template
+from anomri.scans.skull import TOOLS, has_skull
+from anomri.scans.volume import read_volume
 from anomri.slices import slice_volume
-from anomri.spec import AnomriError, Grid, Scaling
-from anomri.training import train
-from anomri.volume import read_volume
+from anomri.spec import Grid, Scaling
+from anomri.training.packing import pack_cohort
+from anomri.training.train import train
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
 SHAPE, AFFINE = (64, 72, 56), nib.affines.from_matvec(np.diag([-3.0, -3, 3]), [94, 106, -82])
@@ -89,7 +90,7 @@ def test_a_brain_mask_lets_a_head_in(tmp_path: Path) -> None:
 
 def test_the_skull_is_stripped_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepbet", reason="needs anomri[bet]")
-    monkeypatch.setattr("anomri.skull.TOOLS", ())
+    monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
     data, affine = head(air=True)
     other = save(tmp_path / "p_flair.nii.gz", data / 2, affine)
     path = save(tmp_path / "p_t1.nii.gz", data, affine)
@@ -126,7 +127,7 @@ def test_an_installed_tool_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_tool_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anomri.skull.TOOLS", ())
+    monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
     path = save(tmp_path / "p_flair.nii.gz", scan(SHAPE, AFFINE))
     for module, option, extra in (
         ("deepbet.bet", {"skull_strip": True}, "bet"),
@@ -192,7 +193,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_saturated_and_negative_voxels_do_not_move_the_map(tmp_path: Path, model: Path) -> None:
-    from anomri.detector import Detector
+    from anomri.model.detector import Detector
     from conftest import AFFINE as BRAIN_AFFINE
     from conftest import brain
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from anomri import methods
-from anomri.cases import Case, model_cases, splits_of, write_splits
-from anomri.cohorts import find_cases
-from anomri.detector import BUILT_IN, Detector
-from anomri.model_files import read_model, write_model
-from anomri.recipe import Pretrained
-from anomri.spec import AnomriError, Interrupted, ModelSpec, Score
-from anomri.training import Progress, train
-from anomri.training_state import TrainingState
+from anomri.errors import AnomriError, Interrupted
+from anomri.model.detector import BUILT_IN, Detector
+from anomri.model.files import read_model, write_model
+from anomri.scans.case import Case, model_cases, splits_of, write_splits
+from anomri.scans.find import find_cases
+from anomri.spec import ModelSpec, Score
+from anomri.training.recipe import Pretrained
+from anomri.training.state import TrainingState
+from anomri.training.train import Progress, train
 from conftest import write_case
 
 

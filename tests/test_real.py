@@ -7,11 +7,11 @@ import nibabel as nib
 import numpy as np
 
 import anomri
-from anomri.cases import channels_of
-from anomri.cohorts import find_cases
-from anomri.evaluation import evaluate
+from anomri.evaluation.evaluate import evaluate
+from anomri.scans.case import channels_of
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
 from anomri.slices import slice_volume
-from anomri.volume import read_volume
 
 
 def test_the_cohort_is_found_with_its_splits(real_scans: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri.detection import detect_cohort
-from anomri.findings import Detection
-from anomri.pictures import MASK_COLOUR, TRUTH_COLOUR, closeups, lightbox, overlay, planes
-from anomri.plots import curves_plot, histogram, patients_plot
-from anomri.previews import Picture, Preview, read_preview, save_preview
-from anomri.reporting import CaseView, Page, Table, report, write_page
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
+from anomri.model.detection import Detection
+from anomri.reporting.pages import CaseView, Page, Table, report, write_page
+from anomri.reporting.pictures import MASK_COLOUR, TRUTH_COLOUR, closeups, lightbox, overlay, planes
+from anomri.reporting.plots import curves_plot, histogram, patients_plot
+from anomri.reporting.previews import Picture, Preview, read_preview, save_preview
+from anomri.runs.detect import detect_cohort
 from conftest import CHROMIUM, CHROMIUM_FLAGS
 
 EVIL = "<script>alert(1)</script>"
@@ -86,7 +86,7 @@ def browse(page: Path, profile: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_sorts_the_tables_and_runs_no_other_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import anomri.reporting as module
+    import anomri.reporting.pages as module
 
     real = module.files("anomri") / "templates"
     (tmp_path / "templates").mkdir()
@@ -147,7 +147,7 @@ def test_the_report_of_an_evaluation(cohort: Path, model: Path, tmp_path: Path) 
 
 
 def test_a_large_cohort_stays_small_enough_to_open(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import anomri.reporting as module
+    import anomri.reporting.pages as module
 
     monkeypatch.setattr(module, "MAX_PICTURES", 1)
     assert "1 of 2, largest volumes first; pictures of the others lie in the folder previews" in report(run).read_text()

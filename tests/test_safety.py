@@ -22,14 +22,15 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import Case
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.model_files import write_model
-from anomri.packing import pack_cohort
-from anomri.spec import AnomriError, Grid, ModelSpec, Scaling
-from anomri.training import train
-from anomri.training_state import TrainingState
+from anomri.errors import AnomriError
+from anomri.model.detector import Detector
+from anomri.model.files import write_model
+from anomri.scans.case import Case
+from anomri.scans.find import find_cases
+from anomri.spec import Grid, ModelSpec, Scaling
+from anomri.training.packing import pack_cohort
+from anomri.training.state import TrainingState
+from anomri.training.train import train
 from conftest import write_case
 
 ROOM_MB = 400

@@ -16,21 +16,22 @@ import torch
 from scipy import ndimage
 
 import anomri
-from anomri.balls import LARGE, SEED, SMALL, plant_balls
 from anomri.cli import main
 from anomri.cli.options import names_of
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.metrics import dice
-from anomri.packing import PackedCase, pack_cohort
-from anomri.positions import CELLS, packed_maps
-from anomri.residual import SCORES, WITH_MARKS, anomaly_score, erode_foreground, score_of, structural_similarity
-from anomri.score_choice import choose_score
+from anomri.errors import AnomriError
+from anomri.model.detector import Detector
+from anomri.scans.find import find_cases
+from anomri.scans.volume import read_volume
+from anomri.scoring.metrics import dice
+from anomri.scoring.positions import CELLS, packed_maps
+from anomri.scoring.scores import SCORES, WITH_MARKS, anomaly_score, erode_foreground, score_of, structural_similarity
 from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
-from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Scaling, Score
-from anomri.thresholds import PLANTED, healthy_thresholds
-from anomri.training import train
-from anomri.volume import read_volume
+from anomri.spec import FLOOR, LEVEL, SPREAD, Scaling, Score
+from anomri.training.choose_score import choose_score
+from anomri.training.packing import PackedCase, pack_cohort
+from anomri.training.spheres import LARGE, SEED, SMALL, plant_balls
+from anomri.training.thresholds import PLANTED, healthy_thresholds
+from anomri.training.train import train
 
 CHANNELS = ("flair", "t1")
 STANDARD = Scaling("standard")

@@ -9,9 +9,10 @@ from scipy import ndimage
 
 import anomri
 from anomri.cli import main
-from anomri.lesions import smallest_edge_distances
-from anomri.sensitivity import choose_threshold, confidence, describe
-from anomri.spec import AnomriError, HealthyScores, ModelSpec, Thresholds
+from anomri.errors import AnomriError
+from anomri.model.lesions import smallest_edge_distances
+from anomri.model.sensitivity import choose_threshold, confidence, describe
+from anomri.spec import HealthyScores, ModelSpec, Thresholds
 
 HEALTHY = HealthyScores((0.1, 0.2, 0.3), (9.0, 1.5, 0.0), (0.25, 0.3, 0.3), (5, 1), 0.3)
 THRESHOLDS = Thresholds((0.05, 0.01, 0.005, 0.001), (1.0, 2.0, 3.0, 4.0), 0.01, 10, 3, HEALTHY)

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from anomri.boxes import box_around, is_empty
-from anomri.noise import coarse_noise
-from anomri.residual import anomaly_score, erode_foreground, median_filter
+from anomri.errors import AnomriError
+from anomri.methods.noise import coarse_noise
+from anomri.scans.boxes import box_around, is_empty
+from anomri.scoring.scores import anomaly_score, erode_foreground, median_filter
 from anomri.slices import (
     Window,
     brain_box,
@@ -19,7 +20,7 @@ from anomri.slices import (
     to_slices,
     window_of,
 )
-from anomri.spec import AnomriError, Grid, Score
+from anomri.spec import Grid, Score
 
 SIZE = st.integers(1, 40)
 SHARE = st.floats(0, 1)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from anomri import steps
-from anomri.batches import Batches
-from anomri.cohorts import find_cases
-from anomri.distribution import Processes, fabric_of
 from anomri.methods import Player
-from anomri.packing import HealthySlices, pack_cohort
+from anomri.runtime.processes import Processes, fabric_of
+from anomri.scans.find import find_cases
 from anomri.spec import Grid, Scaling, Training
+from anomri.training import steps
+from anomri.training.batches import Batches
+from anomri.training.packing import HealthySlices, pack_cohort
 
 
 class NoGraph:

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anomri import synthetic
-from anomri.cohorts import find_cases
+from anomri.demo import cohort as synthetic
+from anomri.scans.find import find_cases
 
 COARSE_MM = 5.0
 CHANNELS = ("flair", "t1", "t1ce", "t2")

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 import anomri
-from anomri.cases import Case, split_cases
-from anomri.cohorts import find_cases
-from anomri.detector import Detector
-from anomri.interruption import StopRequest
+from anomri.errors import AnomriError, Interrupted
 from anomri.methods import Player
 from anomri.methods.dae import DAE
-from anomri.packing import HealthySlices, cohort_fingerprint, pack_cohort
-from anomri.spec import AnomriError, Grid, Interrupted, ModelSpec, Scaling, Training
-from anomri.steps import load_optimizer, optimizer_of
-from anomri.training import batch_numbers, learning_rate, train
-from anomri.training_cohort import notes_of, with_images
-from anomri.training_state import TrainingState
+from anomri.model.detector import Detector
+from anomri.runtime.interruption import StopRequest
+from anomri.scans.case import Case, split_cases
+from anomri.scans.find import find_cases
+from anomri.spec import Grid, ModelSpec, Scaling, Training
+from anomri.training.cohort import notes_of, with_images
+from anomri.training.packing import HealthySlices, cohort_fingerprint, pack_cohort
+from anomri.training.state import TrainingState
+from anomri.training.steps import load_optimizer, optimizer_of
+from anomri.training.train import batch_numbers, learning_rate, train
 from conftest import write
 
 
@@ -170,7 +171,7 @@ def test_what_is_killed_between_validations_goes_on_from_the_last_save(
 
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
     with monkeypatch.context() as patch:
-        patch.setattr("anomri.training.SAVE_EVERY_S", 0.0)
+        patch.setattr("anomri.training.train.SAVE_EVERY_S", 0.0)
         with pytest.raises(MemoryError):
             train(cohort, tmp_path / "m", progress=killed, **arguments)  # type: ignore[arg-type]
     assert TrainingState.load(tmp_path / "m", {}).step == 34
@@ -215,7 +216,7 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
 def test_a_loss_that_is_not_finite_stops(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anomri.noise.Noise.draw", lambda self, x, *others: x * float("nan"))
+    monkeypatch.setattr("anomri.methods.noise.Noise.draw", lambda self, x, *others: x * float("nan"))
     with pytest.raises(AnomriError, match=r"the loss of step 1 is nan; its batch has slices of case\d, .*from step 0"):
         train(cohort, tmp_path, preset="tiny", cache=cache)
 
@@ -225,7 +226,9 @@ def test_a_training_goes_on_from_before_its_loss_was_no_number(
 ) -> None:
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
     with monkeypatch.context() as patch:
-        patch.setattr("anomri.training.learning_rate", lambda training, step: float("nan") if step == 28 else 1e-3)
+        patch.setattr(
+            "anomri.training.train.learning_rate", lambda training, step: float("nan") if step == 28 else 1e-3
+        )
         with pytest.raises(AnomriError, match=r"loss of step 30 is nan; .* continue from step 20"):
             train(cohort, tmp_path / "m", progress=StopAt(33), **arguments)  # type: ignore[arg-type]
     assert TrainingState.load(tmp_path / "m", {}).step == 20
@@ -380,7 +383,7 @@ def test_the_smallest_labelled_lesion_leaves_its_slice_out(tmp_path: Path) -> No
 def test_a_validation_that_is_no_number_is_told(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anomri.training.validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("anomri.training.train.validation_loss", lambda *_: float("nan"))
     with pytest.raises(AnomriError, match=r"the validation loss was never a number; look at .*case5, case6"):
         train(cohort, tmp_path / "m", preset="tiny", training={"steps": 2}, cache=cache)
 

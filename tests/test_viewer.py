@@ -18,9 +18,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from anomri import viewer as module
-from anomri.spec import AnomriError
-from anomri.viewer import Page, Viewer, serve, view
+from anomri.errors import AnomriError
+from anomri.reporting import viewer as module
+from anomri.reporting.viewer import Page, Viewer, serve, view
 from conftest import CHROMIUM, CHROMIUM_FLAGS
 
 NAME = "b<i>&'2"  # a name that is markup

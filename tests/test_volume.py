@@ -13,10 +13,10 @@ import pytest
 from isal import igzip
 from scipy import ndimage
 
-from anomri.cases import Case
-from anomri.nifti import MAX_VOXELS, read_image
-from anomri.spec import AnomriError
-from anomri.volume import Volume, read_volume, write_image
+from anomri.errors import AnomriError
+from anomri.scans.case import Case
+from anomri.scans.nifti import MAX_VOXELS, read_image
+from anomri.scans.volume import Volume, read_volume, write_image
 from conftest import AFFINE, SHAPE, write
 
 ORIENTATIONS = ["".join(p) for axes in itertools.permutations(("LR", "AP", "SI")) for p in itertools.product(*axes)]

@@ -13,35 +13,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomri.cases import Case
-    from anomri.cohorts import find_cases
-    from anomri.comparison import compare
-    from anomri.detection import detect_cohort
-    from anomri.detector import Detector
-    from anomri.evaluation import evaluate
-    from anomri.findings import Detection
-    from anomri.merging import merge
-    from anomri.pooling import Evaluation
-    from anomri.reporting import report
-    from anomri.spec import AnomriError
-    from anomri.training import train
+    from anomri.comparison.compare import compare
+    from anomri.errors import AnomriError
+    from anomri.evaluation.evaluate import evaluate
+    from anomri.evaluation.merge import merge
+    from anomri.evaluation.pooling import Evaluation
+    from anomri.model.detection import Detection
+    from anomri.model.detector import Detector
+    from anomri.reporting.pages import report
+    from anomri.runs.detect import detect_cohort
+    from anomri.scans.case import Case
+    from anomri.scans.find import find_cases
+    from anomri.training.train import train
 
     load = Detector.load
 
 _HOMES = {
-    "AnomriError": "spec",
-    "Case": "cases",
-    "Detection": "findings",
-    "Detector": "detector",
-    "Evaluation": "pooling",
-    "compare": "comparison",
-    "detect_cohort": "detection",
-    "evaluate": "evaluation",
-    "find_cases": "cohorts",
-    "load": "detector",
-    "merge": "merging",
-    "report": "reporting",
-    "train": "training",
+    "AnomriError": "errors",
+    "Case": "scans.case",
+    "Detection": "model.detection",
+    "Detector": "model.detector",
+    "Evaluation": "evaluation.pooling",
+    "compare": "comparison.compare",
+    "detect_cohort": "runs.detect",
+    "evaluate": "evaluation.evaluate",
+    "find_cases": "scans.find",
+    "load": "model.detector",
+    "merge": "evaluation.merge",
+    "report": "reporting.pages",
+    "train": "training.train",
 }
 __all__ = sorted(_HOMES)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
 
 LOCK, PARTIAL = ".lock", ".partial-"
 MOMENT_S = 30.0

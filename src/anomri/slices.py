@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from anomri.boxes import box_around
-from anomri.geometry import copy_turned
-from anomri.spec import FLOOR, LEVEL, SPREAD, AnomriError, Grid, Scaling
-from anomri.volume import Volume
+from anomri.errors import AnomriError
+from anomri.scans.boxes import box_around
+from anomri.scans.geometry import copy_turned
+from anomri.scans.volume import Volume
+from anomri.spec import FLOOR, LEVEL, SPREAD, Grid, Scaling
 
 
 @dataclass(frozen=True)

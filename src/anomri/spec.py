@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from anomri.errors import AnomriError
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -18,26 +20,6 @@ CITATION = (
     "Kascenas A, Pugeault N, O'Neil AQ. Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI. "
     "MIDL 2022, PMLR 172:653-664."
 )
-
-
-class AnomriError(Exception):
-    """Something in the input that the user can put right; its message says what, where and how."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says first, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class Interrupted(BaseException):
-    """A run was asked to stop by ``signal``; what it reached is saved, and the message says how to go on.
-
-    No ``Exception``: what guards against a library's errors must not take a stop for one.
-    """
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class Scaling:
 class Score:
     """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped.
 
-    The defaults are the paper's; ``residual.SCORES`` says what each ``kind`` is, ``own`` being the method's own.
+    The defaults are the paper's; ``scores.SCORES`` says what each ``kind`` is, ``own`` being the method's own.
     """
 
     kind: str = "own"

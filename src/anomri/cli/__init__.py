@@ -11,9 +11,9 @@ from anomri.cli import training, detection, evaluation  # noqa: F401  # they reg
 
 # isort: on
 from anomri.cli.options import app, err, out
-from anomri.interruption import StopRequest, stoppable
-from anomri.launch import launched
-from anomri.spec import AnomriError, Interrupted
+from anomri.errors import AnomriError, Interrupted
+from anomri.runtime.interruption import StopRequest, stoppable
+from anomri.runtime.launch import launched
 
 
 def main(args: list[str] | None = None) -> int:

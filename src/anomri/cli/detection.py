@@ -24,7 +24,7 @@ from anomri.cli.options import (
     err,
     out,
 )
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
 
 
 @app.command()
@@ -60,14 +60,14 @@ def detect(
 
     Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
     """
-    from anomri.detection import detect_cohort
-    from anomri.detector import BUILT_IN
-    from anomri.distribution import processes
-    from anomri.extras import optional
-    from anomri.intake import named, take_in
-    from anomri.preparation import Preparation
-    from anomri.progress import case_progress
-    from anomri.results import CaseResult, cases_before, write_dicom_seg
+    from anomri.cli.progress import case_progress
+    from anomri.model.detector import BUILT_IN
+    from anomri.optional import optional
+    from anomri.runs.detect import detect_cohort
+    from anomri.runs.tables import CaseResult, cases_before, write_dicom_seg
+    from anomri.runtime.processes import processes
+    from anomri.scans.intake import named, take_in
+    from anomri.scans.prepare import Preparation
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
@@ -161,9 +161,9 @@ def bids(
     precision: Precision = "auto",
 ) -> None:
     """Detect in a BIDS data set and write BIDS derivatives."""
-    from anomri.bids import run_group, run_participant
-    from anomri.preparation import Preparation
-    from anomri.progress import case_progress
+    from anomri.cli.progress import case_progress
+    from anomri.runs.bids import run_group, run_participant
+    from anomri.scans.prepare import Preparation
 
     if level == "group":
         sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -210,7 +210,7 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
 ) -> None:
     """Show maps, masks and scans in a page on this machine, to scroll through; Ctrl-C ends it."""
-    from anomri.viewer import view as run
+    from anomri.reporting.viewer import view as run
 
     run(
         folder,

@@ -28,7 +28,7 @@ from anomri.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from anomri.pooling import Evaluation
+    from anomri.evaluation.pooling import Evaluation
 
 
 @app.command()
@@ -59,12 +59,13 @@ def evaluate(
 
     Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
     """
-    from anomri.detector import Detector
-    from anomri.distribution import processes
-    from anomri.evaluation import evaluate as run
-    from anomri.evaluation import evaluate_shard, make_plan
-    from anomri.progress import case_progress
-    from anomri.spec import AnomriError, Score
+    from anomri.cli.progress import case_progress
+    from anomri.errors import AnomriError
+    from anomri.evaluation.evaluate import evaluate as run
+    from anomri.evaluation.evaluate import evaluate_shard, make_plan
+    from anomri.model.detector import Detector
+    from anomri.runtime.processes import processes
+    from anomri.spec import Score
 
     processes(device)
     if maps is not None and not model and (channels or score or min_volume is not None):
@@ -106,7 +107,7 @@ def evaluate(
 @app.command()
 def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that all shards wrote to.")]) -> None:
     """Join what `detect --shard` or `evaluate --shard` left in a folder: one set of tables, figures, one report."""
-    from anomri.merging import merge as run
+    from anomri.evaluation.merge import merge as run
 
     failed = run(folder)
     out.print(f"All shards are merged, {failed} cases failed. Look at {folder / 'report.html'}", soft_wrap=True)
@@ -138,8 +139,8 @@ def compare(
 
     Stop it when you like: the same command continues, and reuses what is finished.
     """
-    from anomri.comparison import compare as run
-    from anomri.progress import comparison_progress
+    from anomri.cli.progress import comparison_progress
+    from anomri.comparison.compare import compare as run
 
     with comparison_progress(err) as progress:
         comparison = run(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 import typer
 from rich.console import Console
 
-from anomri.naming import channel_name
-from anomri.spec import AnomriError
+from anomri.errors import AnomriError
+from anomri.scans.names import channel_name
 
 if TYPE_CHECKING:
-    from anomri.detector import Detector
+    from anomri.model.detector import Detector
 
 app = typer.Typer(
     help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
@@ -82,7 +82,7 @@ def detector_of(
     channels: str | None,
 ) -> Detector:
     """The model of a command, as the options of these names ask for it; raises `AnomriError`."""
-    from anomri.detector import Detector
+    from anomri.model.detector import Detector
 
     detector = Detector.load(model, device, precision)
     if channels:

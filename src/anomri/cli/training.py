@@ -72,8 +72,8 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m anomri train ..., or srun anomri train ...
     """
-    from anomri.progress import training_progress
-    from anomri.training import train as run
+    from anomri.cli.progress import training_progress
+    from anomri.training.train import train as run
 
     changed = {
         "steps": steps,
@@ -128,8 +128,8 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make a synthetic cohort, train on its healthy brains, detect, compare with thresholding, write a report."""
-    from anomri.demo import run_demo
-    from anomri.progress import training_progress
+    from anomri.cli.progress import training_progress
+    from anomri.demo.run import run_demo
 
     with training_progress(err) as progress:
         result = run_demo(output, keep=keep, seed=seed, progress=progress)
@@ -149,8 +149,8 @@ def import_checkpoint(
     channels: Channels = None,
 ) -> None:
     """Turn a checkpoint of the released program into a model folder; no code in it is run."""
-    from anomri.checkpoint import RELEASED_CHANNELS
-    from anomri.checkpoint import import_checkpoint as run
+    from anomri.model.released import RELEASED_CHANNELS
+    from anomri.model.released import import_checkpoint as run
 
     detector = run(file, output, names_of(channels) or RELEASED_CHANNELS)
     out.print(f"Model: {output} (channels {', '.join(detector.spec.channels)})", soft_wrap=True)

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol, get_type_hints, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
-from anomri.spec import AnomriError, Grid, ModelSpec, Scaling, Score, Training
+from anomri.errors import AnomriError
+from anomri.spec import Grid, ModelSpec, Scaling, Score, Training
 
 Box = tuple[int, int, int, int]
 

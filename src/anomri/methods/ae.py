@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-from anomri.backbones import Decoder, Encoder
 from anomri.methods import LAPTOP, Box, Preset
-from anomri.residual import mean_absolute_residual
+from anomri.methods.networks.timed_unet import Decoder, Encoder
+from anomri.scoring.scores import mean_absolute_residual
 from anomri.slices import cut_box, paste_box
 from anomri.spec import Training
 

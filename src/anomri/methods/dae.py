@@ -10,15 +10,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from anomri.anomalies import PLAQUE_SHARE, mark_loss, plant_anomalies
-from anomri.augmentation import Augmentation, augment
-from anomri.draws import constants, for_all, uniform
+from anomri.errors import AnomriError
 from anomri.methods import LAPTOP, Box, Preset
-from anomri.networks import UNet
-from anomri.noise import Noise, add_on_foreground
-from anomri.residual import mean_absolute_residual
+from anomri.methods.anomalies import PLAQUE_SHARE, mark_loss, plant_anomalies
+from anomri.methods.augmentation import Augmentation, augment
+from anomri.methods.draws import constants, for_all, uniform
+from anomri.methods.networks.unet import UNet
+from anomri.methods.noise import Noise, add_on_foreground
+from anomri.scoring.scores import mean_absolute_residual
 from anomri.slices import cut_box, paste_box, rescale
-from anomri.spec import AnomriError, Grid, Scaling, Score, Training
+from anomri.spec import Grid, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
 VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}

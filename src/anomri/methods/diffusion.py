@@ -10,14 +10,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.backbones import TimedUNet
-from anomri.draws import integers, normal
+from anomri.errors import AnomriError
 from anomri.methods import LAPTOP, Box, Preset
-from anomri.noise import coarse_noise
-from anomri.residual import mean_absolute_residual
-from anomri.simplex import simplex_noise
+from anomri.methods.draws import integers, normal
+from anomri.methods.networks.timed_unet import TimedUNet
+from anomri.methods.noise import coarse_noise
+from anomri.methods.simplex import simplex_noise
+from anomri.scoring.scores import mean_absolute_residual
 from anomri.slices import cut_box, paste_box
-from anomri.spec import AnomriError, Training
+from anomri.spec import Training
 
 SMALL = replace(LAPTOP, steps=1200)
 TEST_SEED = 2022

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.gan_networks import GRID, Downward, SliceGenerator
 from anomri.methods import Box, Player, Preset
-from anomri.residual import mean_absolute_residual
+from anomri.methods.networks.gan import GRID, Downward, SliceGenerator
+from anomri.scoring.scores import mean_absolute_residual
 from anomri.spec import Training
 
 CRITIC_TURNS = 5

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from anomri.errors import AnomriError
 from anomri.methods import Box, Preset
-from anomri.spec import AnomriError
 
 
 class Thresholding(nn.Module):

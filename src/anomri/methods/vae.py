@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.backbones import Decoder, Encoder
-from anomri.draws import normal
 from anomri.methods import LAPTOP, Box, Preset
-from anomri.residual import mean_absolute_residual
+from anomri.methods.draws import normal
+from anomri.methods.networks.timed_unet import Decoder, Encoder
+from anomri.scoring.scores import mean_absolute_residual
 from anomri.spec import Training
 
 GRID = 128

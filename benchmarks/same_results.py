@@ -1,0 +1,123 @@
+"""Whether a change of the code changes results: run real scans through two checkouts and compare every number.
+
+    python benchmarks/same_results.py run ../shared/data before     # in the checkout before the change
+    python benchmarks/same_results.py run ../shared/data after      # in the checkout after it
+    python benchmarks/same_results.py compare before after
+
+Images are compared byte by byte, after decompression. Tables and JSON are compared value by value, except for times,
+versions, paths and fingerprints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+VOLATILE = {
+    "anomri",
+    "code",
+    "date",
+    "fingerprint",
+    "key",
+    "machine",
+    "seconds",
+    "started",
+    "version",
+    "versions",
+    "model",
+}
+"""Columns and keys that differ between two runs of the same code, or name the code itself."""
+
+
+def commands(data: Path, out: Path) -> dict[str, list[str]]:
+    """The runs to compare: name of the output folder, and the arguments of the command line."""
+    brats, small = str(data / "brats18"), ["--preset", "small", "--steps", "40", "--precision", "32-true"]
+    return {
+        "brats18": ["detect", "-i", brats, "--reconstruction"],
+        "brats18-flair": ["evaluate", "-i", brats, "--channels", "flair"],
+        "brats18-evaluate": ["evaluate", "-i", brats],
+        "mslesseg": ["evaluate", "-i", str(data / "mslesseg")],
+        "mslesseg-detect": ["detect", "-i", str(data / "mslesseg"), "--sensitivity", "high"],
+        "stroke": ["detect", "-i", str(data / "stroke")],
+        "healthy": ["detect", "-i", str(data / "healthy"), "--min-volume", "10"],
+        "whole_head": ["detect", "-i", str(data / "whole_head"), "--skull-strip", "--register"],
+        "train": ["train", "-i", brats, *small],
+    }
+
+
+def run(data: Path, out: Path) -> None:
+    """Run every command with the anomri that this Python imports."""
+    for name, arguments in commands(data, out).items():
+        folder = out / name
+        if not folder.exists():
+            print(name, flush=True)
+            command = [sys.executable, "-m", "anomri", *arguments, "-o", str(folder)]
+            if name == "train":
+                command += ["--cache", str(out / "cache")]
+            code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+            print(f"  exit code {code}", flush=True)
+
+
+def contents(path: Path) -> object:
+    """What is compared of a file: a digest, the rows of a table, or the values of a JSON document."""
+    if path.name.endswith(".nii.gz"):
+        return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+    if path.suffix in (".tsv", ".csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        return [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows]
+    if path.suffix == ".json":
+        return _stable(json.loads(path.read_text(encoding="utf-8")))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _stable(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _stable(one) for key, one in value.items() if key not in VOLATILE}
+    if isinstance(value, list):
+        return [_stable(one) for one in value]
+    return value
+
+
+def compare(before: Path, after: Path) -> int:
+    """Print what differs between two folders of runs; 1 if anything does."""
+    kinds = (".nii.gz", ".tsv", ".csv", ".json", ".safetensors")
+    files = {
+        path.relative_to(before)
+        for path in before.rglob("*")
+        if path.name.endswith(kinds) and "logs" not in path.parts and "cache" not in path.parts
+    }
+    different = 0
+    for path in sorted(files):
+        if not (after / path).is_file():
+            different += 1
+            print(f"missing: {path}")
+        elif contents(before / path) != contents(after / path):
+            different += 1
+            print(f"differs: {path}")
+    print(f"{len(files)} files compared, {different} differ")
+    return int(different > 0)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "compare"])
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    options = parser.parse_args()
+    if options.action == "compare":
+        return compare(options.first, options.second)
+    options.second.mkdir(parents=True, exist_ok=True)
+    run(options.first, options.second)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A demonstration without data: a synthetic cohort, and the whole method run on it."""

@@ -1,0 +1,4 @@
+"""How well maps agree with labels, patient by patient and pooled, with intervals.
+
+`evaluate.evaluate` is the way in.
+"""

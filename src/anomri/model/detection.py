@@ -1,0 +1,172 @@
+"""What was found in one scan, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anomri.errors import AnomriError
+from anomri.files import output_folder, says, write_text
+from anomri.model.lesions import Lesion
+from anomri.scans.case import Case
+from anomri.scans.names import OUTPUTS
+from anomri.scans.nifti import write_image_file
+from anomri.scans.volume import Volume, image_of
+from anomri.slices import SliceStack, from_slices
+from anomri.spec import ModelSpec
+
+BRIGHTEST_RATE = 0.0005
+"""Colours end at twice the score that so many healthy voxels exceed, or as few as the model stores."""
+
+SUMMARY_KEY = "anomri"
+"""What the ``<case>.json`` of a run has, and that of a converter has not."""
+
+Kind = Literal["anomaly", "mask", "reconstruction"]
+
+
+def check_room(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if the results of one of the ``cases`` would replace a file in ``folder`` that is none.
+
+    A mask there may be a brain's, and a ``.json`` a converter's. Beside a map or a summary, images are an earlier run's.
+    """
+    for case in cases:
+        *images, about = _paths(folder, case.name)
+        known = says(about, SUMMARY_KEY)
+        foreign = [about] if about.exists() and not known else []
+        if not known and not images[-1].exists():
+            foreign += [path for path in images if path.exists()]
+        if foreign:
+            raise AnomriError(
+                f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
+                f"folder with -o."
+            )
+
+
+def without_result(case: Case) -> Case:
+    """The case without a brain mask that is none but what an earlier run found in it, and left beside its images."""
+    mask = case.mask
+    if mask and mask.name == f"{case.name}_mask.nii.gz" and says(mask.with_name(f"{case.name}.json"), SUMMARY_KEY):
+        return replace(case, mask=None)
+    return case
+
+
+def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
+    """Remove the files of a case that a run before this one left, but those ``kept``: what stays is of one model."""
+    for path in _paths(folder, case):
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _paths(folder: Path, case: str) -> list[Path]:
+    """What there may be of a case; the map and the summary, by which the others are known, last."""
+    return [
+        folder / f"{case}{end}" for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
+    ]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What was found in one scan; arrays lie in the working orientation, LPS, and `image` and `save` on the input's grid.
+
+    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
+    ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
+    intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n, h, w) are what the method
+    saw and gave on the working grid. ``spec`` is the model's, its thresholds those for the channels that the scan has,
+    and ``threshold`` the score that made the mask.
+    """
+
+    name: str
+    spec: ModelSpec
+    volume: Volume
+    stack: SliceStack
+    scores: NDArray[np.float32]
+    reconstructed: Tensor
+    anomaly_map: NDArray[np.float32]
+    threshold: float | None
+    mask: NDArray[np.bool_] | None
+    lesions: tuple[Lesion, ...]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Those of the model's channels that the scan has, and that were looked at."""
+        return self.volume.present
+
+    @property
+    def reconstruction(self) -> NDArray[np.float32]:
+        """The reconstruction of the scan's ``channels``, (channels, x, y, z) in the input's intensities."""
+        shape, stack = self.volume.geometry.canonical_shape, self.stack
+        found = []
+        for name in self.channels:
+            number = self.volume.channels.index(name)
+            slices = stack.scale[number].inverse(self.reconstructed[:, number], stack.foreground)
+            found.append(from_slices(slices, shape, stack.window, stack.index))
+        return np.stack(found)
+
+    @property
+    def display_range(self) -> tuple[float, float]:
+        """Scores between which a viewer shows colour: the same for all scans of a model."""
+        thresholds = self.spec.thresholds
+        if thresholds is None:
+            return (0.0, 0.5)
+        rates = zip(thresholds.false_positive_rate, thresholds.value, strict=True)
+        return thresholds.value[0], 2 * max(value for rate, value in rates if rate >= BRIGHTEST_RATE)
+
+    def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
+        """What `save` writes of that kind, on the input's own grid; raises `AnomriError` if there is no mask."""
+        image = self._image(kind)
+        # Read back: then its affine is what its header, whose forms and codes are the input's, says.
+        return type(image).from_bytes(image.to_bytes())
+
+    def _image(self, kind: Kind) -> nib.Nifti1Image:
+        geometry = self.volume.geometry
+        if kind == "anomaly":
+            return image_of(self.anomaly_map, geometry, self.display_range)
+        if kind == "reconstruction":
+            return image_of(self.reconstruction, geometry)
+        if self.mask is None:
+            raise AnomriError(f"{self.name}: the model has no threshold, so there is no mask.")
+        return image_of(self.mask.astype(np.uint8), geometry, (0, 1))
+
+    def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
+        """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
+
+        Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
+        there. Raises `AnomriError` naming the file that cannot be written.
+        """
+        folder = output_folder(Path(folder))
+        kinds: list[Kind] = ["anomaly"]
+        kinds += ["mask"] if self.mask is not None else []
+        kinds += ["reconstruction"] if reconstruction else []
+        written = [folder / f"{self.name}_{kind}.nii.gz" for kind in kinds]
+        for kind, path in zip(kinds, written, strict=True):
+            write_image_file(path, self._image(kind))
+        written.append(folder / f"{self.name}.json")
+        write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
+        return written
+
+    def summary(self) -> dict[str, Any]:
+        """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""
+        stored = self.spec.thresholds
+        chosen = stored if stored and self.threshold == stored.threshold else None
+        return {
+            "case": self.name,
+            "channels": list(self.channels),
+            "method": self.spec.method,
+            "threshold": self.threshold,
+            "voxel_false_positive_rate": chosen.voxel_rate if chosen else None,
+            "false_positive_ml": chosen.chosen_ml if chosen else None,
+            "peak": float(self.anomaly_map.max()),
+            "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
+            "lesions": [asdict(lesion) for lesion in self.lesions],
+            "notes": list(self.volume.notes),
+            "anomri": version("anomri"),
+        }

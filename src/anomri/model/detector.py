@@ -1,0 +1,351 @@
+"""A trained model at work: load, save, and find what does not look healthy in a scan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.spatialimages import SpatialImage
+from numpy.typing import NDArray
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from anomri import methods
+from anomri.errors import AnomriError
+from anomri.files import output_folder
+from anomri.model.detection import Detection
+from anomri.model.files import cases_of_model, read_model, write_model
+from anomri.model.inference import Inference
+from anomri.model.lesions import Lesion, find_lesions
+from anomri.model.sensitivity import choose_threshold
+from anomri.model.views import averaged_output, check_score
+from anomri.runtime.devices import resolve_device
+from anomri.scans.case import Case, case_of_files, splits_of, write_splits
+from anomri.scans.find import find_cases
+from anomri.scans.names import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
+from anomri.scans.nifti import as_files
+from anomri.scans.prepare import Preparation, prepare
+from anomri.scans.volume import Volume
+from anomri.scoring.metrics import drop_small_components
+from anomri.scoring.scores import anomaly_score, check_scores, score_of
+from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
+from anomri.spec import ModelSpec, Thresholds
+
+BUILT_IN = Path(__file__).parents[1] / "pretrained" / "brats18"
+"""The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
+Source = str | Path | SpatialImage
+
+
+class Detector:
+    """A model ready to find anomalies: its specification and its method with weights.
+
+    ``Detector.load(folder)`` reads a model folder; `detect` takes one scan. Use `anomri.load` for short.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        method: nn.Module,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        cases: Sequence[Case] = (),
+    ) -> None:
+        self.spec = spec
+        self.channels = spec.channels
+        """Those of the model's channels that are looked at; see `with_channels`."""
+        self.cases = cases
+        """Those that the model was trained on and held out, if its folder says so; maybe without files."""
+        # Kept for `save`: folding changes the filters in place.
+        self._state = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in method.state_dict().items()
+        }
+        self.inference = Inference(method, device, precision)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.inference.device
+
+    @property
+    def method(self) -> Any:
+        """The method with its weights, `unet.fold_weight_standardisation` done."""
+        return self.inference.method
+
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of all that decides what is found in a scan: specification and weights."""
+        seen = self.spec.to_json() + "+".join(self.channels)
+        if self.inference.precision != "auto":
+            seen += self.inference.precision
+        return hashlib.sha256(seen.encode() + save_tensors(self._state)).hexdigest()
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Which cases and patients the model was trained on and held out (`case.splits_of`)."""
+        return splits_of(self.cases)
+
+    @property
+    def thresholds(self) -> Thresholds | None:
+        """The model's thresholds for scans that have all the channels that are looked at."""
+        return self.spec.thresholds_of(self.channels)
+
+    @property
+    def takes_subsets(self) -> bool:
+        """Whether a scan may lack some of the channels."""
+        return bool(getattr(self.method, "takes_subsets", False))
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Detector:
+        """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
+
+        ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
+        ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one. ``precision`` is
+        ``auto``, which computes in bfloat16 where the hardware has it, ``32-true`` or ``bf16-mixed``.
+
+        Raises `AnomriError` naming the file that is missing, damaged or does not fit.
+        """
+        folder = BUILT_IN if folder is None else Path(folder)
+        spec, method, state = read_model(folder)
+        try:
+            method.load_state_dict(state)
+        except RuntimeError as error:
+            raise AnomriError(
+                f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
+            ) from error
+        return cls(spec, method, resolve_device(device), precision, cases_of_model(folder))
+
+    def detect(
+        self,
+        scan: Case | Volume | Mapping[str, Source] | Source,
+        preparation: Preparation = Preparation(),
+        *,
+        threshold: float | None = None,
+        name: str | None = None,
+    ) -> Detection:
+        """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
+
+        A file may also be an image of nibabel; one alone is the model's only channel, or FLAIR. Name such scans by
+        ``name``, which their files are called by.
+        ``preparation`` says what is done to files before (a `Volume` is taken as it is); ``threshold`` is a score that
+        makes the mask in place of the model's own. Raises `AnomriError` if the scan lacks a channel of the model or
+        cannot be read.
+        """
+        volume = scan if isinstance(scan, Volume) else self.read(scan, preparation, name)
+        if volume.channels != self.spec.channels:
+            raise AnomriError(
+                f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
+                f"{', '.join(self.spec.channels)}; read it by the model's `read`, or complete it (`Volume.completed`)."
+            )
+        volume = volume.without([name for name in volume.present if name not in self.channels])
+        stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
+        before = self.inference.batch
+        scores, reconstructed = self.score(stack)
+        if self.inference.batch < before:
+            note = (
+                f"memory was short: the network takes {self.inference.batch} slices at once from here on, not {before}."
+            )
+            volume = replace(volume, notes=(*volume.notes, note))
+        shape = volume.geometry.canonical_shape
+        anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
+        spec = replace(self.spec, thresholds=self.spec.thresholds_of(volume.present))
+        if threshold is None and spec.thresholds is not None:
+            threshold = spec.thresholds.threshold
+        threshold = None if threshold is None else float(threshold)
+        mask: NDArray[np.bool_] | None = None
+        lesions: tuple[Lesion, ...] = ()
+        if threshold is not None:
+            dropped = spec.score.max_dropped(stack.spacing_mm, volume.geometry.voxel_mm3)
+            mask = drop_small_components(anomaly_map > threshold, dropped)
+            healthy = spec.thresholds.healthy if spec.thresholds else None
+            lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, healthy)
+        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, threshold, mask, lesions)
+
+    def with_threshold(
+        self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
+    ) -> Detector:
+        """The same model with another of its label-free thresholds, for all parts of its channels.
+
+        See `sensitivity.choose_threshold`; what there is to choose from is what the model stores for the channels that
+        are looked at. A part that does not store it has its own default.
+        """
+        choose_threshold(self.thresholds, sensitivity, false_positive_ml)
+
+        def alike(part: Thresholds) -> Thresholds | None:
+            most = false_positive_ml
+            if most is not None:
+                if part.healthy is None:  # of a model that an earlier anomri trained
+                    return None
+                # Its volumes may end below that; the lowest threshold that it has then.
+                most = min(most, part.healthy.false_positive_ml[0])
+            try:
+                return choose_threshold(part, sensitivity, most)
+            except AnomriError:
+                # A rate that was chosen for other channels, or a step beyond the part's last.
+                return part
+
+        parts = {names: alike(part) for names, part in self.spec.subset_thresholds.items()}
+        detector = copy(self)
+        detector.spec = replace(
+            self.spec,
+            thresholds=alike(self.spec.thresholds) if self.spec.thresholds else None,
+            subset_thresholds={name: one for name, one in parts.items() if one},
+        )
+        return detector
+
+    def with_min_volume(self, mm3: float | None) -> Detector:
+        """The same model, whose masks keep components of at least this volume; ``None``: as it was trained."""
+        detector = copy(self)
+        if mm3 is not None:
+            detector.spec = replace(self.spec, score=replace(self.spec.score, min_volume_mm3=mm3))
+        return detector
+
+    def with_channels(self, names: Sequence[str]) -> Detector:
+        """The same model, looking at these of its channels only, with the `thresholds` for them.
+
+        Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
+        """
+        names = [channel_name(name) for name in names]
+        chosen = tuple(name for name in self.spec.channels if name in names)
+        if not chosen or len(chosen) < len(set(names)):
+            raise AnomriError(
+                f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is no part of them."
+            )
+        if chosen != self.spec.channels and not self.takes_subsets:
+            raise AnomriError(
+                f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
+                f"quick or accurate) takes a part of them."
+            )
+        detector = copy(self)
+        detector.channels = chosen
+        return detector
+
+    def with_score(self, **score: Any) -> Detector:
+        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none.
+
+        Raises `AnomriError` if there is no such score, or the model does not make what it needs.
+        """
+        if score.get("kind") == "auto":
+            raise AnomriError("the score auto is chosen when a model is trained; name one, such as absolute.")
+        detector = copy(self)
+        detector.spec = replace(
+            self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}
+        )
+        check_score(self.method, detector.spec.score, self.spec.channels)
+        return detector
+
+    def find_cases(self, cohort: str | Path) -> list[Case]:
+        """`find.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR.
+
+        FLAIR it is for a model that takes a part of its channels; a file whose name says that it is something else
+        (`OTHER_IMAGES`) is neither.
+        """
+        cases = find_cases(cohort)
+        if not Path(cohort).name.lower().endswith(SUFFIXES):
+            return cases
+        ((channel, path),) = cases[0].channels.items()
+        taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
+        if channel in (*self.channels, *OTHER_IMAGES) or taken_for not in self.channels:
+            return cases
+        if len(self.channels) > 1 and not self.takes_subsets:
+            return cases
+        note = f"{path.name} is taken for {taken_for}, since its name says no channel of the model."
+        name = cases[0].name if len(self.channels) == 1 else bare_name(path)
+        return [Case(name, {taken_for: path}, notes=(note,))]
+
+    def read(
+        self,
+        scan: Case | Mapping[str, Source] | Source,
+        preparation: Preparation = Preparation(),
+        name: str | None = None,
+    ) -> Volume:
+        """Read the model's channels of one scan, prepared."""
+        if isinstance(scan, SpatialImage):
+            scan = {self.channels[0] if len(self.channels) == 1 else "flair": scan}
+        if isinstance(scan, Mapping):
+            with as_files(scan) as files:
+                return self.read(case_of_files(files, name), preparation)
+        if not isinstance(scan, Case):
+            cases = self.find_cases(scan)
+            if len(cases) > 1:
+                raise AnomriError(f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases.")
+            scan = cases[0]
+        channels = self.spec.channels
+        missing = [channel for channel in channels if channel not in scan.channels]
+        present = [channel for channel in self.channels if channel in scan.channels]
+        if len(present) < len(channels) and present and self.takes_subsets:
+            notes = self._notes_on(scan) if len(present) < len(self.channels) else ()
+            return prepare(scan, present, self.spec.grid, preparation).completed(channels, (*scan.notes, *notes))
+        if missing:
+            raise AnomriError(
+                f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
+                f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
+                f"<case>_<channel>.nii.gz, or train a model of the channels that there are."
+            )
+        volume = prepare(scan, channels, self.spec.grid, preparation)
+        return replace(volume, notes=(*scan.notes, *volume.notes))
+
+    def _notes_on(self, scan: Case) -> list[str]:
+        """What the owner of a scan should know that lacks channels."""
+        absent = [name for name in self.channels if name not in scan.channels]
+        stored = self.spec.thresholds_of([name for name in self.channels if name in scan.channels])
+        known = ", and has a threshold for that" if stored else "; it has no threshold for that, so there is no mask"
+        notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without{known}."]
+        others = [name for name in scan.channels if name not in self.spec.channels]
+        if others:
+            notes.append(f"{', '.join(others)} is no channel of the model, and is not looked at.")
+        bright = [name for name in self.spec.score.channels if name in self.channels]
+        if bright and set(bright) <= set(absent):
+            notes.append(f"without {' and '.join(bright)}, which the score rests on, far fewer lesions are found.")
+        return notes
+
+    def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
+        """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
+        raw, reconstructed = self.raw_score(stack)
+        return anomaly_score(raw, stack.foreground, self.spec.score, stack.spacing_mm), reconstructed
+
+    def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
+        """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
+        output = self.output(stack)
+        c = stack.x.shape[1]
+        if self.spec.score.kind in ("own", "auto"):
+            with torch.no_grad():
+                raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
+            check_scores(raw, stack.foreground, self.spec.method)
+        else:
+            raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
+        # Outside the brain a method is free to make up anything; nobody should see it.
+        return raw, output[:, :c] * stack.foreground[:, None]
+
+    def output(self, stack: SliceStack) -> Tensor:
+        """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
+        return averaged_output(self.inference, stack, self.spec.channels, self.spec.score, self._box(stack))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model folder that `load` reads: the model with all of its channels, and whom it has seen."""
+        if self.cases:
+            write_splits(output_folder(Path(folder)) / "splits.csv", self.cases)
+        write_model(Path(folder), self.spec, self._state)
+
+    def with_spec(self, spec: ModelSpec) -> Detector:
+        """The same weights with another specification, say another score; raises `AnomriError` if they do not fit."""
+        method = methods.build(spec)
+        try:
+            method.load_state_dict(self._state)
+        except RuntimeError as error:
+            raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
+        return Detector(spec, method, self.device, self.inference.precision, self.cases)
+
+    def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
+        if self.spec.crop is None:
+            return None
+        return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
+
+
+load = Detector.load

@@ -1,0 +1,94 @@
+"""A method at work on the slices of a scan: on which device, in which arithmetic, how many slices at once."""
+
+from __future__ import annotations
+
+import math
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomri.methods import Box
+from anomri.methods.networks.unet import fold_weight_standardisation
+from anomri.runtime.devices import resolve_precision
+from anomri.runtime.memory import keep_memory, smaller_until_it_fits
+from anomri.runtime.threads import side_by_side
+from anomri.slices import cut_box
+
+CACHED = 2**21
+"""Values of the finest maps that a processor has at once: four times as many take it a sixth longer (docs/performance.md)."""
+MOST_WORKERS = 4
+"""How many batches go through the network side by side, on a processor of so many cores or more: each takes memory."""
+
+
+class Inference:
+    """Calls ``method.reconstruct`` on any number of slices; weight standardisation is folded into the filters, in place.
+
+    ``precision`` is ``auto``, ``32-true`` or ``bf16-mixed``. A method whose ``half_precision`` is true is computed in
+    bfloat16 where that is asked for, or where (``auto``) the hardware has instructions for it; all others in float32.
+    ``batch`` is how many slices go through the network at once, at most; it falls where memory is short.
+    """
+
+    def __init__(self, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto") -> None:
+        self.device = torch.device(device)
+        self.precision = precision
+        found = resolve_precision(precision, self.device.type)
+        self.half = found == "bf16-mixed" and bool(getattr(method, "half_precision", False))
+        dtype = torch.bfloat16 if self.half else torch.float32
+        folded: Any = fold_weight_standardisation(method, dtype).eval().to(self.device)
+        self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
+        keep_memory()
+        self.batch = 64 if self.device.type != "cpu" else 8
+
+    def __call__(self, x: Tensor, box: Box | None = None, mirrored: bool = False) -> Tensor:
+        """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32.
+
+        If it is to see them ``mirrored``, its output is turned back.
+        """
+        output: Tensor | None = None
+        guard = Lock()
+
+        def place(some: slice) -> None:
+            nonlocal output
+            part = self._reconstruct(x[some], box, mirrored)
+            with guard:
+                if output is None:
+                    output = part.new_empty((len(x), *part.shape[1:]))
+            output[some] = part
+
+        def reconstruct(size: int) -> None:
+            parts = [slice(first, first + size) for first in range(0, len(x), size)]
+            workers = min(len(parts), MOST_WORKERS, torch.get_num_threads()) if self.device.type == "cpu" else 1
+            if workers == 1:
+                list(map(place, parts))
+                return
+            with side_by_side(workers) as pool:
+                list(pool.map(place, parts))
+
+        size = min(self.batch, self._fast(x, box))
+        fitting = smaller_until_it_fits(reconstruct, size)
+        if fitting < size:
+            # Several scans may be under way: what was too much for one stays so.
+            self.batch = min(fitting, self.batch)
+        assert output is not None
+        return output
+
+    def _fast(self, x: Tensor, box: Box | None) -> int:
+        """How many slices keep a network's finest maps near what a processor's cache holds, if the method knows their size."""
+        values = getattr(self.method, "values_per_pixel", None)
+        if self.device.type != "cpu" or values is None:
+            return self.batch
+        slices = CACHED / (values * cut_box(x, box)[0, 0].numel())
+        return 2 ** max(math.ceil(math.log2(slices)), 0)
+
+    def _reconstruct(self, x: Tensor, box: Box | None, mirrored: bool) -> Tensor:
+        x = x.to(self.device)
+        if mirrored:
+            x, box = x.flip(2), box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
+        if self.half:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one thread alone.
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            output: Tensor = self.method.reconstruct(x, box)
+        return (output.flip(2) if mirrored else output).float().cpu().contiguous()

@@ -1,0 +1,220 @@
+"""The BIDS app: scans of a BIDS data set in, BIDS derivatives out, participant by participant, then the group."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.errors import AnomriError
+from anomri.files import output_folder, read_json, remove_abandoned, write_text
+from anomri.model.detection import Detection
+from anomri.model.detector import Detector
+from anomri.model.lesions import lesion_labels
+from anomri.reporting.pages import detection_report
+from anomri.runs.detect import detect_each, finished
+from anomri.runs.records import Records, keys_of
+from anomri.runs.tables import CaseResult, run_facts, tsv, write_run, write_tables
+from anomri.runtime.launch import alone
+from anomri.scans.bids import CHANNELS, bids_cases, description, validate
+from anomri.scans.case import Case
+from anomri.scans.names import bare_name
+from anomri.scans.prepare import Preparation
+from anomri.scans.volume import Volume, write_image
+from anomri.spec import CITATION
+
+# Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by validator 3.0.
+IGNORED = ("report.html", "cases.tsv", "lesions.tsv", "run.json", "logs", "previews")
+LESION_FIELDS = {
+    "volume_mm3": "Volume in mm^3.",
+    **{f"{axis}_mm": f"Centroid in scanner coordinates (RAS+) in mm, axis {axis}." for axis in "xyz"},
+    "peak": "Highest anomaly score.",
+    "mean": "Mean anomaly score.",
+    "confidence": "k / (n + 1), where the highest score of k of n held-out healthy scans lies below the peak.",
+    "edge_distance_mm": "Smallest distance of a voxel from the brain's edge in mm.",
+}
+SCORE = "Anomaly score: 0 outside the brain, higher the less a scan looks like healthy ones; one scale for all; no probability."
+MASK = "1 where the anomaly score exceeds Threshold, as little of healthy brains does."
+README = f"""# Anomalies in brain MRI, found by anomri
+
+For research; not a medical device. Files `*_desc-anomaly_...` are:
+
+* `FLAIR`, `T1w` or `T2w`: {SCORE}
+* `mask`: where that score exceeds the model's threshold, small components dropped.
+* `dseg`: the connected components of the mask, numbered, with a line on each in the table.
+
+{CITATION}
+"""
+
+
+def run_participant(
+    bids_dir: str | Path,
+    out_dir: str | Path,
+    model: Detector | str | Path,
+    *,
+    participant_labels: Sequence[str] | None = None,
+    session_labels: Sequence[str] | None = None,
+    skip_bids_validation: bool = False,
+    preparation: Preparation = Preparation(),
+    warn: Callable[[str], None] = lambda text: None,
+    progress: Callable[[CaseResult, int], None] = lambda result, total: None,
+) -> list[CaseResult]:
+    """Detect in every case of a BIDS data set, after ``preparation``, and write derivatives to the data set ``out_dir``.
+
+    A case that fails is noted in ``logs`` and the run goes on. What other runs with the same model and data set
+    wrote to ``out_dir`` stays, and what is done is not done again, so participants may be worked on one by one, or at
+    the same time, and a run that was stopped goes on. Raises `AnomriError` if `bids_cases` does, the data set is not
+    valid, or ``out_dir`` belongs to something else.
+    """
+    alone("a run over BIDS (split it by --participant-label)")
+    root, out = Path(bids_dir), Path(out_dir)
+    detector = model if isinstance(model, Detector) else Detector.load(model)
+    channels = detector.channels
+    if not CHANNELS.keys() >= set(channels):
+        raise AnomriError(f"the model's channels are {', '.join(channels)}; in BIDS there are {', '.join(CHANNELS)}.")
+    labels: dict[str, Any] = {"participant_labels": participant_labels, "session_labels": session_labels}
+    cases = bids_cases(root, **labels, channels=channels, warn=warn)
+    if not skip_bids_validation:
+        validate(root, warn)
+    facts = run_facts(detector, len(cases), preparation)
+    _start(root, out, facts)
+    keys = keys_of(cases, detector.spec.channels, detector.fingerprint, asdict(preparation))
+    records, started = Records(output_folder(out / "logs"), keys, {}), time.time()
+    results = {case.name: result for case in cases if (result := finished(records, case.name, out))}
+    waiting = [case for case in cases if case.name not in results]
+    for result in results.values():
+        progress(result, len(cases))
+    write_run(out, facts, started)
+    try:
+        read, save = partial(_read, detector, preparation, root), partial(_save, root=root, out=out)
+        for result in detect_each(detector, waiting, read, save, out):
+            results[result.case] = result
+            _remove_former(out, result.case, result.files)
+            records.save(result.case, result.to_record(out))
+            progress(result, len(cases))
+    finally:
+        write_run(out, facts, started)
+    return [results[case.name] for case in cases]
+
+
+def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
+    """Remove the images of a case that its record names, with what is said of them, but those ``kept``."""
+    former: dict[str, Any] = {}
+    with suppress(AnomriError):
+        former = read_json(out / "logs" / f"{case}.json")
+    for name in former.get("files") or ():
+        image = out / name
+        if image not in kept and image.resolve().is_relative_to(out.resolve()):
+            for path in (image, *(image.with_name(bare_name(image) + end) for end in (".json", ".tsv"))):
+                path.unlink(missing_ok=True)
+
+
+def run_group(out_dir: str | Path) -> Path:
+    """Collect what `run_participant` left in ``out_dir`` in tables and ``report.html``; returns the report's path."""
+    out = Path(out_dir)
+    results = [CaseResult.of_record(read_json(path), out) for path in sorted((out / "logs").glob("sub-*.json"))]
+    if not results:
+        raise AnomriError(f"{out}: holds no participant's results (logs/sub-*.json); run the level participant first.")
+    write_tables(out, results)
+    return detection_report(out)
+
+
+def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) -> Volume:
+    wanted = detector.channels
+    missing = ", ".join(f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels)
+    if missing and not (detector.takes_subsets and case.channels):
+        folder, found = root.joinpath(*case.name.split("_"), "anat"), ", ".join(case.channels) or "none"
+        raise AnomriError(
+            f"{case.name}: no image for channel {missing} in {folder} (channels found in one space: {found}). Add it, "
+            f"or choose others with --participant-label."
+        )
+    return detector.read(case, preparation)
+
+
+def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]:
+    geometry, spec, thresholds = detection.volume.geometry, detection.spec, detection.spec.thresholds
+    images = [case.channels[channel] for channel in detection.channels]
+    sources = [f"bids:source:{quote(path.relative_to(root).as_posix())}" for path in (*images, case.mask) if path]
+    space = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
+    folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
+    stem = "_".join([case.name, *space[:1], "desc-anomaly"])
+    remove_abandoned(folder)
+    saved: list[Path] = []
+
+    def write(kind: str, data: NDArray[Any], high: float, made_from: list[str], about: dict[str, object]) -> list[str]:
+        path = folder / f"{stem}_{kind}.nii.gz"
+        write_image(path, data, geometry, (0, high) if kind in ("mask", "dseg") else detection.display_range)
+        said = {**about, "Sources": made_from, "SpatialReference": sources[0]}
+        write_text(folder / f"{stem}_{kind}.json", json.dumps(said, indent=2) + "\n")
+        saved.append(path)
+        return ["bids::" + path.relative_to(out).as_posix()]
+
+    about = {"Description": SCORE, "SkullStripped": True, "Channels": detection.channels, "Method": spec.method}
+    made = write(CHANNELS[detection.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about)
+    if detection.mask is None or thresholds is None:
+        return saved
+    about = {"Description": MASK, "Type": "Lesion", "Threshold": detection.threshold}
+    if thresholds.voxel_rate is not None:
+        about["VoxelFalsePositiveRate"] = thresholds.voxel_rate
+    else:
+        about["FalsePositiveVolume"] = f"{thresholds.chosen_ml} ml in a mean healthy scan"
+    made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
+    about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
+    about |= {"Description": "The connected components of the mask, numbered from the largest down.", "Manual": False}
+    write("dseg", lesion_labels(detection.mask), max(1, len(detection.lesions)), made, about)
+    rows = []
+    for one in detection.lesions:
+        scores = (one.peak, one.mean, one.confidence, one.edge_distance_mm)
+        known = ("n/a" if score is None else f"{score:.5g}" for score in scores)
+        rows.append((one.lesion, f"lesion {one.lesion}", one.volume_mm3, *one.centroid_mm, *known))
+    write_text(folder / f"{stem}_dseg.tsv", tsv(("index", "name", *LESION_FIELDS), rows))
+    return saved
+
+
+def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
+    """Make ``out`` a derivative data set, or see that it is one of the same input and model."""
+    try:
+        link = quote(Path(os.path.relpath(root.resolve(), out.resolve())).as_posix())
+    except ValueError as error:
+        raise AnomriError(f"{out}: lies on another drive than {root}; name a folder on the same one.") from error
+    path, source = out / "dataset_description.json", description(root)
+    old = read_json(path) if path.is_file() else {}
+    if old and '"anomri"' not in json.dumps(old.get("GeneratedBy")):
+        raise AnomriError(f"{path}: describes a data set that anomri did not write; name another output folder.")
+    if old.get("DatasetLinks", {"source": link}) != {"source": link}:
+        raise AnomriError(f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder.")
+    if (out / "run.json").is_file():
+        said, now = read_json(out / "run.json"), json.loads(json.dumps(facts))
+        other = [
+            key for key in ("method", "channels", "score", "thresholds", "preparation") if said.get(key) != now[key]
+        ]
+        if other:
+            raise AnomriError(
+                f"{out / 'run.json'}: holds results of another model (of another {', '.join(other)}); name another output folder."
+            )
+    described = {
+        "Name": f"Anomalies in {source.get('Name', 'brain MRI')}",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "SourceDatasets": [{"URL": link} | ({"DOI": source["DatasetDOI"]} if "DatasetDOI" in source else {})],
+        "DatasetLinks": {"source": link},
+        **old,
+        "GeneratedBy": [{"Name": "anomri", "Version": version("anomri")}],
+    }
+    write_text(output_folder(out) / path.name, json.dumps(described, indent=2) + "\n")
+    ignore = out / ".bidsignore"
+    lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.is_file() else []
+    write_text(ignore, "\n".join(dict.fromkeys([*lines, *IGNORED])) + "\n")
+    if not (out / "README.md").is_file():
+        write_text(out / "README.md", README)

@@ -1,0 +1,39 @@
+"""Taking the slow shading of a receive coil out of a scan (N4: Tustison et al., IEEE TMI 2010), by SimpleITK."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.errors import AnomriError
+from anomri.optional import optional
+
+WORKING_MM = 6.0
+"""The field is fitted to the image shrunk to about this size of voxel; it varies over centimetres."""
+ITERATIONS = [25, 20, 15]
+
+
+def correct_bias(data: NDArray[np.float32], spacing_mm: tuple[float, float, float], name: str) -> NDArray[np.float32]:
+    """A channel (x, y, z), zero outside the brain, divided by its bias field, which has mean 1 over the brain.
+
+    Raises `AnomriError` naming the channel if SimpleITK is not installed or finds no field.
+    """
+    sitk = optional("SimpleITK", "register", "--bias-correction")
+    inside = data > 0
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
+    image.SetSpacing(spacing_mm)
+    mask = sitk.GetImageFromArray(np.ascontiguousarray(inside.T.astype(np.uint8)))
+    mask.CopyInformation(image)
+    # A side keeps eight voxels or more: a scan may have few slices.
+    factors = [max(1, min(round(WORKING_MM / mm), n // 8)) for mm, n in zip(spacing_mm, data.shape, strict=True)]
+    correct = sitk.N4BiasFieldCorrectionImageFilter()
+    correct.SetMaximumNumberOfIterations(ITERATIONS)
+    correct.SetNumberOfThreads(1)
+    try:
+        correct.Execute(sitk.Shrink(image, factors), sitk.Shrink(mask, factors))
+        field = sitk.GetArrayFromImage(sitk.Exp(correct.GetLogBiasFieldAsImage(image))).T
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise AnomriError(f"{name}: N4 finds no bias field ({reason}); leave --bias-correction out.") from error
+    field = field / field[inside].mean()
+    return np.where(inside, data / np.maximum(field, 1e-3), 0).astype(np.float32)

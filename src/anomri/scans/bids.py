@@ -1,0 +1,194 @@
+"""The scans of a BIDS data set: which files are a participant's channels, brain mask and lesion label, in one space."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anomri.errors import AnomriError
+from anomri.files import read_json
+from anomri.scans.case import Case
+
+CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
+"""How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
+SUFFIXES = ("FLAIR", "T1w", "T2w")
+LIKE_A_LESION = re.compile(
+    r"lesion|tumou?r|wm[hl]|infarct|stroke|_msk|_(FLAIR|T1w|T2w)_roi|(label|desc|seg)-(gt|consensus)|(label|seg)-manual",
+    re.IGNORECASE,
+)
+"""What is in the names of files, behind participant and session, that may be labels."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    suffix: str
+    entities: dict[str, Any]
+    derived: bool  # it lies in ``derivatives`` of the data set
+
+    @property
+    def case(self) -> str:
+        return "_".join(f"{key}-{self.entities[key]}" for key in ("sub", "ses") if key in self.entities)
+
+    @property
+    def grids(self) -> set[tuple[str, str]]:
+        """The grids (space, res) it may lie on; an image without ``space`` is what others call ``space-<suffix>``."""
+        space, res = str(self.entities.get("space", "")), str(self.entities.get("res", ""))
+        named = SUFFIXES if self.suffix == "mask" else () if "ce" in self.entities else (self.suffix,)
+        return {(space, res)} if space else {(name, res) for name in ("", *named)}
+
+    def shows(self, what: str) -> bool:
+        """Whether it is an image of that channel, or a mask of the ``brain`` or a ``lesion``."""
+        if self.suffix == "mask":
+            return what not in CHANNELS and what in (self.entities.get("label"), self.entities.get("desc"))
+        kind = f"ce-*_{self.suffix}" if "ce" in self.entities else self.suffix
+        return not self.derived and CHANNELS.get(what) == kind
+
+
+def bids_cases(
+    bids_dir: str | Path,
+    *,
+    participant_labels: Sequence[str] | None = None,
+    session_labels: Sequence[str] | None = None,
+    channels: Sequence[str] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> list[Case]:
+    """The cases ``sub-XX[_ses-YY]`` of a BIDS data set, raw or derivative, sorted by name.
+
+    Images come from ``sub-*/[ses-*/]anat`` of ``bids_dir`` itself; brain masks (``desc-brain``) and lesion labels
+    (``label-lesion`` or ``desc-lesion``) also from its ``derivatives``. All files of a case lie in one space: that
+    which offers most of ``channels`` (default: all of `CHANNELS`). Of several images of a channel the first by run
+    and acquisition is taken, and ``warn`` told. A participant without any image is a case without channels.
+    Raises `AnomriError` if this is no BIDS data set, or a label or all images are missing.
+    """
+    root = Path(bids_dir)
+    description(root)
+    participants = {path.name[4:] for path in root.glob("sub-*") if path.is_dir()}
+    wanted = _chosen("participant", root, sorted(participants), participant_labels)
+    files = [file for file in _anatomical_files(root) if str(file.entities["sub"]) in wanted]
+    sessions = sorted({str(file.entities["ses"]) for file in files if "ses" in file.entities})
+    asked = _chosen("session", root, sessions, session_labels) if session_labels else [*sessions, "None"]
+    by_case = defaultdict[str, list[_File]](list)
+    for file in files:
+        if str(file.entities.get("ses")) in asked:
+            by_case[file.case].append(file)
+    names = [name for name, group in by_case.items() if any(not f.derived and f.suffix in SUFFIXES for f in group)]
+    if not names:
+        who = ", ".join(f"sub-{label}" for label in wanted) if participant_labels else "any participant"
+        elsewhere = next((file.path for file in files if file.suffix in SUFFIXES), None)
+        hint = f" There is {elsewhere}: name that data set's folder instead." if elsewhere else ""
+        raise AnomriError(f"{root}: no image of {who} in sub-*/[ses-*/]anat (*_{', *_'.join(SUFFIXES)}.nii.gz).{hint}")
+    cases = [_case(name, by_case[name], channels or tuple(CHANNELS), warn) for name in names]
+    if participant_labels or not session_labels:
+        without = {f"sub-{label}" for label in wanted} - {name.split("_")[0] for name in names}
+        cases += [Case(name, {}) for name in without]
+    return sorted(cases, key=lambda case: case.name)
+
+
+def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
+    labelled = {case.name for case in cases if case.label}
+    images = {path for case in cases for path in case.channels.values()}
+    for path in sorted(bids_dir.rglob("*.nii*")):
+        whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
+        named = whose.group() if whose else ""
+        # Of several of one case the first is taken, and a note says so.
+        if path not in images and named not in labelled and LIKE_A_LESION.search(path.name[len(named) :]):
+            raise AnomriError(
+                f"{path}: looks like the label of a lesion, but is not read as one: labels are "
+                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
+                f"all files in a .tsv; to detect, `anomri bids` needs no labels."
+            )
+
+
+def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) -> None:
+    """Raise `AnomriError` with the first errors that the BIDS validator finds; ``warn`` if it is not installed."""
+    name = "bids-validator-deno"
+    # A virtual environment that is not activated has it beside its Python, but not on the path.
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        return warn(f"{bids_dir} was not validated: there is no {name} here; pip install {name}")
+    command = [found, "--format", "json", "--ignoreWarnings", str(bids_dir)]
+    ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    try:
+        issues = json.loads(ran.stdout)["issues"]["issues"]
+    except (ValueError, KeyError) as error:
+        raise AnomriError(f"{name} failed ({ran.stderr.strip()[-200:]}); try --skip-bids-validation.") from error
+    errors = [f"{one['code']} {one.get('location', '')}" for one in issues if one["severity"] == "error"]
+    if errors:
+        raise AnomriError(
+            f"{bids_dir}: is not valid BIDS: {'; '.join(errors[:5])}{'; ...' if errors[5:] else ''}. Mend these "
+            f"({name} {bids_dir} says more), list what is not BIDS in .bidsignore, or try --skip-bids-validation."
+        )
+
+
+def description(root: Path) -> dict[str, Any]:
+    """The ``dataset_description.json`` of a data set; raises `AnomriError` if there is none."""
+    if not (path := root / "dataset_description.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in root.glob("*"))[:5]) or "nothing"
+        raise AnomriError(f"{path}: no such file, so this is no BIDS data set (found: {found}); name another folder.")
+    return read_json(path)
+
+
+def _chosen(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    labels = [label.strip().removeprefix("sub-").removeprefix("ses-") for label in asked or found]
+    unknown = [label for label in labels if label not in found]
+    if unknown:
+        some = ", ".join(found[:10]) + (", ..." if found[10:] else "")
+        raise AnomriError(f"{root}: no {kind} {', '.join(unknown)}; labels found: {some or 'none'}.")
+    return labels
+
+
+def _anatomical_files(root: Path) -> list[_File]:
+    try:
+        from ancpbids import DatasetOptions, load_dataset
+    except ImportError as error:
+        raise AnomriError(f"BIDS needs ancpbids ({error}); pip install 'anomri[bids]'") from error
+    # A pickle in the data set would be loaded, and so run, if it were not ignored.
+    options = DatasetOptions(ignore=[".*", "sourcedata", "code"], ignore_pickle_file=True)
+    dataset: Any = load_dataset(str(root), options)
+    files: list[_File] = []
+    for artifact in dataset.query(suffix=[*SUFFIXES, "mask"], extension=[".nii", ".nii.gz"]):
+        path = Path(artifact.get_relative_path())
+        file = _File(root / path, artifact.suffix, dict(artifact.entities), path.parts[0] == "derivatives")
+        place = Path(*file.case.split("_"), "anat")
+        inside = path.parent.parts[-len(place.parts) :] == place.parts if file.derived else path.parent == place
+        if inside and file.case.startswith("sub-") and file.entities.get("desc") != "anomaly":
+            files.append(file)
+    # Aligned, so that run 2 comes before run 10.
+    return sorted(files, key=lambda f: (f.derived, f"{f.entities.get('run', ''):>9} {f.entities.get('acq')}", f.path))
+
+
+def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]) -> Case:
+    def showing(what: str, grid: tuple[str, str]) -> list[Path]:
+        return [file.path for file in files if grid in file.grids and file.shows(what)]
+
+    def offers(grid: tuple[str, str], wanted: Sequence[str]) -> int:
+        return sum(bool(showing(channel, grid)) for channel in wanted)
+
+    grids = {grid for file in files if file.suffix in SUFFIXES and not file.derived for grid in file.grids}
+    # FLAIR shows most lesions best: a space that has it comes before one with more of the others.
+    bright = [channel for channel in channels if channel == "flair"]
+    chosen = min(grids, key=lambda grid: (-offers(grid, bright), -offers(grid, channels), grid))
+    paths: dict[str, Path] = {}
+    for what in (*channels, "brain", "lesion"):
+        found = showing(what, chosen)
+        first = CHANNELS.get(next(iter(paths), ""))
+        if not found and what not in CHANNELS and not chosen[0] and first in SUFFIXES:
+            # Where images name no space, what lies on the grid of the first of them is named after that.
+            found = showing(what, (first, chosen[1]))
+        if found:
+            paths[what] = found[0]
+        if len(found) > 1:
+            others = ", ".join(path.name for path in found[1:])
+            warn(f"{name}: {len(found)} files for {what}; {found[0].name} is taken, not {others}.")
+    mask, label = paths.pop("brain", None), paths.pop("lesion", None)
+    return Case(name, paths, label, mask)

@@ -1,0 +1,135 @@
+"""A training's batches, divided among processes and, where memory asks for it, into parts one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Generator, Tensor
+
+from anomri.errors import AnomriError, first_line
+from anomri.methods.draws import PartGenerator
+from anomri.runtime.memory import free_memory, is_out_of_memory
+from anomri.runtime.processes import Processes
+from anomri.training.packing import HealthySlices
+
+Loss = Callable[[Tensor, Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slices (n, c, h, w) that go through the network at once, their random numbers, and their share of the gradient."""
+
+    x: Tensor
+    generator: Generator
+    weight: float
+
+
+@dataclass
+class Batch:
+    """The slices ``numbers`` of one step, of all processes, and this process's ``parts`` of them."""
+
+    numbers: Sequence[int]
+    seed: int
+    parts: list[Part]
+
+
+class Batches:
+    """Gives each process its slices of a step's batch, and sums up the gradient of the whole.
+
+    What a step does is what one process does that takes the batch at once, up to the order of sums: a loss is a mean
+    over slices that know nothing of each other, and random numbers are drawn as for the whole batch (`draws`). Where
+    slices do know of each other, or several networks take turns (``divisible`` is false), a batch stays in one piece.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        processes: Processes,
+        slices: HealthySlices,
+        batch_size: int,
+        accumulate: int = 1,
+        divisible: bool = True,
+    ) -> None:
+        if (processes.count > 1 or accumulate > 1) and not divisible:
+            raise AnomriError(
+                "networks that take turns are trained by one process, with the whole batch at once; start one "
+                "process, without --accumulate."
+            )
+        if processes.count > batch_size:
+            raise AnomriError(
+                f"a batch of {batch_size} slices cannot be shared by {processes.count} processes; start fewer, or raise "
+                f"--batch-size."
+            )
+        self.fabric, self.processes, self.slices, self.divisible = fabric, processes, slices, divisible
+        self.count = min(max(accumulate, 1), len(processes.rows(batch_size)))
+        self._note = ""
+
+    def tell(self, note: str) -> None:
+        """Leave something for `told`."""
+        self._note = note
+
+    def told(self) -> str:
+        """What the user should know of how batches are worked on, once."""
+        note, self._note = self._note, ""
+        return note
+
+    def load(self, numbers: Sequence[int], seed: int) -> Batch:
+        """Read this process's slices of the batch ``numbers``; ``seed`` decides all that is random in the step."""
+        rows, parts = self.processes.rows(len(numbers)), []
+        for part in range(self.count):
+            chosen = rows[len(rows) * part // self.count : len(rows) * (part + 1) // self.count]
+            x = self.slices.batch([numbers[row] for row in chosen])
+            generator = PartGenerator(self.fabric.device, chosen.start, len(numbers)).manual_seed(seed)
+            # Processes' gradients are averaged, parts' are added.
+            parts.append(Part(x, generator, len(chosen) * self.processes.count / len(numbers)))
+        return Batch(numbers, seed, parts)
+
+    def gradient(self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss) -> Tensor:
+        """Leave the gradient of a batch in the parameters; returns this process's share of the loss.
+
+        A batch that memory does not hold is tried again in twice as many parts, and so are those after it. Raises
+        `AnomriError` where that is not possible.
+        """
+        while True:
+            try:
+                optimizer.zero_grad()
+                return self.sum(model, batch.parts, loss_of)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._divide(len(self.processes.rows(len(batch.numbers))), error)
+            # Out of the handler: the error holds on to the attempt's tensors.
+            batch.parts = []
+            free_memory()
+            batch.parts = self.load(batch.numbers, batch.seed).parts
+
+    def sum(self, model: Any, parts: Sequence[Part], loss_of: Loss) -> Tensor:
+        """Add the gradient of ``parts`` to what the parameters have; returns their loss."""
+        losses = []
+        for part in parts[:-1]:
+            with self.processes.unsynchronised(self.fabric, model):
+                losses.append(self._backward(part, loss_of))
+        return torch.stack([*losses, self._backward(parts[-1], loss_of)]).sum()
+
+    def _backward(self, part: Part, loss_of: Loss) -> Tensor:
+        loss = loss_of(part.x, part.generator)
+        if part.weight != 1:
+            loss = loss * part.weight
+        self.fabric.backward(loss)
+        return loss.detach()
+
+    def _divide(self, rows: int, error: BaseException) -> None:
+        advice = (
+            f"--accumulate {2 * self.count}" if self.divisible and 2 * self.count <= rows else "a smaller --batch-size"
+        )
+        if self.processes.count > 1 or "accumulate" not in advice:
+            # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
+            raise AnomriError(
+                f"memory does not hold a batch ({first_line(error):.200}); continue with --resume and {advice}."
+            ) from error
+        self.count *= 2
+        self.tell(f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result.")

@@ -1,0 +1,50 @@
+"""Synthetic balls in held-out healthy slices: what scores, filters and thresholds are chosen on, without a label.
+
+They are not the anomalies of a training (`anomalies.plant_anomalies`): smooth balls in three dimensions, of one
+brightness each and without texture, so that a network that knows its own blobs by heart has no advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from anomri.methods.anomalies import log_between, typical_shifts
+from anomri.slices import SliceStack
+
+Balls = tuple[int, tuple[float, float]]
+LARGE, SMALL = (3, (4.0, 35.0)), (12, (2.0, 6.0))
+"""How many balls a scan gets, and their radii in mm: like tumours and infarcts, and like plaques."""
+MAX_SCANS = 8
+SEED = 2022
+
+
+def planted(stacks: Sequence[SliceStack], channels: Sequence[str], balls: Balls) -> Iterator[tuple[SliceStack, Tensor]]:
+    """`plant_balls` in each of several scans, the same ones at every call."""
+    generator = Generator().manual_seed(SEED)
+    for stack in stacks:
+        yield plant_balls(stack, channels, generator, balls)
+
+
+def plant_balls(
+    stack: SliceStack, channels: Sequence[str], generator: Generator, balls: Balls = LARGE
+) -> tuple[SliceStack, Tensor]:
+    """Shift the brightness in a few smooth balls of a scan; returns the scan and where it changed (n, h, w) bool."""
+    x, inside = stack.x, stack.foreground
+    where = torch.zeros_like(inside)
+    axes = [torch.arange(size) * mm for size, mm in zip(inside.shape, stack.spacing_mm, strict=True)]
+    places = torch.nonzero(inside)
+    for _ in range(balls[0]):
+        centre = places[torch.randint(len(places), (1,), generator=generator)[0]]
+        radius = float(log_between(*balls[1], (1,), generator))
+        offsets = [axis - float(centre[k]) * stack.spacing_mm[k] for k, axis in enumerate(axes)]
+        away = sum(offset.square().reshape([-1 if k == j else 1 for j in range(3)]) for k, offset in enumerate(offsets))
+        blob = torch.sigmoid((radius - torch.as_tensor(away).sqrt()) / 2) * inside
+        shift = typical_shifts(1, channels, generator, typical=1.0)
+        # A channel that the scan does not cover stays empty.
+        x = torch.where(x > 0, (x + blob[:, None] * shift[..., None, None]).clamp_min(0.01), x)
+        where = where | (blob > 0.5)
+    return replace(stack, x=x), where

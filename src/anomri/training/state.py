@@ -1,0 +1,135 @@
+"""What lets a training stop and go on: its state on disk and its log."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from anomri.errors import AnomriError
+from anomri.files import whole_file
+from anomri.model.files import LOADING_ERRORS
+
+
+@dataclass
+class TrainingState:
+    """All that a training needs to go on as if it had not stopped: random numbers follow from seed and step."""
+
+    NAME: ClassVar[str] = "training.pt"
+    step: int = 0
+    best_loss: float = float("inf")
+    best: dict[str, Tensor] = field(default_factory=dict)
+    network: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The weights' moving average, where the training keeps one."""
+    optimizers: dict[str, Any] = field(default_factory=dict)
+    """By the name of the player whose parameters it moves."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Losses of the steps since the last validation."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Settings and cohort, to refuse going on with others."""
+
+    def follow(self, network: nn.Module, share: float) -> None:
+        """Move the average towards the network's weights; it keeps ``share``, less in the first steps."""
+        share = min(share, self.step / (self.step + 9))
+        weights = network.state_dict()
+        moved = {name: value for name, value in weights.items() if value.is_floating_point() and name in self.average}
+        self.average = {
+            name: self.average[name].to(value.device) if name in moved else value.clone()
+            for name, value in weights.items()
+        }
+        if moved:
+            # All at once: on a GPU one by one takes longer than the step.
+            get_ema_multi_avg_fn(share)([self.average[name] for name in moved], list(moved.values()), None)
+
+    @contextmanager
+    def averaged(self, network: nn.Module) -> Iterator[None]:
+        """The network with the averaged weights, where there are any, while the block runs."""
+        if not self.average:
+            yield
+            return
+        weights = {name: value.clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            network.load_state_dict(weights)
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a model folder, whole or not at all."""
+        with whole_file(folder / self.NAME) as partial:
+            # Into memory first: torch hides a full disk in a RuntimeError of its own.
+            content = io.BytesIO()
+            torch.save(vars(self), content)
+            partial.write_bytes(content.getbuffer())
+
+    @classmethod
+    def load(cls, folder: Path, task: Mapping[str, Any]) -> TrainingState:
+        """The state in a model folder, a fresh one if there is none; raises `AnomriError` if it is another task's."""
+        path = folder / cls.NAME
+        if not path.exists():
+            return cls(task=dict(task))
+        try:
+            # torch does not look at the checksums that it writes.
+            with zipfile.ZipFile(path) as parts:
+                if broken := parts.testzip():
+                    raise ValueError(f"the checksum of {broken} does not fit")
+            state = cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except (*LOADING_ERRORS, zipfile.BadZipFile) as error:
+            raise AnomriError(f"{path}: is damaged ({error}); delete it to train from the start.") from error
+        changed = [name for name in task if state.task.get(name) != task[name]]
+        if changed:
+            raise AnomriError(
+                f"{path}: was begun with another {', '.join(changed)}; resume with the same command and cohort, "
+                f"or name another folder."
+            )
+        return state
+
+
+class Log:
+    """``log.csv`` of a training, and the same for TensorBoard; rows after the step resumed from are dropped."""
+
+    COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "seconds")
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._path = folder / "log.csv"
+        rows = []
+        if step and self._path.exists():
+            with self._path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        with whole_file(self._path) as partial, partial.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
+        self.seconds = float(rows[-1][-1]) if rows else 0.0
+        """What the training had taken when it was last logged."""
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @classmethod
+    def is_one(cls, path: Path) -> bool:
+        """Whether a file is the ``log.csv`` of a training, by its first line."""
+        try:
+            return path.read_text(encoding="utf-8").startswith(",".join(cls.COLUMNS) + "\n")
+        except (OSError, ValueError):
+            return False
+
+    def add(self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float) -> None:
+        """Append one row."""
+        with self._path.open("a", newline="") as file:
+            row = (step, f"{loss:.8g}", f"{validation_loss:.8g}", f"{learning_rate:.6g}", f"{seconds:.2f}")
+            csv.writer(file, lineterminator="\n").writerow(row)
+        for name, value in (("loss", loss), ("validation_loss", validation_loss), ("learning_rate", learning_rate)):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard has not yet."""
+        self._board.close()
