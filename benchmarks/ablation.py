@@ -37,10 +37,14 @@ SCORES: dict[str, dict[str, Any]] = {
     "positive residual, FLAIR and T2": asdict(Score("positive", BRIGHT)),
     "+ smoothed": asdict(Score("positive", BRIGHT, smoothing_mm=1.7)),
     "SSIM": asdict(Score("ssim")),
-    "marks": asdict(Score("mark", median=3, smoothing_mm=1.7)),
-    "marks x positive residual": asdict(Score("mark_positive", BRIGHT, median=3, smoothing_mm=1.7)),
-    "marks x positive residual, as the chosen score otherwise": {"kind": "mark_positive"},
-    "marks x residual by position": {"kind": "mark_by_position"},
+    "marks": asdict(Score("anomaly_probability", median=3, smoothing_mm=1.7)),
+    "marks x positive residual": asdict(
+        Score("probability_with_residual", BRIGHT, median=3, smoothing_mm=1.7)
+    ),
+    "marks x positive residual, as the chosen score otherwise": {
+        "kind": "probability_with_residual"
+    },
+    "marks x residual by position": {"kind": "probability_with_residual_by_position"},
     "residual by position": {"kind": "positive_by_position"},
     "not smoothed": {"smoothing_mm": 0.0},
     "median of 3 x 3": {"median": 3},
@@ -55,8 +59,8 @@ SCORES: dict[str, dict[str, Any]] = {
 PARTS = (("flair",), ("t2",), ("t1",), ("flair", "t1"), ("flair", "t1", "t2"))
 TRAININGS: dict[str, dict[str, Any]] = {
     "all choices": {},
-    "no anomalies, no marks": {"settings": {"anomalies": False, "mark": False}},
-    "anomalies without marks": {"settings": {"mark": False}},
+    "no anomalies, no marks": {"settings": {"anomalies": False, "segmentation_head": False}},
+    "anomalies without marks": {"settings": {"segmentation_head": False}},
     "one noise (16, 0.25, every slice)": {
         "settings": {"noise_resolution": 16, "noise_std": 0.25, "noise_share": 1.0},
     },
@@ -105,7 +109,9 @@ class Trial:
             pool = Pool(Path(place))
             for cases, detector in zip(self.groups, detectors, strict=True):
                 score = detector.spec.score
-                for case, (volume, stack, output) in zip(cases, self._seen(cases, detector), strict=True):
+                for case, (volume, stack, output) in zip(
+                    cases, self._seen(cases, detector), strict=True
+                ):
                     raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
                     scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
                     *found, voxel_mm3 = on_published_grid(scores, stack, volume, detector.spec.grid)
@@ -115,9 +121,18 @@ class Trial:
         names = ("AUPRC, pooled", "ceil-Dice, pooled", "AUPRC, mean of patients")
         return [figures[one] for one in names]
 
-    def _seen(self, cases: Sequence[Case], detector: Detector) -> list[tuple[Volume, SliceStack, Tensor]]:
+    def _seen(
+        self, cases: Sequence[Case], detector: Detector
+    ) -> list[tuple[Volume, SliceStack, Tensor]]:
         score = detector.spec.score
-        key = (detector.method, detector.channels, score.flips, score.passes, score.scales, score.parts)
+        key = (
+            detector.method,
+            detector.channels,
+            score.flips,
+            score.passes,
+            score.scales,
+            score.parts,
+        )
         if key not in self._outputs:
             if len(self._outputs) >= 2 * len(self.groups):
                 self._outputs.clear()
@@ -130,7 +145,9 @@ class Trial:
 
 def folds_of(cases: Sequence[Case], folds: int) -> list[list[Case]]:
     """The cohort ``folds`` times without its test patients, every case once for ``test`` and two of the others ``val``."""
-    usable = sorted((case for case in cases if case.split in ("train", "val")), key=lambda case: case.name)
+    usable = sorted(
+        (case for case in cases if case.split in ("train", "val")), key=lambda case: case.name
+    )
     found = []
     for fold in range(folds):
         others = [case for number, case in enumerate(usable) if number % folds != fold]
@@ -146,15 +163,21 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, help="A trained model to try all scores on.")
-    parser.add_argument("--train", action="store_true", help="Also take back each choice of the training.")
+    parser.add_argument(
+        "--train", action="store_true", help="Also take back each choice of the training."
+    )
     parser.add_argument("--steps", type=int, help="Instead of the preset's.")
     parser.add_argument("--split", default="test", help="val to choose by; test for the table.")
     parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
-    parser.add_argument("--folds", type=int, help="Train so many networks without test patients instead.")
+    parser.add_argument(
+        "--folds", type=int, help="Train so many networks without test patients instead."
+    )
     parser.add_argument("--preset", default="accurate", help="Of the folds.")
     arguments = parser.parse_args()
     if arguments.folds and (arguments.model or arguments.train):
-        parser.error("--folds trains networks of its own, on other patients; give it without --model and --train.")
+        parser.error(
+            "--folds trains networks of its own, on other patients; give it without --model and --train."
+        )
     wanted = tuple(arguments.only or ("",))
     steps = {"steps": arguments.steps} if arguments.steps else {}
     cases = find_cases(arguments.cohort)
@@ -165,11 +188,20 @@ def main() -> None:
         splits = folds_of(cases, arguments.folds)
         groups = [[case for case in split if case.split == "test"] for split in splits]
         detectors = [
-            anomri.train(split, arguments.out / f"fold{fold}", preset=arguments.preset, training=steps, resume=True)
+            anomri.train(
+                split,
+                arguments.out / f"fold{fold}",
+                preset=arguments.preset,
+                training=steps,
+                resume=True,
+            )
             for fold, split in enumerate(splits)
         ]
     trial = Trial(groups)
-    print("| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|", flush=True)
+    print(
+        "| | AUPRC, pooled | ceil-Dice, pooled | AUPRC, mean of patients |\n|---|---|---|---|",
+        flush=True,
+    )
     if detectors:
         chosen = "; ".join(dict.fromkeys(describe(detector.spec.score) for detector in detectors))
         trial.row(f"**as trained**: {chosen}", detectors)

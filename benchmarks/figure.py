@@ -17,7 +17,10 @@ from anomri.reporting.pictures import COLUMNS
 
 
 def main(result: str, target: str, *cases: str) -> None:
-    rows = [matplotlib.image.imread(Path(result) / "previews" / f"{case}.row.jpg")[..., :3] for case in cases]
+    rows = [
+        matplotlib.image.imread(Path(result) / "previews" / f"{case}.row.jpg")[..., :3]
+        for case in cases
+    ]
     picture = np.concatenate(rows)
     height, width = picture.shape[:2]
     figure = plt.figure(figsize=(width / 100, height / 100 + 0.3), dpi=100, facecolor="black")
@@ -26,7 +29,9 @@ def main(result: str, target: str, *cases: str) -> None:
     axes.axis("off")
     panel = width / len(COLUMNS)
     for number, name in enumerate(("FLAIR", *COLUMNS[1:])):
-        axes.text((number + 0.5) * panel, -8, name, color="white", ha="center", va="bottom", fontsize=11)
+        axes.text(
+            (number + 0.5) * panel, -8, name, color="white", ha="center", va="bottom", fontsize=11
+        )
     figure.savefig(target, facecolor="black")
 
 

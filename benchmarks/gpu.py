@@ -58,7 +58,10 @@ def main() -> None:
     parser.add_argument("--only", choices=names, help="this training alone, and no detection")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name()
-    print(f"{name}, {os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n", flush=True)
+    print(
+        f"{name}, {os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         preset = methods.preset("dae", "paper")
@@ -73,10 +76,17 @@ def _name(preset: str, precision: str, compiled: bool) -> str:
     return f"{preset}, {precision}{', compiled' if compiled else ''}"
 
 
-def _training(cohort: Path, packed: list[PackedCase], steps: int, only: str | None, folder: Path) -> None:
-    print("| training | ms a step | times plain | first steps, s | 67,200 steps, min |\n|---|---|---|---|---|")
+def _training(
+    cohort: Path, packed: list[PackedCase], steps: int, only: str | None, folder: Path
+) -> None:
+    print(
+        "| training | ms a step | times plain | first steps, s | 67,200 steps, min |\n|---|---|---|---|---|"
+    )
     slow = _plain_step(packed)
-    print(f"| the plain program, float32 | {1000 * slow:.1f} | 1 | | {slow * PUBLISHED_STEPS / 60:.1f} |", flush=True)
+    print(
+        f"| the plain program, float32 | {1000 * slow:.1f} | 1 | | {slow * PUBLISHED_STEPS / 60:.1f} |",
+        flush=True,
+    )
     curves: dict[str, list[Row]] = {}
     for preset, precision, compiled in VARIANTS:
         name = _name(preset, precision, compiled)
@@ -109,7 +119,9 @@ def _plain_step(packed: list[PackedCase], repeats: int = 30) -> float:
     return statistics.median(times[5:])
 
 
-def _train(cohort: Path, folder: Path, preset: str, precision: str, compiled: bool, steps: int) -> list[Row]:
+def _train(
+    cohort: Path, folder: Path, preset: str, precision: str, compiled: bool, steps: int
+) -> list[Row]:
     with patch.object(training, "COMPILED_FROM", 0 if compiled else steps + 1):
         anomri.train(
             cohort,
@@ -121,7 +133,9 @@ def _train(cohort: Path, folder: Path, preset: str, precision: str, compiled: bo
                 "validate_every": max(steps // 3, 1),
                 "validation_slices": 64,
             },
-            score={} if preset == "paper" else {"kind": "mark_positive", "channels": ("flair", "t2")},
+            score={}
+            if preset == "paper"
+            else {"kind": "probability_with_residual", "channels": ("flair", "t2")},
             cache=folder.parent / "cache",
         )
     with (folder / "log.csv").open(newline="") as file:
@@ -134,7 +148,10 @@ def _detection(cases: list[Case], scans: int, folder: Path) -> None:
     torch.manual_seed(0)
     published = Detector(spec, methods.build(spec), "cuda")
     print("\n| detection | scans a second |\n|---|---|")
-    for name, detector in (("published widths", published), ("the model in the package", anomri.load())):
+    for name, detector in (
+        ("published widths", published),
+        ("the model in the package", anomri.load()),
+    ):
         scaling = detector.spec.scaling
         packed = pack_cohort(cases, plain.CHANNELS, detector.spec.grid, scaling, folder / "cache")
         some = (packed * scans)[:scans]
@@ -151,7 +168,12 @@ def _detection(cases: list[Case], scans: int, folder: Path) -> None:
         )
         _rate(f"{name}: packed slices to scores, one after another", scans, list, map(score, some))
         with ThreadPoolExecutor(8) as pool:
-            _rate(f"{name}: packed slices to scores, 8 side by side", scans, list, pool.map(score, some))
+            _rate(
+                f"{name}: packed slices to scores, 8 side by side",
+                scans,
+                list,
+                pool.map(score, some),
+            )
         _rate(
             f"{name}: slices in memory to what the network makes of them",
             scans,
@@ -176,7 +198,9 @@ def _copies(cases: list[Case], count: int, folder: Path) -> list[Case]:
     for number in range(count):
         case, channels = cases[number % len(cases)], {}
         for channel, path in case.channels.items():
-            first, mine = (folder / f"{k}_{channel}.nii" for k in (number % len(cases), f"scan{number:04d}"))
+            first, mine = (
+                folder / f"{k}_{channel}.nii" for k in (number % len(cases), f"scan{number:04d}")
+            )
             if not first.exists():
                 folder.mkdir(exist_ok=True)
                 with gzip.open(path) as packed, first.open("wb") as unpacked:

@@ -31,7 +31,9 @@ from anomri.spec import ModelSpec
 WIDTHS = (16, 32, 64, 128)
 
 
-def detector_of(channels: tuple[str, ...], widths: tuple[int, ...], box: tuple[int, int, int, int]) -> Detector:
+def detector_of(
+    channels: tuple[str, ...], widths: tuple[int, ...], box: tuple[int, int, int, int]
+) -> Detector:
     """A model with random weights: speed does not depend on them."""
     spec = ModelSpec(channels, settings={"widths": list(widths)}, crop=box)
     return Detector(spec, methods.build(spec))
@@ -66,8 +68,12 @@ def main() -> None:
             "half of its slices, from memory": saved(base, half, out),
             "one channel": saved(detector_of(plain.CHANNELS[:1], WIDTHS, box), cases[0], out),
             "two channels": saved(detector_of(plain.CHANNELS[:2], WIDTHS, box), cases[0], out),
-            "widths 32-64-128-256": saved(detector_of(plain.CHANNELS, (32, 64, 128, 256), box), cases[0], out),
-            "widths 64-128-256-512": saved(detector_of(plain.CHANNELS, (64, 128, 256, 512), box), cases[0], out),
+            "widths 32-64-128-256": saved(
+                detector_of(plain.CHANNELS, (32, 64, 128, 256), box), cases[0], out
+            ),
+            "widths 64-128-256-512": saved(
+                detector_of(plain.CHANNELS, (64, 128, 256, 512), box), cases[0], out
+            ),
         }
         for count in (1, 2, 4, 8):
             work[f"a run over {count} scans, pictures and report too"] = (
@@ -82,7 +88,9 @@ def main() -> None:
                 begun = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - begun)
-        print(f"{torch.get_num_threads()} threads, {len(z)} slices, box {box}, {time.strftime('%Y-%m-%d')}\n")
+        print(
+            f"{torch.get_num_threads()} threads, {len(z)} slices, box {box}, {time.strftime('%Y-%m-%d')}\n"
+        )
         print("| what | seconds | times the first |\n|---|---|---|")
         first = times["one scan, files to files"]
         for name, found in times.items():

@@ -51,15 +51,23 @@ def main() -> None:
     arguments = parser.parse_args()
     both = [counts_of(model, arguments.cohort, arguments.split) for model in arguments.models]
     patients = len(both[0][0])
-    draws = [np.arange(patients), *np.random.default_rng(0).integers(0, patients, (RESAMPLES, patients))]
+    draws = [
+        np.arange(patients),
+        *np.random.default_rng(0).integers(0, patients, (RESAMPLES, patients)),
+    ]
     # The lowest threshold is the least lesion score, so all lesion voxels lie above it.
     figures = np.array(
-        [[average_precision(t[d].sum(0), f[d].sum(0), int(t[d, -1].sum())) for t, f in both] for d in draws]
+        [
+            [average_precision(t[d].sum(0), f[d].sum(0), int(t[d, -1].sum())) for t, f in both]
+            for d in draws
+        ]
     )
     margin = figures[:, 0] - figures[:, 1]
     low, high = np.quantile(margin[1:], [0.025, 0.975])
     print(f"AUPRC, pooled: {figures[0, 0]:.3f} and {figures[0, 1]:.3f}; {patients} patients")
-    print(f"margin {margin[0]:.3f}, 95 % interval {low:.3f} to {high:.3f} ({RESAMPLES:,} resamples of patients)")
+    print(
+        f"margin {margin[0]:.3f}, 95 % interval {low:.3f} to {high:.3f} ({RESAMPLES:,} resamples of patients)"
+    )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def detect(network: Network, folder: Path, out: Path) -> None:
     scores = torch.from_numpy(score(network, x))[:, None]
     whole = np.zeros(image.shape, np.float32)
     size = image.shape[:2]
-    whole[..., places] = functional.interpolate(scores, size=size, mode="bilinear")[:, 0].permute(1, 2, 0).numpy()
+    whole[..., places] = (
+        functional.interpolate(scores, size=size, mode="bilinear")[:, 0].permute(1, 2, 0).numpy()
+    )
     nib.save(nib.Nifti1Image(whole, image.affine), out)
 
 

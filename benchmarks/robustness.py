@@ -5,8 +5,8 @@ python benchmarks/robustness.py ../shared/data/brats18 runs/folds/fold* --split 
 
 All channels of a scan are changed before the model sees it, in mm on the scan's own voxels; labels follow where the head
 is turned. Several models, as `ablation.py --folds` trains them, score each the patients of the split in its own folder.
-Beside the lesions of the cohort, balls with the contrast of a plaque of multiple sclerosis are sought, planted in the
-slices without a lesion before the change (a turned scan has other slices, so that its balls are not quite the same ones).
+Beside the lesions of the cohort, spheres with the contrast of a plaque of multiple sclerosis are sought, planted in the
+slices without a lesion before the change (a turned scan has other slices, so that its spheres are not quite the same ones).
 All channels, and FLAIR alone; on the working grid.
 """
 
@@ -38,7 +38,7 @@ from anomri.spec import Scaling
 Data = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Change = Callable[[Volume, Generator], Volume]
-BALLS = {"balls of 2 to 4 mm": (16, (2.0, 4.0)), "of 4 to 10 mm": (6, (4.0, 10.0))}
+BALLS = {"spheres of 2 to 4 mm": (16, (2.0, 4.0)), "of 4 to 10 mm": (6, (4.0, 10.0))}
 """How many a scan gets, and their radii."""
 PLAQUE = {"flair": 0.35, "t1": -0.15, "t1ce": -0.15, "t2": 0.25}
 """Their mean change of a channel, in units of the scaling ``standard``."""
@@ -50,7 +50,9 @@ def _each(change: Callable[[Data, Mask, Generator], NDArray[Any]]) -> Change:
 
     def of(volume: Volume, draw: Generator) -> Volume:
         inside = [
-            np.where(channel > 0, np.maximum(change(channel, channel > 0, draw), 1e-3 * channel.max()), 0)
+            np.where(
+                channel > 0, np.maximum(change(channel, channel > 0, draw), 1e-3 * channel.max()), 0
+            )
             for channel in volume.inside
         ]
         return replace(volume, inside=np.stack(inside).astype(np.float32))
@@ -97,7 +99,9 @@ def _noisy(share: float) -> Change:
 
     def of(x: Data, mask: Mask, draw: Generator) -> Data:
         sigma = share * float(np.median(x[mask]))
-        return np.hypot(x + sigma * draw.standard_normal(x.shape), sigma * draw.standard_normal(x.shape))
+        return np.hypot(
+            x + sigma * draw.standard_normal(x.shape), sigma * draw.standard_normal(x.shape)
+        )
 
     return _each(of)
 
@@ -116,8 +120,12 @@ def _shaded(share: float) -> Change:
     """A coil's field for each channel, a polynomial of the second degree: up to so much brighter or darker."""
 
     def of(x: Data, mask: Mask, draw: Generator) -> Data:
-        axes = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in x.shape), indexing="ij", sparse=True)
-        field = sum(float(draw.normal()) * axis + float(draw.normal()) * (axis**2 - 0.33) for axis in axes)
+        axes = np.meshgrid(
+            *(np.linspace(-1, 1, n, dtype=np.float32) for n in x.shape), indexing="ij", sparse=True
+        )
+        field = sum(
+            float(draw.normal()) * axis + float(draw.normal()) * (axis**2 - 0.33) for axis in axes
+        )
         field = np.broadcast_to(field, x.shape)
         return x * np.exp(np.log1p(share) * field / np.abs(field[mask]).max())
 
@@ -129,15 +137,21 @@ def _turned(degrees: float) -> Change:
 
     def of(volume: Volume, draw: Generator) -> Volume:
         mm = np.array(volume.geometry.spacing_mm)
-        turn = Rotation.from_euler("xyz", draw.choice([-1, 1], 3) * degrees, degrees=True).as_matrix()
+        turn = Rotation.from_euler(
+            "xyz", draw.choice([-1, 1], 3) * degrees, degrees=True
+        ).as_matrix()
         matrix = turn * mm / mm[:, None]
         middle = (np.array(volume.geometry.canonical_shape) - 1) / 2
 
         def turned(x: NDArray[Any]) -> Data:
-            return ndimage.affine_transform(x.astype(np.float32), matrix, middle - matrix @ middle, order=1)
+            return ndimage.affine_transform(
+                x.astype(np.float32), matrix, middle - matrix @ middle, order=1
+            )
 
         pairs = [(turned(channel), turned(channel > 0)) for channel in volume.data]
-        data = np.stack([one / np.maximum(share, 0.5) * (share > 0.5) for one, share in pairs]).astype(np.float32)
+        data = np.stack(
+            [one / np.maximum(share, 0.5) * (share > 0.5) for one, share in pairs]
+        ).astype(np.float32)
         label = None if volume.label is None else turned(volume.label) > 0.5
         return replace(volume.with_data(data, "turned"), label=label)
 
@@ -172,8 +186,10 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def with_balls(volume: Volume, count: int, radii_mm: tuple[float, float], draw: Generator) -> Volume:
-    """A scan with balls in slices without a lesion, if it has such; its label says where they are."""
+def with_spheres(
+    volume: Volume, count: int, radii_mm: tuple[float, float], draw: Generator
+) -> Volume:
+    """A scan with spheres in slices without a lesion, if it has such; its label says where they are."""
     assert volume.label is not None
     inside, scales = volume.inside.copy(), intensity_scale(volume.inside, Scaling("standard"))
     healthy = ~np.asarray(volume.label.any((0, 1)))[volume.brain[2]]
@@ -184,13 +200,13 @@ def with_balls(volume: Volume, count: int, radii_mm: tuple[float, float], draw: 
         centre, radius = places[draw.integers(len(places))], np.exp(draw.uniform(*np.log(radii_mm)))
         grid = np.ogrid[tuple(slice(0, n) for n in brain.shape)]
         squares = [((g - c) * mm) ** 2 for g, c, mm in zip(grid, centre, spacing, strict=True)]
-        ball = brain / (1 + np.exp(-np.clip((radius - np.sqrt(sum(squares))) / EDGE_MM, -30, 30)))
+        sphere = brain / (1 + np.exp(-np.clip((radius - np.sqrt(sum(squares))) / EDGE_MM, -30, 30)))
         strength = draw.uniform(0.6, 1.4)
         for number, name in enumerate(volume.channels):
             channel = inside[number]
-            changed = channel + ball * strength * PLAQUE.get(name, 0.0) * scales[number].scale
+            changed = channel + sphere * strength * PLAQUE.get(name, 0.0) * scales[number].scale
             inside[number] = np.where(channel > 0, np.maximum(changed, 1e-3), 0)
-        where[volume.brain] |= ball > 0.5
+        where[volume.brain] |= sphere > 0.5
     return replace(volume, inside=inside, label=where)
 
 
@@ -209,7 +225,9 @@ class Found:
         assert stack.label is not None
         counted = torch.ones(len(stack.x), dtype=torch.bool)
         if lesions is not None:
-            counted = ~label_slices(lesions, stack.window, detector.spec.grid, stack.index).any(2).any(1)
+            counted = ~label_slices(lesions, stack.window, detector.spec.grid, stack.index).any(
+                2
+            ).any(1)
         scores, label = detector.score(stack)[0][counted.numpy()], stack.label[counted].numpy()
         self.scores.append(scores.ravel())
         self.labels.append(label.ravel())
@@ -221,7 +239,9 @@ class Found:
         """Pooled average precision and, with ``ceiling``, the best Dice and what of it is left at the threshold."""
         curve = precision_recall(np.concatenate(self.scores), np.concatenate(self.labels))
         kept = f", {np.mean(self.dice) / np.mean(self.best):.3f}" if self.dice else ""
-        return f"{curve.average_precision:.3f}" + (f" / {curve.ceil_dice:.3f}{kept}" if ceiling else "")
+        return f"{curve.average_precision:.3f}" + (
+            f" / {curve.ceil_dice:.3f}{kept}" if ceiling else ""
+        )
 
 
 def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
@@ -240,20 +260,28 @@ def labelled_of(detector: Detector, cases: Sequence[Case], split: str) -> list[C
 
 
 def main() -> None:
-    """Print a table in Markdown: pooled AUPRC / ceil-Dice, mean Dice at the threshold in parts of the best; balls' AP."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print a table in Markdown: pooled AUPRC / ceil-Dice, mean Dice at the threshold in parts of the best; spheres' AP."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cohort", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--split", default="val")
     parser.add_argument("--only", default="", help="changes whose name has this in it")
-    parser.add_argument("--lesions", action="store_true", help="no balls")
+    parser.add_argument("--lesions", action="store_true", help="no spheres")
     given = parser.parse_args()
     cases = find_cases(given.cohort)
     detectors = map(anomri.load, given.models)
-    scans = [(detector, case) for detector in detectors for case in labelled_of(detector, cases, given.split)]
+    scans = [
+        (detector, case)
+        for detector in detectors
+        for case in labelled_of(detector, cases, given.split)
+    ]
     changes = {name: change for name, change in CHANGES.items() if given.only in name}
     if not scans or not changes:
-        parser.error(f"no labelled case of the split {given.split}, or no change with {given.only!r} in its name.")
+        parser.error(
+            f"no labelled case of the split {given.split}, or no change with {given.only!r} in its name."
+        )
     kinds = ["lesions", *({} if given.lesions else BALLS)]
     parts = parts_of(scans[0][0])
     print("| |", " | ".join(f"{kind}, {part}" for kind in kinds for part in parts), "|")
@@ -266,13 +294,22 @@ def main() -> None:
             for number, kind in enumerate(kinds):
                 scan = changed
                 if kind != "lesions":
-                    planted = with_balls(volume, *BALLS[kind], np.random.default_rng([seed, number]))
+                    planted = with_spheres(
+                        volume, *BALLS[kind], np.random.default_rng([seed, number])
+                    )
                     scan = change(planted, np.random.default_rng(seed))
                 for part, shown in parts.items():
-                    seen = scan.without([channel for channel in scan.channels if channel not in shown])
-                    found[kind, part].add(seen, None if kind == "lesions" else changed.label, detector)
+                    seen = scan.without(
+                        [channel for channel in scan.channels if channel not in shown]
+                    )
+                    found[kind, part].add(
+                        seen, None if kind == "lesions" else changed.label, detector
+                    )
         print(
-            f"| {name} |", " | ".join(one.cell(kind == "lesions") for (kind, _), one in found.items()), "|", flush=True
+            f"| {name} |",
+            " | ".join(one.cell(kind == "lesions") for (kind, _), one in found.items()),
+            "|",
+            flush=True,
         )
 
 

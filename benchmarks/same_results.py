@@ -35,9 +35,12 @@ VOLATILE = {
 """Columns and keys that differ between two runs of the same code, or name the code itself."""
 
 
-def commands(data: Path, out: Path) -> dict[str, list[str]]:
+def commands(data: Path) -> dict[str, list[str]]:
     """The runs to compare: name of the output folder, and the arguments of the command line."""
-    brats, small = str(data / "brats18"), ["--preset", "small", "--steps", "40", "--precision", "32-true"]
+    brats, small = (
+        str(data / "brats18"),
+        ["--preset", "small", "--steps", "40", "--precision", "32-true"],
+    )
     return {
         "brats18": ["detect", "-i", brats, "--reconstruction"],
         "brats18-flair": ["evaluate", "-i", brats, "--channels", "flair"],
@@ -51,11 +54,11 @@ def commands(data: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
-def run(data: Path, out: Path) -> None:
+def run(data: Path, out: Path, only: str | None = None) -> None:
     """Run every command with the anomri that this Python imports."""
-    for name, arguments in commands(data, out).items():
+    for name, arguments in commands(data).items():
         folder = out / name
-        if not folder.exists():
+        if not folder.exists() and (only is None or name in only.split(",")):
             print(name, flush=True)
             command = [sys.executable, "-m", "anomri", *arguments, "-o", str(folder)]
             if name == "train":
@@ -88,10 +91,14 @@ def _stable(value: object) -> object:
 def compare(before: Path, after: Path) -> int:
     """Print what differs between two folders of runs; 1 if anything does."""
     kinds = (".nii.gz", ".tsv", ".csv", ".json", ".safetensors")
+    runs = {path.name for path in after.iterdir()}
     files = {
         path.relative_to(before)
         for path in before.rglob("*")
-        if path.name.endswith(kinds) and "logs" not in path.parts and "cache" not in path.parts
+        if path.name.endswith(kinds)
+        and "logs" not in path.parts
+        and "cache" not in path.parts
+        and path.relative_to(before).parts[0] in runs
     }
     different = 0
     for path in sorted(files):
@@ -107,15 +114,18 @@ def compare(before: Path, after: Path) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("action", choices=["run", "compare"])
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
+    parser.add_argument("--only", help="Names of runs with commas between, as stroke,healthy.")
     options = parser.parse_args()
     if options.action == "compare":
         return compare(options.first, options.second)
     options.second.mkdir(parents=True, exist_ok=True)
-    run(options.first, options.second)
+    run(options.first, options.second, options.only)
     return 0
 
 

@@ -49,7 +49,10 @@ def size_of(folder: Path, pattern: str) -> int:
 def timed(work: Callable[[], object]) -> dict[str, float]:
     wall, busy = time.monotonic(), processor_seconds()
     work()
-    return {"wall": time.monotonic() - wall, "busy": sum(processes("cpu").each(lambda: processor_seconds() - busy))}
+    return {
+        "wall": time.monotonic() - wall,
+        "busy": sum(processes("cpu").each(lambda: processor_seconds() - busy)),
+    }
 
 
 class Enough(Exception):
@@ -101,21 +104,32 @@ def worker(cohort: Path, place: Path, scans: int, steps: int) -> dict[str, Any]:
     cases = find_cases(cohort)[:scans]
     facts: dict[str, Any] = {"processes": team.count, "scans": len(cases)}
     packed: list[PackedCase] = []
-    pack = functools.partial(pack_cohort, channels=CHANNELS, grid=Grid(), scaling=Scaling(), folder=place / "cache")
+    pack = functools.partial(
+        pack_cohort, channels=CHANNELS, grid=Grid(), scaling=Scaling(), folder=place / "cache"
+    )
     facts["pack"] = timed(lambda: packed.extend(pack(team.part(cases))))
-    split = [replace(case, split="val" if number == 0 else "train") for number, case in enumerate(cases)]
+    split = [
+        replace(case, split="val" if number == 0 else "train") for number, case in enumerate(cases)
+    ]
     facts["step"] = {preset: steps_of(split, place, preset, steps) for preset in ("small", "paper")}
     # A model of a step costs as much to run as any other.
-    arguments: dict[str, Any] = {"training": {"steps": 1, "validation_slices": 1, "precision": "32-true"}}
+    arguments: dict[str, Any] = {
+        "training": {"steps": 1, "validation_slices": 1, "precision": "32-true"}
+    }
     anomri.train(split, place / "model", cache=place / "cache", device="cpu", **arguments)
     facts["detect"] = timed(lambda: anomri.detect_cohort(cases, place / "maps", place / "model"))
-    facts["evaluate"] = timed(lambda: anomri.evaluate(cases, place / "figures", model=place / "model", split="train"))
+    facts["evaluate"] = timed(
+        lambda: anomri.evaluate(cases, place / "figures", model=place / "model", split="train")
+    )
     slices = sum(case.slices for case in packed) / len(packed)
     if team.count == 1:
-        facts["network"] = {preset: network_seconds(preset, round(slices)) for preset in ("small", "paper")}
+        facts["network"] = {
+            preset: network_seconds(preset, round(slices)) for preset in ("small", "paper")
+        }
     maps = size_of(place / "maps", "*.nii.gz") // len(cases)
     facts["bytes a scan"] = {
-        "source": sum(path.stat().st_size for case in cases for path in case.channels.values()) // len(cases),
+        "source": sum(path.stat().st_size for case in cases for path in case.channels.values())
+        // len(cases),
         "cache": size_of(place / "cache", "*.npy") // len(cases),
         "maps and masks": maps,
         "other output": size_of(place / "maps", "*") // len(cases) - maps,
@@ -125,7 +139,9 @@ def worker(cohort: Path, place: Path, scans: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cohort", type=Path)
     parser.add_argument("--scans", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
@@ -138,10 +154,29 @@ def main() -> None:
         return
     for count in (1, 2):
         with tempfile.TemporaryDirectory() as place:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            command += [__file__, str(given.cohort), "--scans", str(given.scans), "--steps", str(given.steps)]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(count),
+            ]
+            command += [
+                __file__,
+                str(given.cohort),
+                "--scans",
+                str(given.scans),
+                "--steps",
+                str(given.steps),
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([*command, "--worker", place], check=True, env=environment, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [*command, "--worker", place],
+                check=True,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+            )
             facts = json.loads((Path(place) / "facts.json").read_text())
         print(json.dumps({**facts, "load": os.getloadavg()[0]}, indent=2), flush=True)
 

@@ -62,12 +62,20 @@ class Pairs:
     """Rows to print, by the beginning of their name."""
 
     def row(
-        self, name: str, target: str, fast: Callable[[], object], slow: Callable[..., object], *arguments: object
+        self,
+        name: str,
+        target: str,
+        fast: Callable[[], object],
+        slow: Callable[..., object],
+        *arguments: object,
     ) -> None:
         """Print the medians of both and of their ratio; ``arguments`` are those of ``slow``."""
         if not name.startswith(self.wanted):
             return
-        times = [(self.pool.submit(seconds, slow, *arguments).result(), seconds(fast)) for _ in range(self.repeats)]
+        times = [
+            (self.pool.submit(seconds, slow, *arguments).result(), seconds(fast))
+            for _ in range(self.repeats)
+        ]
         ratio = statistics.median(a / b for a, b in times)
         before, after = (statistics.median(column) for column in zip(*times, strict=True))
         print(f"| {name} | {before:.3g} s | {after:.3g} s | {ratio:.2f} x | {target} |", flush=True)
@@ -110,7 +118,9 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--widths", default="64,128,256,512")
-    parser.add_argument("--memory", action="store_true", help="Print the last row alone: some minutes.")
+    parser.add_argument(
+        "--memory", action="store_true", help="Print the last row alone: some minutes."
+    )
     parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
     arguments = parser.parse_args()
     repeats, widths = arguments.repeats, tuple(int(width) for width in arguments.widths.split(","))
@@ -131,15 +141,28 @@ def main() -> None:
     cropped = Detector(replace(spec, crop=box), methods.build(spec))
     built_in = Detector.load()
 
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        "",
+    )
     print(
         f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, widths {widths}"
     )
-    print(f"precision {resolve_precision('auto')}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n")
+    print(
+        f"precision {resolve_precision('auto')}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n"
+    )
     print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|", flush=True)
     own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as place, own_process as pool:
-        out, pairs, numbers = Path(place), Pairs(pool, repeats, tuple(arguments.only or ("",))), itertools.count()
+        out, pairs, numbers = (
+            Path(place),
+            Pairs(pool, repeats, tuple(arguments.only or ("",))),
+            itertools.count(),
+        )
         rows = (
             ("whole slices", "6", whole),
             ("brain's box", "8", cropped),
@@ -160,7 +183,15 @@ def main() -> None:
             "the same by command, start of Python included, brain's box",
             "",
             lambda: _command(
-                "-m", "anomri", "detect", "-i", folders[0], "-o", out / f"run{next(numbers)}", "-m", out / "model"
+                "-m",
+                "anomri",
+                "detect",
+                "-i",
+                folders[0],
+                "-o",
+                out / f"run{next(numbers)}",
+                "-m",
+                out / "model",
             ),
             _command,
             plain.__file__,
@@ -181,7 +212,9 @@ def main() -> None:
         pairs.row(
             "preparing 4 scans into the cache",
             "8",
-            lambda: pack_cohort(cases[:4], plain.CHANNELS, Grid(), Scaling(), out / f"cache{next(numbers)}"),
+            lambda: pack_cohort(
+                cases[:4], plain.CHANNELS, Grid(), Scaling(), out / f"cache{next(numbers)}"
+            ),
             _plain_pack,
             folders[:4],
             out,
@@ -196,10 +229,16 @@ def main() -> None:
             print(_command(__file__, arguments.cohort, "--memory"), end="")
 
 
-def _training(spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, pairs: Pairs) -> None:
+def _training(
+    spec: ModelSpec, box: tuple[int, int, int, int] | None, x: torch.Tensor, pairs: Pairs
+) -> None:
     half = resolve_precision("auto") == "bf16-mixed"
     # As `train.fit` does.
-    method = methods.build(spec).train().to(memory_format=torch.channels_last if half else torch.contiguous_format)
+    method = (
+        methods.build(spec)
+        .train()
+        .to(memory_format=torch.channels_last if half else torch.contiguous_format)
+    )
     optimizer = plain.optimizer_of(method)
     generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
 
@@ -237,7 +276,9 @@ def _evaluation(stacks: list, out: Path, pairs: Pairs) -> None:  # type: ignore[
         pool.evaluate({}, 0.3)
 
     pooled = np.concatenate(scores), np.concatenate(labels)
-    pairs.row(f"evaluate, {len(stacks)} patients, intervals too", "20", ours, _plain_evaluate, *pooled)
+    pairs.row(
+        f"evaluate, {len(stacks)} patients, intervals too", "20", ours, _plain_evaluate, *pooled
+    )
 
 
 def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore[type-arg]
@@ -247,12 +288,18 @@ def _memory(detector: Detector, cases: list, out: Path) -> None:  # type: ignore
         detector.detect(volume).save(out)  # type: ignore[arg-type]
         facts = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
         resident.append(int(facts["VmRSS"].split()[0]) / 1024)
-    tenths = ", ".join(f"{statistics.median(resident[first : first + 10]):.0f}" for first in range(0, 100, 10))
-    print(f"| {MEMORY}: median of every ten | | {tenths} MB, at most {peak_memory_mb():.0f} MB | | flat, < 2 GiB |")
+    tenths = ", ".join(
+        f"{statistics.median(resident[first : first + 10]):.0f}" for first in range(0, 100, 10)
+    )
+    print(
+        f"| {MEMORY}: median of every ten | | {tenths} MB, at most {peak_memory_mb():.0f} MB | | flat, < 2 GiB |"
+    )
 
 
 def _command(*arguments: str | Path) -> str:
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def _lines(path: str) -> list[str]:

@@ -16,7 +16,9 @@ from anomri.spec import Scaling
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 GOLDEN = Path(__file__).parent / "golden"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 CHROMIUM_FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -43,9 +45,13 @@ def real_scans() -> Path:
 def brain(rng: np.random.Generator, *, lesion: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Two channels (float32) and a lesion label of one ellipsoid brain with a dark ventricle."""
     place = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij"))
-    radius = np.sqrt(((place / rng.uniform([0.6, 0.7, 0.8], [0.65, 0.78, 0.9])[:, None, None, None]) ** 2).sum(0))
+    radius = np.sqrt(
+        ((place / rng.uniform([0.6, 0.7, 0.8], [0.65, 0.78, 0.9])[:, None, None, None]) ** 2).sum(0)
+    )
     inside = radius < 1
-    ventricle = np.sqrt(((place - rng.uniform(-0.05, 0.05, 3)[:, None, None, None]) ** 2).sum(0)) < 0.2
+    ventricle = (
+        np.sqrt(((place - rng.uniform(-0.05, 0.05, 3)[:, None, None, None]) ** 2).sum(0)) < 0.2
+    )
     flair = inside * (0.6 + 0.2 * radius - 0.4 * ventricle)
     t1 = inside * (0.8 - 0.3 * radius - 0.4 * ventricle)
     label = np.zeros(SHAPE, bool)
@@ -55,7 +61,9 @@ def brain(rng: np.random.Generator, *, lesion: bool) -> tuple[dict[str, np.ndarr
         flair, t1 = flair + 0.45 * label, t1 - 0.2 * label
     gains = rng.uniform(100, 2000, 2)
     channels = {
-        name: (gain * np.clip(image + inside * rng.normal(0, 0.02, SHAPE), 0.01 * inside, None)).astype(np.float32)
+        name: (
+            gain * np.clip(image + inside * rng.normal(0, 0.02, SHAPE), 0.01 * inside, None)
+        ).astype(np.float32)
         for (name, image), gain in zip({"flair": flair, "t1": t1}.items(), gains, strict=True)
     }
     return channels, label
@@ -122,7 +130,9 @@ def tiny_preset() -> None:
 
 
 @pytest.fixture(scope="session")
-def model(cohort: Path, cache: Path, tiny_preset: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    cohort: Path, cache: Path, tiny_preset: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A model folder trained on the small cohort."""
     from anomri.training.train import train
 
@@ -137,5 +147,7 @@ def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("marking") / "model"
     settings = {"widths": [4, 8, 16, 32]}
     training = {"steps": 12, "batch_size": 4, "validate_every": 6}
-    anomri.train(cohort, folder, preset="accurate", settings=settings, training=training, cache=cache)
+    anomri.train(
+        cohort, folder, preset="accurate", settings=settings, training=training, cache=cache
+    )
     return folder

@@ -79,7 +79,12 @@ def warm_up() -> None:
     small = DAE.PRESETS["small"]
     assert small.training is not None
     schedule = replace(
-        small.training, steps=20, batch_size=4, precision="32-true", validate_every=4, validation_slices=8
+        small.training,
+        steps=20,
+        batch_size=4,
+        precision="32-true",
+        validate_every=4,
+        validation_slices=8,
     )
     gc.freeze()  # a child that collects garbage would copy all of its parent's memory
     DAE.PRESETS["tiny"] = replace(small, settings={"widths": [2, 4]}, training=schedule)
@@ -126,7 +131,11 @@ class Verb:
     """A command that writes to ``<place>/out`` (and ``cache``), what there has to be before, and its records of work done."""
 
     def __init__(
-        self, name: str, command: list[str], records: str, prepare: Callable[[Path], None] = lambda place: None
+        self,
+        name: str,
+        command: list[str],
+        records: str,
+        prepare: Callable[[Path], None] = lambda place: None,
     ) -> None:
         self.name, self.command, self.records, self.prepare = name, command, records, prepare
 
@@ -135,7 +144,9 @@ class Verb:
 
     def done(self, place: Path) -> dict[Path, tuple[int, bytes]]:
         """What counts as done, with the time it was written."""
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in place.glob(self.records)}
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes()) for path in place.glob(self.records)
+        }
 
 
 def state_of(place: Path) -> dict[str, bytes]:
@@ -192,13 +203,19 @@ def attack(verb: Verb, root: Path, kills: int, rng: random.Random) -> dict[str, 
                 raise SystemExit(f"{verb.name}: exit code {code}\n{log.read_text()}")
             after = verb.done(place)
             # The scores of an evaluation go after its last file, the report: what is killed in between has ended.
-            _compare(row, before, after, ended=code == 0 or (place / "out" / "report.html").exists())
+            _compare(
+                row, before, after, ended=code == 0 or (place / "out" / "report.html").exists()
+            )
             before = after
         finished(start(verb.arguments(place), log), log)
         _compare(row, before, verb.done(place), ended=True)
         found = state_of(place)
-        row["half"] = int(row["half"]) + sum(".partial-" in name or ".scores" in name for name in found)
-        differing = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
+        row["half"] = int(row["half"]) + sum(
+            ".partial-" in name or ".scores" in name for name in found
+        )
+        differing = {
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        }
         if differing:
             print(f"{verb.name} {trial}: {sorted(differing)}", file=sys.stderr)
         row["other bytes"] = int(row["other bytes"]) + len(differing)
@@ -206,12 +223,16 @@ def attack(verb: Verb, root: Path, kills: int, rng: random.Random) -> dict[str, 
     return row
 
 
-def _compare(row: dict[str, object], before: dict[Path, tuple[int, bytes]], after: dict, ended: bool) -> None:
+def _compare(
+    row: dict[str, object], before: dict[Path, tuple[int, bytes]], after: dict, ended: bool
+) -> None:
     for path, was in before.items():
         if path.suffix == ".csv":
             # The log of a training: rows of steps that were saved stay, whatever is appended.
             kept = was[1].count(b"\n") - 1  # the last may be of a step not saved
-            same = path in after and after[path][1].splitlines()[:kept] == was[1].splitlines()[:kept]
+            same = (
+                path in after and after[path][1].splitlines()[:kept] == was[1].splitlines()[:kept]
+            )
             row["lost"] = int(row["lost"]) + (not same)
         elif path not in after:
             # Scores are removed when the figures are written.
@@ -228,11 +249,23 @@ def verbs(root: Path) -> list[Verb]:
     for number in range(CASES):
         write_case(cohort, f"case{number}", number, lesion=False)
         write_case(lesioned, f"lesion{number}", 50 + number, lesion=True)
-    train = ["train", "-i", str(cohort), "-o", "PLACE/out", "--preset", "tiny", "--device", "cpu", "--resume"]
+    train = [
+        "train",
+        "-i",
+        str(cohort),
+        "-o",
+        "PLACE/out",
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--resume",
+    ]
     model = root / "model" / "out"
     finished(
         start(
-            [part.replace("PLACE", str(root / "model")) for part in train] + ["--cache", str(root / "cache")],
+            [part.replace("PLACE", str(root / "model")) for part in train]
+            + ["--cache", str(root / "cache")],
             root / "log.txt",
         ),
         root / "log.txt",
@@ -247,7 +280,15 @@ def verbs(root: Path) -> list[Verb]:
     def shards(place: Path) -> None:
         shutil.copytree(root / "shards", place / "out")
 
-    packing = [*train[:4], "PLACE/out", "--method", "thresholding", "--resume", "--cache", "PLACE/cache"]
+    packing = [
+        *train[:4],
+        "PLACE/out",
+        "--method",
+        "thresholding",
+        "--resume",
+        "--cache",
+        "PLACE/cache",
+    ]
     return [
         Verb("pack", packing, "cache/*.json"),
         Verb("train", [*train, "--cache", str(root / "cache")], "out/log.csv"),
@@ -297,7 +338,9 @@ def _fork(every: list[Verb], root: Path, kills: int, seed: int) -> int:
 
 def main() -> None:
     """Run the campaign and print its table, as text or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=8, help="of each verb, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -311,13 +354,18 @@ def main() -> None:
             [verb for verb in every if verb.name in names]
             for names in (("pack", "train", "merge"), ("detect", "evaluate"))
         ]
-        children = [_fork(half, root, given.kills, given.seed + number) for number, half in enumerate(halves)]
+        children = [
+            _fork(half, root, given.kills, given.seed + number)
+            for number, half in enumerate(halves)
+        ]
         codes = [wait(child) for child in children]
         if any(codes):
             raise SystemExit(1)
         found = [json.loads((root / f"{half[0].name}.json").read_text()) for half in halves]
     order = [verb.name for verb in every]
-    rows = sorted((row for one in found for row in one["kills"]), key=lambda row: order.index(row["verb"]))
+    rows = sorted(
+        (row for one in found for row in one["kills"]), key=lambda row: order.index(row["verb"])
+    )
     stops = [row for one in found for row in one["stops"]]
     if given.json:
         print(json.dumps({"kills": rows, "stops": stops}))

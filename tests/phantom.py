@@ -26,13 +26,17 @@ def places(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
     return nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
 
 
-def scan(shape: Sequence[int], affine: np.ndarray, lesion: Sequence[float] = LESION_MM, seed: int = 0) -> np.ndarray:
+def scan(
+    shape: Sequence[int], affine: np.ndarray, lesion: Sequence[float] = LESION_MM, seed: int = 0
+) -> np.ndarray:
     """A brain of 130 x 165 x 120 mm around the origin with a bright lesion, on a grid (x, y, z) float64, up to 1000."""
     where = places(shape, affine)
     inside = ((where / [65, 82, 60]) ** 2).sum(-1) < 1
     noise = np.random.default_rng(seed).normal(0, 12, shape)
     bright = ((where - np.asarray(lesion)) ** 2).sum(-1) < RADIUS_MM**2
-    return np.where(inside, np.clip(500 + 60 * np.sin(where[..., 0] / 15) + 350 * bright + noise, 5, 1000), 0)
+    return np.where(
+        inside, np.clip(500 + 60 * np.sin(where[..., 0] / 15) + 350 * bright + noise, 5, 1000), 0
+    )
 
 
 def found_mm(path: Path) -> np.ndarray:

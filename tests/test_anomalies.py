@@ -8,7 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from anomri.errors import AnomriError
-from anomri.methods.anomalies import mark_loss, plant_anomalies, random_blobs, random_depths, typical_shifts
+from anomri.methods.anomalies import (
+    plant_anomalies,
+    random_blobs,
+    random_depths,
+    segmentation_loss,
+    typical_shifts,
+)
 from anomri.methods.augmentation import Augmentation, augment
 from anomri.methods.dae import DAE, mirrored
 from anomri.methods.draws import PartGenerator
@@ -32,12 +38,16 @@ def seeded(seed: int = 0) -> Generator:
 def test_planted_anomalies_change_what_they_say_and_leave_the_rest() -> None:
     x, foreground = slices()
     changed, where = plant_anomalies(x, foreground, torch.ones(32, 4, 1, 1), CHANNELS, seeded())
-    assert torch.equal(changed[~foreground[:, None].expand_as(x)], x[~foreground[:, None].expand_as(x)])
+    assert torch.equal(
+        changed[~foreground[:, None].expand_as(x)], x[~foreground[:, None].expand_as(x)]
+    )
     assert not (where & ~foreground).any()
     assert 0.6 < float(where.any(2).any(1).float().mean()) < 1.0  # some slices stay healthy
     difference = (changed - x).abs().amax(1)
     assert difference[where].mean() > 0.2
-    far = ~torch.nn.functional.max_pool2d(where[:, None].float(), 31, 1, 15)[:, 0].bool() & foreground
+    far = (
+        ~torch.nn.functional.max_pool2d(where[:, None].float(), 31, 1, 15)[:, 0].bool() & foreground
+    )
     assert difference[far].mean() < 0.05
     # Lesions hold water: bright on FLAIR and T2, dark on T1.
     shift = torch.stack([(changed - x)[:, k][where].mean() for k in range(4)])
@@ -58,19 +68,27 @@ def test_some_slices_get_several_small_ones(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("anomri.methods.anomalies.CHANCES", ())
     x, foreground = slices(400)
     _, where = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded())
-    counts = torch.tensor([int(cc3d.connected_components(one.numpy(), return_N=True)[1]) for one in where])
-    assert 0.15 < float((counts > 0).float().mean()) < 0.3  # a share of those drawn is too faint to ask for
+    counts = torch.tensor(
+        [int(cc3d.connected_components(one.numpy(), return_N=True)[1]) for one in where]
+    )
+    assert (
+        0.15 < float((counts > 0).float().mean()) < 0.3
+    )  # a share of those drawn is too faint to ask for
     assert int(counts.max()) >= 6
     areas = where.flatten(1).sum(1)[counts == 1]
     assert int(areas.min()) >= 1 and int(areas.max()) < 40
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_slices_gets_small_ones(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+def test_a_share_of_the_slices_gets_small_ones(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
     monkeypatch.setattr("anomri.methods.anomalies.CHANCES", ())
     x, foreground = slices(400)
     dae = DAE(CHANNELS, widths=[8, 16], anomalies=True, plaques=share)
-    changed, _ = plant_anomalies(x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded(), plaques=dae.plaques)
+    changed, _ = plant_anomalies(
+        x, foreground, torch.ones(400, 4, 1, 1), CHANNELS, seeded(), plaques=dae.plaques
+    )
     touched = float(((changed - x).abs().amax((1, 2, 3)) > 0.1).float().mean())
     # Some slices draw few places, or little contrast.
     assert 0.6 * share <= touched <= share + 0.05
@@ -94,7 +112,11 @@ def test_an_unknown_channel_changes_either_way() -> None:
 
 def test_half_of_the_parts_show_what_people_have_alone() -> None:
     x, _ = slices(600)
-    kept = DAE(CHANNELS, [4, 8, 16, 32], channel_dropout=0.5, alone=["flair", "swi"]).train()._kept(x, seeded())
+    kept = (
+        DAE(CHANNELS, [4, 8, 16, 32], channel_dropout=0.5, alone=["flair", "swi"])
+        .train()
+        ._kept(x, seeded())
+    )
     alone = kept[:, 0].flatten().bool() & (kept.flatten(1).sum(1) == 1)
     assert 0.22 < float(alone.float().mean()) < 0.33
     assert float((kept.flatten(1).sum(1) == 4).float().mean()) > 0.48
@@ -118,7 +140,9 @@ def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
     how = Augmentation(True, 10, 0.1, 0.05, 0.2, 0.1, 0.02, 0.02, 1.0)
     noise = Noise([8, 16], [0.1, 0.3], share=0.5, in_blobs=True)
     does = {
-        "anomalies": lambda x, f, g: plant_anomalies(x, f, torch.ones(len(x), 4, 1, 1), CHANNELS, g)[0],
+        "anomalies": lambda x, f, g: plant_anomalies(
+            x, f, torch.ones(len(x), 4, 1, 1), CHANNELS, g
+        )[0],
         "augmentation": lambda x, f, g: augment(x, f, how, g)[0],
         "noise": noise.draw,
     }[work]
@@ -129,7 +153,9 @@ def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
     assert not torch.equal(whole, does(x, foreground, seeded(6)))
 
 
-@pytest.mark.parametrize("field", ["turn", "zoom", "shift", "gain", "contrast", "brightness", "shading", "blur"])
+@pytest.mark.parametrize(
+    "field", ["turn", "zoom", "shift", "gain", "contrast", "brightness", "shading", "blur"]
+)
 def test_each_augmentation_changes_the_brain_and_nothing_else(field: str) -> None:
     x, foreground = slices(8)
     x = x * torch.linspace(0.8, 1.2, 72)
@@ -139,7 +165,9 @@ def test_each_augmentation_changes_the_brain_and_nothing_else(field: str) -> Non
     assert not torch.allclose(varied, x, atol=1e-3)
     assert not varied[~inside[:, None].expand_as(varied)].any()
     assert not varied[:, 2].any()
-    assert float(varied[:, 0][inside].mean()) == pytest.approx(float(x[:, 0][foreground].mean()), rel=0.15)
+    assert float(varied[:, 0][inside].mean()) == pytest.approx(
+        float(x[:, 0][foreground].mean()), rel=0.15
+    )
     same, there = augment(x, foreground, Augmentation(), seeded())
     assert torch.equal(same, x) and torch.equal(there, foreground)
 
@@ -163,10 +191,18 @@ def test_marks_that_are_right_cost_least() -> None:
     _, foreground = slices(4)
     where = random_blobs(foreground, seeded()) > 0.5
     right = torch.where(where, 8.0, -8.0)
-    assert mark_loss(right, where, foreground) < 0.05 < mark_loss(torch.zeros_like(right), where, foreground)
-    assert mark_loss(-right, where, foreground) > mark_loss(torch.zeros_like(right), where, foreground)
+    assert (
+        segmentation_loss(right, where, foreground)
+        < 0.05
+        < segmentation_loss(torch.zeros_like(right), where, foreground)
+    )
+    assert segmentation_loss(-right, where, foreground) > segmentation_loss(
+        torch.zeros_like(right), where, foreground
+    )
     outside = torch.where(foreground, right, 8.0)
-    assert torch.equal(mark_loss(outside, where, foreground), mark_loss(right, where, foreground))
+    assert torch.equal(
+        segmentation_loss(outside, where, foreground), segmentation_loss(right, where, foreground)
+    )
 
 
 def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
@@ -176,8 +212,12 @@ def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
     large[0, 20:44, 24:48] = True
     missed = torch.where(small, -8.0, 0.0)
     both = [torch.where(truth, 8.0, -8.0) for truth in (small, large)]
-    cost_small = mark_loss(both[0] + 2 * missed, small, foreground) - mark_loss(both[0], small, foreground)
-    cost_large = mark_loss(both[1] + 2 * missed, large, foreground) - mark_loss(both[1], large, foreground)
+    cost_small = segmentation_loss(both[0] + 2 * missed, small, foreground) - segmentation_loss(
+        both[0], small, foreground
+    )
+    cost_large = segmentation_loss(both[1] + 2 * missed, large, foreground) - segmentation_loss(
+        both[1], large, foreground
+    )
     assert float(cost_small) > 2 * float(cost_large)
 
 
@@ -187,23 +227,34 @@ def test_a_finer_grid_shows_anomalies_of_the_same_size() -> None:
     shown = torch.ones(300, 4, 1, 1)
     _, where = plant_anomalies(x, foreground, shown, CHANNELS, seeded())
     _, finer = plant_anomalies(
-        torch.nn.functional.interpolate(x, scale_factor=2), fine, shown, CHANNELS, seeded(), pixel=0.5
+        torch.nn.functional.interpolate(x, scale_factor=2),
+        fine,
+        shown,
+        CHANNELS,
+        seeded(),
+        pixel=0.5,
     )
     assert float(finer.float().mean()) == pytest.approx(float(where.float().mean()), rel=0.15)
     logits = torch.where(where, 1.0, -2.0)
-    expected = mark_loss(logits, where, foreground)
-    truth, fine_logits = (one.repeat_interleave(2, 1).repeat_interleave(2, 2) for one in (where, logits))
-    assert float(mark_loss(fine_logits, truth, fine, pixel=0.5)) == pytest.approx(float(expected), rel=0.02)
+    expected = segmentation_loss(logits, where, foreground)
+    truth, fine_logits = (
+        one.repeat_interleave(2, 1).repeat_interleave(2, 2) for one in (where, logits)
+    )
+    assert float(segmentation_loss(fine_logits, truth, fine, pixel=0.5)) == pytest.approx(
+        float(expected), rel=0.02
+    )
 
 
 def test_subpixels_are_channels_to_the_network_and_pixels_again_after_it() -> None:
     x, foreground = slices(2)
     torch.manual_seed(0)
-    method = DAE(CHANNELS, [4, 8], anomalies=True, mark=True, subpixels=2)
+    method = DAE(CHANNELS, [4, 8], anomalies=True, segmentation_head=True, subpixels=2)
     assert method.box_multiple == 4
     assert method.reconstruct(x, (4, 60, 8, 64)).shape == (2, 5, *x.shape[2:])
     method(x, foreground, seeded(), (4, 60, 8, 64)).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.network.head.parameters())
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in method.network.head.parameters()
+    )
 
     def network(given: Tensor) -> Tensor:
         assert given.shape == (2, 16, x.shape[2] // 2, x.shape[3] // 2)
@@ -230,8 +281,8 @@ def test_channel_dropout_keeps_at_least_one_and_leaves_the_rest_out_of_the_loss(
     assert bool(kept.any(1).all())
     assert 0.4 < float(kept.float().mean()) < 0.8
     assert method.takes_subsets and not DAE(CHANNELS, [4, 8, 16, 32]).takes_subsets
-    with pytest.raises(AnomriError, match="mark needs anomalies"):
-        DAE(CHANNELS, [4, 8, 16, 32], mark=True)
+    with pytest.raises(AnomriError, match="segmentation_head needs anomalies"):
+        DAE(CHANNELS, [4, 8, 16, 32], segmentation_head=True)
 
 
 @pytest.mark.parametrize("shift", [0, 3, -5])

@@ -54,25 +54,57 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "cut in the header": ("a_flair.nii", image()[:200], "is not a NIfTI image|cut short"),
     "cut in the image": ("a_flair.nii", image()[:-7], "is cut short"),
     "cut in the stream": ("a_flair.nii.gz", gzip.compress(image())[:-500], "damaged or cut short"),
-    "wrong checksum": ("a_flair.nii.gz", gzip.compress(image())[:-8] + bytes(8), "damaged or cut short"),
-    "gzip bomb": ("a_flair.nii.gz", gzip.compress(image() + bytes(20 * 1024**2)), "goes on for more than"),
-    "10^12 voxels": ("a_flair.nii", patched(40, "<4h", 3, 10_000, 10_000, 10_000), "1,000,000,000,000 voxels"),
+    "wrong checksum": (
+        "a_flair.nii.gz",
+        gzip.compress(image())[:-8] + bytes(8),
+        "damaged or cut short",
+    ),
+    "gzip bomb": (
+        "a_flair.nii.gz",
+        gzip.compress(image() + bytes(20 * 1024**2)),
+        "goes on for more than",
+    ),
+    "10^12 voxels": (
+        "a_flair.nii",
+        patched(40, "<4h", 3, 10_000, 10_000, 10_000),
+        "1,000,000,000,000 voxels",
+    ),
     "more axes than seven": ("a_flair.nii", patched(40, "<h", 9), "cannot be read|not a NIfTI"),
     "no axes": ("a_flair.nii", patched(40, "<h", 0), "cannot be read|nothing to read|not a NIfTI"),
     "a side of zero": ("a_flair.nii", patched(42, "<h", 0), "nothing to read|cannot be read"),
-    "a side of minus five": ("a_flair.nii", patched(42, "<h", -5), "nothing to read|cannot be read"),
+    "a side of minus five": (
+        "a_flair.nii",
+        patched(42, "<h", -5),
+        "nothing to read|cannot be read",
+    ),
     "data type 999": ("a_flair.nii", patched(70, "<h", 999), "cannot be read"),
     "offset beyond the end": ("a_flair.nii", patched(108, "<f", 1e12), "places the image"),
-    "offset not a number": ("a_flair.nii", patched(108, "<f", float("nan")), "places the image|cannot be read"),
+    "offset not a number": (
+        "a_flair.nii",
+        patched(108, "<f", float("nan")),
+        "places the image|cannot be read",
+    ),
     "singular affine": ("a_flair.nii", patched(280, "<4f", 0, 0, 0, 0), "no usable position"),
-    "affine not finite": ("a_flair.nii", patched(280, "<4f", float("inf"), 0, 0, 0), "no usable position"),
+    "affine not finite": (
+        "a_flair.nii",
+        patched(280, "<4f", float("inf"), 0, 0, 0),
+        "no usable position",
+    ),
     "several frames": ("a_flair.nii", image(np.stack([BRAIN] * 3, -1)), "4 axes"),
     "one slice": ("a_flair.nii", image(BRAIN[..., 9]), "2 axes"),
     "complex numbers": ("a_flair.nii", image(BRAIN.astype(np.complex64)), "real numbers"),
-    "colours": ("a_flair.nii", image(np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])), "real numbers"),
+    "colours": (
+        "a_flair.nii",
+        image(np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        "real numbers",
+    ),
     "NaN": ("a_flair.nii", image(spoilt(np.nan)), "1 of its 8,640 voxels are NaN or infinite"),
     "infinite": ("a_flair.nii", image(spoilt(np.inf)), "NaN or infinite"),
-    "beyond float32": ("a_flair.nii", image(spoilt(0).astype(np.float64) * 1e300), "NaN or infinite"),
+    "beyond float32": (
+        "a_flair.nii",
+        image(spoilt(0).astype(np.float64) * 1e300),
+        "NaN or infinite",
+    ),
     "all zero": ("a_flair.nii", image(BRAIN * 0), "no voxel is above zero"),
     "all negative": ("a_flair.nii", image(-BRAIN), "looks standardised|no voxel is above zero"),
     "z-scores": (
@@ -138,13 +170,18 @@ def test_a_bad_label_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "a_seg.nii").write_bytes(image(spoilt(np.nan)))
     detection = thresholding().detect(tmp_path)
     assert detection.volume.label is None
-    assert "its label was left out" in detection.volume.notes[-1] and "NaN or infinite" in detection.volume.notes[-1]
+    assert (
+        "its label was left out" in detection.volume.notes[-1]
+        and "NaN or infinite" in detection.volume.notes[-1]
+    )
 
 
 def test_brain_mask_that_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "a_flair.nii").write_bytes(image())
     with pytest.raises(AnomriError, match="gone.nii: cannot be read"):
-        thresholding().detect(tmp_path / "a_flair.nii", Preparation(brain_mask=tmp_path / "gone.nii"))
+        thresholding().detect(
+            tmp_path / "a_flair.nii", Preparation(brain_mask=tmp_path / "gone.nii")
+        )
 
 
 # Memory.
@@ -225,7 +262,11 @@ def outcome(content: bytes, suffix: str) -> str:
 
 DETECTOR = thresholding()
 FUZZ = settings(
-    max_examples=40, deadline=20_000, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=40,
+    deadline=20_000,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
 )
 
 
@@ -240,7 +281,11 @@ def test_any_header_field_may_hold_anything(field: tuple[int, str], data: st.Dat
 
 
 @FUZZ
-@given(places=st.lists(st.integers(0, 20_000), min_size=1, max_size=6), byte=st.integers(0, 255), packed=st.booleans())
+@given(
+    places=st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
+    byte=st.integers(0, 255),
+    packed=st.booleans(),
+)
 def test_any_byte_may_be_wrong(places: list[int], byte: int, packed: bool) -> None:
     content = bytearray(gzip.compress(image(), 1, mtime=0) if packed else image())
     for place in places:

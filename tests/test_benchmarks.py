@@ -1,4 +1,4 @@
-"""What the tables of `benchmarks/` rest on: changed scans, planted balls and how they are counted."""
+"""What the tables of `benchmarks/` rest on: changed scans, planted spheres and how they are counted."""
 
 import re
 import sys
@@ -27,12 +27,12 @@ def scan(tmp_path: Path) -> Volume:
     return read_volume(find_cases(tmp_path / "scans")[0], ("flair", "t1"))
 
 
-def test_balls_lie_in_slices_without_a_lesion_and_are_bright_on_flair(scan: Volume) -> None:
+def test_spheres_lie_in_slices_without_a_lesion_and_are_bright_on_flair(scan: Volume) -> None:
     assert scan.label is not None
-    planted = robustness.with_balls(scan, 3, (3.0, 5.0), np.random.default_rng(0))
+    planted = robustness.with_spheres(scan, 3, (3.0, 5.0), np.random.default_rng(0))
     assert planted.label is not None
     assert planted.label.any()
-    # A ball's middle is in a healthy slice; what of it reaches into one with the lesion is not counted by anyone.
+    # A sphere's middle is in a healthy slice; what of it reaches into one with the lesion is not counted by anyone.
     components, count = ndimage.label(planted.label)
     assert 1 <= count <= 3
     healthy = ~scan.label.any((0, 1))
@@ -43,9 +43,12 @@ def test_balls_lie_in_slices_without_a_lesion_and_are_bright_on_flair(scan: Volu
     assert radii.max() < 5 * 3 ** (1 / 3) + 1  # three that touch, at most
     flair, t1 = planted.data - scan.data
     assert flair[planted.label].min() > 0 > t1[planted.label].mean()
-    assert np.abs(flair[~ndimage.binary_dilation(planted.label, iterations=3)]).max() < 5e-3 * scan.data[0].max()
+    assert (
+        np.abs(flair[~ndimage.binary_dilation(planted.label, iterations=3)]).max()
+        < 5e-3 * scan.data[0].max()
+    )
     everywhere = replace(scan, label=np.ones_like(scan.label))
-    nothing = robustness.with_balls(everywhere, 3, (3.0, 5.0), np.random.default_rng(0))
+    nothing = robustness.with_spheres(everywhere, 3, (3.0, 5.0), np.random.default_rng(0))
     assert nothing.label is not None
     assert not nothing.label.any()
     assert np.array_equal(nothing.data, scan.data)
@@ -76,22 +79,33 @@ def test_a_change_alters_the_brain_and_leaves_the_air(scan: Volume, name: str) -
 
 
 def test_what_a_mask_shows_is_counted_by_component() -> None:
-    balls, mask = np.zeros((20, 20, 6), bool), np.zeros((20, 20, 6), bool)
-    balls[2:5, 2:5, 1], balls[10:12, 10:12, 1], balls[15, 15, 2] = True, True, True
+    spheres, mask = np.zeros((20, 20, 6), bool), np.zeros((20, 20, 6), bool)
+    spheres[2:5, 2:5, 1], spheres[10:12, 10:12, 1], spheres[15, 15, 2] = True, True, True
     healthy = np.array([False, True, True, True, True, False])
-    mask[4:7, 4:7, 1] = True  # touches the first ball
+    mask[4:7, 4:7, 1] = True  # touches the first sphere
     mask[15, 2:4, 3] = True  # nothing of any
     mask[2, 15, 4:] = True  # reaches into a slice with a lesion
-    shown, false = small_lesions.counts(mask, balls, healthy, voxel_mm3=2.0)
+    shown, false = small_lesions.counts(mask, spheres, healthy, voxel_mm3=2.0)
     assert [there for _, there in shown] == [True, False, False]
-    assert [radius for radius, _ in shown] == pytest.approx([np.cbrt(3 * 2 * n / (4 * np.pi)) for n in (9, 4, 1)])
+    assert [radius for radius, _ in shown] == pytest.approx(
+        [np.cbrt(3 * 2 * n / (4 * np.pi)) for n in (9, 4, 1)]
+    )
     assert false == 1
 
 
 def test_the_first_row_is_what_an_evaluation_finds(
     cohort: Path, marking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["robustness.py", str(cohort), str(marking), "--split", "test", "--only", "as it is", "--lesions"]
+    given = [
+        "robustness.py",
+        str(cohort),
+        str(marking),
+        "--split",
+        "test",
+        "--only",
+        "as it is",
+        "--lesions",
+    ]
     monkeypatch.setattr(sys, "argv", given)
     robustness.main()
     head, _, row = capsys.readouterr().out.splitlines()
@@ -100,7 +114,8 @@ def test_the_first_row_is_what_an_evaluation_finds(
     figures = re.findall(r"\d\.\d{3}", row)
     assert figures[:2] == [f"{found[name]:.3f}" for name in ("AUPRC, pooled", "ceil-Dice, pooled")]
     dice, best = (
-        np.mean([getattr(patient, name) for patient in found.patients]) for name in ("dice_unfiltered", "ceil_dice")
+        np.mean([getattr(patient, name) for patient in found.patients])
+        for name in ("dice_unfiltered", "ceil_dice")
     )
     assert figures[2] == f"{dice / best:.3f}"
 
@@ -115,7 +130,7 @@ def test_the_table_of_small_lesions_has_a_row_for_every_size(
     rows = [line for line in tables if re.match(r"\d+(\.\d)? to ", line)]
     assert len(rows) == 2 * (len(small_lesions.RADII_MM) - 1)
     assert sum(int(row.split("|")[1]) for row in rows) > 0
-    # The smaller the components that a mask keeps, the more balls it shows.
+    # The smaller the components that a mask keeps, the more spheres it shows.
     for row in rows:
         shown = [float(share) for share in re.findall(r"\d\.\d\d", row)]
         assert shown[:3] == sorted(shown[:3])

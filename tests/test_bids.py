@@ -44,14 +44,27 @@ def save(path: Path, data: np.ndarray) -> Path:
     return path
 
 
-def add(root: Path, name: str, seed: int, *, lesion: bool = True, images: tuple[str, ...] = ("FLAIR", "T1w")) -> None:
+def add(
+    root: Path,
+    name: str,
+    seed: int,
+    *,
+    lesion: bool = True,
+    images: tuple[str, ...] = ("FLAIR", "T1w"),
+) -> None:
     """Write images of one subject or session; the part of a name before the suffix may hold entities."""
     channels, label = brain(np.random.default_rng(seed), lesion=lesion)
     anat = Path(*name.split("_"), "anat")
     for image in images:
-        save(root / anat / f"{name}_{image}.nii.gz", channels["flair" if image.endswith("FLAIR") else "t1"])
+        save(
+            root / anat / f"{name}_{image}.nii.gz",
+            channels["flair" if image.endswith("FLAIR") else "t1"],
+        )
     if lesion:
-        save(root / "derivatives" / "hand" / anat / f"{name}_label-lesion_mask.nii.gz", label.astype(np.uint8))
+        save(
+            root / "derivatives" / "hand" / anat / f"{name}_label-lesion_mask.nii.gz",
+            label.astype(np.uint8),
+        )
         inside = (channels["t1"] > 0).astype(np.uint8)
         save(root / "derivatives" / "strip" / anat / f"{name}_desc-brain_mask.nii.gz", inside)
 
@@ -63,7 +76,9 @@ def dataset(tmp_path: Path) -> Path:
     add(root, "sub-01", 1)
     add(root, "sub-02_ses-a", 2)
     add(root, "sub-02_ses-b", 3, lesion=False)
-    add(root, "sub-03", 4, images=("run-10_FLAIR", "run-2_FLAIR", "T1w", "ce-gad_T1w"), lesion=False)
+    add(
+        root, "sub-03", 4, images=("run-10_FLAIR", "run-2_FLAIR", "T1w", "ce-gad_T1w"), lesion=False
+    )
     return root
 
 
@@ -76,8 +91,14 @@ def errors(folder: Path) -> list[object]:
     """Errors that the BIDS validator finds."""
     if VALIDATOR is None:
         pytest.skip("bids-validator-deno is not installed")
-    ran = subprocess.run([VALIDATOR, "--format", "json", str(folder)], capture_output=True, text=True, check=False)
-    return [issue for issue in json.loads(ran.stdout)["issues"]["issues"] if issue["severity"] == "error"]
+    ran = subprocess.run(
+        [VALIDATOR, "--format", "json", str(folder)], capture_output=True, text=True, check=False
+    )
+    return [
+        issue
+        for issue in json.loads(ran.stdout)["issues"]["issues"]
+        if issue["severity"] == "error"
+    ]
 
 
 def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
@@ -86,8 +107,14 @@ def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
     assert list(cases) == ["sub-01", "sub-02_ses-a", "sub-02_ses-b", "sub-03"]
     assert set(cases["sub-01"].channels) == {"flair", "t1"}
     assert cases["sub-02_ses-a"].patient == "sub-02"
-    assert cases["sub-01"].label == dataset / "derivatives/hand/sub-01/anat/sub-01_label-lesion_mask.nii.gz"
-    assert cases["sub-01"].mask == dataset / "derivatives/strip/sub-01/anat/sub-01_desc-brain_mask.nii.gz"
+    assert (
+        cases["sub-01"].label
+        == dataset / "derivatives/hand/sub-01/anat/sub-01_label-lesion_mask.nii.gz"
+    )
+    assert (
+        cases["sub-01"].mask
+        == dataset / "derivatives/strip/sub-01/anat/sub-01_desc-brain_mask.nii.gz"
+    )
     assert cases["sub-02_ses-b"].mask is None and cases["sub-02_ses-b"].label is None
     anat = dataset / "sub-03" / "anat"
     assert cases["sub-03"].channels == {
@@ -95,12 +122,16 @@ def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
         "t1": anat / "sub-03_T1w.nii.gz",
         "t1ce": anat / "sub-03_ce-gad_T1w.nii.gz",
     }
-    assert told == ["sub-03: 2 files for flair; sub-03_run-2_FLAIR.nii.gz is taken, not sub-03_run-10_FLAIR.nii.gz."]
+    assert told == [
+        "sub-03: 2 files for flair; sub-03_run-2_FLAIR.nii.gz is taken, not sub-03_run-10_FLAIR.nii.gz."
+    ]
 
 
 def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
     (dataset / "sub-04" / "anat").mkdir(parents=True)
-    (dataset / "splits.csv").write_text("case,split\nsub-01,test\nsub-02_ses-a,train\nsub-02_ses-b,train\nsub-03,val\n")
+    (dataset / "splits.csv").write_text(
+        "case,split\nsub-01,test\nsub-02_ses-a,train\nsub-02_ses-b,train\nsub-03,val\n"
+    )
     cases = find_cases(dataset)
     assert [(case.name, case.split) for case in cases] == [
         ("sub-01", "test"),
@@ -109,7 +140,9 @@ def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
         ("sub-03", "val"),
     ]
     assert cases[0].label and cases[0].mask and [len(case.notes) for case in cases] == [0, 0, 0, 1]
-    trained = anomri.train(dataset, dataset.parent / "model", preset="tiny", training={"steps": 2}, cache=cache)
+    trained = anomri.train(
+        dataset, dataset.parent / "model", preset="tiny", training={"steps": 2}, cache=cache
+    )
     assert trained.spec.channels == ("flair", "t1") and trained.splits["sub-02"] == "train"
     (patient,) = anomri.evaluate(dataset, model=trained, split="test").patients
     assert patient.case == "sub-01"
@@ -132,7 +165,9 @@ def test_what_may_be_a_label_and_is_not_read_as_one_is_named(dataset: Path, plac
     save(other, np.ones(SHAPE, np.uint8))
     assert len(find_cases(dataset)) == 4
     save(dataset / f"{place}.nii.gz", np.ones(SHAPE, np.uint8))
-    with pytest.raises(AnomriError, match=rf"{Path(place).name}.*looks like the label of a lesion, but is not read"):
+    with pytest.raises(
+        AnomriError, match=rf"{Path(place).name}.*looks like the label of a lesion, but is not read"
+    ):
         find_cases(dataset)
 
 
@@ -156,14 +191,21 @@ def test_labels_choose_participants_and_sessions(dataset: Path) -> None:
     assert [case.name for case in chosen] == ["sub-01", "sub-02_ses-a", "sub-02_ses-b"]
     assert [case.name for case in bids_cases(dataset, session_labels=["b"])] == ["sub-02_ses-b"]
     both = bids_cases(dataset, participant_labels=["01", "02"], session_labels=["ses-b"])
-    assert [(case.name, len(case.channels)) for case in both] == [("sub-01", 0), ("sub-02_ses-b", 2)]
+    assert [(case.name, len(case.channels)) for case in both] == [
+        ("sub-01", 0),
+        ("sub-02_ses-b", 2),
+    ]
 
 
 def test_a_case_lies_in_one_space(tmp_path: Path) -> None:
     root = describe(tmp_path / "prep", DatasetType="derivative", GeneratedBy=[{"Name": "prep"}])
     anat = root / "sub-1" / "anat"
     names = ("desc-preproc_T1w", "desc-preproc_FLAIR", "desc-brain_mask", "desc-anomaly_FLAIR")
-    for name in (*names, *(f"space-T1w_{name}" for name in names[1:]), "space-MNI_res-1_desc-preproc_T1w"):
+    for name in (
+        *names,
+        *(f"space-T1w_{name}" for name in names[1:]),
+        "space-MNI_res-1_desc-preproc_T1w",
+    ):
         anat.mkdir(parents=True, exist_ok=True)
         (anat / f"sub-1_{name}.nii.gz").touch()
     (case,) = bids_cases(root, channels=("flair", "t1"))
@@ -177,7 +219,9 @@ def test_a_case_lies_in_one_space(tmp_path: Path) -> None:
     assert case.mask == anat / "sub-1_space-T1w_desc-brain_mask.nii.gz"
 
 
-@pytest.mark.parametrize(("images", "space"), [(("FLAIR",), "FLAIR"), (("FLAIR", "T1w"), "FLAIR"), (("T1w",), "T1w")])
+@pytest.mark.parametrize(
+    ("images", "space"), [(("FLAIR",), "FLAIR"), (("FLAIR", "T1w"), "FLAIR"), (("T1w",), "T1w")]
+)
 def test_marks_may_be_named_after_the_image_whose_grid_is_theirs(
     tmp_path: Path, images: tuple[str, ...], space: str
 ) -> None:
@@ -205,7 +249,9 @@ def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detecto
     assert first.error is None and first.summary
     written = sorted(path.name for path in (out / "sub-01" / "anat").iterdir())
     images = ("sub-01_desc-anomaly_FLAIR", "sub-01_desc-anomaly_dseg", "sub-01_desc-anomaly_mask")
-    assert written == sorted([f"{name}{end}" for name in images for end in (".json", ".nii.gz")] + [f"{images[1]}.tsv"])
+    assert written == sorted(
+        [f"{name}{end}" for name in images for end in (".json", ".nii.gz")] + [f"{images[1]}.tsv"]
+    )
     before = (out / "sub-01" / "anat" / "sub-01_desc-anomaly_FLAIR.nii.gz").stat().st_mtime_ns
     (out / "README.md").write_text("Mine.\n")
 
@@ -213,7 +259,9 @@ def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detecto
     assert [result.case for result in results] == ["sub-02_ses-a", "sub-02_ses-b", "sub-03"]
     assert not any(result.error for result in results)
     assert (out / "sub-02/ses-b/anat/sub-02_ses-b_desc-anomaly_mask.nii.gz").is_file()
-    assert (out / "sub-01" / "anat" / "sub-01_desc-anomaly_FLAIR.nii.gz").stat().st_mtime_ns == before
+    assert (
+        out / "sub-01" / "anat" / "sub-01_desc-anomaly_FLAIR.nii.gz"
+    ).stat().st_mtime_ns == before
     assert (out / "README.md").read_text() == "Mine.\n"
 
     report = run_group(out)
@@ -223,7 +271,10 @@ def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detecto
     assert {row[columns.index("status")] for row in rows} == {"done"}
     _, lesions = read_tsv(out / "lesions.tsv")
     of_first = first.summary["lesions"]
-    assert isinstance(of_first, list) and len([row for row in lesions if row[0] == "sub-01"]) == len(of_first) > 0
+    assert (
+        isinstance(of_first, list)
+        and len([row for row in lesions if row[0] == "sub-01"]) == len(of_first) > 0
+    )
     assert errors(out) == []
     assert errors(dataset) == []
     # What was written is no input of the next run.
@@ -234,7 +285,9 @@ def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detecto
 
 def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Detector) -> None:
     out = dataset.parent / "out"
-    (result,) = run_participant(dataset, out, detector, participant_labels=["01"], skip_bids_validation=True)
+    (result,) = run_participant(
+        dataset, out, detector, participant_labels=["01"], skip_bids_validation=True
+    )
     stem = str(out / "sub-01" / "anat" / "sub-01_desc-anomaly_")
     images = {kind: nib.load(f"{stem}{kind}.nii.gz") for kind in ("FLAIR", "mask", "dseg")}
     said = {kind: json.loads(Path(f"{stem}{kind}.json").read_text()) for kind in images}
@@ -246,8 +299,12 @@ def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Det
         np.testing.assert_allclose(image.affine, AFFINE)
     geometry = detection.volume.geometry
     assert detection.mask is not None
-    np.testing.assert_array_equal(images["FLAIR"].get_fdata(dtype=np.float32), geometry.native(detection.anomaly_map))
-    np.testing.assert_array_equal(np.asarray(images["mask"].dataobj), geometry.native(detection.mask))
+    np.testing.assert_array_equal(
+        images["FLAIR"].get_fdata(dtype=np.float32), geometry.native(detection.anomaly_map)
+    )
+    np.testing.assert_array_equal(
+        np.asarray(images["mask"].dataobj), geometry.native(detection.mask)
+    )
 
     reference = "bids:source:sub-01/anat/sub-01_FLAIR.nii.gz"
     assert said["FLAIR"]["Sources"] == [
@@ -261,7 +318,9 @@ def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Det
     assert said["mask"]["Threshold"] == detector.spec.thresholds.threshold  # type: ignore[union-attr]
     for sidecar in said.values():
         for source in sidecar["Sources"]:
-            folder, path = (dataset, source[12:]) if source.startswith("bids:source:") else (out, source[6:])
+            folder, path = (
+                (dataset, source[12:]) if source.startswith("bids:source:") else (out, source[6:])
+            )
             assert (folder / path).is_file()
 
     columns, rows = read_tsv(Path(f"{stem}dseg.tsv"))
@@ -270,7 +329,10 @@ def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Det
     np.testing.assert_allclose(volumes, counts * geometry.voxel_mm3, rtol=1e-3)
 
     description = json.loads((out / "dataset_description.json").read_text())
-    assert description["DatasetType"] == "derivative" and description["GeneratedBy"][0]["Name"] == "anomri"
+    assert (
+        description["DatasetType"] == "derivative"
+        and description["GeneratedBy"][0]["Name"] == "anomri"
+    )
     assert description["DatasetLinks"] == {"source": "../in"}
     assert description["SourceDatasets"] == [{"URL": "../in", "DOI": "doi:10.0000/small"}]
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".md", ".tsv")]
@@ -291,18 +353,24 @@ def test_the_space_of_the_images_is_that_of_the_outputs(tmp_path: Path, detector
     assert errors(tmp_path / "out") == []
 
 
-def test_models_without_threshold_and_with_other_channels(dataset: Path, detector: Detector) -> None:
+def test_models_without_threshold_and_with_other_channels(
+    dataset: Path, detector: Detector
+) -> None:
     out = dataset.parent / "my out"
     bare = copy.copy(detector)
     bare.spec = replace(detector.spec, thresholds=None)
-    (result,) = run_participant(dataset, out, bare, participant_labels=["01"], skip_bids_validation=True)
+    (result,) = run_participant(
+        dataset, out, bare, participant_labels=["01"], skip_bids_validation=True
+    )
     assert result.error is None
     written = {path.name for path in (out / "sub-01" / "anat").iterdir()}
     assert written == {"sub-01_desc-anomaly_FLAIR.nii.gz", "sub-01_desc-anomaly_FLAIR.json"}
     assert run_group(out).is_file()
     assert errors(out) == []
     bare.spec, bare.channels = replace(detector.spec, channels=("pd",)), ("pd",)
-    with pytest.raises(AnomriError, match="the model's channels are pd; in BIDS there are flair, t1, t1ce, t2"):
+    with pytest.raises(
+        AnomriError, match="the model's channels are pd; in BIDS there are flair, t1, t1ce, t2"
+    ):
         run_participant(dataset, out, bare)
 
 
@@ -314,12 +382,16 @@ def test_lesions_are_numbered_as_in_the_lesion_table() -> None:
     assert not lesion_labels(np.zeros((3, 3, 3), bool)).any()
 
 
-def test_a_case_that_lacks_a_channel_fails_and_the_others_go_on(dataset: Path, detector: Detector) -> None:
+def test_a_case_that_lacks_a_channel_fails_and_the_others_go_on(
+    dataset: Path, detector: Detector
+) -> None:
     (dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
     (dataset / "sub-04" / "anat").mkdir(parents=True)
     out = dataset.parent / "out"
     labels = ["01", "03", "04"]
-    ran = run_participant(dataset, out, detector, participant_labels=labels, skip_bids_validation=True)
+    ran = run_participant(
+        dataset, out, detector, participant_labels=labels, skip_bids_validation=True
+    )
     results = {result.case: result for result in ran}
     assert [result.error is None for result in ran] == [False, True, False]
     assert "sub-01: no image for channel t1 (*_T1w.nii.gz) in" in str(results["sub-01"].error)
@@ -327,12 +399,18 @@ def test_a_case_that_lacks_a_channel_fails_and_the_others_go_on(dataset: Path, d
     assert "sub-04: no image for channel flair (*_FLAIR.nii.gz), t1" in str(results["sub-04"].error)
     run_group(out)
     columns, rows = read_tsv(out / "cases.tsv")
-    failed = {row[0]: row[columns.index("error")] for row in rows if row[columns.index("status")] == "failed"}
+    failed = {
+        row[0]: row[columns.index("error")]
+        for row in rows
+        if row[columns.index("status")] == "failed"
+    }
     assert list(failed) == ["sub-01", "sub-04"]
     assert errors(out) == []
 
 
-def test_errors_say_what_to_do(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_say_what_to_do(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AnomriError, match="no participant 99; labels found: 01, 02, 03"):
         bids_cases(dataset, participant_labels=["99"])
     with pytest.raises(AnomriError, match="no session z; labels found: a, b"):
@@ -340,17 +418,26 @@ def test_errors_say_what_to_do(dataset: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(AnomriError, match=r"none/dataset_description.json: no such file"):
         bids_cases(tmp_path / "none")
     (tmp_path / "flat").mkdir()
-    with pytest.raises(AnomriError, match=r"no BIDS data set .found: nothing.; name another folder"):
+    with pytest.raises(
+        AnomriError, match=r"no BIDS data set .found: nothing.; name another folder"
+    ):
         bids_cases(tmp_path / "flat")
     prep = describe(tmp_path / "raw")
     (prep / "sub-1").mkdir()
     with pytest.raises(AnomriError, match=r"no image of any participant"):
         bids_cases(prep)
-    save(prep / "derivatives/prep/sub-1/anat/sub-1_desc-preproc_T1w.nii.gz", np.ones((2, 2, 2), np.float32))
-    with pytest.raises(AnomriError, match=r"There is .*sub-1_desc-preproc_T1w.nii.gz: name that data set's folder"):
+    save(
+        prep / "derivatives/prep/sub-1/anat/sub-1_desc-preproc_T1w.nii.gz",
+        np.ones((2, 2, 2), np.float32),
+    )
+    with pytest.raises(
+        AnomriError, match=r"There is .*sub-1_desc-preproc_T1w.nii.gz: name that data set's folder"
+    ):
         bids_cases(prep, participant_labels=["1"])
     (prep / "dataset_description.json").write_text("{")
-    with pytest.raises(AnomriError, match=r"dataset_description.json: cannot be read as a JSON object"):
+    with pytest.raises(
+        AnomriError, match=r"dataset_description.json: cannot be read as a JSON object"
+    ):
         bids_cases(prep)
     (prep / "dataset_description.json").write_text("[]")
     with pytest.raises(AnomriError, match=r"cannot be read as a JSON object"):
@@ -360,7 +447,9 @@ def test_errors_say_what_to_do(dataset: Path, tmp_path: Path, monkeypatch: pytes
         bids_cases(dataset)
 
 
-def test_nothing_of_others_is_overwritten(dataset: Path, detector: Detector, tmp_path: Path) -> None:
+def test_nothing_of_others_is_overwritten(
+    dataset: Path, detector: Detector, tmp_path: Path
+) -> None:
     description = (dataset / "dataset_description.json").read_text()
     with pytest.raises(AnomriError, match="anomri did not write"):
         run_participant(dataset, dataset, detector, skip_bids_validation=True)
@@ -377,14 +466,18 @@ def test_nothing_of_others_is_overwritten(dataset: Path, detector: Detector, tmp
         run_participant(dataset, out, detector, skip_bids_validation=True)
 
 
-def test_what_is_done_is_not_done_again_unless_it_changed(dataset: Path, detector: Detector) -> None:
+def test_what_is_done_is_not_done_again_unless_it_changed(
+    dataset: Path, detector: Detector
+) -> None:
     out = dataset.parent / "out"
     anat, told = out / "sub-01" / "anat", list[str]()
 
     def run() -> int:
         told.clear()
         arguments = {"participant_labels": ["01", "03"], "skip_bids_validation": True}
-        results = run_participant(dataset, out, detector, progress=lambda r, _: told.append(r.case), **arguments)  # type: ignore[arg-type]
+        results = run_participant(
+            dataset, out, detector, progress=lambda r, _: told.append(r.case), **arguments
+        )  # type: ignore[arg-type]
         assert not any(result.error for result in results) and sorted(told) == ["sub-01", "sub-03"]
         return (anat / "sub-01_desc-anomaly_mask.nii.gz").stat().st_mtime_ns
 
@@ -396,7 +489,9 @@ def test_what_is_done_is_not_done_again_unless_it_changed(dataset: Path, detecto
     (dataset / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").touch()
     assert run() > second
     (dataset / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz").write_bytes(b"no image")
-    (failed,) = run_participant(dataset, out, detector, participant_labels=["01"], skip_bids_validation=True)
+    (failed,) = run_participant(
+        dataset, out, detector, participant_labels=["01"], skip_bids_validation=True
+    )
     assert failed.error and not list(anat.iterdir())
 
 
@@ -405,11 +500,15 @@ def test_group_needs_participants(tmp_path: Path) -> None:
         run_group(tmp_path)
 
 
-def test_invalid_data_sets_are_refused(dataset: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_data_sets_are_refused(
+    dataset: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (dataset / "sub-01" / "anat" / "sub-01_notes.nii.gz").write_bytes(b"")
     told: list[str] = []
     if VALIDATOR is not None:
-        with pytest.raises(AnomriError, match=r"is not valid BIDS: .*sub-01_notes.*--skip-bids-validation"):
+        with pytest.raises(
+            AnomriError, match=r"is not valid BIDS: .*sub-01_notes.*--skip-bids-validation"
+        ):
             run_participant(dataset, dataset.parent / "out", detector)
         assert not (dataset.parent / "out").exists()
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
@@ -422,9 +521,14 @@ def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, markin
     shutil.rmtree(dataset / "derivatives")
     (dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
     detector, out = Detector.load(marking, "cpu"), dataset.parent / "out"
-    detector.spec = replace(detector.spec, score=replace(detector.spec.score, kind="mark", healthy_maps="x"))
+    detector.spec = replace(
+        detector.spec,
+        score=replace(detector.spec.score, kind="anomaly_probability", healthy_maps="x"),
+    )
     for label in ("01", "03"):
-        (result,) = run_participant(dataset, out, detector, participant_labels=[label], skip_bids_validation=True)
+        (result,) = run_participant(
+            dataset, out, detector, participant_labels=[label], skip_bids_validation=True
+        )
         assert result.error is None
     said = json.loads((out / "sub-01/anat/sub-01_desc-anomaly_mask.json").read_text())
     assert said["Threshold"] == detector.spec.subset_thresholds["flair"].threshold
@@ -433,7 +537,16 @@ def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, markin
 
 
 def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) -> None:
-    arguments = ["--sensitivity", "lowest", "--channels", "flair", "--min-volume", "5000", "--participant-label", "01"]
+    arguments = [
+        "--sensitivity",
+        "lowest",
+        "--channels",
+        "flair",
+        "--min-volume",
+        "5000",
+        "--participant-label",
+        "01",
+    ]
     command = ["bids", str(dataset), str(dataset.parent / "out"), "participant", "-m", str(marking)]
     assert main([*command, *arguments, "--skip-bids-validation"]) == 0
     anat = dataset.parent / "out" / "sub-01" / "anat"
@@ -442,10 +555,22 @@ def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) ->
     assert said["VoxelFalsePositiveRate"] == part.false_positive_rate[-1]
     other = [*command, *arguments, "--skip-bids-validation", "--bias-correction"]
     assert main(other) == 2  # results of two preparations do not mix
-    by_volume = [*command[:2], str(dataset.parent / "volume"), *command[3:], "--false-positive-ml", "0"]
+    by_volume = [
+        *command[:2],
+        str(dataset.parent / "volume"),
+        *command[3:],
+        "--false-positive-ml",
+        "0",
+    ]
     assert main([*by_volume, "--participant-label", "01", "--skip-bids-validation"]) == 0
-    sidecar = json.loads((dataset.parent / "volume/sub-01/anat/sub-01_desc-anomaly_mask.json").read_text())
-    assert "VoxelFalsePositiveRate" not in sidecar and sidecar["FalsePositiveVolume"].startswith("0")
-    assert json.loads((anat / "sub-01_desc-anomaly_FLAIR.json").read_text())["Channels"] == ["flair"]
+    sidecar = json.loads(
+        (dataset.parent / "volume/sub-01/anat/sub-01_desc-anomaly_mask.json").read_text()
+    )
+    assert "VoxelFalsePositiveRate" not in sidecar and sidecar["FalsePositiveVolume"].startswith(
+        "0"
+    )
+    assert json.loads((anat / "sub-01_desc-anomaly_FLAIR.json").read_text())["Channels"] == [
+        "flair"
+    ]
     columns, rows = read_tsv(anat / "sub-01_desc-anomaly_dseg.tsv")
     assert all(float(row[columns.index("volume_mm3")]) >= 5000 for row in rows)

@@ -47,7 +47,9 @@ def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) 
         assert rank > 0.7, part  # synthetic brains are not those it knows
 
 
-def test_one_file_of_any_name_and_no_model(lesioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_file_of_any_name_and_no_model(
+    lesioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (case,) = find_cases(lesioned)
     scan = tmp_path / "scan.nii.gz"
     shutil.copy(case.channels["flair"], scan)

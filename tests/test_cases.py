@@ -25,7 +25,12 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_brats_layout(tmp_path: Path) -> None:
     touch(
-        tmp_path, "B/B_t1.nii.gz", "A_1/A_1_FLAIR.nii.gz", "A_1/A_1_t1.nii", "A_1/A_1_seg.nii.gz", "A_1/A_1_mask.nii.gz"
+        tmp_path,
+        "B/B_t1.nii.gz",
+        "A_1/A_1_FLAIR.nii.gz",
+        "A_1/A_1_t1.nii",
+        "A_1/A_1_seg.nii.gz",
+        "A_1/A_1_mask.nii.gz",
     )
     touch(tmp_path, ".cache/x_t1.nii.gz", "A_1/.A_1_t2.nii.gz", "A_1/notes.txt")
     first, second = find_cases(tmp_path)
@@ -36,7 +41,10 @@ def test_brats_layout(tmp_path: Path) -> None:
 
 def test_flat_folder_a_single_case_and_a_single_file(tmp_path: Path) -> None:
     touch(tmp_path, "a_flair.nii.gz", "a_t1.nii.gz", "b_flair.nii.gz")
-    assert [(case.name, len(case.channels)) for case in find_cases(tmp_path)] == [("a", 2), ("b", 1)]
+    assert [(case.name, len(case.channels)) for case in find_cases(tmp_path)] == [
+        ("a", 2),
+        ("b", 1),
+    ]
     one = touch(tmp_path / "subject", "FLAIR.nii.gz", "T1.nii.gz")
     (case,) = find_cases(one)
     assert (case.name, sorted(case.channels)) == ("subject", ["flair", "t1"])
@@ -51,7 +59,9 @@ def test_table(tmp_path: Path) -> None:
         "case\tFLAIR\tlesion\tbrain_mask\tsplit\tsubject\np1\tx.nii.gz\tl.nii.gz\t\ttest\ts\np2\ty.nii.gz\t\t\t\t\n"
     )
     first, second = find_cases(table)
-    assert first == Case("p1", {"flair": tmp_path / "x.nii.gz"}, tmp_path / "l.nii.gz", None, "test", "s")
+    assert first == Case(
+        "p1", {"flair": tmp_path / "x.nii.gz"}, tmp_path / "l.nii.gz", None, "test", "s"
+    )
     assert (second.label, second.split, second.patient) == (None, None, "p2")
 
 
@@ -76,7 +86,9 @@ def test_channels_are_those_that_most_cases_have() -> None:
 
 def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
     (case,) = find_cases(touch(tmp_path, "p_flair.nii.gz", "p_swi.nii.gz"))
-    with pytest.raises(AnomriError, match=r"p: no file for channel t1ce in .*channels found: flair, swi"):
+    with pytest.raises(
+        AnomriError, match=r"p: no file for channel t1ce in .*channels found: flair, swi"
+    ):
         case.files(("flair", "t1ce"))
 
 
@@ -88,7 +100,10 @@ def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
         ("case\tflair\n\tx.nii.gz\n", "line 2: case '' is empty"),
         ("case\tflair\na\tx.nii.gz\na\tx.nii.gz\n", "line 3: case 'a' is empty, named twice"),
         ("case\tflair\n../a\tx.nii.gz\n", "holds a '/'"),
-        ("case\tflair\tsplit\na\tx.nii.gz\ttraining\n", "split 'training' is none of train, val, test"),
+        (
+            "case\tflair\tsplit\na\tx.nii.gz\ttraining\n",
+            "split 'training' is none of train, val, test",
+        ),
         ("case\tflair\n", "no scans found"),
     ],
 )
@@ -116,7 +131,14 @@ def test_other_bad_cohorts(tmp_path: Path) -> None:
 
 
 def test_what_detect_wrote_beside_the_scans_is_not_read_as_input(tmp_path: Path) -> None:
-    touch(tmp_path, "p_flair.nii.gz", "p_t1.nii.gz", "p_anomaly.nii.gz", "p_mask.nii.gz", "p_reconstruction.nii.gz")
+    touch(
+        tmp_path,
+        "p_flair.nii.gz",
+        "p_t1.nii.gz",
+        "p_anomaly.nii.gz",
+        "p_mask.nii.gz",
+        "p_reconstruction.nii.gz",
+    )
     touch(tmp_path / "out", "p_anomaly.nii.gz", "q_anomaly.nii.gz", "q_mask.nii.gz")
     (tmp_path / "out" / "p_anomaly.nii.gz").unlink()
     (case,) = find_cases(tmp_path)
@@ -124,9 +146,13 @@ def test_what_detect_wrote_beside_the_scans_is_not_read_as_input(tmp_path: Path)
 
 
 def test_splits_of_another_cohort_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnomriError, match="the splits name x, y, ... but no case of the cohort, which has a, b"):
+    with pytest.raises(
+        AnomriError, match="the splits name x, y, ... but no case of the cohort, which has a, b"
+    ):
         split_cases(_cases("a", "b"), {"x": "train", "y": "test"}, seed=0)
-    assert [case.split for case in assign_splits(_cases("a", "b"), {"a": "train", "y": "test"})] == ["train", None]
+    assert [
+        case.split for case in assign_splits(_cases("a", "b"), {"a": "train", "y": "test"})
+    ] == ["train", None]
 
 
 def _cases(*names: str) -> list[Case]:
@@ -147,7 +173,11 @@ def test_given_splits_are_honoured_and_checked() -> None:
     cases = split_cases(_cases("a", "b", "c", "d"), {"a": "train", "b": "val", "c": "test"}, seed=0)
     assert [case.split for case in cases] == ["train", "val", "test", None]
     with pytest.raises(AnomriError, match="patient sub-1 is in the splits train and val"):
-        split_cases(_cases("sub-1_ses-1", "sub-1_ses-2"), {"sub-1_ses-1": "train", "sub-1_ses-2": "val"}, seed=0)
+        split_cases(
+            _cases("sub-1_ses-1", "sub-1_ses-2"),
+            {"sub-1_ses-1": "train", "sub-1_ses-2": "val"},
+            seed=0,
+        )
     with pytest.raises(AnomriError, match="no case is left to train on"):
         split_cases(_cases("a"), {}, seed=0)
 
@@ -181,7 +211,9 @@ def test_contrast_agents_of_bids_names_and_channels_named_twice_in_a_table(tmp_p
         "t1ce": "sub-1_ce-gd_T1w.nii.gz",
     }
     (tmp_path / "x.tsv").write_text("case\tt1\tT1w\na\tsub-1_T1w.nii.gz\tsub-1_T1w.nii.gz\n")
-    with pytest.raises(AnomriError, match="line 2: two of the columns t1, T1w are the same channel"):
+    with pytest.raises(
+        AnomriError, match="line 2: two of the columns t1, T1w are the same channel"
+    ):
         find_cases(tmp_path / "x.tsv")
 
 
@@ -189,10 +221,15 @@ def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path
     names = ("p_FLAIR.nii.gz", "p_FLAIR_brain.nii.gz", "p_T1w_brain.nii.gz", "p_FLAIR_mask.nii.gz")
     (case,) = find_cases(touch(tmp_path, *names))
     assert case.name == "p" and case.mask == tmp_path / "p_FLAIR_mask.nii.gz"
-    assert {name: path.name for name, path in case.channels.items()} == {"flair": names[1], "t1": names[2]}
+    assert {name: path.name for name, path in case.channels.items()} == {
+        "flair": names[1],
+        "t1": names[2],
+    }
     (alone,) = find_cases(tmp_path / names[1])
     assert (alone.name, list(alone.channels)) == ("p", ["flair"])
-    outputs = touch(tmp_path / "again", "x_flair.nii.gz", "x_flair_anomaly.nii.gz", "x_flair_mask.nii.gz")
+    outputs = touch(
+        tmp_path / "again", "x_flair.nii.gz", "x_flair_anomaly.nii.gz", "x_flair_mask.nii.gz"
+    )
     (case,) = find_cases(outputs)  # detected, in a case that is called x_flair
     assert case.mask is None and list(case.channels) == ["flair"]
 
@@ -207,13 +244,20 @@ def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path
         ("p_swi.nii.gz", "p_flair.nii.gz", "p_swi_mask.nii.gz"),
     ],
 )
-def test_a_mask_is_of_the_case_whose_image_has_its_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_a_mask_is_of_the_case_whose_image_has_its_name(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     (case,) = find_cases(touch(tmp_path, *names))
     assert (case.name, case.mask) == ("p", tmp_path / names[-1]) and "flair" in case.channels
 
 
 def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
-    names = ("anat/sub-01_T1w.nii", "anat/sub-01_FLAIR.nii", "fmap/sub-01_phasediff.nii", "fmap/sub-01_FLAIR.json")
+    names = (
+        "anat/sub-01_T1w.nii",
+        "anat/sub-01_FLAIR.nii",
+        "fmap/sub-01_phasediff.nii",
+        "fmap/sub-01_FLAIR.json",
+    )
     (case,) = find_cases(touch(tmp_path / "sub-01", *names))
     assert case.name == "sub-01" and {"t1", "flair"} < {*case.channels}
     (case,) = find_cases(touch(tmp_path / "q", "p_flair.nii", "a/p_swi.nii", "b/p_t2.nii"))
@@ -226,13 +270,18 @@ def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
         (("x_brain_flair.nii", "x_brain_t1.nii", "x_brain_mask.nii"), "x_brain_mask.nii"),
         (("p_flair.nii", "p_mask.nii", "p_brain_mask.nii"), "p_mask.nii"),
         (("p_flair.nii", "p_swi.nii", "p_flair_mask.nii", "p_swi_mask.nii"), "p_flair_mask.nii"),
-        (("p_T1_brain.nii", "p_T2_brain.nii", "p_T1_brain_mask.nii", "p_T2_brain_mask.nii"), "p_T1_brain_mask.nii"),
+        (
+            ("p_T1_brain.nii", "p_T2_brain.nii", "p_T1_brain_mask.nii", "p_T2_brain_mask.nii"),
+            "p_T1_brain_mask.nii",
+        ),
         (("p_t1.nii", "p_flair.nii", "p_brain_mask.nii", "p_t1_mask.nii"), "p_brain_mask.nii"),
         (("p_t1.nii", "p_flair.nii", "p_t1_reg.nii", "p_t1_mask.nii"), "p_t1_mask.nii"),
         (("p_t1.nii", "p_seg.nii", "p_seg_mask.nii"), None),
     ],
 )
-def test_of_several_masks_the_plainest_is_taken(tmp_path: Path, names: tuple[str, ...], mask: str | None) -> None:
+def test_of_several_masks_the_plainest_is_taken(
+    tmp_path: Path, names: tuple[str, ...], mask: str | None
+) -> None:
     (case, *_) = find_cases(touch(tmp_path, *names))
     assert (case.mask and case.mask.name) == mask
 
@@ -248,7 +297,10 @@ def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
     ]
     assert first.label and second.label
     alone = find_cases(
-        touch(tmp_path / "b", *(f"P_{time}_flair{end}.nii" for time in ("T1", "T2") for end in ("", "_mask")))
+        touch(
+            tmp_path / "b",
+            *(f"P_{time}_flair{end}.nii" for time in ("T1", "T2") for end in ("", "_mask")),
+        )
     )
     assert [(case.name, case.mask and case.mask.name) for case in alone] == [
         ("P_T1", "P_T1_flair_mask.nii"),
@@ -257,7 +309,9 @@ def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
     names = [f"P_{time}/P_{time}_{kind}.nii" for time in ("T1", "T2") for kind in ("flair", "seg")]
     for folder, files in (("c", names), ("d", ["images/P_T2_flair.nii", "labels/P_T2_seg.nii"])):
         cases = find_cases(touch(tmp_path / folder, *files))
-        assert [case.name for case in cases if case.label and case.channels] == ["P_T1", "P_T2"][-len(cases) :]
+        assert [case.name for case in cases if case.label and case.channels] == ["P_T1", "P_T2"][
+            -len(cases) :
+        ]
     (case,) = find_cases(touch(tmp_path / "e", "P_T2.nii", "P_T2_FLAIR.nii", "P_T2_mask.nii"))
     assert list(case.channels) == ["flair", "t2"] and case.mask
 
@@ -266,7 +320,9 @@ def test_channels_in_two_words(tmp_path: Path) -> None:
     names = ("T1_brain.nii.gz", "T2_FLAIR_brain.nii.gz", "t1_ce.nii.gz")
     (case,) = find_cases(touch(tmp_path, *(f"s1/{name}" for name in names)))
     assert case.name == "s1" and list(case.channels) == ["flair", "t1", "t1ce"]
-    (case,) = find_cases(touch(tmp_path / "flat", "a_T2-FLAIR.nii.gz", "a_T1+C.nii.gz", "a_T2.nii.gz"))
+    (case,) = find_cases(
+        touch(tmp_path / "flat", "a_T2-FLAIR.nii.gz", "a_T1+C.nii.gz", "a_T2.nii.gz")
+    )
     assert case.name == "a" and list(case.channels) == ["flair", "t1ce", "t2"]
 
 
@@ -276,22 +332,48 @@ def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) 
     cohort.mkdir()
     for name, place in {"p1": "1/anat", "p2": "2/anat"}.items():
         (cohort / name).symlink_to(tmp_path / "store" / place)
-    assert [(case.name, list(case.channels)) for case in find_cases(cohort)] == [("p1", ["flair"]), ("p2", ["t1"])]
+    assert [(case.name, list(case.channels)) for case in find_cases(cohort)] == [
+        ("p1", ["flair"]),
+        ("p2", ["t1"]),
+    ]
     (annexed := tmp_path / "p3" / "FLAIR.nii.gz").parent.mkdir()
     annexed.symlink_to(tmp_path / "store" / "KEY.nii.gz")
     assert [case_of_files({"flair": annexed}).name, find_cases(annexed)[0].name] == ["p3", "p3"]
 
 
 def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> None:
-    touch(tmp_path / "mixed", "p1/scan_flair.nii.gz", "p2/scan_t1.nii.gz", "p2/scan_seg.nii.gz", "p3/scan_t1.nii.gz")
+    touch(
+        tmp_path / "mixed",
+        "p1/scan_flair.nii.gz",
+        "p2/scan_t1.nii.gz",
+        "p2/scan_seg.nii.gz",
+        "p3/scan_t1.nii.gz",
+    )
     first, second, third = find_cases(tmp_path / "mixed")
-    assert [(case.name, list(case.channels)) for case in (first, second)] == [("p1", ["flair"]), ("p2", ["t1"])]
+    assert [(case.name, list(case.channels)) for case in (first, second)] == [
+        ("p1", ["flair"]),
+        ("p2", ["t1"]),
+    ]
     assert first.label is None and second.label is not None and third.name == "p3"
-    assert [case.name for case in find_cases(touch(tmp_path / "alike", "a/x_t1.nii", "b/x_t1.nii"))] == ["a", "b"]
+    assert [
+        case.name for case in find_cases(touch(tmp_path / "alike", "a/x_t1.nii", "b/x_t1.nii"))
+    ] == ["a", "b"]
     with pytest.raises(AnomriError, match="both t1 of case p1; keep one of them"):
-        find_cases(touch(tmp_path / "steps", "raw/p1_t1.nii", "raw/p1_t2.nii", "done/p1_t1.nii", "done/p1_t2.nii"))
-    with pytest.raises(AnomriError, match="both t1 of case v1; keep one of them or, if they are of two scans"):
-        find_cases(touch(tmp_path / "visits", *(f"{p}/{v}_t1.nii" for p in "ab" for v in ("v1", "v2"))))
+        find_cases(
+            touch(
+                tmp_path / "steps",
+                "raw/p1_t1.nii",
+                "raw/p1_t2.nii",
+                "done/p1_t1.nii",
+                "done/p1_t2.nii",
+            )
+        )
+    with pytest.raises(
+        AnomriError, match="both t1 of case v1; keep one of them or, if they are of two scans"
+    ):
+        find_cases(
+            touch(tmp_path / "visits", *(f"{p}/{v}_t1.nii" for p in "ab" for v in ("v1", "v2")))
+        )
 
 
 @pytest.mark.parametrize(
@@ -302,10 +384,18 @@ def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> Non
         ("images/p_flair.nii", "images/p_t1.nii", "labels/p_mask.nii"),
         ("one/p_flair.nii", "one/q_flair.nii", "two/p_t1.nii", "two/q_t1.nii", "two/p_mask.nii"),
         ("imgs/p_flair.nii", "imgs/p_mask.nii", "more/p_t1.nii"),
-        ("raw/p_flair.nii", "raw/p_t1.nii", "bet/p_flair_brain.nii", "bet/p_t1_brain.nii", "bet/p_mask.nii"),
+        (
+            "raw/p_flair.nii",
+            "raw/p_t1.nii",
+            "bet/p_flair_brain.nii",
+            "bet/p_t1_brain.nii",
+            "bet/p_mask.nii",
+        ),
     ],
 )
-def test_folders_of_channels_and_masks_are_put_together(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_folders_of_channels_and_masks_are_put_together(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     case = find_cases(touch(tmp_path, *names))[0]
     assert (case.name, list(case.channels)) == ("p", ["flair", "t1"]) and case.mask is not None
 
@@ -320,22 +410,41 @@ def test_visits_of_a_patient_by_the_names_of_brats(tmp_path: Path) -> None:
 def test_folders_of_visits_in_folders_of_patients(tmp_path: Path) -> None:
     touch(
         tmp_path,
-        *(f"p{n}/v{visit}/{name}.nii.gz" for n, visit in ((1, 1), (1, 2), (2, 1)) for name in ("FLAIR", "seg")),
+        *(
+            f"p{n}/v{visit}/{name}.nii.gz"
+            for n, visit in ((1, 1), (1, 2), (2, 1))
+            for name in ("FLAIR", "seg")
+        ),
     )
-    touch(tmp_path, "p3/p3_v1/p3_v1_flair.nii.gz", "p4/2019/scan_flair.nii.gz", ".cache/v1/FLAIR.nii.gz")
+    touch(
+        tmp_path,
+        "p3/p3_v1/p3_v1_flair.nii.gz",
+        "p4/2019/scan_flair.nii.gz",
+        ".cache/v1/FLAIR.nii.gz",
+    )
     (tmp_path / "splits.csv").write_text("case,split\np1_v1,train\np1_v2,train\np2_v1,val\n")
     cases = find_cases(tmp_path)
     assert [case.name for case in cases] == ["p1_v1", "p1_v2", "p2_v1", "p3_v1", "p4_2019"]
     assert [case.patient for case in cases] == ["p1", "p1", "p2", "p3", "p4"]
     assert cases[1] == Case(
-        "p1_v2", {"flair": tmp_path / "p1/v2/FLAIR.nii.gz"}, tmp_path / "p1/v2/seg.nii.gz", None, "train", "p1"
+        "p1_v2",
+        {"flair": tmp_path / "p1/v2/FLAIR.nii.gz"},
+        tmp_path / "p1/v2/seg.nii.gz",
+        None,
+        "train",
+        "p1",
     )
 
 
 @pytest.mark.parametrize("name", ["p1_v1_seg", "p1_seg", "v1_seg", "seg", "scan_seg"])
 @pytest.mark.parametrize("image", ["p1_v1_flair", "p1_flair", "FLAIR", "scan_flair"])
-def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(tmp_path: Path, name: str, image: str) -> None:
-    touch(tmp_path, *(f"p1/v{visit}/{one}.nii.gz" for visit in (1, 2) for one in (name, image, "brain_mask")))
+def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(
+    tmp_path: Path, name: str, image: str
+) -> None:
+    touch(
+        tmp_path,
+        *(f"p1/v{visit}/{one}.nii.gz" for visit in (1, 2) for one in (name, image, "brain_mask")),
+    )
     cases = find_cases(tmp_path)
     assert [(case.name, case.patient, list(case.channels)) for case in cases] == [
         (f"p1_v{visit}", "p1", ["flair"]) for visit in (1, 2)
@@ -344,9 +453,19 @@ def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(tmp_path: Pa
 
 
 def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -> None:
-    touch(tmp_path, "p1/FLAIR.nii.gz", "p1/v2/FLAIR.nii.gz", "p2/ses-a/FLAIR.nii.gz", "labels/p2_ses-a_seg.nii.gz")
+    touch(
+        tmp_path,
+        "p1/FLAIR.nii.gz",
+        "p1/v2/FLAIR.nii.gz",
+        "p2/ses-a/FLAIR.nii.gz",
+        "labels/p2_ses-a_seg.nii.gz",
+    )
     cases = find_cases(tmp_path)
-    assert [(case.name, case.patient) for case in cases] == [("p1", "p1"), ("p1_v2", "p1"), ("p2_ses-a", "p2")]
+    assert [(case.name, case.patient) for case in cases] == [
+        ("p1", "p1"),
+        ("p1_v2", "p1"),
+        ("p2_ses-a", "p2"),
+    ]
     assert cases[2].label == tmp_path / "labels/p2_ses-a_seg.nii.gz"
 
 
@@ -360,20 +479,36 @@ def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -
         ("sub-01/anat/sub-01_FLAIR", "derivatives/hand/sub-01_label-lesion_mask"),
     ],
 )
-def test_folders_in_folders_that_are_no_visits_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_folders_in_folders_that_are_no_visits_are_refused(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
-    with pytest.raises(AnomriError, match=r"no scans found.*There is .*nii.gz: name a folder that is nearer"):
+    with pytest.raises(
+        AnomriError, match=r"no scans found.*There is .*nii.gz: name a folder that is nearer"
+    ):
         find_cases(tmp_path)
 
 
 LAYOUTS = {
     "MSSEG 2016": (
-        [f"P{k}/{name}" for k in (1, 2) for name in ("FLAIR_preprocessed", "DP_preprocessed", "T2_preprocessed")]
-        + [f"P{k}/{name}" for k in (1, 2) for name in ("GADO_preprocessed", "Consensus", "Brain_Mask")],
+        [
+            f"P{k}/{name}"
+            for k in (1, 2)
+            for name in ("FLAIR_preprocessed", "DP_preprocessed", "T2_preprocessed")
+        ]
+        + [
+            f"P{k}/{name}"
+            for k in (1, 2)
+            for name in ("GADO_preprocessed", "Consensus", "Brain_Mask")
+        ],
         {f"P{k}": ("flair pd t1ce t2", "Consensus", "Brain_Mask") for k in (1, 2)},
     ),
     "open_ms_data": (
-        [f"p{k}/p{k}_{name}" for k in (1, 2) for name in ("FLAIR", "T1W", "T1WKS", "T2W", "consensus_gt", "brainmask")],
+        [
+            f"p{k}/p{k}_{name}"
+            for k in (1, 2)
+            for name in ("FLAIR", "T1W", "T1WKS", "T2W", "consensus_gt", "brainmask")
+        ],
         {f"p{k}": ("flair t1 t1ce t2", f"p{k}_consensus_gt", f"p{k}_brainmask") for k in (1, 2)},
     ),
     "open_ms_data, called alike": (
@@ -381,12 +516,19 @@ LAYOUTS = {
         {f"p{k}": ("flair t1", "consensus_gt", "brainmask") for k in (1, 2)},
     ),
     "ISBI 2015": (
-        [f"training01_01_{name}" for name in ("flair_pp", "mprage_pp", "pd_pp", "t2_pp", "mask1", "mask2")],
+        [
+            f"training01_01_{name}"
+            for name in ("flair_pp", "mprage_pp", "pd_pp", "t2_pp", "mask1", "mask2")
+        ],
         {"training01_01": ("flair pd t1 t2", "training01_01_mask1", None)},
     ),
     "WMH 2017, flat": (["0/FLAIR", "0/T1", "0/wmh"], {"0": ("flair t1", "wmh", None)}),
     "WMH 2017": (
-        [f"{k}/{name}" for k in (0, 2) for name in ("pre/FLAIR", "pre/T1", "pre/3DT1", "orig/FLAIR", "orig/T1", "wmh")]
+        [
+            f"{k}/{name}"
+            for k in (0, 2)
+            for name in ("pre/FLAIR", "pre/T1", "pre/3DT1", "orig/FLAIR", "orig/T1", "wmh")
+        ]
         + ["0/orig/3DT1", "0/orig/3DT1_mask"],
         {f"{k}": ("flair t1", "wmh", None) for k in (0, 2)},
     ),
@@ -397,7 +539,11 @@ LAYOUTS = {
         {"P1": ("flair t1 t1ce", "Consensus", "Brain_Mask")},
     ),
     "ISBI 2015, as it is published": (
-        [f"training01/preprocessed/training01_0{k}_{name}_pp" for k in (1, 2) for name in ("flair", "mprage")]
+        [
+            f"training01/preprocessed/training01_0{k}_{name}_pp"
+            for k in (1, 2)
+            for name in ("flair", "mprage")
+        ]
         + [f"training01/masks/training01_0{k}_mask{rater}" for k in (1, 2) for rater in (1, 2)]
         + ["training01/orig/training01_01_flair"],
         {f"training01_0{k}": ("flair t1", f"training01_0{k}_mask1", None) for k in (1, 2)},
@@ -407,11 +553,19 @@ LAYOUTS = {
         {"P1_v1": ("flair", "lesion_seg", None)},
     ),
     "MSLesSeg": (
-        [f"P1_{time}/P1_{time}_{name}" for time in ("T1", "T2") for name in ("FLAIR", "T1", "T2", "lesion_MASK")],
+        [
+            f"P1_{time}/P1_{time}_{name}"
+            for time in ("T1", "T2")
+            for name in ("FLAIR", "T1", "T2", "lesion_MASK")
+        ],
         {f"P1_{time}": ("flair t1 t2", f"P1_{time}_lesion_MASK", None) for time in ("T1", "T2")},
     ),
     "BraTS 2020, case 355": (
-        ["BraTS20_355/BraTS20_355_flair", "BraTS20_355/BraTS20_355_t1", "BraTS20_355/W39_1998.09.19_Segm"],
+        [
+            "BraTS20_355/BraTS20_355_flair",
+            "BraTS20_355/BraTS20_355_t1",
+            "BraTS20_355/W39_1998.09.19_Segm",
+        ],
         {"BraTS20_355": ("flair t1", "W39_1998.09.19_Segm", None)},
     ),
     "BraTS-MEN-RT": (["a-1/a-1_t1c", "a-1/a-1_gtv"], {"a-1": ("t1ce", "a-1_gtv", None)}),
@@ -424,13 +578,28 @@ LAYOUTS = {
         {"IXI002-Guys-0828": ("mra pd t1", None, None), "IXI003-HH-1": ("t1", None, None)},
     ),
     "visits by the names of BIDS": (
-        ["sub-1/ses-1/sub-1_ses-1_T1w", "sub-1/ses-1/sub-1_ses-1_space-orig_label-L_desc-T1lesion_mask"],
+        [
+            "sub-1/ses-1/sub-1_ses-1_T1w",
+            "sub-1/ses-1/sub-1_ses-1_space-orig_label-L_desc-T1lesion_mask",
+        ],
         {"sub-1_ses-1": ("t1", "sub-1_ses-1_space-orig_label-L_desc-T1lesion_mask", None)},
     ),
     "ds004199": (["sub-1_FLAIR", "sub-1_FLAIR_roi"], {"sub-1": ("flair", "sub-1_FLAIR_roi", None)}),
-    "named after an image": (["p_FLAIR", "p_T1", "p_FLAIR_seg", "p_T1_seg"], {"p": ("flair t1", "p_FLAIR_seg", None)}),
+    "named after an image": (
+        ["p_FLAIR", "p_T1", "p_FLAIR_seg", "p_T1_seg"],
+        {"p": ("flair t1", "p_FLAIR_seg", None)},
+    ),
     "named after what it shows": (
-        ["p_FLAIR", "p_lesion_seg", "q_FLAIR", "q_manual_seg", "r_FLAIR", "r_lesionmask", "s_FLAIR", "s_wmh_mask"],
+        [
+            "p_FLAIR",
+            "p_lesion_seg",
+            "q_FLAIR",
+            "q_manual_seg",
+            "r_FLAIR",
+            "r_lesionmask",
+            "s_FLAIR",
+            "s_wmh_mask",
+        ],
         {
             "p": ("flair", "p_lesion_seg", None),
             "q": ("flair", "q_manual_seg", None),
@@ -447,16 +616,35 @@ LAYOUTS = {
         {"1": ("flair t1 t2", "1-LesionSeg-Flair", None)},
     ),
     "UCSF-PDGM": (
-        ["U4_nifti/U4_FLAIR", "U4_nifti/U4_brain_parenchyma_segmentation", "U4_nifti/U4_tumor_segmentation"],
+        [
+            "U4_nifti/U4_FLAIR",
+            "U4_nifti/U4_brain_parenchyma_segmentation",
+            "U4_nifti/U4_tumor_segmentation",
+        ],
         {"U4": ("flair", "U4_tumor_segmentation", None)},
     ),
     "tissues beside a lesion": (
-        ["p/p_FLAIR", "p/aparc_seg", "p/p_brain_seg", "p/p_lesion_seg", "q/q_T1", "q/q_T1_brain_seg", "q/q_aparc_seg"],
+        [
+            "p/p_FLAIR",
+            "p/aparc_seg",
+            "p/p_brain_seg",
+            "p/p_lesion_seg",
+            "q/q_T1",
+            "q/q_T1_brain_seg",
+            "q/q_aparc_seg",
+        ],
         {"p": ("flair", "p_lesion_seg", None), "q": ("t1", None, None)},
     ),
     "a lesion of a tissue": (
         [
-            *("p/p_flair", "p/p_brain_tumor_mask", "q/q_flair", "q/q_wm_lesion", "q/q_wm_mask", "q/q_brain_mask"),
+            *(
+                "p/p_flair",
+                "p/p_brain_tumor_mask",
+                "q/q_flair",
+                "q/q_wm_lesion",
+                "q/q_wm_mask",
+                "q/q_brain_mask",
+            ),
             *(
                 "brain_01/brain_01_flair",
                 "brain_01/brain_01_lesion_mask",
@@ -473,7 +661,11 @@ LAYOUTS = {
         },
     ),
     "masks of tissues, called alike": (
-        [f"P{k}/{name}" for k in (1, 2) for name in ("FLAIR", "wm_mask", "csf_mask", "brain_mask", "lesion_mask")],
+        [
+            f"P{k}/{name}"
+            for k in (1, 2)
+            for name in ("FLAIR", "wm_mask", "csf_mask", "brain_mask", "lesion_mask")
+        ],
         {f"P{k}": ("flair", "lesion_mask", "brain_mask") for k in (1, 2)},
     ),
     "a visit's own label before others": (
@@ -519,27 +711,51 @@ def test_public_data_sets_by_their_own_names(tmp_path: Path, layout: str) -> Non
     assert found == expected
 
 
-def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(tmp_path: Path) -> None:
+def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(
+    tmp_path: Path,
+) -> None:
     touch(tmp_path, "0/pre/FLAIR.nii", "0/orig/FLAIR.nii", "0/raw/notes.txt", "0/wmh.nii")
     (case,), (alone,) = find_cases(tmp_path), find_cases(tmp_path / "0")
     assert case == alone
-    assert (case.channels, case.label) == ({"flair": tmp_path / "0/pre/FLAIR.nii"}, tmp_path / "0/wmh.nii")
+    assert (case.channels, case.label) == (
+        {"flair": tmp_path / "0/pre/FLAIR.nii"},
+        tmp_path / "0/wmh.nii",
+    )
     assert case.notes == ("0: its images are those in pre; not read: orig/FLAIR.nii.",)
     # Results beside them are no step and no scan, nor is a folder without images.
     touch(
-        tmp_path / "0", "out/0_anomaly.nii.gz", "0_anomaly.nii.gz", "0_mask.nii.gz", "atlas/labels2.nii", "pre0/x.txt"
+        tmp_path / "0",
+        "out/0_anomaly.nii.gz",
+        "0_anomaly.nii.gz",
+        "0_mask.nii.gz",
+        "atlas/labels2.nii",
+        "pre0/x.txt",
     )
     again = find_cases(tmp_path / "0")
-    assert [(one.name, one.channels, one.label, one.mask) for one in again] == [("0", case.channels, case.label, None)]
+    assert [(one.name, one.channels, one.label, one.mask) for one in again] == [
+        ("0", case.channels, case.label, None)
+    ]
 
 
 @pytest.mark.parametrize(
     ("names", "label", "unread"),
     [
-        (("labels/lesions_rater1.nii", "labels/FLAIR.nii"), None, "labels/FLAIR.nii, labels/lesions_rater1.nii"),
-        (("lesions/mask.nii", "lesions/FLAIR_mask.nii"), None, "lesions/FLAIR_mask.nii, lesions/mask.nii"),
+        (
+            ("labels/lesions_rater1.nii", "labels/FLAIR.nii"),
+            None,
+            "labels/FLAIR.nii, labels/lesions_rater1.nii",
+        ),
+        (
+            ("lesions/mask.nii", "lesions/FLAIR_mask.nii"),
+            None,
+            "lesions/FLAIR_mask.nii, lesions/mask.nii",
+        ),
         (("raw/gt.nii", "raw/FLAIR.nii"), None, "raw/FLAIR.nii, raw/gt.nii"),
-        (("lesions/FLAIR_seg.nii", "masks/manual_1.nii"), "lesions/FLAIR_seg.nii", "masks/manual_1.nii"),
+        (
+            ("lesions/FLAIR_seg.nii", "masks/manual_1.nii"),
+            "lesions/FLAIR_seg.nii",
+            "masks/manual_1.nii",
+        ),
         (("wmh_v2.nii", "raw/brainmask.nii"), None, "wmh_v2.nii, raw/brainmask.nii"),
     ],
 )
@@ -555,12 +771,22 @@ def test_what_is_not_read_beside_steps_is_said(
 
 def test_one_patients_folder_is_read_as_in_the_cohort(tmp_path: Path) -> None:
     for place in ("orig", "preprocessed"):
-        touch(tmp_path, *(f"t01/{place}/t01_0{k}_{name}.nii" for k in (1, 2) for name in ("flair", "mprage")))
+        touch(
+            tmp_path,
+            *(f"t01/{place}/t01_0{k}_{name}.nii" for k in (1, 2) for name in ("flair", "mprage")),
+        )
     touch(tmp_path, "t01/masks/t01_01_mask1.nii", "t01/masks/t01_02_mask1.nii")
-    touch(tmp_path, "q/raw/q_FLAIR.nii", "q/preprocessed/q_FLAIR.nii", "q/preprocessed/consensus_gt.nii")
+    touch(
+        tmp_path,
+        "q/raw/q_FLAIR.nii",
+        "q/preprocessed/q_FLAIR.nii",
+        "q/preprocessed/consensus_gt.nii",
+    )
     assert [one.name for one in find_cases(tmp_path)] == ["q", "t01_01", "t01_02"]
     assert find_cases(tmp_path) == find_cases(tmp_path / "q") + find_cases(tmp_path / "t01")
-    assert {path.parent.name for one in find_cases(tmp_path) for path in one.channels.values()} == {"preprocessed"}
+    assert {path.parent.name for one in find_cases(tmp_path) for path in one.channels.values()} == {
+        "preprocessed"
+    }
 
 
 def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
@@ -569,26 +795,37 @@ def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
     first, second = find_cases(tmp_path)
     assert {path.parent.name for path in first.channels.values()} == {"preprocessed"}
     assert (sorted(first.channels), first.label) == (["flair", "t1"], None)
-    assert first.notes == ("p1: its images are those in preprocessed; not read: raw, raw/p1_seg.nii.",)
+    assert first.notes == (
+        "p1: its images are those in preprocessed; not read: raw, raw/p1_seg.nii.",
+    )
     assert second == Case("p2", {"flair": tmp_path / "raw/p2_FLAIR.nii"})
 
 
 def test_steps_are_told_from_times_from_cohorts_and_from_data_sets(tmp_path: Path) -> None:
     touch(tmp_path / "times", "p1/pre/FLAIR.nii", "p2/pre/FLAIR.nii", "p2/post/FLAIR.nii")
-    with pytest.raises(AnomriError, match="p2: has images in pre and in post; call folders of times"):
+    with pytest.raises(
+        AnomriError, match="p2: has images in pre and in post; call folders of times"
+    ):
         find_cases(tmp_path / "times")
     # Cases that are called after their cohort are not one patient's.
-    named = touch(tmp_path / "MS", *(f"raw/MS0{k}_flair.nii" for k in (1, 2)), "preprocessed/MS01_flair.nii")
+    named = touch(
+        tmp_path / "MS", *(f"raw/MS0{k}_flair.nii" for k in (1, 2)), "preprocessed/MS01_flair.nii"
+    )
     touch(named, "groundtruth/MS01_seg.nii", "brainmasks/MS01_mask.nii")
     first, second = find_cases(named)
-    assert (first.label, first.mask) == (named / "groundtruth/MS01_seg.nii", named / "brainmasks/MS01_mask.nii")
+    assert (first.label, first.mask) == (
+        named / "groundtruth/MS01_seg.nii",
+        named / "brainmasks/MS01_mask.nii",
+    )
     assert (first.channels["flair"].parent.name, second.name) == ("preprocessed", "MS02")
     # Nor is what lies in another's folder of steps.
     touch(tmp_path / "old", "p1/p1_FLAIR.nii", "archive/raw/p1_T1.nii")
     (case,) = find_cases(tmp_path / "old")
     assert [*case.channels] == ["flair"]
     alike = touch(tmp_path / "alike", "raw/anna_FLAIR.nii", "preprocessed/anna_FLAIR.nii")
-    assert [(one.name, one.channels["flair"].parent.name) for one in find_cases(alike)] == [("anna", "preprocessed")]
+    assert [(one.name, one.channels["flair"].parent.name) for one in find_cases(alike)] == [
+        ("anna", "preprocessed")
+    ]
     visited = touch(tmp_path / "visited", "raw/FLAIR.nii", "P1/v1/FLAIR.nii")
     assert [one.name for one in find_cases(visited)] == ["P1_v1", "raw"]
 
@@ -600,7 +837,14 @@ def test_a_mask_of_a_scan_that_is_called_like_a_tissue_is_its_own(tmp_path: Path
 
 def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
     (case,) = find_cases(
-        touch(tmp_path, "p_FLAIR.nii", "p_manual.nii", "p_consensus.nii", "p_mask.nii", "p_brainmask.nii")
+        touch(
+            tmp_path,
+            "p_FLAIR.nii",
+            "p_manual.nii",
+            "p_consensus.nii",
+            "p_mask.nii",
+            "p_brainmask.nii",
+        )
     )
     assert (case.label, case.mask) == (tmp_path / "p_consensus.nii", tmp_path / "p_brainmask.nii")
     assert case.notes == (
@@ -608,7 +852,9 @@ def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
         "p: p_consensus.nii is taken for its label, not p_manual.nii.",
     )
     names = ("lesion_mask", "manual_seg", "wml_mask", "FLAIR_seg")
-    (case,) = find_cases(touch(tmp_path / "more", "q_FLAIR.nii", *(f"q_{name}.nii" for name in names)))
+    (case,) = find_cases(
+        touch(tmp_path / "more", "q_FLAIR.nii", *(f"q_{name}.nii" for name in names))
+    )
     others = "q_FLAIR_seg.nii, q_lesion_mask.nii, q_wml_mask.nii"
     assert case.notes == (f"q: q_manual_seg.nii is taken for its label, not {others}.",)
 
@@ -621,10 +867,13 @@ def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
         ("a/b/c/d/FLAIR",),
     ],
 )
-def test_labels_without_images_lead_to_images_that_lie_deeper(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_labels_without_images_lead_to_images_that_lie_deeper(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
     with pytest.raises(
-        AnomriError, match=rf"no scans found.*There is .*{names[-1]}.nii.gz: name a folder that is nearer"
+        AnomriError,
+        match=rf"no scans found.*There is .*{names[-1]}.nii.gz: name a folder that is nearer",
     ):
         find_cases(tmp_path)
 
@@ -664,7 +913,9 @@ def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
         (("p_mprage",), "p_mprage"),
     ],
 )
-def test_of_several_images_of_a_channel_one_is_preferred(tmp_path: Path, names: tuple[str, ...], taken: str) -> None:
+def test_of_several_images_of_a_channel_one_is_preferred(
+    tmp_path: Path, names: tuple[str, ...], taken: str
+) -> None:
     (case,) = find_cases(touch(tmp_path, *(f"{name}.nii" for name in names)))
     assert case.channels == {"t1": tmp_path / f"{taken}.nii"}
 
@@ -675,9 +926,18 @@ def test_of_two_that_were_processed_otherwise_none_is(tmp_path: Path) -> None:
 
 
 def test_a_patient_who_was_seen_once_was_seen() -> None:
-    cases = [Case("P1_v1", {}, split="test"), Case("P1_v2", {}, split="train"), Case("P1_v3", {}, split="val")]
+    cases = [
+        Case("P1_v1", {}, split="test"),
+        Case("P1_v2", {}, split="train"),
+        Case("P1_v3", {}, split="val"),
+    ]
     for order in (cases, cases[::-1]):
-        assert splits_of(order) == {"P1": "train", "P1_v1": "test", "P1_v2": "train", "P1_v3": "val"}
+        assert splits_of(order) == {
+            "P1": "train",
+            "P1_v1": "test",
+            "P1_v2": "train",
+            "P1_v3": "val",
+        }
 
 
 def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
@@ -698,11 +958,15 @@ def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
     )
     assert (second.label, second.split) == (None, None)
     touch(tmp_path, "imagesTs/MS_003_0000.nii.gz")
-    assert [(case.name, case.split) for case in find_cases(tmp_path)][1:] == [("MS_002", "train"), ("MS_003", "test")]
+    assert [(case.name, case.split) for case in find_cases(tmp_path)][1:] == [
+        ("MS_002", "train"),
+        ("MS_003", "test"),
+    ]
     touch(tmp_path, "labelsTr/MS_009.nii.gz")
     assert [(case.name, case.channels) for case in find_cases(tmp_path)][-1] == ("MS_009", {})
     with pytest.raises(
-        AnomriError, match="MS_003_0002.nii.gz: does not end in one of 0000, 0001, as dataset.json has them"
+        AnomriError,
+        match="MS_003_0002.nii.gz: does not end in one of 0000, 0001, as dataset.json has them",
     ):
         find_cases(touch(tmp_path, "imagesTs/MS_003_0002.nii.gz"))
     (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "T1", "1": "T1w", "2": "T2"}}')

@@ -17,7 +17,9 @@ from anomri.model.released import import_checkpoint
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("statement", ["import anomri", "from anomri.cli import main; main(['--help'])"])
+@pytest.mark.parametrize(
+    "statement", ["import anomri", "from anomri.cli import main; main(['--help'])"]
+)
 def test_neither_the_import_nor_help_need_torch(statement: str) -> None:
     code = f"import sys; {statement}; print([m for m in ('torch', 'nibabel', 'matplotlib', 'cv2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -25,7 +27,19 @@ def test_neither_the_import_nor_help_need_torch(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "detect", "evaluate", "merge", "compare", "bids", "view", "demo", "import-checkpoint"]
+    "command",
+    [
+        "",
+        "train",
+        "detect",
+        "evaluate",
+        "merge",
+        "compare",
+        "bids",
+        "view",
+        "demo",
+        "import-checkpoint",
+    ],
 )
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
@@ -44,7 +58,9 @@ def test_every_public_name_has_help() -> None:
     assert callable(anomri.compare)
 
 
-def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_detect_evaluate(
+    cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     command = [
         "train",
@@ -59,7 +75,18 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
         "--device",
         "cpu",
     ]
-    options = ["--steps", "4", "--batch-size", "4", "--learning-rate", "0.002", "--seed", "3", "--precision", "32-true"]
+    options = [
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--learning-rate",
+        "0.002",
+        "--seed",
+        "3",
+        "--precision",
+        "32-true",
+    ]
     options += [
         "--validate-every",
         "2",
@@ -75,7 +102,9 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
         "ours",
     ]
     assert main([*command, *options]) == 0
-    assert "slices with a labelled lesion were left out" in " ".join(capsys.readouterr().out.split())
+    assert "slices with a labelled lesion were left out" in " ".join(
+        capsys.readouterr().out.split()
+    )
     spec = anomri.load(model).spec
     assert spec.training is not None
     assert (spec.channels, spec.data_licence) == (("t1", "flair"), "ours")
@@ -84,26 +113,90 @@ def test_train_detect_evaluate(cohort: Path, cache: Path, tmp_path: Path, capsys
     assert (spec.settings["noise_resolution"], spec.settings["noise_std"]) == (8, 0.3)
     assert spec.settings["augmentation"] == {"flip": True, "gain": 0.2}
 
-    assert main(["detect", "-i", str(cohort / "case7"), "-o", str(out), "-m", str(model), "--reconstruction"]) == 0
+    assert (
+        main(
+            [
+                "detect",
+                "-i",
+                str(cohort / "case7"),
+                "-o",
+                str(out),
+                "-m",
+                str(model),
+                "--reconstruction",
+            ]
+        )
+        == 0
+    )
     assert (out / "case7_reconstruction.nii.gz").is_file()
-    assert main(["evaluate", "-i", str(cohort), "-o", str(tmp_path / "ev"), "-m", str(model), "--grid", "input"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "-i",
+                str(cohort),
+                "-o",
+                str(tmp_path / "ev"),
+                "-m",
+                str(model),
+                "--grid",
+                "input",
+            ]
+        )
+        == 0
+    )
     printed = " ".join(capsys.readouterr().out.split())
     assert "AUPRC, pooled" in printed
     assert "intervals: 95 %" in printed
-    assert main(["evaluate", "-i", str(cohort / "case7"), "-o", str(tmp_path / "e2"), "--maps", str(out)]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "-i",
+                str(cohort / "case7"),
+                "-o",
+                str(tmp_path / "e2"),
+                "--maps",
+                str(out),
+            ]
+        )
+        == 0
+    )
 
 
-def test_exit_codes(cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(
+    cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(cohort / "case7", tmp_path / "scans" / "case7")
     (tmp_path / "scans" / "case7" / "case7_t1.nii.gz").write_bytes(b"")
     arguments = ["-i", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), "-m", str(model)]
     assert main(["detect", *arguments]) == 1
     assert "case7_t1.nii.gz: the file is empty" in capsys.readouterr().err
-    assert main(["detect", "-i", str(tmp_path / "gone"), "-o", str(tmp_path / "out"), "-m", str(model)]) == 2
+    assert (
+        main(
+            ["detect", "-i", str(tmp_path / "gone"), "-o", str(tmp_path / "out"), "-m", str(model)]
+        )
+        == 2
+    )
     assert "no such file or folder" in capsys.readouterr().err
     assert main(["detect", "--frobnicate"]) == 2
     assert main(["train", "-i", str(cohort), "-o", str(model)]) == 2
-    assert main(["evaluate", "-i", str(cohort), "-o", str(tmp_path / "out"), "-m", str(model), "--grid", "moon"]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                "-i",
+                str(cohort),
+                "-o",
+                str(tmp_path / "out"),
+                "-m",
+                str(model),
+                "--grid",
+                "moon",
+            ]
+        )
+        == 2
+    )
     assert main(["train", "-i", str(cohort), "-o", str(tmp_path / "m"), "--device", "abacus"]) == 2
     assert main(["detect", *arguments, "--device", "abacus"]) == 2
 
@@ -111,7 +204,9 @@ def test_exit_codes(cohort: Path, model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_an_output_folder_that_cannot_be_written(cohort: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/anomri")):
-        with pytest.raises(AnomriError, match=re.escape(str(out)) + ": cannot write to this folder"):
+        with pytest.raises(
+            AnomriError, match=re.escape(str(out)) + ": cannot write to this folder"
+        ):
             anomri.detect_cohort(cohort / "case7", out, model)
 
 
@@ -126,7 +221,9 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_full_disk_leaves_no_half_file(cohort: Path, model: Path, tmp_path: Path) -> None:
     command = ["detect", "-i", str(cohort / "case7"), "-o", str(tmp_path), "-m", str(model)]
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *command], capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr
@@ -139,8 +236,14 @@ def test_a_full_disk_leaves_no_half_file(cohort: Path, model: Path, tmp_path: Pa
 def released(tmp_path: Path) -> Path:
     """A checkpoint as the released program writes it, of the golden network."""
     golden = np.load(GOLDEN / "network.npz")
-    state = {name.removeprefix("param:"): torch.from_numpy(golden[name]) for name in golden if ":" in name}
-    state = {f"module.{name}": value for name, value in state.items()}  # as after training on several GPUs
+    state = {
+        name.removeprefix("param:"): torch.from_numpy(golden[name])
+        for name in golden
+        if ":" in name
+    }
+    state = {
+        f"module.{name}": value for name, value in state.items()
+    }  # as after training on several GPUs
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "released.pt")
     return tmp_path / "released.pt"
 
@@ -175,13 +278,26 @@ def test_checkpoints_that_are_refused(released: Path, tmp_path: Path) -> None:
     refused({"model_state_dict": Evil()}, "cannot be read as a checkpoint of tensors alone")
     assert not Path("/tmp/anomri-was-here").exists()
     refused({"weights": state}, "holds no")
-    refused({"model_state_dict": {"fc.weight": torch.zeros(2)}}, "fc.weight is not a parameter of the released U-Net")
+    refused(
+        {"model_state_dict": {"fc.weight": torch.zeros(2)}},
+        "fc.weight is not a parameter of the released U-Net",
+    )
     for odd in ("down_path.x.block.1.weight", 3):
         refused({"model_state_dict": {odd: torch.zeros(2)}}, "is not of the released U-Net")
-    refused({"model_state_dict": {**state, "last.weight": torch.zeros(())}}, "is not of the released U-Net")
-    refused({"model_state_dict": dict(list(state.items())[3:])}, "is not of the released U-Net|do not form")
+    refused(
+        {"model_state_dict": {**state, "last.weight": torch.zeros(())}},
+        "is not of the released U-Net",
+    )
+    refused(
+        {"model_state_dict": dict(list(state.items())[3:])},
+        "is not of the released U-Net|do not form",
+    )
     refused({"model_state_dict": state}, "has 4 channels, but 1 are named", channels=["flair"])
-    refused({"model_state_dict": state}, "two of the channels .* are the same", channels=["flair", "t1", "t1", "t2"])
+    refused(
+        {"model_state_dict": state},
+        "two of the channels .* are the same",
+        channels=["flair", "t1", "t1", "t2"],
+    )
     for text in (b"nothing", b"hello world"):
         bad.write_bytes(text)
         with pytest.raises(AnomriError, match=r"bad.pt: cannot be read"):

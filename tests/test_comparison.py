@@ -47,7 +47,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def tiny_vae(tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = replace(methods.preset("dae", "tiny").training, steps=4, validate_every=2, crop_to_brain=False)  # type: ignore[type-var]
+    training = replace(
+        methods.preset("dae", "tiny").training, steps=4, validate_every=2, crop_to_brain=False
+    )  # type: ignore[type-var]
     settings = {"widths": WIDTHS, "latent": 4}
     monkeypatch.setitem(VAE.PRESETS, "tiny", Preset(settings, training))
     restoring = Preset({**settings, "restoration_steps": 2}, training, weights_of="vae")
@@ -61,7 +63,12 @@ def first(out: Path, preset: str = "tiny") -> Job:
 def test_a_table_curves_and_pictures(
     cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 4, "validate_every": 2}}
+    given = {
+        "preset": "tiny",
+        "cache": cache,
+        "device": "cpu",
+        "training": {"steps": 4, "validate_every": 2},
+    }
     # Thresholding has no preset "tiny": what is given must fit before anything is trained.
     with pytest.raises(AnomriError, match="thresholding has no preset 'tiny'"):
         compare(cohort, tmp_path, methods="dae,thresholding", **given)  # type: ignore[arg-type]
@@ -83,7 +90,9 @@ def test_a_table_curves_and_pictures(
     ]
     assert "DAE, noise resolution 8 + median" in titles
     by_title = dict(zip(titles, comparison.rows, strict=True))
-    assert by_title["VAE restoration"].values("auprc") != by_title["VAE reconstruction"].values("auprc")
+    assert by_title["VAE restoration"].values("auprc") != by_title["VAE reconstruction"].values(
+        "auprc"
+    )
     # The row with median is what `evaluate` says of the same model.
     model = tmp_path / "models" / "dae-seed0"
     evaluation = anomri.evaluate(cohort, model=model)
@@ -91,19 +100,36 @@ def test_a_table_curves_and_pictures(
     assert dae.figures["auprc"][0] == pytest.approx(
         (evaluation.figures[0].value, evaluation.figures[0].low, evaluation.figures[0].high)
     )
-    assert dae.values("ceil_dice_components")[0] == pytest.approx(evaluation["ceil-Dice, pooled, components filtered"])
+    assert dae.values("ceil_dice_components")[0] == pytest.approx(
+        evaluation["ceil-Dice, pooled, components filtered"]
+    )
     assert by_title["DAE"].values("auprc") != dae.values("auprc")
 
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"table.tsv", "table.md", "cost.tsv", "report.html", "examples.png", "noise_resolution.png"} <= written
+    assert {
+        "table.tsv",
+        "table.md",
+        "cost.tsv",
+        "report.html",
+        "examples.png",
+        "noise_resolution.png",
+    } <= written
     assert "noise_std.png" not in written
     page = (tmp_path / "report.html").read_text()
     assert "4 of 4 jobs done" in page and page.count("data:image/png") == 2
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table[0].startswith("| method | seeds | AUPRC |")
     costs = [line.split("\t") for line in (tmp_path / "cost.tsv").read_text().splitlines()]
-    assert [row[0] for row in costs[1:]] == ["VAE reconstruction", "VAE restoration", "DAE", "DAE, noise resolution 8"]
-    assert all(row[2] == "4" and float(row[4]) > 0 and float(row[5]) > 50 and float(row[6]) > 50 for row in costs[1:])
+    assert [row[0] for row in costs[1:]] == [
+        "VAE reconstruction",
+        "VAE restoration",
+        "DAE",
+        "DAE, noise resolution 8",
+    ]
+    assert all(
+        row[2] == "4" and float(row[4]) > 0 and float(row[5]) > 50 and float(row[6]) > 50
+        for row in costs[1:]
+    )
 
     # Given again with a second seed, that seed alone is done; with other settings, the folder is refused.
     before = list(here)
@@ -111,7 +137,9 @@ def test_a_table_curves_and_pictures(
     compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
     assert here[len(before) :] == [("train_job", "dae-seed1"), ("evaluate_job", "dae-seed1")]
     assert "| DAE + median | 2 | " in (text := (tmp_path / "table.md").read_text()) and "±" in text
-    with pytest.raises(AnomriError, match=r"comparison.json: was begun with other training; give the same"):
+    with pytest.raises(
+        AnomriError, match=r"comparison.json: was begun with other training; give the same"
+    ):
         compare(cohort, tmp_path, **{**given, "training": {"steps": 5}})  # type: ignore[arg-type]
     # What a model was trained on stays; what it is evaluated on is evaluated again where it has changed.
     (scan,) = (cohort / "case0").glob("*_flair.nii.gz")
@@ -131,7 +159,13 @@ def test_a_table_curves_and_pictures(
 def test_a_stopped_comparison_continues(
     cohort: Path, cache: Path, tiny_preset: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    given = {"methods": "dae", "preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 6}}
+    given = {
+        "methods": "dae",
+        "preset": "tiny",
+        "cache": cache,
+        "device": "cpu",
+        "training": {"steps": 6},
+    }
 
     def stop(job: str, state: Progress) -> None:
         if state.stage == "train" and state.done == 3:
@@ -142,7 +176,12 @@ def test_a_stopped_comparison_continues(
     state = TrainingState.load(tmp_path / "models" / "dae-seed0", {})
     assert state.step in (3, 4)
     steps = []
-    compare(cohort, tmp_path, progress=lambda job, s: steps.append(s.done) if s.stage == "train" else None, **given)  # type: ignore[arg-type]
+    compare(
+        cohort,
+        tmp_path,
+        progress=lambda job, s: steps.append(s.done) if s.stage == "train" else None,
+        **given,
+    )  # type: ignore[arg-type]
     assert steps == list(range(state.step + 1, 7))
     assert (tmp_path / "results" / "dae-seed0.json").is_file()
 
@@ -150,7 +189,12 @@ def test_a_stopped_comparison_continues(
 def test_a_job_that_fails_is_told_and_the_others_go_on(
     cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    given = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 2, "validate_every": 2}}
+    given = {
+        "preset": "tiny",
+        "cache": cache,
+        "device": "cpu",
+        "training": {"steps": 2, "validate_every": 2},
+    }
     comparison = compare(cohort, tmp_path, methods="dae,vae", noise_std=[float("nan")], **given)  # type: ignore[arg-type]
     assert list(comparison.failed) == ["dae-noise_std-nan-seed0"]
     assert "its setting noise_std is nan" in comparison.failed["dae-noise_std-nan-seed0"]
@@ -161,7 +205,17 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(
 def test_the_command_trains_in_processes_of_their_own(
     cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compare", "-i", str(cohort), "-o", str(tmp_path), "--methods", "dae", "--noise-std", "much"]
+    command = [
+        "compare",
+        "-i",
+        str(cohort),
+        "-o",
+        str(tmp_path),
+        "--methods",
+        "dae",
+        "--noise-std",
+        "much",
+    ]
     command += ["--preset", "demo", "--cache", str(cache), "--device", "cpu", "--steps", "2"]
     assert main(command) == 2
     command = [word for word in command if word not in ("--noise-std", "much")]
@@ -209,7 +263,10 @@ def test_the_plan(tmp_path: Path) -> None:
     assert [name for name in names if name.startswith("thresholding")] == ["thresholding-seed0"]
     restoration = next(job for job in jobs if job.method == "vae-restoration")
     assert restoration.model == tmp_path / "models" / "vae-seed0"
-    for bad, message in (({"names": "magic"}, "no method 'magic'"), ({"names": ""}, "nothing to compare")):
+    for bad, message in (
+        ({"names": "magic"}, "no method 'magic'"),
+        ({"names": ""}, "nothing to compare"),
+    ):
         with pytest.raises(AnomriError, match=message):
             plan(first(tmp_path, "small"), **bad)
     with pytest.raises(AnomriError, match="at least one seed"):
@@ -262,7 +319,10 @@ def test_scans_that_failed_are_told_and_evaluated_again_when_they_are_mended(
 ) -> None:
     shutil.copytree(cohort, tmp_path / "cohort")
     scan = tmp_path / "cohort" / "case8" / "case8_t1.nii.gz"
-    whole, given = scan.read_bytes(), {"methods": "thresholding", "preset": "small", "cache": cache, "device": "cpu"}
+    whole, given = (
+        scan.read_bytes(),
+        {"methods": "thresholding", "preset": "small", "cache": cache, "device": "cpu"},
+    )
     scan.write_bytes(whole[:2000])
     out = tmp_path / "out"
     for _ in range(2):

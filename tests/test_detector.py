@@ -30,7 +30,9 @@ def lesioned(cohort: Path) -> Case:
     return find_cases(cohort)[7]
 
 
-def test_the_lesion_is_found_in_the_scans_own_grid(model: Path, lesioned: Case, tmp_path: Path) -> None:
+def test_the_lesion_is_found_in_the_scans_own_grid(
+    model: Path, lesioned: Case, tmp_path: Path
+) -> None:
     detection = anomri.load(model).detect(lesioned)
     written = detection.save(tmp_path, reconstruction=True)
     assert [path.name for path in written] == [
@@ -66,7 +68,9 @@ def test_lesion_rows_say_where_in_scanner_mm(model: Path, lesioned: Case) -> Non
     components, _ = ndimage.label(detection.mask, np.ones((3, 3, 3)))
     first = detection.lesions[0]
     inside = components == np.argmax(np.bincount(components[detection.mask]))
-    centre = nib.affines.apply_affine(detection.volume.geometry.canonical_affine, ndimage.center_of_mass(inside))
+    centre = nib.affines.apply_affine(
+        detection.volume.geometry.canonical_affine, ndimage.center_of_mass(inside)
+    )
     np.testing.assert_allclose(first.centroid_mm, centre, atol=0.01)
     assert first.peak == pytest.approx(float(detection.anomaly_map[inside].max()))
     assert first.mean == pytest.approx(float(detection.anomaly_map[inside].mean()), rel=1e-5)
@@ -74,7 +78,9 @@ def test_lesion_rows_say_where_in_scanner_mm(model: Path, lesioned: Case) -> Non
     assert volumes == sorted(volumes, reverse=True)
 
 
-def test_saving_and_loading_gives_the_same_map_bit_for_bit(model: Path, lesioned: Case, tmp_path: Path) -> None:
+def test_saving_and_loading_gives_the_same_map_bit_for_bit(
+    model: Path, lesioned: Case, tmp_path: Path
+) -> None:
     detector = Detector.load(model)
     before = detector.detect(lesioned)
     detector.save(tmp_path / "copy")
@@ -87,7 +93,9 @@ def test_maps_are_not_rescaled_per_image(model: Path, lesioned: Case, tmp_path: 
     brighter = {}
     for channel, path in lesioned.channels.items():
         image = nib.load(path)
-        brighter[channel] = write(tmp_path / f"b_{channel}.nii.gz", (7 * image.get_fdata()).astype(np.float32), AFFINE)
+        brighter[channel] = write(
+            tmp_path / f"b_{channel}.nii.gz", (7 * image.get_fdata()).astype(np.float32), AFFINE
+        )
     detector = Detector.load(model, precision="32-true")  # bfloat16 rounds each scan in its own way
     first, second = detector.detect(lesioned), detector.detect(Case("b", brighter))
     np.testing.assert_allclose(first.anomaly_map, second.anomaly_map, atol=1e-4)
@@ -117,9 +125,20 @@ def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path
         detector.detect(folder)
 
 
-def test_other_channels_are_refused_with_what_to_do(model: Path, cohort: Path, tmp_path: Path) -> None:
-    only = Case("p", {"t2": cohort / "case7" / "case7_flair.nii.gz", "flair": cohort / "case7" / "case7_flair.nii.gz"})
-    with pytest.raises(AnomriError, match="p: this model was trained on flair, t1, but the scan has .*t1 is missing"):
+def test_other_channels_are_refused_with_what_to_do(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
+    only = Case(
+        "p",
+        {
+            "t2": cohort / "case7" / "case7_flair.nii.gz",
+            "flair": cohort / "case7" / "case7_flair.nii.gz",
+        },
+    )
+    with pytest.raises(
+        AnomriError,
+        match="p: this model was trained on flair, t1, but the scan has .*t1 is missing",
+    ):
         Detector.load(model).detect(only)
     with pytest.raises(AnomriError, match="holds 9 cases; name one"):
         Detector.load(model).detect(cohort)
@@ -132,10 +151,16 @@ def test_other_channels_are_refused_with_what_to_do(model: Path, cohort: Path, t
         ("model.json", b"{", "model.json: not a model description"),
         ("model.json", b'{"method": "dae"}', "model.json: .*channels: Field required"),
         ("weights.safetensors", None, "weights.safetensors: cannot be read .No such file"),
-        ("weights.safetensors", b"\x80\x04pickle", "weights.safetensors: does not hold the weights"),
+        (
+            "weights.safetensors",
+            b"\x80\x04pickle",
+            "weights.safetensors: does not hold the weights",
+        ),
     ],
 )
-def test_a_damaged_model_is_named(model: Path, tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
+def test_a_damaged_model_is_named(
+    model: Path, tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m" / file).unlink()
     if content is not None:
@@ -217,14 +242,21 @@ def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_pa
     } <= written
     assert not {name for name in written if name.startswith(("case7", ".partial"))}
     rows = [line.split("\t") for line in (tmp_path / "out" / "cases.tsv").read_text().splitlines()]
-    assert [row[:2] for row in rows] == [["case", "status"], ["case6", "done"], ["case7", "failed"], ["case8", "done"]]
+    assert [row[:2] for row in rows] == [
+        ["case", "status"],
+        ["case6", "done"],
+        ["case7", "failed"],
+        ["case8", "done"],
+    ]
     assert rows[1][2:4] == ["flair,t1", f"{results[0].summary['threshold']:.5g}"]  # type: ignore[index]
     lesions = (tmp_path / "out" / "lesions.tsv").read_text().splitlines()
     assert lesions[0].split("\t")[:3] == ["case", "lesion", "volume_mm3"]
     assert sum(line.startswith("case8") for line in lesions) == int(rows[3][4])
 
 
-def test_detecting_twice_into_the_scans_folder_changes_nothing(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_detecting_twice_into_the_scans_folder_changes_nothing(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
     shutil.copytree(cohort / "case7", tmp_path / "case7")
     first = detect_cohort(tmp_path / "case7", tmp_path / "case7", model)
     second = detect_cohort(tmp_path / "case7", tmp_path / "case7", model)
@@ -247,7 +279,10 @@ def test_a_case_that_upsets_torch_does_not_end_the_run(
     monkeypatch.setattr(Detector, "score", out_of_memory)
     cases = [case for case in find_cases(cohort) if case.split == "test"]
     results = detect_cohort(cases, tmp_path, model)
-    assert results[0].error == "case7: RuntimeError: can't allocate memory: you tried to allocate 99 bytes"
+    assert (
+        results[0].error
+        == "case7: RuntimeError: can't allocate memory: you tried to allocate 99 bytes"
+    )
     assert results[1].error is None
 
 
@@ -261,12 +296,16 @@ def test_pictures_without_a_threshold_keep_their_titles(model: Path, lesioned: C
 def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "m")
     text = (model / "model.json").read_text()
-    (tmp_path / "m" / "model.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    (tmp_path / "m" / "model.json").write_text(
+        text.replace('"format_version": 1', '"format_version": 2')
+    )
     with pytest.raises(AnomriError, match="written by a newer anomri"):
         Detector.load(tmp_path / "m")
 
 
-def test_volumes_stream(model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_volumes_stream(
+    model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many cases there are, only a few volumes live at once."""
     import gc
     import weakref
@@ -295,15 +334,26 @@ def test_what_is_dropped_is_a_volume_whatever_the_slices(model: Path, cohort: Pa
     score = Score()
     assert score.max_dropped((1.0, 1.875, 1.875)) == 20  # as in the paper
     assert score.max_dropped((5.0, 1.875, 1.875)) == 4
-    assert score.max_dropped((1.0, 1.875, 1.875), 1.0) == 70 == 5 * score.max_dropped((5.0, 1.875, 1.875), 5.0)
+    assert (
+        score.max_dropped((1.0, 1.875, 1.875), 1.0)
+        == 70
+        == 5 * score.max_dropped((5.0, 1.875, 1.875), 5.0)
+    )
     least = replace(score, min_volume_mm3=10.0)
-    assert [least.max_dropped((1.0, 1.0, 1.0), mm3) for mm3 in (1.0, 3.0, 5.0, 20.0)] == [9, 3, 1, 0]
+    assert [least.max_dropped((1.0, 1.0, 1.0), mm3) for mm3 in (1.0, 3.0, 5.0, 20.0)] == [
+        9,
+        3,
+        1,
+        0,
+    ]
     detector, case = Detector.load(model), find_cases(cohort)[7]
     voxel = detector.detect(case).volume.geometry.voxel_mm3
     all_of_them = detector.with_min_volume(0).detect(case).lesions
     for least in (3 * voxel, 20 * voxel):
         kept = detector.with_min_volume(least).detect(case).lesions
-        assert [one.volume_mm3 for one in kept] == [o.volume_mm3 for o in all_of_them if o.volume_mm3 >= least - 1e-3]
+        assert [one.volume_mm3 for one in kept] == [
+            o.volume_mm3 for o in all_of_them if o.volume_mm3 >= least - 1e-3
+        ]
 
 
 def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) -> None:
@@ -316,10 +366,15 @@ def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) 
     found.save(tmp_path, reconstruction=True)
     for kind in ("anomaly", "mask", "reconstruction"):
         image, written = found.image(kind), nib.load(tmp_path / f"{found.name}_{kind}.nii.gz")  # type: ignore[arg-type]
-        assert np.array_equal(image.affine, images["flair"].affine) and image.shape[:3] == images["flair"].shape
+        assert (
+            np.array_equal(image.affine, images["flair"].affine)
+            and image.shape[:3] == images["flair"].shape
+        )
         assert np.array_equal(np.asanyarray(image.dataobj), np.asanyarray(written.dataobj))  # type: ignore[attr-defined]
     back = nib.as_closest_canonical(detector.detect(turned).image())
-    assert np.array_equal(np.asanyarray(back.dataobj), np.asanyarray(nib.as_closest_canonical(found.image()).dataobj))
+    assert np.array_equal(
+        np.asanyarray(back.dataobj), np.asanyarray(nib.as_closest_canonical(found.image()).dataobj)
+    )
     with pytest.raises(AnomriError, match="t1 is missing"):
         detector.detect(images["flair"])
     with pytest.raises(AnomriError, match="name it in letters and digits"):

@@ -11,7 +11,14 @@ import pytest
 from nibabel.affines import apply_affine
 
 from anomri.errors import AnomriError
-from anomri.scans.dicom.read import MIN_SLICES, Series, choose_series, convert, find_series, guess_channel
+from anomri.scans.dicom.read import (
+    MIN_SLICES,
+    Series,
+    choose_series,
+    convert,
+    find_series,
+    guess_channel,
+)
 from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
 from anomri.scans.volume import Volume, read_volume
 
@@ -41,7 +48,10 @@ COLUMNS, ROWS, SLICES = 8, 7, 12
 def rotation(x: float, y: float, z: float) -> np.ndarray:
     out = np.eye(3)
     for axis, degrees in enumerate((x, y, z)):
-        (c, s), (i, j) = (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))), [a for a in range(3) if a != axis]
+        (c, s), (i, j) = (
+            (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))),
+            [a for a in range(3) if a != axis],
+        )
         turn = np.eye(3)
         turn[i, i], turn[j, j], turn[i, j], turn[j, i] = c, c, -s, s
         out = turn @ out
@@ -64,33 +74,58 @@ PLANES = {
 }
 
 
-def lps_affine(directions: np.ndarray = AXIAL, spacing: tuple[float, float, float] = (0.9, 1.1, 5.0)) -> np.ndarray:
+def lps_affine(
+    directions: np.ndarray = AXIAL, spacing: tuple[float, float, float] = (0.9, 1.1, 5.0)
+) -> np.ndarray:
     return nib.affines.from_matvec(directions * spacing, [-31.5, -22.25, 14.75])
 
 
 def voxels(seed: int = 0, slices: int = SLICES) -> np.ndarray:
     """Stored values (column, row, slice)."""
-    return np.random.default_rng(seed).integers(-100, 3000, (COLUMNS, ROWS, slices)).astype(np.int16)
+    return (
+        np.random.default_rng(seed).integers(-100, 3000, (COLUMNS, ROWS, slices)).astype(np.int16)
+    )
 
 
-def one_slice(data: np.ndarray, affine: np.ndarray, number: int, series: str, **tags: Any) -> FileDataset:
+def one_slice(
+    data: np.ndarray, affine: np.ndarray, number: int, series: str, **tags: Any
+) -> FileDataset:
     """Slice ``number`` of ``data`` (column, row, slice) as an MR image."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = tags.get("SOPClassUID", MR), ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = (
+        tags.get("SOPClassUID", MR),
+        ExplicitVRLittleEndian,
+    )
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[series, str(number)])
     one = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     one.SOPClassUID, one.SOPInstanceUID = MR, meta.MediaStorageSOPInstanceUID
-    one.Modality, one.StudyInstanceUID, one.SeriesInstanceUID = "MR", STUDY, generate_uid(entropy_srcs=[series])
+    one.Modality, one.StudyInstanceUID, one.SeriesInstanceUID = (
+        "MR",
+        STUDY,
+        generate_uid(entropy_srcs=[series]),
+    )
     one.FrameOfReferenceUID, one.SeriesDescription = generate_uid(entropy_srcs=["frame"]), series
-    one.PatientSex, one.StudyTime, one.StudyID, one.SeriesNumber, one.Manufacturer = "O", "120000", "1", 4, "Maker"
+    one.PatientSex, one.StudyTime, one.StudyID, one.SeriesNumber, one.Manufacturer = (
+        "O",
+        "120000",
+        "1",
+        4,
+        "Maker",
+    )
     one.PositionReferenceIndicator, one.Laterality = "", ""
     one.InstanceNumber, one.ImageType = number + 1, ["ORIGINAL", "PRIMARY", "M"]
     one.RepetitionTime, one.ScanningSequence = 9000, "SE"
-    one.ImageOrientationPatient = [f"{v:.10g}" for a in (0, 1) for v in affine[:3, a] / np.linalg.norm(affine[:3, a])]
+    one.ImageOrientationPatient = [
+        f"{v:.10g}" for a in (0, 1) for v in affine[:3, a] / np.linalg.norm(affine[:3, a])
+    ]
     one.ImagePositionPatient = [f"{v:.10g}" for v in apply_affine(affine, [0, 0, number])]
     columns, rows, slices = np.linalg.norm(affine[:3, :3], axis=0)
     one.PixelSpacing, one.SliceThickness = [f"{rows:.10g}", f"{columns:.10g}"], f"{slices:.10g}"
-    one.Columns, one.Rows, one.SamplesPerPixel, one.PhotometricInterpretation = *data.shape[:2], 1, "MONOCHROME2"
+    one.Columns, one.Rows, one.SamplesPerPixel, one.PhotometricInterpretation = (
+        *data.shape[:2],
+        1,
+        "MONOCHROME2",
+    )
     one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 1
     one.PixelData = np.ascontiguousarray(data[:, :, number].T).tobytes()
     for keyword, value in {**SECRETS, **tags}.items():
@@ -144,7 +179,9 @@ def test_every_voxel_lies_where_it_was_scanned(tmp_path: Path, plane: str, maker
 
 def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: Path) -> None:
     flair, t1 = voxels(1), voxels(2, 14)
-    write_series(tmp_path, "Ax FLAIR", flair, RescaleSlope="0.37", RescaleIntercept="-12.5", EchoTime=90)
+    write_series(
+        tmp_path, "Ax FLAIR", flair, RescaleSlope="0.37", RescaleIntercept="-12.5", EchoTime=90
+    )
     for k, path in enumerate(write_series(tmp_path, "T1 MPRAGE", t1, EchoTime=3)):
         one = pydicom.dcmread(path)
         one.InstanceNumber = (k * 5) % 14 + 1  # interleaved, as acquired
@@ -152,7 +189,10 @@ def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: P
     (tmp_path / "notes.txt").write_text("not DICOM")
     told: list[str] = []
     series = find_series(tmp_path, told.append)
-    assert [(s.description, s.slices, s.modality) for s in series] == [("Ax FLAIR", 12, "MR"), ("T1 MPRAGE", 14, "MR")]
+    assert [(s.description, s.slices, s.modality) for s in series] == [
+        ("Ax FLAIR", 12, "MR"),
+        ("T1 MPRAGE", 14, "MR"),
+    ]
     assert len(told) == 1 and "notes.txt" in told[0]
     case = convert(tmp_path, tmp_path / "out")
     assert sorted(case.channels) == ["flair", "t1"]
@@ -249,14 +289,22 @@ def series(text: str, **kwargs: Any) -> Series:
         ("st12", {}, None),
     ],
 )
-def test_a_channel_is_guessed_only_where_nothing_speaks_against_it(text: str, headers: dict, channel: str) -> None:
+def test_a_channel_is_guessed_only_where_nothing_speaks_against_it(
+    text: str, headers: dict, channel: str
+) -> None:
     assert guess_channel(series(text, **headers)) == channel
 
 
 def test_the_user_names_series_and_doubtful_ones_are_listed(tmp_path: Path) -> None:
     first, second = tmp_path / "1", tmp_path / "2"
-    write_series(first, "T1 MPRAGE"), write_series(second, "T1 SPACE"), write_series(tmp_path / "3", "T1 SPACE again")
-    with pytest.raises(AnomriError, match=r"t1 is 3 series(.|\n)*'T1 SPACE' \(12 slices, [\d.]+\): t1"):
+    (
+        write_series(first, "T1 MPRAGE"),
+        write_series(second, "T1 SPACE"),
+        write_series(tmp_path / "3", "T1 SPACE again"),
+    )
+    with pytest.raises(
+        AnomriError, match=r"t1 is 3 series(.|\n)*'T1 SPACE' \(12 slices, [\d.]+\): t1"
+    ):
         convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     uid = next(s.uid for s in find_series(tmp_path) if s.description == "T1 SPACE")
@@ -277,7 +325,10 @@ def test_the_user_names_series_and_doubtful_ones_are_listed(tmp_path: Path) -> N
 
 
 def test_studies_are_not_mixed(tmp_path: Path) -> None:
-    write_series(tmp_path / "1", "T1"), write_series(tmp_path / "2", "FLAIR", StudyInstanceUID=generate_uid())
+    (
+        write_series(tmp_path / "1", "T1"),
+        write_series(tmp_path / "2", "FLAIR", StudyInstanceUID=generate_uid()),
+    )
     with pytest.raises(AnomriError, match="several studies"):
         convert(tmp_path, tmp_path / "out")
 
@@ -289,7 +340,14 @@ def test_copies_and_localizers_are_left_out(tmp_path: Path) -> None:
     write_series(tmp_path / "c", "3-plane", voxels(slices=MIN_SLICES - 1))
     write_series(tmp_path / "d", "T2 survey", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     save(
-        one_slice(voxels(), lps_affine(), 0, "Report", SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1", Modality="DOC"),
+        one_slice(
+            voxels(),
+            lps_affine(),
+            0,
+            "Report",
+            SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1",
+            Modality="DOC",
+        ),
         tmp_path / "pdf.dcm",
     )
     told: list[str] = []
@@ -308,7 +366,12 @@ def spoil(folder: Path, what: str) -> None:
     elif what == "CT":
         write_series(folder, "Thorax", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT")
     elif what == "PDF":
-        save(one_slice(voxels(), lps_affine(), 0, "Report", SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"), folder / "r")
+        save(
+            one_slice(
+                voxels(), lps_affine(), 0, "Report", SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"
+            ),
+            folder / "r",
+        )
     elif what == "enhanced":
         write_series(folder, SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1")
     elif what == "DICOMDIR":
@@ -320,7 +383,11 @@ def spoil(folder: Path, what: str) -> None:
     elif what in ("gap", "twice", "tilted", "matrix", "no direction"):
         spoil_geometry(write_series(folder), what)
     elif what == "sideways":
-        write_series(folder, affine=lps_affine() @ np.array([[1, 0, 0.8, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+        write_series(
+            folder,
+            affine=lps_affine()
+            @ np.array([[1, 0, 0.8, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        )
     elif what == "no position":
         for path in write_series(folder):
             one = pydicom.dcmread(path)
@@ -374,7 +441,10 @@ def spoil_geometry(files: list[Path], what: str) -> None:
         ("PDF", "'Report': 1 files of Encapsulated PDF Storage"),
         ("enhanced", "'Ax FLAIR': enhanced multi-frame MR; convert it to NIfTI with dcm2niix"),
         ("DICOMDIR", "a DICOMDIR, an index only"),
-        ("gap", r"10.00 mm lie between Ax\d+ and Ax\d+, elsewhere 5.00 mm; about 1 slices are missing"),
+        (
+            "gap",
+            r"10.00 mm lie between Ax\d+ and Ax\d+, elsewhere 5.00 mm; about 1 slices are missing",
+        ),
         ("twice", r"Ax\d+ and Ax\d+ lie at one position; it holds several volumes"),
         ("tilted", "differ in orientation, pixel size or matrix"),
         ("matrix", "differ in orientation, pixel size or matrix"),
@@ -383,11 +453,16 @@ def spoil_geometry(files: list[Path], what: str) -> None:
         ("no direction", "no usable position"),
         ("cut", r"Ax\d+: cannot be read as DICOM, it is damaged or cut short"),
         ("no pixels", r"Ax\d+: cannot be read as DICOM.*it holds no pixels"),
-        ("JPEG 2000", r"Ax\d+: its pixels are compressed as JPEG 2000.*cannot be decoded.*Decompress"),
+        (
+            "JPEG 2000",
+            r"Ax\d+: its pixels are compressed as JPEG 2000.*cannot be decoded.*Decompress",
+        ),
         ("MPEG2", r"Ax\d+: its pixels are compressed as MPEG2.*cannot be decoded.*Decompress"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_folder_or_file(tmp_path: Path, what: str, says: str) -> None:
+def test_what_is_wrong_is_said_with_the_folder_or_file(
+    tmp_path: Path, what: str, says: str
+) -> None:
     spoil(tmp_path / "in", what)
     with pytest.raises(AnomriError, match=says) as error:
         convert(tmp_path / "in", tmp_path / "out")
@@ -398,7 +473,10 @@ def test_what_is_wrong_is_said_with_the_folder_or_file(tmp_path: Path, what: str
 
 def test_a_folder_that_is_none_and_a_dicomdir_file(tmp_path: Path) -> None:
     (tmp_path / "DICOMDIR").touch()
-    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path / "DICOMDIR", "is a file; name the folder")):
+    for path, says in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "DICOMDIR", "is a file; name the folder"),
+    ):
         with pytest.raises(AnomriError, match=says):
             find_series(path)
 
@@ -413,7 +491,9 @@ def test_a_file_cut_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_without_the_extra_the_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_user_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_series(tmp_path / "in")
     case = convert(tmp_path / "in", tmp_path / "out")
     volume, source = read_volume(case, ["flair"]), find_series(tmp_path / "in")[0]
@@ -421,7 +501,9 @@ def test_without_the_extra_the_user_is_told_what_to_install(tmp_path: Path, monk
         monkeypatch.setitem(sys.modules, module, None)
         arguments = (tmp_path / "s.dcm", volume.data[0] > 9, volume.geometry, source)
         with pytest.raises(AnomriError, match=r"pip install 'anomri\[dicom\]'"):
-            write_segmentation(*arguments) if module == "highdicom" else convert(tmp_path / "in", tmp_path / "out")
+            write_segmentation(*arguments) if module == "highdicom" else convert(
+                tmp_path / "in", tmp_path / "out"
+            )
 
 
 def test_no_identifier_leaves_the_headers(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -433,7 +515,8 @@ def test_no_identifier_leaves_the_headers(tmp_path: Path, capfd: pytest.CaptureF
     packed, content = path.read_bytes(), gzip.decompress(path.read_bytes())
     printed = "".join(capfd.readouterr())
     uids = [
-        str(pydicom.dcmread(next((tmp_path / "in").iterdir()))[f"{k}InstanceUID"].value) for k in ("Study", "Series")
+        str(pydicom.dcmread(next((tmp_path / "in").iterdir()))[f"{k}InstanceUID"].value)
+        for k in ("Study", "Series")
     ]
     for marker in ("MARKER", "19010203", "19990807", *uids):
         for what in (
@@ -481,30 +564,57 @@ def test_a_mask_comes_back_where_it_was(tmp_path: Path, plane: str, scanned: Any
     corner = tuple(slice(n // 3, n // 3 + 3) for n in mask.shape)
     mask[corner] = True
     mask[tuple(n // 3 for n in mask.shape)] = False  # so that no flip leaves it as it is
-    write_segmentation(tmp_path / "seg.dcm", mask, geometry, source, parameters={"threshold": 0.25, "method": "dae"})
+    write_segmentation(
+        tmp_path / "seg.dcm",
+        mask,
+        geometry,
+        source,
+        parameters={"threshold": 0.25, "method": "dae"},
+    )
     expected = apply_affine(geometry.canonical_affine, np.argwhere(mask)) * [-1, -1, 1]
     itk = sitk.ReadImage(str(tmp_path / "seg.dcm"))
-    found = [itk.TransformIndexToPhysicalPoint(i[::-1].tolist()) for i in np.argwhere(sitk.GetArrayFromImage(itk))]
+    found = [
+        itk.TransformIndexToPhysicalPoint(i[::-1].tolist())
+        for i in np.argwhere(sitk.GetArrayFromImage(itk))
+    ]
     np.testing.assert_allclose(np.mean(found, axis=0), expected.mean(axis=0), atol=0.9)
-    np.testing.assert_allclose(sorted(np.round(found, 2).tolist()), sorted(np.round(expected, 2).tolist()), atol=0.02)
+    np.testing.assert_allclose(
+        sorted(np.round(found, 2).tolist()), sorted(np.round(expected, 2).tolist()), atol=0.02
+    )
     check_frames(tmp_path, mask, geometry.canonical_affine, source)
 
 
 def check_frames(folder: Path, mask: np.ndarray, affine: np.ndarray, source: Series) -> None:
     """Each frame of the SEG lies on the slice it refers to and shows the mask there."""
-    seg, pixels = pydicom.dcmread(folder / "seg.dcm"), pydicom.dcmread(folder / "seg.dcm").pixel_array
+    seg, pixels = (
+        pydicom.dcmread(folder / "seg.dcm"),
+        pydicom.dcmread(folder / "seg.dcm").pixel_array,
+    )
     slices = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, source.files)}
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == source.uid
-    assert seg.StudyInstanceUID == STUDY and seg.FrameOfReferenceUID == next(iter(slices.values())).FrameOfReferenceUID
+    assert (
+        seg.StudyInstanceUID == STUDY
+        and seg.FrameOfReferenceUID == next(iter(slices.values())).FrameOfReferenceUID
+    )
     assert pixels.sum() == mask.sum()
     to_mask = np.linalg.inv(affine)
-    for frame, image in zip(seg.PerFrameFunctionalGroupsSequence, np.atleast_3d(pixels), strict=True):
-        of = slices[frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
+    for frame, image in zip(
+        seg.PerFrameFunctionalGroupsSequence, np.atleast_3d(pixels), strict=True
+    ):
+        of = slices[
+            frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        ]
         position = np.array(of.ImagePositionPatient, float)
-        assert np.allclose(np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float), position)
+        assert np.allclose(
+            np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float), position
+        )
         across, down = np.array(of.ImageOrientationPatient, float).reshape(2, 3)
         row, column = np.indices(image.shape).reshape(2, -1)
-        lps = position + np.outer(column, across * of.PixelSpacing[1]) + np.outer(row, down * of.PixelSpacing[0])
+        lps = (
+            position
+            + np.outer(column, across * of.PixelSpacing[1])
+            + np.outer(row, down * of.PixelSpacing[0])
+        )
         index = np.rint(apply_affine(to_mask, lps * [-1, -1, 1])).astype(int)
         np.testing.assert_array_equal(image.ravel().astype(bool), mask[tuple(index.T)])
 
@@ -529,7 +639,9 @@ def test_series_of_several_frames_of_reference_are_told(tmp_path: Path) -> None:
     write_series(tmp_path / "in" / "1", "Ax FLAIR")
     write_series(tmp_path / "in" / "2", "Sag T1")
     assert convert(tmp_path / "in", tmp_path / "out").notes == ()
-    write_series(tmp_path / "in" / "2", "Sag T1", FrameOfReferenceUID=generate_uid(entropy_srcs=["another"]))
+    write_series(
+        tmp_path / "in" / "2", "Sag T1", FrameOfReferenceUID=generate_uid(entropy_srcs=["another"])
+    )
     (note,) = convert(tmp_path / "in", tmp_path / "out").notes
     assert "not of one frame of reference" in note
 
@@ -537,27 +649,41 @@ def test_series_of_several_frames_of_reference_are_told(tmp_path: Path) -> None:
 def test_a_segmentation_says_what_it_is_and_whose(tmp_path: Path, scanned: Any) -> None:
     source, volume, _ = scanned("axial")
     mask = volume.data[0] > 1500
-    write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source, parameters={"threshold": 0.25})
+    write_segmentation(
+        tmp_path / "seg.dcm", mask, volume.geometry, source, parameters={"threshold": 0.25}
+    )
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
     assert seg.SOPClassUID == "1.2.840.10008.5.1.4.1.1.66.4" and seg.SegmentationType == "BINARY"
     (segment,) = seg.SegmentSequence
     assert (segment.SegmentLabel, segment.SegmentAlgorithmType) == ("Anomaly", "AUTOMATIC")
     assert segment.SegmentAlgorithmName == "anomri"
-    category, kind = segment.SegmentedPropertyCategoryCodeSequence[0], segment.SegmentedPropertyTypeCodeSequence[0]
+    category, kind = (
+        segment.SegmentedPropertyCategoryCodeSequence[0],
+        segment.SegmentedPropertyTypeCodeSequence[0],
+    )
     assert (category.CodeValue, category.CodingSchemeDesignator) == ("49755003", "SCT")
     assert (kind.CodeValue, kind.CodeMeaning) == ("52988006", "Lesion")
     algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
     assert algorithm.AlgorithmParameters == "threshold=0.25"
     # A SEG is part of the source's study: the standard has it carry the patient module.
-    assert (seg.PatientID, seg.PatientBirthDate, seg.StudyDate) == ("MARKERID77", "19010203", "19990807")
+    assert (seg.PatientID, seg.PatientBirthDate, seg.StudyDate) == (
+        "MARKERID77",
+        "19010203",
+        "19990807",
+    )
     assert seg.PatientName == "MARKERNAME^GIVEN"
-    referred = {i.ReferencedSOPInstanceUID for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    referred = {
+        i.ReferencedSOPInstanceUID
+        for i in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    }
     assert referred == {pydicom.dcmread(path).SOPInstanceUID for path in source.files}
 
 
 def test_an_empty_mask_is_written_with_all_its_slices(tmp_path: Path, scanned: Any) -> None:
     source, volume, _ = scanned("sagittal")
-    write_segmentation(tmp_path / "seg.dcm", np.zeros(volume.data.shape[1:], bool), volume.geometry, source)
+    write_segmentation(
+        tmp_path / "seg.dcm", np.zeros(volume.data.shape[1:], bool), volume.geometry, source
+    )
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
     assert seg.NumberOfFrames == SLICES and not seg.pixel_array.any()
 
@@ -569,10 +695,14 @@ def test_a_mask_of_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, sc
     moved[0, 3] = 2
     write_series(tmp_path / "other", affine=moved @ affine)
     with pytest.raises(AnomriError, match="the mask lies on another grid"):
-        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "other")[0])
+        write_segmentation(
+            tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "other")[0]
+        )
     write_series(tmp_path / "shorter", data=voxels(slices=SLICES - 1), affine=affine)
     with pytest.raises(AnomriError, match="the mask lies on another grid"):
-        write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "shorter")[0])
+        write_segmentation(
+            tmp_path / "seg.dcm", mask, volume.geometry, find_series(tmp_path / "shorter")[0]
+        )
     for path in source.files:
         one = pydicom.dcmread(path)
         del one.FrameOfReferenceUID
@@ -597,12 +727,16 @@ def test_an_error_quotes_no_patient(tmp_path: Path, scanned: Any) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, scanned: Any) -> None:
     source, volume, _ = scanned("axial")
     with pytest.raises(AnomriError, match=r"none/seg.dcm: cannot write"):
-        write_segmentation(tmp_path / "none" / "seg.dcm", volume.data[0] > 9, volume.geometry, source)
+        write_segmentation(
+            tmp_path / "none" / "seg.dcm", volume.data[0] > 9, volume.geometry, source
+        )
 
 
 def test_odd_header_values_neither_warn_nor_leak(tmp_path: Path) -> None:
     for path in write_series(tmp_path / "in", EchoTime="11111111", InversionTime="22222222"):
-        path.write_bytes(path.read_bytes().replace(b"11111111", b"MARKER??").replace(b"22222222", b"MARKER??"))
+        path.write_bytes(
+            path.read_bytes().replace(b"11111111", b"MARKER??").replace(b"22222222", b"MARKER??")
+        )
     (found,) = find_series(tmp_path / "in")
     assert found.echo_time is None and found.inversion_time is None
     assert convert(tmp_path / "in", tmp_path / "out").channels

@@ -32,7 +32,18 @@ from anomri.scans.find import find_cases
 from anomri.spec import ModelSpec
 from anomri.training.state import TrainingState
 
-STEPS = ["--steps", "10", "--batch-size", "5", "--set", "widths=[4,8]", "--precision", "32-true", "--device", "cpu"]
+STEPS = [
+    "--steps",
+    "10",
+    "--batch-size",
+    "5",
+    "--set",
+    "widths=[4,8]",
+    "--precision",
+    "32-true",
+    "--device",
+    "cpu",
+]
 # One start of the processes for all commands.
 COMMANDS = """
 import atexit, json, sys
@@ -51,19 +62,27 @@ def commands(cohort: Path, cache: Path, place: Path) -> list[list[str]]:
     """Training, detection and evaluation with results in ``place``."""
     train = ["train", "-i", str(cohort), "-o", str(place / "model"), "--cache", str(cache), *STEPS]
     source = ["-i", str(cohort), "-m", str(place / "model"), "--device", "cpu"]
-    return [train, ["detect", *source, "-o", str(place / "maps")], ["evaluate", *source, "-o", str(place / "figures")]]
+    return [
+        train,
+        ["detect", *source, "-o", str(place / "maps")],
+        ["evaluate", *source, "-o", str(place / "figures")],
+    ]
 
 
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         delimiter = "\t" if path.suffix == ".tsv" else ","
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file, delimiter=delimiter)]
+        return [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in csv.DictReader(file, delimiter=delimiter)
+        ]
 
 
 def same_but_times(one: Path, other: Path) -> None:
     """Every file of two output folders has the same bytes, unpacked, but for times."""
     names = [
-        sorted(str(p.relative_to(f)) for p in f.rglob("*") if not p.name.startswith(".lock")) for f in (one, other)
+        sorted(str(p.relative_to(f)) for p in f.rglob("*") if not p.name.startswith(".lock"))
+        for f in (one, other)
     ]
     assert names[0] == names[1]
     for name in names[0]:
@@ -71,7 +90,10 @@ def same_but_times(one: Path, other: Path) -> None:
         if first.suffix == ".tsv":
             assert table(first) == table(second), name
         elif first.name == "run.json":
-            facts = [{**json.loads(path.read_text()), "seconds": 0, "started": 0} for path in (first, second)]
+            facts = [
+                {**json.loads(path.read_text()), "seconds": 0, "started": 0}
+                for path in (first, second)
+            ]
             assert facts[0] == facts[1]
         elif first.is_file() and first.parent.name != "logs" and first.name != "report.html":
             # The packing itself was seen to differ once in hundreds of runs, of the same image.
@@ -90,7 +112,9 @@ def alone(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 def same_training(alone: Path, shared: Path, cache: Path) -> None:
     one, two = table(alone / "log.csv"), table(shared / "log.csv")
     for row, other in zip(one, two, strict=True):
-        np.testing.assert_allclose([float(v) for v in row.values()], [float(v) for v in other.values()], rtol=1e-5)
+        np.testing.assert_allclose(
+            [float(v) for v in row.values()], [float(v) for v in other.values()], rtol=1e-5
+        )
     first, second = anomri.load(alone), anomri.load(shared)
     for name, value in first._state.items():
         # Adam's steps are of 1e-3, so equal to a tenth of one.
@@ -112,8 +136,18 @@ def test_two_processes_of_torchrun_do_what_one_does(
     script = tmp_path / "script.py"
     script.write_text(COMMANDS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    process = subprocess.Popen([*run, json.dumps(work)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    process = subprocess.Popen(
+        [*run, json.dumps(work)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     printed = ended_well([process])
     assert printed.count("Trained on") == 1  # one speaks for all
     assert printed.count("disconnected") == 2  # a process that ends connected is aborted at times
@@ -148,17 +182,29 @@ def test_two_tasks_of_srun_stop_together_and_train_as_one_process(
     tasks[1].send_signal(signal.SIGUSR1)  # one of them is told, all have to know
     printed = ended_well(tasks)
     step = TrainingState.load(tmp_path / "endless", {}).step
-    assert step >= 1 and printed.count(f"stopped at step {step} of 1000000; continue with --resume.") == 1
+    assert (
+        step >= 1
+        and printed.count(f"stopped at step {step} of 1000000; continue with --resume.") == 1
+    )
     same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
 
 
-def _as_srun(command: list[str], rank: int, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[str]:
+def _as_srun(
+    command: list[str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> subprocess.Popen[str]:
     """Start a process as one of two tasks of a SLURM step on this machine."""
     if rank == 0:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    facts = {"NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1, "PROCID": rank, "LOCALID": rank, "NODEID": 0}
+    facts = {
+        "NTASKS": 2,
+        "STEP_NUM_TASKS": 2,
+        "STEP_NUM_NODES": 1,
+        "PROCID": rank,
+        "LOCALID": rank,
+        "NODEID": 0,
+    }
     facts |= {"JOB_ID": 1234, "NODELIST": "127.0.0.1", "JOB_NAME": "train"}  # type: ignore[dict-item]
     for name, value in facts.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
@@ -178,7 +224,10 @@ def test_shards_and_merge_make_what_one_run_makes(
         assert main(["merge", str(out)]) == 2
         assert re.search(r"of \d cases are not done \(case\d", capsys.readouterr().err)
         assert main([*command, "--shard", "1/2"]) == 0
-        assert [main(["merge", str(out)]), main(["merge", str(out)])] == [0, 0]  # it may be given again
+        assert [main(["merge", str(out)]), main(["merge", str(out)])] == [
+            0,
+            0,
+        ]  # it may be given again
     same_but_times(tmp_path / "maps", alone / "maps")
     same_but_times(tmp_path / "figures", alone / "figures")
     # A case that fails in a shard is failed in the merged table.
@@ -201,10 +250,17 @@ def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that calls anomri without srun
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert launched() == Launch()
-    for name, value in {"STEP_NUM_TASKS": 8, "STEP_NUM_NODES": 2, "PROCID": 5, "LOCALID": 1}.items():
+    for name, value in {
+        "STEP_NUM_TASKS": 8,
+        "STEP_NUM_NODES": 2,
+        "PROCID": 5,
+        "LOCALID": 1,
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert launched() == Launch(5, 8, 1, 4, "srun")
-    with pytest.raises(AnomriError, match="a comparison is done by one process; start it without torchrun or srun"):
+    with pytest.raises(
+        AnomriError, match="a comparison is done by one process; start it without torchrun or srun"
+    ):
         anomri.compare("anything", "out")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
     with pytest.raises(AnomriError, match="8 tasks on 3 machines"):
@@ -237,7 +293,9 @@ def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.Monk
 
     def different(answers: list[object], own: object) -> None:
         # Process 0 has 6 where this one has 7, and says so.
-        answers[:] = [(6, None), own] if own[0] == 7 else [(None, "out: is not the same folder"), own]  # type: ignore[index]
+        answers[:] = (
+            [(6, None), own] if own[0] == 7 else [(None, "out: is not the same folder"), own]
+        )  # type: ignore[index]
 
     with pytest.raises(ToldElsewhere, match="case7: is empty"):
         Processes(1, 2).each(fail)
@@ -263,7 +321,10 @@ def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.Monk
 def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
     whole = draw(7, torch.Generator().manual_seed(5))  # type: ignore[operator]
     cpu = torch.device("cpu")
-    parts = [draw(n, PartGenerator(cpu, first, 7).manual_seed(5)) for first, n in ((0, 3), (3, 2), (5, 2))]  # type: ignore[operator]
+    parts = [
+        draw(n, PartGenerator(cpu, first, 7).manual_seed(5))
+        for first, n in ((0, 3), (3, 2), (5, 2))
+    ]  # type: ignore[operator]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(parts[0][:2], parts[1])
 

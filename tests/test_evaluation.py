@@ -14,7 +14,13 @@ import anomri
 import anomri.evaluation.evaluate as evaluation_module
 from anomri.cli import main
 from anomri.errors import AnomriError
-from anomri.evaluation.evaluate import choose_cases, evaluate, evaluate_shard, make_plan, merge_evaluations
+from anomri.evaluation.evaluate import (
+    choose_cases,
+    evaluate,
+    evaluate_shard,
+    make_plan,
+    merge_evaluations,
+)
 from anomri.model.detector import Detector
 from anomri.scans.case import Case, model_cases, splits_of, write_splits
 from anomri.scans.find import find_cases
@@ -23,23 +29,38 @@ from anomri.spec import Grid
 from conftest import AFFINE, SHAPE, write
 
 
-def test_pooled_figures_are_those_of_all_voxels_at_once(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_pooled_figures_are_those_of_all_voxels_at_once(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
     evaluation = evaluate(cohort, tmp_path / "out", model=model)
     detector = Detector.load(model)
     detections = [detector.detect(case) for case in find_cases(cohort) if case.split == "test"]
     scores = [detection.scores for detection in detections]
-    labels = [detection.stack.label.numpy() for detection in detections if detection.stack.label is not None]
-    pooled, truth = np.concatenate([s.ravel() for s in scores]), np.concatenate([label.ravel() for label in labels])
-    assert evaluation["AUPRC, pooled"] == pytest.approx(average_precision_score(truth, pooled), abs=1e-9)
+    labels = [
+        detection.stack.label.numpy()
+        for detection in detections
+        if detection.stack.label is not None
+    ]
+    pooled, truth = (
+        np.concatenate([s.ravel() for s in scores]),
+        np.concatenate([label.ravel() for label in labels]),
+    )
+    assert evaluation["AUPRC, pooled"] == pytest.approx(
+        average_precision_score(truth, pooled), abs=1e-9
+    )
     tried = np.unique(pooled[truth])[::7]
     best = max(dice(pooled >= t, truth) for t in tried)
     assert best <= evaluation["ceil-Dice, pooled"] + 1e-12
     assert evaluation["ceil-Dice, pooled"] < best + 0.02
     threshold = detector.spec.thresholds.threshold if detector.spec.thresholds else 0
     for patient, score, label in zip(evaluation.patients, scores, labels, strict=True):
-        assert patient.average_precision == pytest.approx(average_precision_score(label.ravel(), score.ravel()))
+        assert patient.average_precision == pytest.approx(
+            average_precision_score(label.ravel(), score.ravel())
+        )
         assert patient.dice_unfiltered == pytest.approx(dice(score > threshold, label))
-        assert patient.dice == pytest.approx(dice(drop_small_components(score > threshold, 2), label))
+        assert patient.dice == pytest.approx(
+            dice(drop_small_components(score > threshold, 2), label)
+        )
     figure = evaluation.figures[0]
     assert figure.low is not None
     assert figure.high is not None
@@ -53,15 +74,21 @@ def test_pooled_figures_are_those_of_all_voxels_at_once(model: Path, cohort: Pat
     assert not list((tmp_path / "out").glob(".scores-*"))
 
 
-def test_maps_of_the_model_score_as_the_model_on_the_input_grid(model: Path, cohort: Path, tmp_path: Path) -> None:
-    anomri.detect_cohort([case for case in find_cases(cohort) if case.split == "test"], tmp_path / "maps", model)
+def test_maps_of_the_model_score_as_the_model_on_the_input_grid(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
+    anomri.detect_cohort(
+        [case for case in find_cases(cohort) if case.split == "test"], tmp_path / "maps", model
+    )
     by_maps = evaluate(cohort, maps=tmp_path / "maps", threshold=0.1)
     by_model = evaluate(cohort, model=model, grid="input", threshold=0.1)
     assert by_maps.figures == by_model.figures
     assert "every voxel of the scan's own grid" in by_maps.protocol["voxels"]
 
 
-def synthetic_maps(folder: Path, count: int = 4) -> tuple[list[Case], list[np.ndarray], list[np.ndarray]]:
+def synthetic_maps(
+    folder: Path, count: int = 4
+) -> tuple[list[Case], list[np.ndarray], list[np.ndarray]]:
     """Cases with random scores, negative ones and ties among them, and labels."""
     cases, scores, labels = [], [], []
     for number in range(count):
@@ -71,7 +98,13 @@ def synthetic_maps(folder: Path, count: int = 4) -> tuple[list[Case], list[np.nd
         score = np.round(rng.normal(0, 1, SHAPE) + 2 * label, 1).astype(np.float32)
         score[:10] = 0
         write(folder / f"c{number}.nii.gz", score)
-        cases.append(Case(f"c{number}", {}, write(folder / "labels" / f"c{number}_seg.nii.gz", label.astype(np.uint8))))
+        cases.append(
+            Case(
+                f"c{number}",
+                {},
+                write(folder / "labels" / f"c{number}_seg.nii.gz", label.astype(np.uint8)),
+            )
+        )
         scores.append(score)
         labels.append(label)
     return cases, scores, labels
@@ -93,7 +126,9 @@ def test_lesion_voxels_that_score_zero_count_for_every_patient(tmp_path: Path) -
     scores[0] = np.abs(scores[0]) * (np.indices(SHAPE)[0] > 20)
     write(tmp_path / "c0.nii.gz", scores[0])
     patient = evaluate(cases, maps=tmp_path, threshold=-1).patients[0]
-    assert patient.average_precision == pytest.approx(average_precision_score(labels[0].ravel(), scores[0].ravel()))
+    assert patient.average_precision == pytest.approx(
+        average_precision_score(labels[0].ravel(), scores[0].ravel())
+    )
     assert patient.dice == pytest.approx(2 * labels[0].sum() / (labels[0].sum() + labels[0].size))
 
 
@@ -101,19 +136,29 @@ def test_lesion_figures_and_filtered_ceil_dice(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path, 2)
     evaluation = evaluate(cases, maps=tmp_path, threshold=0.9)
     best = max(
-        np.unique(np.array(scores)[np.array(labels)]), key=lambda t: dice(np.array(scores) >= t, np.array(labels))
+        np.unique(np.array(scores)[np.array(labels)]),
+        key=lambda t: dice(np.array(scores) >= t, np.array(labels)),
     )
     limit = 0  # 70 mm3 are less than one of these voxels
     filtered = np.array([drop_small_components(score >= best, limit) for score in scores])
-    assert evaluation["ceil-Dice, pooled, components filtered"] == pytest.approx(dice(filtered, np.array(labels)))
-    counts = [count_lesions(score > np.float32(0.9), label) for score, label in zip(scores, labels, strict=True)]
+    assert evaluation["ceil-Dice, pooled, components filtered"] == pytest.approx(
+        dice(filtered, np.array(labels))
+    )
+    counts = [
+        count_lesions(score > np.float32(0.9), label)
+        for score, label in zip(scores, labels, strict=True)
+    ]
     sensitivity = np.mean([c.detected / c.lesions for c in counts])
-    assert evaluation["lesion-wise sensitivity, unfiltered, mean of patients"] == pytest.approx(sensitivity)
+    assert evaluation["lesion-wise sensitivity, unfiltered, mean of patients"] == pytest.approx(
+        sensitivity
+    )
     false = np.mean([c.false_positives for c in counts])
     assert evaluation["false positive components per scan, unfiltered"] == pytest.approx(false)
 
 
-def test_patients_the_model_knows_are_left_out_unless_asked_for(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_patients_the_model_knows_are_left_out_unless_asked_for(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
     cases = [replace(case, split=None) for case in find_cases(cohort)]
     evaluation = evaluate(cases, model=model)
     assert [patient.case for patient in evaluation.patients] == ["case7", "case8"]
@@ -135,7 +180,9 @@ def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_pat
     resampled = []
     for _ in range(60):
         drawn = rng.integers(0, 6, 6)
-        truth, pooled = (np.concatenate([array[k].ravel() for k in drawn]) for array in (labels, scores))
+        truth, pooled = (
+            np.concatenate([array[k].ravel() for k in drawn]) for array in (labels, scores)
+        )
         resampled.append(average_precision_score(truth, pooled))
     low, high = np.quantile(resampled, [0.025, 0.975])
     width = high - low
@@ -155,7 +202,9 @@ def test_a_case_that_fails_is_told_and_the_others_count(tmp_path: Path) -> None:
     assert "c2.nii.gz" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_cases_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_that_failed_are_tried_again_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     expected = evaluate(cases, maps=tmp_path).figures
     read, tried, broken = evaluation_module.read_map, list[str](), {"c1.nii.gz"}
@@ -173,14 +222,21 @@ def test_cases_that_failed_are_tried_again_and_no_others(tmp_path: Path, monkeyp
     again = evaluate(cases, tmp_path / "out", maps=tmp_path)
     assert (again.failed, again.figures, tried) == ({}, expected, ["c1.nii.gz"])
     assert not (tmp_path / "out" / ".scores").exists()
-    assert evaluate(cases, tmp_path / "out", maps=tmp_path).figures == expected and tried == ["c1.nii.gz"]
+    assert evaluate(cases, tmp_path / "out", maps=tmp_path).figures == expected and tried == [
+        "c1.nii.gz"
+    ]
     # The same with shards, of which one is given again after the merge.
     broken.add("c2.nii.gz")
     plan = make_plan(cases, tmp_path / "shards", maps=tmp_path)
-    failed = [evaluate_shard(plan, tmp_path / "shards", f"{k}/2", lambda *state: None) for k in (1, 2)]
+    failed = [
+        evaluate_shard(plan, tmp_path / "shards", f"{k}/2", lambda *state: None) for k in (1, 2)
+    ]
     assert sum(failed) == 1 and list(merge_evaluations(tmp_path / "shards").failed) == ["c2"]
     broken.clear()
-    assert evaluate_shard(plan, tmp_path / "shards", f"{failed.index(1) + 1}/2", lambda *state: None) == 0
+    assert (
+        evaluate_shard(plan, tmp_path / "shards", f"{failed.index(1) + 1}/2", lambda *state: None)
+        == 0
+    )
     merged = merge_evaluations(tmp_path / "shards")
     assert (merged.failed, merged.figures) == ({}, expected)
 
@@ -195,15 +251,22 @@ def test_a_table_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == [name]
 
 
-def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     evaluate(cohort, tmp_path / "out", model=model)
     assert "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text()
     for case in find_cases(cohort):
-        write(tmp_path / "maps" / f"{case.name}.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
+        write(
+            tmp_path / "maps" / f"{case.name}.nii.gz",
+            np.random.default_rng(0).random(SHAPE).astype(np.float32),
+        )
     evaluate(cohort, tmp_path / "out", maps=tmp_path / "maps")
     assert "data:image/jpeg" not in (tmp_path / "out" / "report.html").read_text()
     # Beside the maps they are theirs.
-    anomri.detect_cohort([case for case in find_cases(cohort) if case.split == "test"], tmp_path / "own", model)
+    anomri.detect_cohort(
+        [case for case in find_cases(cohort) if case.split == "test"], tmp_path / "own", model
+    )
     evaluate(cohort, tmp_path / "own", maps=tmp_path / "own")
     assert "data:image/jpeg" in (tmp_path / "own" / "report.html").read_text()
 
@@ -229,14 +292,18 @@ def test_a_threshold_of_the_curve_gives_the_dice_beside_it(tmp_path: Path) -> No
     assert best > 0.8 and np.mean(dices) == pytest.approx(best, abs=0.02)
 
 
-def test_what_should_be_known_of_labels_stands_in_the_protocol(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_what_should_be_known_of_labels_stands_in_the_protocol(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     cases, _, labels = synthetic_maps(tmp_path, 2)
     assert "labels" not in evaluate(cases, maps=tmp_path).protocol
     for number, (case, most) in enumerate(zip(cases, (1, 2 / 3), strict=True)):
         soft = np.where(labels[number], most, 0.0)
         soft[0, 0, 0] = 1 / 3
         write(case.label, soft.astype(np.float32))  # type: ignore[arg-type]
-    cases[1] = replace(cases[1], notes=("c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz.", "other"))
+    cases[1] = replace(
+        cases[1], notes=("c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz.", "other")
+    )
     protocol = evaluate(cases, tmp_path / "out", maps=tmp_path).protocol
     assert protocol["labels"] == (
         "c0: c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken. "
@@ -255,7 +322,9 @@ def test_lesions_that_the_grid_loses_are_told(cohort: Path, model: Path, tmp_pat
     coarse = Detector.load(model)
     coarse = coarse.with_spec(replace(coarse.spec, grid=Grid((16, 16))))
     told = evaluate([case], model=coarse).protocol["lesion"]
-    assert re.search(r"[1-4] of 5 lesions vanish on this grid, or grow together; --grid input keeps them", told)
+    assert re.search(
+        r"[1-4] of 5 lesions vanish on this grid, or grow together; --grid input keeps them", told
+    )
     assert "vanish" not in evaluate([case], model=coarse, grid="input").protocol["lesion"]
 
 
@@ -264,9 +333,13 @@ def test_a_method_whose_scores_are_no_scores_is_told(
     cohort: Path, model: Path, monkeypatch: pytest.MonkeyPatch, score: float
 ) -> None:
     detector = Detector.load(model)
-    monkeypatch.setattr(type(detector.method), "raw_score", lambda self, x, *others: torch.full_like(x[:, 0], score))
+    monkeypatch.setattr(
+        type(detector.method), "raw_score", lambda self, x, *others: torch.full_like(x[:, 0], score)
+    )
     detector.spec = replace(detector.spec, score=replace(detector.spec.score, kind="own"))
-    with pytest.raises(AnomriError, match="the method dae scores from .* scores are numbers from 0 up"):
+    with pytest.raises(
+        AnomriError, match="the method dae scores from .* scores are numbers from 0 up"
+    ):
         detector.detect(find_cases(cohort)[7])
 
 
@@ -293,16 +366,24 @@ def test_cases_without_label_are_left_out_and_said(cohort: Path, model: Path) ->
 def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: Path) -> None:
     cases, _, _ = synthetic_maps(tmp_path, 2)
     write(tmp_path / "healthy.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
-    healthy = Case("healthy", {}, write(tmp_path / "labels" / "healthy_seg.nii.gz", np.zeros(SHAPE, np.uint8)))
+    healthy = Case(
+        "healthy", {}, write(tmp_path / "labels" / "healthy_seg.nii.gz", np.zeros(SHAPE, np.uint8))
+    )
     evaluation = evaluate([*cases, healthy], tmp_path / "out", maps=tmp_path, threshold=0.5)
     assert np.isnan(evaluation.patients[2].average_precision)
     mean = np.mean([patient.average_precision for patient in evaluation.patients[:2]])
     assert evaluation["AUPRC, mean of patients"] == pytest.approx(mean)
     assert evaluation.figures[0].low is not None
-    assert evaluation.figures[0].low > 0.5 * evaluation.figures[0].value  # resamples without a lesion say nothing
-    assert np.isnan(evaluation.patients[2].dice) and evaluation.patients[2].lesions.false_positives > 0
+    assert (
+        evaluation.figures[0].low > 0.5 * evaluation.figures[0].value
+    )  # resamples without a lesion say nothing
+    assert (
+        np.isnan(evaluation.patients[2].dice) and evaluation.patients[2].lesions.false_positives > 0
+    )
     dices = [patient.dice for patient in evaluation.patients[:2]]
-    assert evaluation["Dice at the threshold, components filtered, mean of patients"] == pytest.approx(np.mean(dices))
+    assert evaluation[
+        "Dice at the threshold, components filtered, mean of patients"
+    ] == pytest.approx(np.mean(dices))
     assert "NaN" not in (tmp_path / "out" / "metrics.json").read_text()
     with pytest.raises(AnomriError, match="none of the 1 cases has a labelled lesion"):
         evaluate([healthy], maps=tmp_path)
@@ -320,7 +401,10 @@ def test_a_patient_with_many_scans_is_one_patient(tmp_path: Path) -> None:
     often = evaluate(many, maps=tmp_path, threshold=0.9)
     for one, other in zip(once.figures, often.figures, strict=True):
         assert (other.name, other.value) == (one.name, pytest.approx(one.value))
-        assert (other.low, other.high) == (pytest.approx(one.low, abs=2e-3), pytest.approx(one.high, abs=2e-3))
+        assert (other.low, other.high) == (
+            pytest.approx(one.low, abs=2e-3),
+            pytest.approx(one.high, abs=2e-3),
+        )
     assert "resamples of patients (4, of 12 scans)" in often.protocol["intervals"]
     assert often.patients[4].patient == "sub-c1"
     alone = evaluate(many[:3], maps=tmp_path)
@@ -333,7 +417,9 @@ def test_patients_that_are_told_later_are_counted(tmp_path: Path) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     cases = [case for case in cases if case.label]
     first = evaluate(cases, tmp_path / "out", maps=tmp_path)
-    again = evaluate([replace(case, subject="s") for case in cases], tmp_path / "out", maps=tmp_path)
+    again = evaluate(
+        [replace(case, subject="s") for case in cases], tmp_path / "out", maps=tmp_path
+    )
     assert first.figures[0].low is not None and again.figures[0].low is None
 
 
@@ -341,7 +427,9 @@ def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Pat
     label = tmp_path / "x_seg.nii.gz"
     cases = [Case(name, {}, label) for name in ("sub-01_ses-2", "sub-02_ses-1", "b")]
     table = tmp_path / "splits.csv"
-    write_splits(table, [Case("sub-01_ses-1", {}, split="train"), Case("a", {}, split="val", subject="P7")])
+    write_splits(
+        table, [Case("sub-01_ses-1", {}, split="train"), Case("a", {}, split="val", subject="P7")]
+    )
     seen = splits_of(model_cases(table))
     assert [case.name for case in choose_cases(cases, None, seen)[0]] == ["sub-02_ses-1", "b"]
     known = [*cases[1:2], replace(cases[2], subject="P7")]
@@ -367,14 +455,28 @@ def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
     assert preview["threshold"] == detector.spec.subset_thresholds["flair"].threshold
     given = evaluate(cases, tmp_path / "given", model=detector, threshold=0.7)
     assert given.threshold == 0.7
-    preview = json.loads((tmp_path / "given" / "previews" / f"{cases[0].name}.preview.json").read_text())
+    preview = json.loads(
+        (tmp_path / "given" / "previews" / f"{cases[0].name}.preview.json").read_text()
+    )
     assert preview["threshold"] == 0.7
 
 
-def test_options_of_a_model_are_not_those_of_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_a_model_are_not_those_of_maps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     synthetic_maps(tmp_path)
-    command = ["evaluate", "-i", str(tmp_path / "labels"), "-o", str(tmp_path / "out"), "--maps", str(tmp_path)]
+    command = [
+        "evaluate",
+        "-i",
+        str(tmp_path / "labels"),
+        "-o",
+        str(tmp_path / "out"),
+        "--maps",
+        str(tmp_path),
+    ]
     assert main([*command, "--min-volume", "3"]) == 2
-    assert "--channels, --score and --min-volume are a model's" in " ".join(capsys.readouterr().err.split())
+    assert "--channels, --score and --min-volume are a model's" in " ".join(
+        capsys.readouterr().err.split()
+    )
     with pytest.raises(AnomriError, match="no such folder; name the one that holds the maps"):
         evaluate(tmp_path / "labels", maps=tmp_path / "nowhere")

@@ -29,7 +29,9 @@ PARTS = {"down": "encoder", "up": "upsample", "join": "decoder", "last": "head"}
 
 def renamed(name: str) -> str:
     """A parameter of the plain network under the name that it has here."""
-    name = re.sub(r"^(down|join)\.(\d)\.(\d)", lambda found: f"{found[1]}.{found[2]}.{LAYERS[found[3]]}", name)
+    name = re.sub(
+        r"^(down|join)\.(\d)\.(\d)", lambda found: f"{found[1]}.{found[2]}.{LAYERS[found[3]]}", name
+    )
     part, _, rest = name.partition(".")
     return f"network.{PARTS[part]}.{rest}"
 
@@ -60,7 +62,11 @@ def test_a_real_scan_gets_the_map_of_the_plain_program(real_scans: Path, tmp_pat
 def test_bfloat16_rounds_and_nothing_else() -> None:
     x = torch.rand((3, 4, 32, 32), generator=torch.Generator().manual_seed(0))
     exact, rounded = pair()[1].inference(x), pair("bf16-mixed")[1].inference(x)
-    assert rounded.dtype == torch.float32 and rounded.is_contiguous() and not torch.equal(exact, rounded)
+    assert (
+        rounded.dtype == torch.float32
+        and rounded.is_contiguous()
+        and not torch.equal(exact, rounded)
+    )
     assert float((rounded - exact).norm() / exact.norm()) < 0.02
 
 
@@ -87,18 +93,28 @@ def test_methods_that_do_not_say_so_are_computed_in_float32() -> None:
 
 
 def test_a_precision_that_is_none() -> None:
-    with pytest.raises(AnomriError, match="no precision 'half'; there are auto, 32-true, bf16-mixed"):
+    with pytest.raises(
+        AnomriError, match="no precision 'half'; there are auto, 32-true, bf16-mixed"
+    ):
         load(precision="half")
 
 
-@pytest.mark.skipif(resolve_precision("auto") != "bf16-mixed", reason="no bfloat16 instructions here")
+@pytest.mark.skipif(
+    resolve_precision("auto") != "bf16-mixed", reason="no bfloat16 instructions here"
+)
 def test_bfloat16_keeps_the_average_precision(real_scans: Path) -> None:
     found = []
     for precision in ("32-true", "bf16-mixed"):
         detector = load(precision=precision)
-        cases = [case for case in find_cases(real_scans / "brats18") if detector.splits[case.name] == "test"]
+        cases = [
+            case
+            for case in find_cases(real_scans / "brats18")
+            if detector.splits[case.name] == "test"
+        ]
         stacks = [
-            slice_volume(read_volume(case, detector.channels), detector.spec.grid, detector.spec.scaling)
+            slice_volume(
+                read_volume(case, detector.channels), detector.spec.grid, detector.spec.scaling
+            )
             for case in cases
         ]
         scores, labels = [], []
@@ -106,7 +122,9 @@ def test_bfloat16_keeps_the_average_precision(real_scans: Path) -> None:
             assert stack.label is not None
             scores.append(detector.score(stack)[0].ravel())
             labels.append(stack.label.numpy().ravel())
-        found.append(precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision)
+        found.append(
+            precision_recall(np.concatenate(scores), np.concatenate(labels)).average_precision
+        )
     assert abs(found[0] - found[1]) <= 0.002
 
 

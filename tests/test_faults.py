@@ -30,7 +30,9 @@ from anomri.training.train import Progress, train
 def small_disk(place: Path, size: str) -> Iterator[Path]:
     """A file system in memory of so much room; skips where it may not be mounted."""
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a tmpfs may not be mounted here; test_cli has a full disk by a limit on files")
     try:
@@ -46,7 +48,18 @@ def nothing_half_written(folder: Path) -> None:
 def test_a_full_disk_stops_a_training_that_goes_on_with_more_room(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "-i", str(cohort), "--preset", "tiny", "--cache", str(cache), "--device", "cpu", "--resume"]
+    command = [
+        "train",
+        "-i",
+        str(cohort),
+        "--preset",
+        "tiny",
+        "--cache",
+        str(cache),
+        "--device",
+        "cpu",
+        "--resume",
+    ]
     with small_disk(tmp_path / "disk", "4m") as disk:
         filler = disk / "filler"
         filler.write_bytes(bytes(3_900_000))
@@ -56,7 +69,9 @@ def test_a_full_disk_stops_a_training_that_goes_on_with_more_room(
         assert not (disk / "m" / "model.json").exists()
         filler.unlink()
         assert main([*command, "-o", str(disk / "m")]) == 0
-        assert (disk / "m" / "weights.safetensors").read_bytes() == (model / "weights.safetensors").read_bytes()
+        assert (disk / "m" / "weights.safetensors").read_bytes() == (
+            model / "weights.safetensors"
+        ).read_bytes()
 
 
 def test_a_full_disk_fails_cases_that_are_done_when_there_is_room(
@@ -78,7 +93,10 @@ def test_a_full_disk_fails_cases_that_are_done_when_there_is_room(
         assert all(path.stat().st_mtime_ns == time for path, time in done.items())
         assert len((disk / "out" / "cases.tsv").read_text().splitlines()) == 10
     with small_disk(tmp_path / "cache", "400k") as place:
-        assert main(["train", "-i", str(cohort), "-o", str(tmp_path / "m"), "--cache", str(place)]) == 2
+        assert (
+            main(["train", "-i", str(cohort), "-o", str(tmp_path / "m"), "--cache", str(place)])
+            == 2
+        )
         assert "cannot write (" in " ".join(capsys.readouterr().err.split())
         nothing_half_written(place)
 
@@ -95,12 +113,18 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
             ["evaluate", *source, "-m", str(model)],
         ):
             assert main(command) == 2
-            assert "cannot write to this folder (Read-only file system)" in " ".join(capsys.readouterr().err.split())
-        assert main(["train", "-i", str(cohort), "-o", str(tmp_path / "m"), "--cache", str(disk)]) == 2
+            assert "cannot write to this folder (Read-only file system)" in " ".join(
+                capsys.readouterr().err.split()
+            )
+        assert (
+            main(["train", "-i", str(cohort), "-o", str(tmp_path / "m"), "--cache", str(disk)]) == 2
+        )
         assert "Read-only file system" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_case_that_vanishes_while_others_are_worked_on_fails_alone(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_a_case_that_vanishes_while_others_are_worked_on_fails_alone(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     shutil.copytree(cohort, tmp_path / "scans")
     cases = find_cases(tmp_path / "scans")
 
@@ -119,7 +143,9 @@ def test_a_case_that_vanishes_while_others_are_worked_on_fails_alone(cohort: Pat
 
 
 @pytest.mark.parametrize("damage", ["bits", "short", "gone", "sidecar"])
-def test_a_damaged_cache_is_noticed_and_packed_anew(cohort: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_noticed_and_packed_anew(
+    cohort: Path, tmp_path: Path, damage: str
+) -> None:
     cases = find_cases(cohort)[:2]
 
     def pack() -> HealthySlices:
@@ -149,7 +175,9 @@ def test_a_damaged_cache_is_noticed_and_packed_anew(cohort: Path, tmp_path: Path
 
 def test_a_damaged_cache_without_its_scan_is_told(cohort: Path, tmp_path: Path) -> None:
     shutil.copytree(cohort / "case0", tmp_path / "scans" / "case0")
-    (packed,) = pack_cohort(find_cases(tmp_path / "scans"), ("flair",), Grid(), Scaling(), tmp_path / "cache")
+    (packed,) = pack_cohort(
+        find_cases(tmp_path / "scans"), ("flair",), Grid(), Scaling(), tmp_path / "cache"
+    )
     packed.file.write_bytes(packed.file.read_bytes()[:-2] + b"xx")
     shutil.rmtree(tmp_path / "scans")
     with pytest.raises(AnomriError, match="case0_flair.nii.gz"):
@@ -200,7 +228,9 @@ def test_detection_takes_smaller_batches_where_memory_is_short(
     def cramped(method: DAE, x: torch.Tensor, box: object = None) -> torch.Tensor:
         sizes.append(len(x))
         if len(x) > 2:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+            )
         return reconstruct(method, x, box)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DAE, "reconstruct", cramped)
@@ -211,12 +241,16 @@ def test_detection_takes_smaller_batches_where_memory_is_short(
     sizes.clear()
     assert not detector.detect(case).volume.notes  # said once, remembered
     assert max(sizes) == 2
-    monkeypatch.setattr(DAE, "reconstruct", lambda *given: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(
+        DAE, "reconstruct", lambda *given: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    )
     with pytest.raises(RuntimeError, match="out of memory"):
         detector.detect(case)
 
 
-def test_a_stop_while_validating_is_made_up_for(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+def test_a_stop_while_validating_is_made_up_for(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
     """A validation that is cut short is done first when the training goes on, so that the model is the same."""
     import signal
 
@@ -242,4 +276,6 @@ def test_a_stop_while_validating_is_made_up_for(cohort: Path, cache: Path, model
         with pytest.raises(Interrupted, match="stopped at step 40 of 60"):
             train(cohort, tmp_path / "m", progress=told, **arguments)  # type: ignore[arg-type]
     train(cohort, tmp_path / "m", resume=True, **arguments)  # type: ignore[arg-type]
-    assert (tmp_path / "m" / "weights.safetensors").read_bytes() == (model / "weights.safetensors").read_bytes()
+    assert (tmp_path / "m" / "weights.safetensors").read_bytes() == (
+        model / "weights.safetensors"
+    ).read_bytes()

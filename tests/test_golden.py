@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from anomri.methods.networks.unet import UNet, fold_weight_standardisation, rename_released_parameters
+from anomri.methods.networks.unet import (
+    UNet,
+    fold_weight_standardisation,
+    rename_released_parameters,
+)
 from anomri.methods.noise import add_on_foreground, upsample_noise
 from anomri.scans.geometry import Geometry
 from anomri.scans.volume import Volume
@@ -25,7 +29,11 @@ def network_file() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_network(network_file: dict[str, np.ndarray], folded: bool) -> None:
-    state = {name.removeprefix("param:"): torch.from_numpy(v) for name, v in network_file.items() if ":" in name}
+    state = {
+        name.removeprefix("param:"): torch.from_numpy(v)
+        for name, v in network_file.items()
+        if ":" in name
+    }
     network = UNet(4, (8, 16, 32, 64))
     network.load_state_dict(rename_released_parameters(state))
     if folded:
@@ -47,7 +55,9 @@ def test_noise() -> None:
     golden = np.load(GOLDEN / "noise.npz")
     x = torch.from_numpy(golden["x"])
     rows, columns = golden["shift"].tolist()
-    noise = upsample_noise(torch.from_numpy(golden["low_resolution_noise"]), (128, 128), (rows, columns))
+    noise = upsample_noise(
+        torch.from_numpy(golden["low_resolution_noise"]), (128, 128), (rows, columns)
+    )
     noisy = add_on_foreground(x, noise, foreground_of(x, Scaling())[:, None])
     np.testing.assert_allclose(noisy.numpy(), golden["noisy"], atol=1e-5, rtol=0)
 
@@ -56,7 +66,9 @@ def test_preprocessing() -> None:
     golden = np.load(GOLDEN / "preprocessing.npz")
     channels = ("flair", "t1", "t1ce", "t2")
     geometry = Geometry(golden["flair"].shape, np.eye(4), np.array([[0, 1], [1, 1], [2, 1]]), None)
-    volume = Volume.of("golden", channels, np.stack([golden[c] for c in channels]), golden["label"] > 0, geometry)
+    volume = Volume.from_array(
+        "golden", channels, np.stack([golden[c] for c in channels]), golden["label"] > 0, geometry
+    )
     stack = slice_volume(volume, Grid(field_of_view_mm=None))
     assert list(stack.index) == golden["slice_index"].tolist()
     np.testing.assert_allclose(stack.x.numpy(), golden["slices"], atol=1e-5, rtol=0)
@@ -66,7 +78,10 @@ def test_preprocessing() -> None:
 
 def test_metrics_in_half_precision_on_the_released_thresholds() -> None:
     golden = np.load(GOLDEN / "evaluation.npz")
-    scores, label = golden["score"][:, 0].astype(np.float16).astype(np.float32), golden["label"][:, 0]
+    scores, label = (
+        golden["score"][:, 0].astype(np.float16).astype(np.float32),
+        golden["label"][:, 0],
+    )
     curve = precision_recall(scores, label, np.arange(1000, dtype=np.float32) / 1000)
     assert precision_recall(scores, label).average_precision == pytest.approx(
         float(golden["average_precision"]), abs=5e-4
@@ -75,7 +90,9 @@ def test_metrics_in_half_precision_on_the_released_thresholds() -> None:
     assert curve.best_threshold == pytest.approx(float(golden["threshold"]), abs=1e-6)
     volumes = np.split(scores >= curve.best_threshold, np.cumsum(golden["volume_lengths"])[:-1])
     filtered = np.concatenate([drop_small_components(volume, 20) for volume in volumes])
-    assert dice(filtered, label) == pytest.approx(float(golden["ceil_dice_after_components"]), abs=5e-4)
+    assert dice(filtered, label) == pytest.approx(
+        float(golden["ceil_dice_after_components"]), abs=5e-4
+    )
 
 
 def test_exact_metrics_are_close_to_the_half_precision_originals() -> None:
@@ -83,4 +100,6 @@ def test_exact_metrics_are_close_to_the_half_precision_originals() -> None:
     curve = precision_recall(golden["score"][:, 0], golden["label"][:, 0])
     assert curve.average_precision == pytest.approx(float(golden["average_precision"]), abs=5e-4)
     assert curve.ceil_dice == pytest.approx(float(golden["ceil_dice"]), abs=5e-4)
-    assert curve.ceil_dice >= float(golden["ceil_dice"])  # more thresholds can only find a better one
+    assert curve.ceil_dice >= float(
+        golden["ceil_dice"]
+    )  # more thresholds can only find a better one

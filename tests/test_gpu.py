@@ -60,7 +60,11 @@ def test_no_step_of_the_dae_waits_for_the_gpu() -> None:
 def test_a_gpu_learns_what_a_processor_learns(
     cohort: Path, cache: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"preset": "tiny", "cache": cache, "training": {"precision": precision, "average": 0.9}}
+    settings = {
+        "preset": "tiny",
+        "cache": cache,
+        "training": {"precision": precision, "average": 0.9},
+    }
     here = anomri.train(cohort, tmp_path / "here", device="cpu", **settings)
     there = anomri.train(cohort, tmp_path / "there", device=GPU, **settings)
     # Their random numbers differ, and so does the noise of the validation.
@@ -87,7 +91,9 @@ def test_a_recorded_step_does_what_its_kernels_do_one_by_one(
     recorded = []
     record = steps.Step._record
     monkeypatch.setattr(
-        steps.Step, "_record", lambda step, part: (record(step, part), recorded.append(step.graph is not None))
+        steps.Step,
+        "_record",
+        lambda step, part: (record(step, part), recorded.append(step.graph is not None)),
     )
     anomri.train(cohort, tmp_path / "recorded", **settings)
     assert recorded == [True]
@@ -110,10 +116,15 @@ def test_a_training_goes_on_where_it_was_stopped(cohort: Path, cache: Path, tmp_
     assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
 
 
-def test_scans_side_by_side_give_the_maps_of_a_processor(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_scans_side_by_side_give_the_maps_of_a_processor(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     for device in (GPU, "cpu"):
         results = detect_cohort(cohort, tmp_path / device, anomri.load(model, device, "32-true"))
         assert [result.error for result in results] == [None] * 9
     for path in (tmp_path / "cpu").glob("*_anomaly.nii.gz"):
-        here, there = (np.asanyarray(nib.load(tmp_path / device / path.name).dataobj) for device in ("cpu", GPU))
+        here, there = (
+            np.asanyarray(nib.load(tmp_path / device / path.name).dataobj)
+            for device in ("cpu", GPU)
+        )
         assert np.abs(there - here).max() < 0.01

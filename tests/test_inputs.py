@@ -29,7 +29,9 @@ STEEP = Rotation.from_euler("xyz", [38, 0, 0], degrees=True).as_matrix()
 def grid(directions: np.ndarray, spacing: tuple[float, ...], shape: tuple[int, ...]) -> np.ndarray:
     """The affine of a grid whose middle lies at the origin, but for 7 mm."""
     matrix = directions * np.asarray(spacing)
-    return nib.affines.from_matvec(matrix, np.array([4, 5, -3]) - matrix @ ((np.array(shape) - 1) / 2))
+    return nib.affines.from_matvec(
+        matrix, np.array([4, 5, -3]) - matrix @ ((np.array(shape) - 1) / 2)
+    )
 
 
 def flips(*signs: int) -> np.ndarray:
@@ -37,29 +39,63 @@ def flips(*signs: int) -> np.ndarray:
 
 
 # name: directions, spacing in mm, shape, data type, slope, (qform code, sform code)
-HEADERS: dict[str, tuple[np.ndarray, tuple[float, ...], tuple[int, ...], type, float, tuple[int, int]]] = {
+HEADERS: dict[
+    str, tuple[np.ndarray, tuple[float, ...], tuple[int, ...], type, float, tuple[int, int]]
+] = {
     "RAS int16": (flips(1, 1, 1), (3, 3, 3), (64, 72, 56), np.int16, 1, (1, 1)),
     "LAS uint8 with a slope": (flips(-1, 1, 1), (3, 3, 3), (64, 72, 56), np.uint8, 4.2, (1, 1)),
     "LPI float64": (flips(-1, -1, -1), (3, 3, 3), (64, 72, 56), np.float64, 1, (1, 1)),
     "LPS int16 with a slope": (flips(-1, -1, 1), (2, 3, 4), (96, 72, 42), np.int16, 0.25, (1, 1)),
     "thick slices": (flips(-1, 1, 1), (1.5, 1.5, 5), (128, 136, 30), np.int16, 1, (1, 1)),
-    "sagittal slices": (np.array([[0.0, 0, 1], [-1, 0, 0], [0, 1, 0]]), (3, 3, 5), (72, 56, 36), np.int16, 1, (1, 1)),
-    "coronal slices": (np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]), (3, 3, 5), (64, 56, 44), np.int16, 1, (1, 1)),
+    "sagittal slices": (
+        np.array([[0.0, 0, 1], [-1, 0, 0], [0, 1, 0]]),
+        (3, 3, 5),
+        (72, 56, 36),
+        np.int16,
+        1,
+        (1, 1),
+    ),
+    "coronal slices": (
+        np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
+        (3, 3, 5),
+        (64, 56, 44),
+        np.int16,
+        1,
+        (1, 1),
+    ),
     "oblique": (TILT, (3, 3, 3), (72, 76, 64), np.int16, 1, (1, 1)),
-    "oblique, thick slices": (TILT @ flips(-1, 1, 1), (2, 2, 5), (100, 108, 36), np.int16, 1, (1, 1)),
+    "oblique, thick slices": (
+        TILT @ flips(-1, 1, 1),
+        (2, 2, 5),
+        (100, 108, 36),
+        np.int16,
+        1,
+        (1, 1),
+    ),
     "steep": (STEEP, (3, 3, 3), (64, 76, 68), np.float32, 1, (2, 2)),
     "sform alone": (TILT, (3, 3, 3), (72, 76, 64), np.float32, 1, (0, 2)),
     "qform alone": (TILT, (3, 3, 3), (72, 76, 64), np.float32, 1, (3, 0)),
     "one frame of 4D": (flips(1, -1, 1), (3, 3, 3), (64, 72, 56, 1), np.int16, 1, (1, 1)),
     "small voxels": (flips(-1, -1, 1), (0.9, 0.9, 6), (220, 230, 26), np.uint8, 5, (1, 4)),
 }
-KEPT = ["pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y"]
+KEPT = [
+    "pixdim",
+    "qform_code",
+    "sform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+]
 KEPT += ["qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"]
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_lesion_comes_back_where_it_is_under_any_header(tmp_path: Path, name: str, suffix: str) -> None:
+def test_a_lesion_comes_back_where_it_is_under_any_header(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
     directions, spacing, shape, dtype, slope, codes = HEADERS[name]
     affine = grid(directions, spacing, shape[:3])
     # nibabel writes values as they are where the header gives a slope.
@@ -74,7 +110,9 @@ def test_a_lesion_comes_back_where_it_is_under_any_header(tmp_path: Path, name: 
     detection = thresholding().detect(tmp_path / f"a_flair{suffix}")
     anomaly, mask = detection.save(tmp_path / "out")[:2]
     np.testing.assert_array_less(np.abs((found_mm(mask) - LESION_MM) @ directions), spacing)
-    np.testing.assert_array_less(np.abs((np.array(detection.lesions[0].centroid_mm) - LESION_MM) @ directions), spacing)
+    np.testing.assert_array_less(
+        np.abs((np.array(detection.lesions[0].centroid_mm) - LESION_MM) @ directions), spacing
+    )
     header = nib.load(anomaly).header
     assert nib.load(anomaly).shape == shape[:3]
     for field in KEPT:
@@ -99,13 +137,17 @@ def two_grids(folder: Path) -> dict[str, Path]:
         image = scan(shape, affine).astype(np.float32)
         if name == "t1":
             where = places(shape, affine)
-            image = ((where[..., 0] + 200) * (np.abs(where) < 61).all(-1)).astype(np.float32)  # says where a voxel lies
+            image = ((where[..., 0] + 200) * (np.abs(where) < 61).all(-1)).astype(
+                np.float32
+            )  # says where a voxel lies
         paths[name] = folder / f"a_{name}.nii.gz"
         nib.save(nib.Nifti1Image(image, affine), paths[name])
     return paths
 
 
-def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_channel_on_another_grid_is_resampled_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = two_grids(tmp_path / "in")
     detector = thresholding("flair", "t1")
     volume = detector.read(paths)
@@ -114,12 +156,25 @@ def test_a_channel_on_another_grid_is_resampled_and_said(tmp_path: Path, capsys:
     np.testing.assert_allclose(volume.data[1][inside], x[inside] + 200, atol=1e-2)
     (note,) = volume.notes
     assert (
-        "a_t1.nii.gz lies on another grid than a_flair.nii.gz (80 x 80 x 68 voxels of 3 x 3 x 3 mm instead of" in note
+        "a_t1.nii.gz lies on another grid than a_flair.nii.gz (80 x 80 x 68 voxels of 3 x 3 x 3 mm instead of"
+        in note
     )
     assert "mm apart" in note
     detector.save(tmp_path / "m")
     out = tmp_path / "out"
-    assert main(["detect", *(f"--{k}={v}" for k, v in paths.items()), "-o", str(out), "-m", str(tmp_path / "m")]) == 0
+    assert (
+        main(
+            [
+                "detect",
+                *(f"--{k}={v}" for k, v in paths.items()),
+                "-o",
+                str(out),
+                "-m",
+                str(tmp_path / "m"),
+            ]
+        )
+        == 0
+    )
     assert f"note: a: {note}" in capsys.readouterr().err.replace("\n", " ")
     assert json.loads((out / "a.json").read_text())["notes"] == [note]
     assert (out / "cases.tsv").read_text().splitlines()[1].endswith(note)
@@ -165,7 +220,8 @@ def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
     affine[0, 3] += 900
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), paths["t1"])
     with pytest.raises(
-        AnomriError, match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap"
+        AnomriError,
+        match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap",
     ):
         thresholding("flair", "t1").detect(paths)
 
@@ -176,11 +232,21 @@ def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
 def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
     for name in ("p7_flair.nii.gz", "other.nii", "T1.nii.gz"):
         (tmp_path / name).touch()
-    assert case_of_files({"FLAIR": tmp_path / "p7_flair.nii.gz", "t1": tmp_path / "other.nii"}).name == "p7"
+    assert (
+        case_of_files({"FLAIR": tmp_path / "p7_flair.nii.gz", "t1": tmp_path / "other.nii"}).name
+        == "p7"
+    )
     assert case_of_files({"t1": str(tmp_path / "other.nii")}).name == "other"
     assert case_of_files({"t1": tmp_path / "T1.nii.gz"}).name == tmp_path.name
-    assert case_of_files({"t1": tmp_path / "T1.nii.gz", "mask": tmp_path / "other.nii"}).mask == tmp_path / "other.nii"
-    for files, message in (({}, "no channel"), ({"t1": tmp_path}, "has to be"), ({"t1": "gone.nii"}, "no such file")):
+    assert (
+        case_of_files({"t1": tmp_path / "T1.nii.gz", "mask": tmp_path / "other.nii"}).mask
+        == tmp_path / "other.nii"
+    )
+    for files, message in (
+        ({}, "no channel"),
+        ({"t1": tmp_path}, "has to be"),
+        ({"t1": "gone.nii"}, "no such file"),
+    ):
         with pytest.raises(AnomriError, match=message):
             case_of_files(files)
 
@@ -194,7 +260,10 @@ def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
         (["--channel", "a=x.nii", "--channel", "a=y.nii"], "a is given twice"),
         (["--flair", "FLAIR", "--series", "flair=x"], "for a folder of DICOM files"),
         (["--flair", "FLAIR", "--dicom-seg"], "for a folder of DICOM files"),
-        (["--flair", "FLAIR", "--brain-mask", "FLAIR", "--skull-strip"], "one of the two is enough"),
+        (
+            ["--flair", "FLAIR", "--brain-mask", "FLAIR", "--skull-strip"],
+            "one of the two is enough",
+        ),
         (["--t1", "FLAIR"], "flair is missing"),
     ],
 )
@@ -203,8 +272,13 @@ def test_wrong_combinations(
 ) -> None:
     flair = two_grids(tmp_path / "in")["flair"]
     thresholding().save(tmp_path / "m")
-    words = [{"IN": str(tmp_path / "in"), "FLAIR": str(flair)}.get(word, word) for word in arguments]
-    assert main(["detect", *words, "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")]) in (1, 2)
+    words = [
+        {"IN": str(tmp_path / "in"), "FLAIR": str(flair)}.get(word, word) for word in arguments
+    ]
+    assert main(["detect", *words, "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")]) in (
+        1,
+        2,
+    )
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -220,11 +294,15 @@ def dicom_folder(folder: Path, **tags: str) -> np.ndarray:
     affine = nib.affines.from_matvec(AXIAL * (3.0, 3.0, 5.0), [-94, -106, -62])
     data = scan(shape, np.diag([-1.0, -1, 1, 1]) @ affine).astype(np.int16)
     write_series(folder / "1", "Ax FLAIR", data, affine, **tags)
-    write_series(folder / "2", "Sag T1", np.where(data > 0, 400, 0).astype(np.int16), affine, **tags)
+    write_series(
+        folder / "2", "Sag T1", np.where(data > 0, 400, 0).astype(np.int16), affine, **tags
+    )
     return affine
 
 
-def test_a_dicom_folder_is_detected_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dicom_folder_is_detected_and_segmented(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     affine = dicom_folder(tmp_path / "in")
     assert holds_dicom(tmp_path / "in")
     thresholding("flair", "t1").save(tmp_path / "m")
@@ -235,8 +313,13 @@ def test_a_dicom_folder_is_detected_and_segmented(tmp_path: Path, capsys: pytest
     assert "flair is the series 'Ax FLAIR'" in said
     (mask,) = out.glob("*_mask.nii.gz")
     name = mask.name.removesuffix("_mask.nii.gz")
-    assert sorted(path.name for path in (out / "nifti").iterdir()) == [f"{name}_flair.nii.gz", f"{name}_t1.nii.gz"]
-    assert "MARKER" not in name + (out / "cases.tsv").read_text() + (out / f"{name}.json").read_text()
+    assert sorted(path.name for path in (out / "nifti").iterdir()) == [
+        f"{name}_flair.nii.gz",
+        f"{name}_t1.nii.gz",
+    ]
+    assert (
+        "MARKER" not in name + (out / "cases.tsv").read_text() + (out / f"{name}.json").read_text()
+    )
     np.testing.assert_array_less(np.abs(found_mm(mask) - LESION_MM), (3, 3, 5))
     # Read by pydicom alone; highdicom wrote it.
     import pydicom
@@ -287,7 +370,9 @@ def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None
     (file := tmp_path / "scan_01.nii.gz").touch()
     detected = Detector.load(None).find_cases(file)
     (tmp_path / "scan_01_anomaly.nii.gz").touch()
-    assert detected[0].name == "scan_01" and _scans(tmp_path, file)["scan_01"].channels == {"01": file}
+    assert detected[0].name == "scan_01" and _scans(tmp_path, file)["scan_01"].channels == {
+        "01": file
+    }
 
 
 def test_dicom_series_are_named_and_identifiers_kept_on_demand(
@@ -310,7 +395,9 @@ def test_dicom_series_are_named_and_identifiers_kept_on_demand(
 # A real scan on another grid.
 
 
-def test_the_stroke_subject_with_channels_on_grids_of_their_own(real_scans: Path, tmp_path: Path) -> None:
+def test_the_stroke_subject_with_channels_on_grids_of_their_own(
+    real_scans: Path, tmp_path: Path
+) -> None:
     (case,) = find_cases(real_scans / "stroke")
     detector = thresholding("flair", "t1", "t2")
     exact = detector.detect(case)
@@ -332,11 +419,15 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(real_scans: Path
     np.testing.assert_array_equal(anomaly.affine, nib.load(case.channels["flair"]).affine)
 
 
-def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(marking: Path, tmp_path: Path) -> None:
+def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
+    marking: Path, tmp_path: Path
+) -> None:
     detector = Detector.load(marking)
     brain = scan((64, 72, 56), grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))).astype(np.float32)
     affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
-    paths = {name: tmp_path / f"p_{name}.nii.gz" for name in ("FLAIR", "T1w", "swi", "visit", "anomaly")}
+    paths = {
+        name: tmp_path / f"p_{name}.nii.gz" for name in ("FLAIR", "T1w", "swi", "visit", "anomaly")
+    }
     for path in paths.values():
         nib.save(nib.Nifti1Image(brain, affine), path)
     assert detector.read(paths["T1w"]).missing == ("flair",)
@@ -347,26 +438,40 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(mark
     with pytest.raises(AnomriError, match="trained on t1, but the scan has flair"):
         thresholding("t1").read(paths["FLAIR"])
     volume = detector.read(paths["visit"])
-    assert volume.missing == ("t1",) and volume.notes[0].startswith("p_visit.nii.gz is taken for flair, since its name")
+    assert volume.missing == ("t1",) and volume.notes[0].startswith(
+        "p_visit.nii.gz is taken for flair, since its name"
+    )
     table = tmp_path / "one.tsv"
     table.write_text("case\tvisit\na\tp_visit.nii.gz\n")
     with pytest.raises(AnomriError, match="the scan has visit"):
         detector.read(table)
     notes = detector.read({"FLAIR": paths["FLAIR"], "swi": paths["swi"]}).notes
-    assert "has no t1" in notes[0] and notes[1] == "swi is no channel of the model, and is not looked at."
+    assert (
+        "has no t1" in notes[0]
+        and notes[1] == "swi is no channel of the model, and is not looked at."
+    )
     detector.spec = replace(detector.spec, score=replace(detector.spec.score, channels=("flair",)))
-    assert detector.read(paths["T1w"]).notes[-1].startswith("without flair, which the score rests on, far fewer")
+    assert (
+        detector.read(paths["T1w"])
+        .notes[-1]
+        .startswith("without flair, which the score rests on, far fewer")
+    )
     assert detector.read({"t1w": paths["T1w"], "flair": paths["FLAIR"]}).notes == ()
 
 
 def test_a_header_without_codes_is_told(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([3, 3, 3, 1]))
+    image = nib.Nifti1Image(
+        scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([3, 3, 3, 1])
+    )
     image.header.set_zooms((3, 3, 3))
     image.set_sform(None, 0)
     image.set_qform(None, 0)
     nib.save(image, tmp_path / "a_flair.nii.gz")
     (note,) = thresholding("flair").read(tmp_path / "a_flair.nii.gz").notes
-    assert note == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right."
+    assert (
+        note
+        == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right."
+    )
 
 
 @pytest.mark.parametrize("unsaid", ["t1", "mask", "flair"])
@@ -380,14 +485,21 @@ def test_an_image_without_codes_lies_as_the_one_beside_it(tmp_path: Path, unsaid
             image.set_qform(None, 0)
         nib.save(image, tmp_path / f"a_{name}.nii.gz")
     volume = thresholding("flair", "t1").read(tmp_path)
-    (flair, t1), told = volume.data, [note for note in volume.notes if "was taken to lie as" in note]
+    (flair, t1), told = (
+        volume.data,
+        [note for note in volume.notes if "was taken to lie as" in note],
+    )
     np.testing.assert_array_equal(flair, t1)
     assert (flair > 0).sum() == (data > 0).sum()
-    assert told and all(note.startswith(f"a_{unsaid}.nii.gz does not say how it lies") for note in told)
+    assert told and all(
+        note.startswith(f"a_{unsaid}.nii.gz does not say how it lies") for note in told
+    )
     other = nib.Nifti1Image(data[:-2].astype(np.float32), None if unsaid == "t1" else affine)
     nib.save(other, tmp_path / "a_t1.nii.gz")
     if unsaid != "mask":
-        with pytest.raises(AnomriError, match=f"a_t1.nii.gz: a_{unsaid}.nii.gz does not say how it lies"):
+        with pytest.raises(
+            AnomriError, match=f"a_t1.nii.gz: a_{unsaid}.nii.gz does not say how it lies"
+        ):
             thresholding("flair", "t1").read(tmp_path)
 
 
@@ -443,7 +555,8 @@ def test_another_scan_of_the_same_name_does_not_replace_results(tmp_path: Path) 
     store.mkdir()
     for seed in (2, 3):
         nib.save(
-            nib.Nifti1Image(scan((64, 72, 56), affine, seed=seed).astype(np.float32), affine), store / f"{seed}.nii.gz"
+            nib.Nifti1Image(scan((64, 72, 56), affine, seed=seed).astype(np.float32), affine),
+            store / f"{seed}.nii.gz",
         )
         link.unlink(missing_ok=True)
         link.symlink_to(store / f"{seed}.nii.gz")
@@ -459,14 +572,21 @@ def test_cases_of_a_run_before_are_told(
         flair = cohort / name / f"{name}_flair.nii.gz"
         assert main(["detect", "--flair", str(flair), "-m", str(marking), "-o", str(tmp_path)]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "has maps of case7 from another run; the tables and the report will be of this run alone" in said
+    assert (
+        "has maps of case7 from another run; the tables and the report will be of this run alone"
+        in said
+    )
     report = (tmp_path / "report.html").read_text()
     assert "Scans with fewer channels have thresholds of their own" in report
 
 
 @pytest.mark.parametrize("mm", [1e-3, 1e3])
 def test_a_header_that_is_not_in_mm_is_refused(tmp_path: Path, mm: float) -> None:
-    image = nib.Nifti1Image(scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([mm, mm, mm, 1]))
+    image = nib.Nifti1Image(
+        scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([mm, mm, mm, 1])
+    )
     nib.save(image, tmp_path / "a_flair.nii.gz")
-    with pytest.raises(AnomriError, match="a_flair.nii.gz: its header gives voxels of .* put the header right"):
+    with pytest.raises(
+        AnomriError, match="a_flair.nii.gz: its header gives voxels of .* put the header right"
+    ):
         thresholding("flair").read(tmp_path / "a_flair.nii.gz")

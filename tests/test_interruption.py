@@ -20,21 +20,40 @@ def test_thirty_kills_lose_and_repeat_nothing() -> None:
     script = Path(__file__).parent / "kills.py"
     command = [sys.executable, str(script), "--kills", "6", "--json"]
     ran = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert [row["verb"] for row in found["kills"]] == ["pack", "train", "detect", "evaluate", "merge"]
+    assert [row["verb"] for row in found["kills"]] == [
+        "pack",
+        "train",
+        "detect",
+        "evaluate",
+        "merge",
+    ]
     assert all(row["kills"] >= 6 for row in found["kills"])
     for what in ("lost", "twice", "other bytes", "half"):
-        assert {row["verb"]: row[what] for row in found["kills"] if row[what]} == {}, (what, ran.stderr)
+        assert {row["verb"]: row[what] for row in found["kills"] if row[what]} == {}, (
+            what,
+            ran.stderr,
+        )
     for stop in found["stops"]:
         assert stop["code"] == 0 and stop["seconds"] < 10, stop
 
 
 def test_a_scheduler_may_ask_twice_and_only_the_second_ctrl_c_is_urgent() -> None:
     with StopRequest.listen() as stop:
-        for number in (signal.SIGUSR1, signal.SIGCONT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        for number in (
+            signal.SIGUSR1,
+            signal.SIGCONT,
+            signal.SIGTERM,
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):
             if number != signal.SIGINT:
                 os.kill(os.getpid(), number)
         assert stop.signal == signal.SIGTERM

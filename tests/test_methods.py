@@ -56,7 +56,10 @@ def arguments(method: str, cache: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module", params=TRAINED)
 def trained(
-    request: pytest.FixtureRequest, cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    cohort: Path,
+    cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / request.param
     train(cohort, folder, **arguments(request.param, cache))  # type: ignore[arg-type]
@@ -79,7 +82,9 @@ def vae() -> VAE:
 def brains(count: int = 3) -> torch.Tensor:
     place = torch.linspace(-1, 1, 128)
     inside = (place[:, None] ** 2 + place[None, :] ** 2) < 0.6
-    return inside * (0.7 + 0.1 * torch.rand((count, 2, 128, 128), generator=Generator().manual_seed(0)))
+    return inside * (
+        0.7 + 0.1 * torch.rand((count, 2, 128, 128), generator=Generator().manual_seed(0))
+    )
 
 
 def test_the_loss_falls(trained: Path) -> None:
@@ -91,15 +96,21 @@ def test_the_loss_falls(trained: Path) -> None:
     assert (len(known) < len(losses)) == (trained.name == "fanogan")
 
 
-def test_saving_and_loading_gives_the_same_map_bit_for_bit(trained: Path, cohort: Path, tmp_path: Path) -> None:
+def test_saving_and_loading_gives_the_same_map_bit_for_bit(
+    trained: Path, cohort: Path, tmp_path: Path
+) -> None:
     detector = anomri.load(trained, device="cpu")
     case = find_cases(cohort)[7]
     before = detector.detect(case)
     detector.save(tmp_path)
-    np.testing.assert_array_equal(before.anomaly_map, anomri.load(tmp_path, device="cpu").detect(case).anomaly_map)
+    np.testing.assert_array_equal(
+        before.anomaly_map, anomri.load(tmp_path, device="cpu").detect(case).anomaly_map
+    )
     assert before.anomaly_map.max() > 0
     assert detector.spec.thresholds is not None
-    assert "AUPRC, pooled" in [figure.name for figure in anomri.evaluate(cohort, model=detector).figures]
+    assert "AUPRC, pooled" in [
+        figure.name for figure in anomri.evaluate(cohort, model=detector).figures
+    ]
 
 
 def test_resuming_gives_the_model_that_was_never_stopped(
@@ -110,7 +121,9 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     with pytest.raises(Interrupted):
         train(cohort, tmp_path, progress=StopAt(12), **given)  # type: ignore[arg-type]
     train(cohort, tmp_path, resume=True, **given)  # type: ignore[arg-type]
-    assert (tmp_path / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
+    assert (tmp_path / "weights.safetensors").read_bytes() == (
+        trained / "weights.safetensors"
+    ).read_bytes()
 
 
 NETWORKS = [name for name in methods.names() if name != "thresholding"]
@@ -118,7 +131,8 @@ NETWORKS = [name for name in methods.names() if name != "thresholding"]
 
 @pytest.mark.parametrize(
     "recipe",
-    [f"{name} {preset}" for name in NETWORKS for preset in ("paper", "small", "demo")] + ["dae quick", "dae accurate"],
+    [f"{name} {preset}" for name in NETWORKS for preset in ("paper", "small", "demo")]
+    + ["dae quick", "dae accurate"],
 )
 def test_every_method_has_its_presets(recipe: str) -> None:
     method, preset = recipe.split()
@@ -129,7 +143,7 @@ def test_every_method_has_its_presets(recipe: str) -> None:
     with torch.device("meta"):
         built = methods.build(spec)
     assert isinstance(built, methods.Method)
-    assert {player.name for player in methods.players(built)} == (
+    assert {objective.name for objective in methods.objectives(built)} == (
         {"critic", "generator", "encoder"} if method == "fanogan" else {""}
     )
 
@@ -138,10 +152,13 @@ def test_the_published_baselines() -> None:
     with torch.device("meta"):
         vae, gan = VAE(("flair",)), FAnoGAN(("flair",))
     assert vae.to_latent.weight.shape == (256, 512, 16, 16)
-    assert (vae.kl_weight, methods.preset("vae-restoration", "paper").settings["restoration_steps"]) == (1e-3, 100)
+    assert (
+        vae.kl_weight,
+        methods.preset("vae-restoration", "paper").settings["restoration_steps"],
+    ) == (1e-3, 100)
     training = methods.preset("fanogan", "paper").training
     assert training is not None
-    rates = [player.rate * training.learning_rate for player in gan.players()]
+    rates = [objective.rate * training.learning_rate for objective in gan.objectives()]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-5])
     assert (training.batch_size, gan.kappa) == (32, 1e-8)
 
@@ -155,7 +172,9 @@ def test_restoration_lowers_its_objective_slice_by_slice(vae: VAE) -> None:
         alone = vae.reconstruct(x[1:2])
     assert (after < 0.95 * before).all()
     assert torch.equal(restored * ~inside, torch.zeros_like(x))
-    torch.testing.assert_close(alone, restored[1:2], atol=1e-3, rtol=0)  # slices do not see each other
+    torch.testing.assert_close(
+        alone, restored[1:2], atol=1e-3, rtol=0
+    )  # slices do not see each other
 
 
 def test_the_price_of_leaving_the_image_keeps_restoration_near(vae: VAE) -> None:
@@ -173,21 +192,25 @@ def test_the_price_of_leaving_the_image_keeps_restoration_near(vae: VAE) -> None
 
 def test_one_training_serves_reconstruction_and_restoration(vae: VAE) -> None:
     settings = {"widths": WIDTHS, "latent": 4}
-    restoring = methods.build(ModelSpec(("flair", "t1"), "vae-restoration", {**settings, "restoration_steps": 2}))
+    restoring = methods.build(
+        ModelSpec(("flair", "t1"), "vae-restoration", {**settings, "restoration_steps": 2})
+    )
     restoring.load_state_dict(vae.state_dict())
-    assert not torch.equal(restoring.eval().reconstruct(brains(1)), vae.decode(vae.posterior(brains(1))[0]))
+    assert not torch.equal(
+        restoring.eval().reconstruct(brains(1)), vae.decode(vae.posterior(brains(1))[0])
+    )
     assert methods.preset("vae-restoration", "small").weights_of == "vae"
 
 
 def test_the_critic_separates_real_from_made_up() -> None:
     torch.manual_seed(0)
     gan = FAnoGAN(("flair", "t1"), width=1, latent=4)
-    critic, generator, encoder = (player.module for player in gan.players())
+    critic, generator, encoder = (objective.module for objective in gan.objectives())
     optimizer = torch.optim.Adam(critic.parameters(), 1e-2, betas=(0.0, 0.9))
     x, foreground = brains(4), brains(4).sum(dim=1) > 0
     before = [parameter.clone() for parameter in generator.parameters()]
     for step in range(15):
-        loss = gan(x, foreground, Generator().manual_seed(step), player="critic")
+        loss = gan(x, foreground, Generator().manual_seed(step), objective="critic")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -198,12 +221,17 @@ def test_the_critic_separates_real_from_made_up() -> None:
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_players_take_their_turns() -> None:
+def test_the_objectives_of_fanogan_take_turns() -> None:
     gan = FAnoGAN(("flair",), width=1, gan_share=0.5)
-    turns = [[player.name for player in gan.players() if player.plays(step, 20)] for step in range(20)]
+    turns = [
+        [objective.name for objective in gan.objectives() if objective.active(step, 20)]
+        for step in range(20)
+    ]
     assert turns[:5] == [["critic"]] * 4 + [["critic", "generator"]]
     assert turns[10:] == [["encoder"]] * 10
-    assert [player.name for player in gan.players() if player.plays(0, 1)] == ["encoder"]
+    assert [objective.name for objective in gan.objectives() if objective.active(0, 1)] == [
+        "encoder"
+    ]
 
 
 def test_a_critic_sees_one_slice_at_a_time() -> None:
@@ -254,8 +282,12 @@ def test_schedules_are_the_published_ones() -> None:
         assert share[0] == 1
         assert (share.diff() < 0).all()
     assert float(linear[1]) == pytest.approx(1 - 1e-4)
-    assert float(linear[-1]) == pytest.approx(4.04e-5, rel=0.01)  # Ho et al. 2020: nearly pure noise
-    assert float(cosine[500]) == pytest.approx(0.4938, abs=1e-3)  # Nichol and Dhariwal 2021: half way at half time
+    assert float(linear[-1]) == pytest.approx(
+        4.04e-5, rel=0.01
+    )  # Ho et al. 2020: nearly pure noise
+    assert float(cosine[500]) == pytest.approx(
+        0.4938, abs=1e-3
+    )  # Nichol and Dhariwal 2021: half way at half time
 
 
 @pytest.mark.parametrize(
@@ -275,12 +307,16 @@ def test_simplex_noise_is_smooth_and_standard() -> None:
     noise = simplex_noise((64, 2, 64, 64), wavelength=8, generator=Generator().manual_seed(0))
     assert float(noise.mean()) == pytest.approx(0, abs=0.05)
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
-    one = simplex_noise((4, 1, 128, 128), wavelength=32, octaves=1, generator=Generator().manual_seed(0))
+    one = simplex_noise(
+        (4, 1, 128, 128), wavelength=32, octaves=1, generator=Generator().manual_seed(0)
+    )
     # No jump at the borders of the triangles: neighbours differ by little of the range.
     assert float(one.diff(dim=2).abs().max()) < 0.25 * float(one.max() - one.min()) / 2
     fields = one.flatten(1)
     assert abs(float(torch.corrcoef(fields)[0, 1])) < 0.5
-    again = simplex_noise((4, 1, 128, 128), wavelength=32, octaves=1, generator=Generator().manual_seed(0))
+    again = simplex_noise(
+        (4, 1, 128, 128), wavelength=32, octaves=1, generator=Generator().manual_seed(0)
+    )
     assert torch.equal(one, again)
 
 
@@ -298,20 +334,42 @@ def test_the_noises_of_diffusion_have_the_variance_of_its_schedule(noise: str) -
 
 @pytest.mark.parametrize("noise", ["gaussian", "simplex", "coarse"])
 def test_diffusion_makes_the_same_of_a_slice_whatever_lies_beside_it(noise: str) -> None:
-    method = Diffusion(("flair",), widths=[4, 8], noise=noise, steps=50, start=20, strides=4, eta=1.0).eval()  # type: ignore[arg-type]
+    method = Diffusion(
+        ("flair",), widths=[4, 8], noise=noise, steps=50, start=20, strides=4, eta=1.0
+    ).eval()  # type: ignore[arg-type]
     x = torch.rand(5, 1, 32, 32, generator=Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(method.reconstruct(x)[3:], method.reconstruct(x[3:]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            method.reconstruct(x)[3:], method.reconstruct(x[3:]), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("method", "grid", "sides"), [("dae", 100, 8)])
 def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
     method: str, grid: int, sides: int, cohort: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(AnomriError, match=f"{grid} x {grid} does not fit the method, .* multiples of {sides}"):
-        train(cohort, tmp_path / "model", method=method, grid=grid, preset="small", cache=tmp_path / "cache")
-    with pytest.raises(AnomriError, match=r"sees slices of 128 x 128 alone, not of 256 x 256; leave out --grid"):
-        train(cohort, tmp_path / "model", method="vae", grid=256, preset="small", cache=tmp_path / "cache")
+    with pytest.raises(
+        AnomriError, match=f"{grid} x {grid} does not fit the method, .* multiples of {sides}"
+    ):
+        train(
+            cohort,
+            tmp_path / "model",
+            method=method,
+            grid=grid,
+            preset="small",
+            cache=tmp_path / "cache",
+        )
+    with pytest.raises(
+        AnomriError, match=r"sees slices of 128 x 128 alone, not of 256 x 256; leave out --grid"
+    ):
+        train(
+            cohort,
+            tmp_path / "model",
+            method="vae",
+            grid=256,
+            preset="small",
+            cache=tmp_path / "cache",
+        )
     assert not (tmp_path / "cache").exists()
 
 
@@ -325,7 +383,10 @@ class Mine(DAE):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"anomalies": "no"}, "the setting anomalies of dae: input should be a valid boolean; found 'no'"),
+        (
+            {"anomalies": "no"},
+            "the setting anomalies of dae: input should be a valid boolean; found 'no'",
+        ),
         ({"noise_resolution": 8.5}, "the setting noise_resolution of dae: .*; found 8.5"),
         ({"noise_share": "half"}, "the setting noise_share of dae: .*; found 'half'"),
         ({"augmentation": {"flip": "no"}}, "the augmentation flip is true or false; found 'no'"),
@@ -338,13 +399,20 @@ def test_a_setting_of_another_type_is_refused(settings: dict[str, object], messa
 
 
 def test_true_and_false_are_not_text() -> None:
-    assert settings_of(["a=False", "b=True", "c=false", "d=no"]) == {"a": False, "b": True, "c": False, "d": "no"}
+    assert settings_of(["a=False", "b=True", "c=false", "d=no"]) == {
+        "a": False,
+        "b": True,
+        "c": False,
+        "d": "no",
+    }
 
 
 class Heavy(DAE):
     """What keeps a table that it does not save, and has a setting larger than a model's description may hold."""
 
-    def __init__(self, channels: Sequence[str], widths: tuple[int, ...], table: int, seed: int = 0) -> None:
+    def __init__(
+        self, channels: Sequence[str], widths: tuple[int, ...], table: int, seed: int = 0
+    ) -> None:
         super().__init__(channels, widths)
         self.register_buffer("table", torch.zeros(table), persistent=False)
 
@@ -354,7 +422,12 @@ def test_what_could_not_be_read_again_is_not_trained(
 ) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     methods.register("heavy", f"{__name__}:Heavy")
-    given: dict[str, Any] = {"method": "heavy", "preset": "tiny", "training": {"steps": 1}, "cache": cache}
+    given: dict[str, Any] = {
+        "method": "heavy",
+        "preset": "tiny",
+        "training": {"steps": 1},
+        "cache": cache,
+    }
     for settings in ({}, {"table": 0, "seed": 5_000_000}):
         with pytest.raises(AnomriError, match="a model of heavy like this could not be read again"):
             train(cohort, tmp_path / "model", settings={"table": 2**20, **settings}, **given)
@@ -367,7 +440,9 @@ def test_what_could_not_be_read_again_is_not_trained(
     assert read_model(tmp_path / "infinite")[2]["network.head.bias"] == torch.inf
 
 
-def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_methods_of_others(
+    monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     with pytest.raises(AnomriError, match="there is no method 'mine'"):
         train(cohort, tmp_path, method="mine", cache=cache)
@@ -380,7 +455,14 @@ def test_methods_of_others(monkeypatch: pytest.MonkeyPatch, cohort: Path, cache:
     with pytest.raises(AnomriError, match="there is a method 'dae' already"):
         methods.register("dae", f"{__name__}:Mine")
     points = EntryPoints(
-        [EntryPoint("theirs", f"{__name__}:Mine", "anomri.methods"), EntryPoint("dae", "x:y", "anomri.methods")]
+        [
+            EntryPoint("theirs", f"{__name__}:Mine", "anomri.methods"),
+            EntryPoint("dae", "x:y", "anomri.methods"),
+        ]
     )
     monkeypatch.setattr(methods, "entry_points", lambda group: points.select(group=group))
-    assert "theirs" in methods.names() and methods._class("theirs") is Mine and methods._class("dae") is DAE
+    assert (
+        "theirs" in methods.names()
+        and methods._class("theirs") is Mine
+        and methods._class("dae") is DAE
+    )

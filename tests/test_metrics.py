@@ -19,7 +19,9 @@ from anomri.scoring.metrics import (
 )
 
 # Few distinct values, so that ties are common.
-SCORES = arrays(np.float32, 60, elements=st.sampled_from([np.float32(v) for v in (-0.5, 0, 0.1, 0.2, 0.3, 0.7)]))
+SCORES = arrays(
+    np.float32, 60, elements=st.sampled_from([np.float32(v) for v in (-0.5, 0, 0.1, 0.2, 0.3, 0.7)])
+)
 LABELS = arrays(np.bool_, 60)
 
 
@@ -55,7 +57,9 @@ def test_pooling_counts_equals_pooling_scores() -> None:
     thresholds, lesion = lesion_thresholds([scores[label] for scores, label in parts])
     healthy = sum(count_at(np.sort(scores[~label]), thresholds) for scores, label in parts)
     pooled = curve_of(thresholds, lesion, healthy, int(lesion.sum()), 1)
-    whole = precision_recall(np.concatenate([s for s, _ in parts]), np.concatenate([label for _, label in parts]))
+    whole = precision_recall(
+        np.concatenate([s for s, _ in parts]), np.concatenate([label for _, label in parts])
+    )
     assert pooled.average_precision == whole.average_precision
     assert pooled.ceil_dice == whole.ceil_dice
 
@@ -74,7 +78,9 @@ def _components_by_the_book(mask: np.ndarray, limit: int) -> np.ndarray:
 @pytest.mark.parametrize("density", [0.02, 0.08, 0.3])
 def test_small_components_by_filled_volume(density: float) -> None:
     mask = ndimage.uniform_filter(np.random.default_rng(2).random((20, 20, 20)), 2) < density
-    np.testing.assert_array_equal(drop_small_components(mask, 20), _components_by_the_book(mask, 20))
+    np.testing.assert_array_equal(
+        drop_small_components(mask, 20), _components_by_the_book(mask, 20)
+    )
 
 
 def test_a_component_of_exactly_the_limit_is_dropped() -> None:

@@ -34,16 +34,25 @@ def flat(cohort: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["p_mask.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"])
+@pytest.mark.parametrize(
+    "name", ["p_mask.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"]
+)
 def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name: str) -> None:
     (flat / name).write_text('{"EchoTime": 0.1}')
-    with pytest.raises(AnomriError, match=f"{name}: is no result of anomri, and those of the case p would replace it"):
+    with pytest.raises(
+        AnomriError,
+        match=f"{name}: is no result of anomri, and those of the case p would replace it",
+    ):
         anomri.detect_cohort([Case("p", dict(find_cases(flat)[0].channels))], flat, model)
-    assert (flat / name).read_text() == '{"EchoTime": 0.1}' and not (flat / "p_anomaly.nii.gz").exists()
+    assert (flat / name).read_text() == '{"EchoTime": 0.1}' and not (
+        flat / "p_anomaly.nii.gz"
+    ).exists()
 
 
 @pytest.mark.parametrize("name", ["cases.tsv", "report.html"])
-def test_a_table_that_no_run_wrote_is_not_replaced(flat: Path, model: Path, tmp_path: Path, name: str) -> None:
+def test_a_table_that_no_run_wrote_is_not_replaced(
+    flat: Path, model: Path, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     with pytest.raises(AnomriError, match=f"{name}: is no result of anomri"):
@@ -71,14 +80,20 @@ def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> N
     assert (flat / "p_anomaly.nii.gz").is_file()
 
 
-def test_nothing_of_another_run_stays_beside_results(flat: Path, model: Path, tmp_path: Path) -> None:
+def test_nothing_of_another_run_stays_beside_results(
+    flat: Path, model: Path, tmp_path: Path
+) -> None:
     out, detector = tmp_path / "out", Detector.load(model)
     anomri.detect_cohort(flat, out, detector, reconstruction=True)
     (out / "p_mask.dcm").touch()
     maps = {f"p_{kind}.nii.gz" for kind in ("anomaly", "mask", "reconstruction")}
     assert {path.name for path in out.glob("p[_.]*")} == {*maps, "p.json", "p_mask.dcm"}
     anomri.detect_cohort(flat, out, detector, sensitivity="high")
-    assert {path.name for path in out.glob("p[_.]*")} == {"p_anomaly.nii.gz", "p_mask.nii.gz", "p.json"}
+    assert {path.name for path in out.glob("p[_.]*")} == {
+        "p_anomaly.nii.gz",
+        "p_mask.nii.gz",
+        "p.json",
+    }
     anomri.detect_cohort(flat, out, detector.with_score(kind="absolute"))
     assert {path.name for path in out.glob("p[_.]*")} == {"p_anomaly.nii.gz", "p.json"}
     (flat / "p_t1.nii.gz").write_bytes(b"no image")
@@ -86,32 +101,53 @@ def test_nothing_of_another_run_stays_beside_results(flat: Path, model: Path, tm
     assert result.error and not list(out.glob("p[_.]*"))
 
 
-def test_without_a_threshold_nothing_was_looked_for(flat: Path, model: Path, tmp_path: Path) -> None:
+def test_without_a_threshold_nothing_was_looked_for(
+    flat: Path, model: Path, tmp_path: Path
+) -> None:
     anomri.detect_cohort(flat, tmp_path / "out", Detector.load(model).with_score(kind="absolute"))
     columns, (row,) = read_tsv(tmp_path / "out" / "cases.tsv")
     facts = dict(zip(columns, row, strict=True))
-    assert (facts["status"], facts["lesions"], facts["lesion_volume_mm3"], facts["threshold"]) == ("done", "", "", "")
+    assert (facts["status"], facts["lesions"], facts["lesion_volume_mm3"], facts["threshold"]) == (
+        "done",
+        "",
+        "",
+        "",
+    )
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "no threshold, so no mask" in page and "nothing found" not in page and "median volume" not in page
+    assert (
+        "no threshold, so no mask" in page
+        and "nothing found" not in page
+        and "median volume" not in page
+    )
 
 
-def test_shards_and_whole_runs_keep_each_other_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_and_whole_runs_keep_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anomri.files.MOMENT_S", 0.1)
     first, second = Shard(1, 2), Shard(2, 2)
     with first.sole_use(tmp_path):
         (half := tmp_path / ".partial-0-x").touch()
         with second.sole_use(tmp_path):
             pass
-        with pytest.raises(AnomriError, match="another run is writing to this folder"), sole_use(tmp_path):
+        with (
+            pytest.raises(AnomriError, match="another run is writing to this folder"),
+            sole_use(tmp_path),
+        ):
             pass
         assert half.exists()
     with sole_use(tmp_path):
         assert not half.exists()
-        with pytest.raises(AnomriError, match="another run is writing to this folder"), first.sole_use(tmp_path):
+        with (
+            pytest.raises(AnomriError, match="another run is writing to this folder"),
+            first.sole_use(tmp_path),
+        ):
             pass
 
 
-def test_a_threshold_of_numpy_is_written_as_a_number(flat: Path, model: Path, tmp_path: Path) -> None:
+def test_a_threshold_of_numpy_is_written_as_a_number(
+    flat: Path, model: Path, tmp_path: Path
+) -> None:
     detection = Detector.load(model).detect(flat, threshold=np.float32(0.25))
     detection.save(tmp_path)
     assert json.loads((tmp_path / "p.json").read_text())["threshold"] == 0.25
@@ -144,8 +180,14 @@ def test_channels_given_twice_and_options_of_another_level(
     ]
     assert main(arguments) == 2
     assert "flair is given twice" in capsys.readouterr().err
-    assert main(["bids", str(tmp_path), str(tmp_path), "group", "-m", "x", "--participant-label", "1"]) == 2
-    assert "note: --model, --participant-label: of no use at the level group" in capsys.readouterr().err
+    assert (
+        main(["bids", str(tmp_path), str(tmp_path), "group", "-m", "x", "--participant-label", "1"])
+        == 2
+    )
+    assert (
+        "note: --model, --participant-label: of no use at the level group"
+        in capsys.readouterr().err
+    )
     assert main(["bids", str(tmp_path / "none"), str(tmp_path), "group"]) == 2
     assert "none: no such folder" in capsys.readouterr().err
 

@@ -68,7 +68,12 @@ def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.Mo
         ("dae", {"widths": [8, 16]}, None, 2),
         ("dae", {"widths": [8, 16]}, (0, 16, 0, 32), 4),
         ("dae", {"widths": [8, 16], "subpixels": 2}, None, 8),
-        ("diffusion", {"widths": [8, 16], "start": 20}, None, 8),  # a slice's noise depends on those beside it
+        (
+            "diffusion",
+            {"widths": [8, 16], "start": 20},
+            None,
+            8,
+        ),  # a slice's noise depends on those beside it
     ],
 )
 def test_batches_follow_the_cache_where_a_method_allows_it(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anomri.scoring.positions import CELLS, packed_maps, spread_over, statistics_by_position, unpacked_maps
+from anomri.scoring.positions import (
+    CELLS,
+    packed_maps,
+    spread_over,
+    statistics_by_position,
+    unpacked_maps,
+)
 from anomri.scoring.scores import score_of
 from anomri.slices import Position, SliceStack, Window
 from anomri.spec import Score
@@ -44,8 +50,8 @@ def test_slices_that_do_not_count_are_not_looked_at() -> None:
 def test_cells_follow_the_brain_wherever_it_lies() -> None:
     """A brain in another place, of another size, in more slices, gets the same values at the same relative place."""
     cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
-    here = spread_over(cells, Position.of(brain(first=0)), (40, 40))[:, 0]
-    there = spread_over(cells, Position.of(brain(48, 40, 8)), (40, 40))[:, 0]
+    here = spread_over(cells, Position.from_foreground(brain(first=0)), (40, 40))[:, 0]
+    there = spread_over(cells, Position.from_foreground(brain(48, 40, 8)), (40, 40))[:, 0]
     torch.testing.assert_close(here[0, 0:32], there[0, 8:40])
     assert float(there[0, 0, 0]) == 0.0  # what lies outside takes the edge's
     assert float(there[0, -1, 0]) == 1.0

@@ -55,7 +55,9 @@ def test_no_real_scan_is_taken_for_a_head(real_scans: Path) -> None:
     cases = [*find_cases(real_scans / "brats18"), *find_cases(real_scans / "stroke")]
     assert len(cases) == 29
     for case in cases:
-        assert has_skull(read_volume(case, list(case.channels), with_label=False)) is None, case.name
+        assert has_skull(read_volume(case, list(case.channels), with_label=False)) is None, (
+            case.name
+        )
 
 
 @pytest.mark.parametrize("air", [True, False])
@@ -65,7 +67,10 @@ def test_a_head_is_refused_with_what_to_do(
 ) -> None:
     path = save(tmp_path / "in" / "p_flair.nii.gz", *head(air=air, rows=rows))
     thresholding().save(tmp_path / "m")
-    assert main(["detect", "-i", str(path), "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")]) == 1
+    assert (
+        main(["detect", "-i", str(path), "-o", str(tmp_path / "out"), "-m", str(tmp_path / "m")])
+        == 1
+    )
     said = capsys.readouterr().err
     assert "p_flair.nii.gz: p still has its skull" in said
     assert "hd-bet -i p_flair.nii.gz -o p_flair_brain.nii.gz" in said
@@ -80,11 +85,14 @@ def test_a_brain_mask_lets_a_head_in(tmp_path: Path) -> None:
     image, _ = template()
     mask = save(tmp_path / "brain.nii.gz", np.pad(np.asanyarray(image.dataobj), 12) > 0, affine)
     volume = thresholding().read(path, Preparation(brain_mask=mask))
-    np.testing.assert_array_equal(volume.geometry.native(volume.data[0]) > 0, read_image(mask).get_fdata() > 0)
+    np.testing.assert_array_equal(
+        volume.geometry.native(volume.data[0]) > 0, read_image(mask).get_fdata() > 0
+    )
     small = save(tmp_path / "small.nii.gz", np.ones((8, 8, 8)), affine + np.diag([0, 0, 0, 0.0]))
     with pytest.raises(AnomriError, match="no voxel is above zero|do not overlap"):
         thresholding().read(
-            save(tmp_path / "q_flair.nii.gz", np.pad(data[40:], 20), affine), Preparation(brain_mask=small)
+            save(tmp_path / "q_flair.nii.gz", np.pad(data[40:], 20), affine),
+            Preparation(brain_mask=small),
         )
 
 
@@ -94,7 +102,9 @@ def test_the_skull_is_stripped_offline(tmp_path: Path, monkeypatch: pytest.Monke
     data, affine = head(air=True)
     other = save(tmp_path / "p_flair.nii.gz", data / 2, affine)
     path = save(tmp_path / "p_t1.nii.gz", data, affine)
-    volume = thresholding("t1", "flair").read({"t1": path, "flair": other}, Preparation(skull_strip=True))
+    volume = thresholding("t1", "flair").read(
+        {"t1": path, "flair": other}, Preparation(skull_strip=True)
+    )
     brain = np.pad(np.asanyarray(template()[0].dataobj), 12) > 0
     found = volume.geometry.native(volume.data[0]) > 0
     np.testing.assert_array_equal(volume.data[0] > 0, volume.data[1] > 0)
@@ -114,19 +124,27 @@ nib.save(nib.Nifti1Image(brain, image.affine), options["-o"])
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_an_installed_tool_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+def test_an_installed_tool_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
     (tmp_path / tool).write_text(TOOL)
     (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     data, affine = head(air=True)
-    volume = thresholding().read(save(tmp_path / "p_flair.nii.gz", data, affine), Preparation(skull_strip=True))
+    volume = thresholding().read(
+        save(tmp_path / "p_flair.nii.gz", data, affine), Preparation(skull_strip=True)
+    )
     assert tool in volume.notes[0]
     assert (volume.data[0] > 0).sum() == 50 * 60 * 40
     with pytest.raises(AnomriError, match=f"{tool} failed .*out of memory"):
-        thresholding().read(save(tmp_path / "q_flair.nii.gz", data[:50], affine), Preparation(skull_strip=True))
+        thresholding().read(
+            save(tmp_path / "q_flair.nii.gz", data[:50], affine), Preparation(skull_strip=True)
+        )
 
 
-def test_without_a_tool_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_tool_the_error_says_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
     path = save(tmp_path / "p_flair.nii.gz", scan(SHAPE, AFFINE))
     for module, option, extra in (
@@ -207,7 +225,10 @@ def test_saturated_and_negative_voxels_do_not_move_the_map(tmp_path: Path, model
         rim = ndimage.binary_dilation(data > 0, iterations=1) & (data == 0)
         worse[rim] = -rng.uniform(0, 0.03, int(rim.sum())) * data.max()
         spoilt[name] = save(tmp_path / "spoilt" / f"p_{name}.nii.gz", worse, BRAIN_AFFINE)
-    clean = {name: save(tmp_path / "clean" / f"p_{name}.nii.gz", one, BRAIN_AFFINE) for name, one in channels.items()}
+    clean = {
+        name: save(tmp_path / "clean" / f"p_{name}.nii.gz", one, BRAIN_AFFINE)
+        for name, one in channels.items()
+    }
     before, after = detector.detect(clean), detector.detect(spoilt)
     for one, other in zip(before.stack.scale, after.stack.scale, strict=True):
         assert other == pytest.approx(one, rel=0.01)
@@ -246,7 +267,9 @@ def test_bias_correction_brings_a_shaded_scan_back(tmp_path: Path) -> None:
     shade = np.exp(0.6 * where[..., 1] / 82 + 0.4 * where[..., 0] / 65)
     clean = thresholding().detect(save(tmp_path / "a_flair.nii.gz", data))
     path = save(tmp_path / "b_flair.nii.gz", data * shade)
-    shaded, corrected = (thresholding().detect(path, Preparation(bias_correction=on)) for on in (False, True))
+    shaded, corrected = (
+        thresholding().detect(path, Preparation(bias_correction=on)) for on in (False, True)
+    )
     left = [correlation(clean.anomaly_map, one.anomaly_map) for one in (shaded, corrected)]
     assert left[0] < 0.7
     assert left[1] > 0.8

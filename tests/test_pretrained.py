@@ -26,7 +26,11 @@ def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
     before, _, started = read_model(model)
     # So small that nothing moves: what comes out is what went in.
     detector = train(
-        cohort, tmp_path / "same", pretrained=model, training={"steps": 1, "learning_rate": 1e-12}, cache=cache
+        cohort,
+        tmp_path / "same",
+        pretrained=model,
+        training={"steps": 1, "learning_rate": 1e-12},
+        cache=cache,
     )
     _, _, ended = read_model(tmp_path / "same")
     assert all(torch.allclose(ended[name], value, atol=1e-8) for name, value in started.items())
@@ -42,7 +46,9 @@ def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
     assert len(again.training.pretrained) == 64 and not before.training.pretrained
 
 
-def test_a_score_that_was_chosen_is_chosen_anew(cohort: Path, cache: Path, marking: Path, tmp_path: Path) -> None:
+def test_a_score_that_was_chosen_is_chosen_anew(
+    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+) -> None:
     assert Pretrained.read(marking).preset().score.kind == "auto"
     short = {"steps": 2, "validate_every": 2}
     spec = train(cohort, tmp_path / "model", pretrained=marking, training=short, cache=cache).spec
@@ -65,7 +71,10 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
         progress=lambda state: told.append(state.note),
     )
     assert "goes on without flair: the new model has t1." in told
-    assert part.spec.channels == ("t1",) and part.spec.settings["network_channels"] == ["flair", "t1"]
+    assert part.spec.channels == ("t1",) and part.spec.settings["network_channels"] == [
+        "flair",
+        "t1",
+    ]
     assert part.spec.score.kind != "auto" and not part.spec.subset_thresholds
     # What it makes of T1 is what the first model makes of a scan that has nothing else.
     x = torch.rand((2, 2, 32, 40), generator=torch.Generator().manual_seed(0))
@@ -85,13 +94,26 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
     before = Pretrained.read("built-in")
     assert before.preset().settings == before.spec.settings
     once = before.preset(("flair", "t2"))
-    assert once.settings == {**before.spec.settings, "network_channels": ["flair", "t1", "t1ce", "t2"]}
+    assert once.settings == {
+        **before.spec.settings,
+        "network_channels": ["flair", "t1", "t1ce", "t2"],
+    }
     given = Score("positive", ("flair", "t1"), parts=("flair", "flair+t1"))
-    part = replace(before, spec=replace(before.spec, channels=("flair", "t2"), settings=once.settings, score=given))
+    part = replace(
+        before,
+        spec=replace(before.spec, channels=("flair", "t2"), settings=once.settings, score=given),
+    )
     again = part.preset(("flair",))
     assert again.settings == once.settings
-    assert (again.score.kind, again.score.channels, again.score.parts) == ("positive", ("flair",), ("flair",))
-    networks = [methods.build(replace(part.spec, channels=names)) for names in (("flair", "t2"), ("flair",), ("t2",))]
+    assert (again.score.kind, again.score.channels, again.score.parts) == (
+        "positive",
+        ("flair",),
+        ("flair",),
+    )
+    networks = [
+        methods.build(replace(part.spec, channels=names))
+        for names in (("flair", "t2"), ("flair",), ("t2",))
+    ]
     x = torch.rand((1, 2, 32, 40), generator=torch.Generator().manual_seed(0))
     for network in networks:
         network.load_state_dict(before.weights)
@@ -110,25 +132,47 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
 ) -> None:
     spec, _, weights = read_model(marking)
     moved = {name: value + 0.5 for name, value in weights.items()}
-    other = replace(spec, channels=("flair",), settings={**spec.settings, "network_channels": ["flair", "t1"]})
-    write_model(tmp_path / "other", replace(other, score=Score("mark"), data_licence="CC0"), moved)
-    write_splits(tmp_path / "other" / "splits.csv", [Case("case0", {}, split="test"), Case("else", {}, split="train")])
+    other = replace(
+        spec, channels=("flair",), settings={**spec.settings, "network_channels": ["flair", "t1"]}
+    )
+    write_model(
+        tmp_path / "other",
+        replace(other, score=Score("anomaly_probability"), data_licence="CC0"),
+        moved,
+    )
+    write_splits(
+        tmp_path / "other" / "splits.csv",
+        [Case("case0", {}, split="test"), Case("else", {}, split="train")],
+    )
     both = Pretrained.read_all([marking, tmp_path / "other"])
-    assert all(torch.allclose(both.weights[name], value + 0.25, atol=1e-6) for name, value in weights.items())
+    assert all(
+        torch.allclose(both.weights[name], value + 0.25, atol=1e-6)
+        for name, value in weights.items()
+    )
     assert (both.spec.channels, both.spec.score) == (spec.channels, spec.score)
     assert both.spec.data_licence == f"{spec.data_licence}; CC0" and both.takes_subsets
     # Of two sides the one that more was seen of.
     sides = splits_of(Pretrained.read(marking).cases)
     assert splits_of(both.cases) == sides | {"else": "train"} and sides["case0"] == "train"
     still = {"steps": 1, "learning_rate": 1e-12}
-    trained = train(cohort, tmp_path / "mean", pretrained=[marking, tmp_path / "other"], training=still, cache=cache)
+    trained = train(
+        cohort,
+        tmp_path / "mean",
+        pretrained=[marking, tmp_path / "other"],
+        training=still,
+        cache=cache,
+    )
     _, _, ended = read_model(tmp_path / "mean")
-    assert all(torch.allclose(ended[name], value + 0.25, atol=1e-5) for name, value in weights.items())
+    assert all(
+        torch.allclose(ended[name], value + 0.25, atol=1e-5) for name, value in weights.items()
+    )
     assert trained.splits["else"] == "train"
-    with pytest.raises(AnomriError, match=r"brats18: its network is not that of .*model; a mean is of models"):
+    with pytest.raises(
+        AnomriError, match=r"brats18: its network is not that of .*model; a mean is of models"
+    ):
         Pretrained.read_all([marking, "built-in"])
     alike = replace(spec, channels=("t1", "t2"))
-    write_model(tmp_path / "alike", replace(alike, score=Score("mark")), weights)
+    write_model(tmp_path / "alike", replace(alike, score=Score("anomaly_probability")), weights)
     with pytest.raises(AnomriError, match="alike: its network is not that of"):
         Pretrained.read_all([marking, tmp_path / "alike"])
 
@@ -138,8 +182,12 @@ def test_a_description_with_other_channels_of_the_network_is_refused_by_name(
     marking: Path, tmp_path: Path, channels: list[str]
 ) -> None:
     spec, _, weights = read_model(marking)
-    write_model(tmp_path, replace(spec, settings={**spec.settings, "network_channels": channels}), weights)
-    with pytest.raises(AnomriError, match=r"model\.json: network_channels are the channels and others"):
+    write_model(
+        tmp_path, replace(spec, settings={**spec.settings, "network_channels": channels}), weights
+    )
+    with pytest.raises(
+        AnomriError, match=r"model\.json: network_channels are the channels and others"
+    ):
         read_model(tmp_path)
 
 
@@ -148,23 +196,35 @@ def test_the_channels_are_those_of_most_cases_that_are_not_for_testing() -> None
 
     def cases(*kinds: tuple[int, str, str | None]) -> list[Case]:
         return [
-            Case(f"{channels}{number}", {name: Path(name) for name in channels.split("+")}, split=split)
+            Case(
+                f"{channels}{number}",
+                {name: Path(name) for name in channels.split("+")},
+                split=split,
+            )
             for count, channels, split in kinds
             for number in range(count)
         ]
 
     every = "flair+t1+t1ce+t2"
-    assert before.channels_for(cases((3, every, "train"), (4, "flair", "test")), ()) == before.spec.channels
+    assert (
+        before.channels_for(cases((3, every, "train"), (4, "flair", "test")), ())
+        == before.spec.channels
+    )
     # What the model does not have counts neither for nor against.
     some = cases((2, every, None), (3, f"{every}+pd", None), (4, "flair+t1", None), (2, "pd", None))
     assert before.channels_for(some, ()) == before.spec.channels
     assert before.channels_for(some, ("t1", "flair")) == ("flair", "t1")
-    assert before.channels_for(cases((2, "t1+flair", None), (1, every, None)), ()) == ("flair", "t1")
+    assert before.channels_for(cases((2, "t1+flair", None), (1, every, None)), ()) == (
+        "flair",
+        "t1",
+    )
     with pytest.raises(AnomriError, match="has the channels flair, t1, t1ce, t2, not pd"):
         before.channels_for(cases((2, "pd", None)), ())
 
 
-def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+def test_the_model_knows_the_cases_of_both_trainings(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
     for number in range(2):
         write_case(tmp_path / "others", f"new{number}", 20 + number, lesion=False)
     short = {"steps": 2, "validate_every": 2}
@@ -176,16 +236,24 @@ def test_the_model_knows_the_cases_of_both_trainings(cohort: Path, cache: Path, 
     assert sorted([splits["new0"], splits["new1"]]) == ["train", "val"]
 
 
-def test_patients_keep_their_sides_where_no_split_is_given(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_patients_keep_their_sides_where_no_split_is_given(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     before = Pretrained.read(model)
     again = [replace(case, split=None) for case in find_cases(cohort)]
     new = [Case("new0", {}), Case("new1", {})]
     divided = {case.name: case.split for case in before.divided([*again, *new], seed=0)}
-    assert divided == {case.name: case.split for case in find_cases(cohort)} | {"new0": "train", "new1": "train"}
+    assert divided == {case.name: case.split for case in find_cases(cohort)} | {
+        "new0": "train",
+        "new1": "train",
+    }
     # Nobody who was held out: some of the new ones are.
     divided = {case.name: case.split for case in before.divided([*again[:5], *new], seed=0)}
     assert sorted(str(divided[case.name]) for case in new) == ["train", "val"]
-    assert len(before.others([replace(case, split=divided[case.name]) for case in [*again[:5], *new]])) == 4
+    assert (
+        len(before.others([replace(case, split=divided[case.name]) for case in [*again[:5], *new]]))
+        == 4
+    )
     for given in (find_cases(cohort), new):
         assert before.divided(given, seed=0) == given
 
@@ -194,14 +262,18 @@ def sided(**splits: str | None) -> list[Case]:
     return [Case(name, {}, split=split) for name, split in splits.items()]
 
 
-def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on(model: Path) -> None:
+def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on(
+    model: Path,
+) -> None:
     before = Pretrained.read(model)
     known = {case.name: case.split for case in before.cases}
     assert known["case0"] == known["case1"] == "train" and "val" in known.values()
     validated = next(name for name, side in known.items() if side == "val")
     for seed in range(5):
         # As a data set of nnU-Net: training and test, and nothing in between.
-        found = before.divided(sided(case0="train", case1="train", new0="train", new1="test", new2=None), seed)
+        found = before.divided(
+            sided(case0="train", case1="train", new0="train", new1="test", new2=None), seed
+        )
         assert {case.name: case.split for case in found} == {
             "case0": "train",
             "case1": "train",
@@ -210,14 +282,22 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
             "new2": None,
         }
     found = before.divided(sided(case0="train", new0="train", **{validated: "train"}), 0)
-    assert {case.name: case.split for case in found} == {"case0": "train", "new0": "train", validated: "val"}
+    assert {case.name: case.split for case in found} == {
+        "case0": "train",
+        "new0": "train",
+        validated: "val",
+    }
     # Those it was to be tested on it was not trained on.
     tested = [case.name for case in before.cases if case.split == "test"]
     found = before.divided(sided(case0="train", **dict.fromkeys(tested, "train")), 0)
     assert sorted(str(case.split) for case in found if case.name in tested) == ["train", "val"]
-    assert before.divided(sided(**dict.fromkeys(tested, "test")), 0) == sided(**dict.fromkeys(tested, "test"))
+    assert before.divided(sided(**dict.fromkeys(tested, "test")), 0) == sided(
+        **dict.fromkeys(tested, "test")
+    )
     for split in ("train", None):
-        with pytest.raises(AnomriError, match="was trained on all of these patients; add one that it does not know"):
+        with pytest.raises(
+            AnomriError, match="was trained on all of these patients; add one that it does not know"
+        ):
             before.divided(sided(case0=split, case1=split), 0)
 
 
@@ -228,7 +308,8 @@ def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
     kept = {case.name for case in before.others(sided(case0="train", case1=None))}
     assert "case0" not in kept and {"case1", validated} <= kept
     with pytest.raises(
-        AnomriError, match="in the split test, but .* was validated on that patient; give it the split val"
+        AnomriError,
+        match="in the split test, but .* was validated on that patient; give it the split val",
     ):
         before.others(sided(**{validated: "test"}))
     assert before.others(sided(**{validated: "train"}))
@@ -237,25 +318,41 @@ def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
 def test_a_saved_model_knows_whom_it_has_seen(model: Path, tmp_path: Path) -> None:
     detector = Detector.load(model)
     assert detector.splits
-    for number, one in enumerate((detector, detector.with_spec(detector.spec), detector.with_min_volume(9))):
+    for number, one in enumerate(
+        (detector, detector.with_spec(detector.spec), detector.with_min_volume(9))
+    ):
         one.save(tmp_path / str(number))
-        assert (tmp_path / str(number) / "splits.csv").read_bytes() == (model / "splits.csv").read_bytes()
+        assert (tmp_path / str(number) / "splits.csv").read_bytes() == (
+            model / "splits.csv"
+        ).read_bytes()
         assert Detector.load(tmp_path / str(number)).splits == detector.splits
 
 
-def test_the_terms_of_both_cohorts_are_told(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+def test_the_terms_of_both_cohorts_are_told(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
     arguments = {"pretrained": model, "training": {"steps": 1}, "cache": cache}
     old = ModelSpec.read(model / "model.json").data_licence
     spec = train(cohort, tmp_path / "given", data_licence="CC0", **arguments).spec  # type: ignore[arg-type]
     assert spec.data_licence == f"CC0; began with weights of: {old}"
     assert Pretrained.read(model).licence(old) == old
-    assert Pretrained.read(model).licence(None).startswith("unknown for the scans that it went on with; began with")
+    assert (
+        Pretrained.read(model)
+        .licence(None)
+        .startswith("unknown for the scans that it went on with; began with")
+    )
 
 
-def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, model: Path, tmp_path: Path) -> None:
+def test_what_a_model_was_trained_on_is_not_held_out(
+    cohort: Path, cache: Path, model: Path, tmp_path: Path
+) -> None:
     swapped = tmp_path / "splits.csv"
-    swapped.write_text("case,split\n" + "".join(f"case{k},{'val' if k == 0 else 'train'}\n" for k in range(7)))
-    with pytest.raises(AnomriError, match="case0 is in the split val, but .*model was trained on that patient"):
+    swapped.write_text(
+        "case,split\n" + "".join(f"case{k},{'val' if k == 0 else 'train'}\n" for k in range(7))
+    )
+    with pytest.raises(
+        AnomriError, match="case0 is in the split val, but .*model was trained on that patient"
+    ):
         train(cohort, tmp_path / "model", pretrained=model, splits=swapped, cache=cache)
     assert not (tmp_path / "model").exists()
 
@@ -273,13 +370,20 @@ def test_what_a_model_was_trained_on_is_not_held_out(cohort: Path, cache: Path, 
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(
-    cohort: Path, cache: Path, model: Path, tmp_path: Path, arguments: dict[str, object], message: str
+    cohort: Path,
+    cache: Path,
+    model: Path,
+    tmp_path: Path,
+    arguments: dict[str, object],
+    message: str,
 ) -> None:
     with pytest.raises(AnomriError, match=message):
         train(cohort, tmp_path / "model", pretrained=model, cache=cache, **arguments)
 
 
-def test_what_has_no_weights_cannot_be_gone_on_from(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_what_has_no_weights_cannot_be_gone_on_from(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     train(cohort, tmp_path / "thresholding", method="thresholding", cache=cache)
     with pytest.raises(AnomriError, match="thresholding has no weights to begin with"):
         train(cohort, tmp_path / "model", pretrained=tmp_path / "thresholding", cache=cache)
@@ -296,15 +400,28 @@ def test_resuming_goes_on_from_its_own_step_and_not_from_another_model(
 
     whole = train(cohort, tmp_path / "whole", pretrained=model, training=training, cache=cache)
     with pytest.raises(Interrupted):
-        train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, progress=stop)
+        train(
+            cohort,
+            tmp_path / "model",
+            pretrained=model,
+            training=training,
+            cache=cache,
+            progress=stop,
+        )
     assert (tmp_path / "model" / TrainingState.NAME).exists()
     with pytest.raises(AnomriError, match="was begun with another training"):
-        train(cohort, tmp_path / "model", preset="tiny", training=training, cache=cache, resume=True)
-    resumed = train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True)
+        train(
+            cohort, tmp_path / "model", preset="tiny", training=training, cache=cache, resume=True
+        )
+    resumed = train(
+        cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True
+    )
     assert resumed.fingerprint == whole.fingerprint
     # And is known again once it is finished.
     shutil.rmtree(tmp_path / "whole")
-    assert train(cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True)
+    assert train(
+        cohort, tmp_path / "model", pretrained=model, training=training, cache=cache, resume=True
+    )
 
 
 def test_the_model_in_the_package_can_be_gone_on_from() -> None:

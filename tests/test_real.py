@@ -17,7 +17,11 @@ from anomri.slices import slice_volume
 def test_the_cohort_is_found_with_its_splits(real_scans: Path) -> None:
     cases = find_cases(real_scans / "brats18")
     assert channels_of(cases) == ("flair", "t1", "t1ce", "t2")
-    assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [20, 3, 5]
+    assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [
+        20,
+        3,
+        5,
+    ]
     assert all(case.label is not None for case in cases)
 
 
@@ -34,7 +38,9 @@ def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path
     for name in ("Brats18_CBICA_ABM_1", "Brats18_CBICA_APZ_1", "Brats18_TCIA10_639_1"):
         shutil.copytree(real_scans / "brats18" / name, tmp_path / "cohort" / name)
     shutil.copy(real_scans / "brats18" / "splits.csv", tmp_path / "cohort")
-    anomri.train(tmp_path / "cohort", tmp_path / "m", preset="tiny", cache=tmp_path / "cache", device="cpu")
+    anomri.train(
+        tmp_path / "cohort", tmp_path / "m", preset="tiny", cache=tmp_path / "cache", device="cpu"
+    )
     evaluation = evaluate(tmp_path / "cohort", tmp_path / "ev", model=tmp_path / "m")
     # A network of a few seconds is no detector yet, but far better than chance (the lesion's share of voxels).
     patient = evaluation.patients[0]
@@ -44,7 +50,16 @@ def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path
     written = detection.save(tmp_path / "out")
     source = nib.load(tmp_path / "cohort" / patient.case / f"{patient.case}_flair.nii.gz")
     header = nib.load(written[0]).header
-    for field in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "qoffset_y", "pixdim", "xyzt_units"):
+    for field in (
+        "qform_code",
+        "sform_code",
+        "srow_x",
+        "srow_y",
+        "srow_z",
+        "qoffset_y",
+        "pixdim",
+        "xyzt_units",
+    ):
         np.testing.assert_array_equal(header[field], source.header[field], err_msg=field)
 
 
@@ -54,7 +69,12 @@ def test_another_grid_and_bit_depth(real_scans: Path, tmp_path: Path) -> None:
     assert (case.name, sorted(case.channels)) == ("stroke", ["flair", "t1", "t2"])
     shutil.copytree(real_scans / "stroke", tmp_path / "cohort" / "b")
     shutil.copytree(real_scans / "stroke", tmp_path / "cohort" / "a")
-    arguments = {"preset": "tiny", "training": {"steps": 10}, "cache": tmp_path / "cache", "device": "cpu"}
+    arguments = {
+        "preset": "tiny",
+        "training": {"steps": 10},
+        "cache": tmp_path / "cache",
+        "device": "cpu",
+    }
     detector = anomri.train(tmp_path / "cohort", tmp_path / "m", **arguments)
     detection = detector.detect(case)
     assert 0 < detection.anomaly_map.max() < 10

@@ -44,9 +44,16 @@ def run(cohort: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def evil_page() -> Page:
     columns = (EVIL, "n", "mixed")
-    table = Table(EVIL, columns, [(EVIL, 10, "b"), ("x", 9, ""), ("y", "", "a")], EVIL, {EVIL: "case-1"})
-    preview = Preview(EVIL, (Picture(EVIL, "AAAA", (EVIL,)),), histogram([1], [2], (1.0, 1.0), 0.5), True, EVIL)
-    plots = [curves_plot({EVIL: [(0.1, 0.2, 0.3, 0.4)]}, {EVIL: 0.1}), patients_plot({EVIL: [0.1, 0.2]})]
+    table = Table(
+        EVIL, columns, [(EVIL, 10, "b"), ("x", 9, ""), ("y", "", "a")], EVIL, {EVIL: "case-1"}
+    )
+    preview = Preview(
+        EVIL, (Picture(EVIL, "AAAA", (EVIL,)),), histogram([1], [2], (1.0, 1.0), 0.5), True, EVIL
+    )
+    plots = [
+        curves_plot({EVIL: [(0.1, 0.2, 0.3, 0.4)]}, {EVIL: 0.1}),
+        patients_plot({EVIL: [0.1, 0.2]}),
+    ]
     view = CaseView("case-1", preview, EVIL, table)
     return Page(EVIL, EVIL, EVIL, [(EVIL, EVIL)], [table], plots, [view], EVIL, [table], EVIL)
 
@@ -55,8 +62,12 @@ def test_pages_escape_what_comes_from_files_and_need_no_network(tmp_path: Path) 
     text = write_page(tmp_path / "report.html", evil_page()).read_text()
     assert text.count("<script") == 1 and "alert(1)</script>" not in text
     assert "&lt;script&gt;" in text
-    assert re.search(r"default-src 'none'; img-src data:;[^\"]*script-src 'sha256-[\w+/=]{44}'", text)
-    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", re.sub(r"xlink:href=\"#", "", text))
+    assert re.search(
+        r"default-src 'none'; img-src data:;[^\"]*script-src 'sha256-[\w+/=]{44}'", text
+    )
+    assert not re.search(
+        r"(src|href)\s*=\s*[\"']?(https?:)?//", re.sub(r"xlink:href=\"#", "", text)
+    )
 
 
 PROBE = """
@@ -81,11 +92,15 @@ def browse(page: Path, profile: Path) -> dict[str, str]:
     dom = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
     body = re.search(r"<body[^>]*>", dom)
     assert body is not None, dom[:500]
-    return {name: html.unescape(value) for name, value in re.findall(r'data-(\w+)="([^"]*)"', body[0])}
+    return {
+        name: html.unescape(value) for name, value in re.findall(r'data-(\w+)="([^"]*)"', body[0])
+    }
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_browser_sorts_the_tables_and_runs_no_other_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_browser_sorts_the_tables_and_runs_no_other_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import anomri.reporting.pages as module
 
     real = module.files("anomri") / "templates"
@@ -134,7 +149,9 @@ def test_the_report_of_a_run_is_made_again_from_its_files(run: Path) -> None:
     # An older run's tables and a lost picture are no reason to fail.
     (run / "previews" / "case7.row.jpg").unlink()
     lines = (run / "lesions.tsv").read_text().splitlines()
-    (run / "lesions.tsv").write_text("\n".join("\t".join(line.split("\t")[:8]) for line in lines) + "\n")
+    (run / "lesions.tsv").write_text(
+        "\n".join("\t".join(line.split("\t")[:8]) for line in lines) + "\n"
+    )
     assert report(run).read_text().count('<section class="case"') == 1
 
 
@@ -146,11 +163,16 @@ def test_the_report_of_an_evaluation(cohort: Path, model: Path, tmp_path: Path) 
     assert "truth" in text and text.count('<section class="case"') == 2
 
 
-def test_a_large_cohort_stays_small_enough_to_open(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_cohort_stays_small_enough_to_open(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import anomri.reporting.pages as module
 
     monkeypatch.setattr(module, "MAX_PICTURES", 1)
-    assert "1 of 2, largest volumes first; pictures of the others lie in the folder previews" in report(run).read_text()
+    assert (
+        "1 of 2, largest volumes first; pictures of the others lie in the folder previews"
+        in report(run).read_text()
+    )
     monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 10)
     assert "data:image/jpeg" not in report(run).read_text()
 
@@ -176,7 +198,9 @@ def test_planes_show_the_peak_and_both_outlines_the_right_way_up(detection: Dete
     _, sizes = zip(*((0, s) for s in (44 * 3.75, 54 * 3.75, 14 * 8)), strict=True)
     scale = 460 / (2 * sizes[0] + sizes[1])
     width, depth, height = (scale * size for size in sizes)
-    axial, axial_label = (centre(colour, slice(0, round(width))) for colour in (MASK_COLOUR, TRUTH_COLOUR))
+    axial, axial_label = (
+        centre(colour, slice(0, round(width))) for colour in (MASK_COLOUR, TRUTH_COLOUR)
+    )
     assert axial == pytest.approx([(12 - 3) / 54 * depth, (16 - 8) / 44 * width], abs=3)
     assert axial_label[1] == pytest.approx((42 - 8) / 44 * width, abs=3)
     coronal = centre(MASK_COLOUR, slice(round(width), round(2 * width)))
@@ -210,7 +234,9 @@ def test_a_histogram_is_a_density_on_a_log_scale() -> None:
     assert histogram([10, 1], [], (1.0, 0.0), None).scan == "M0 40V0.0H50.00V8.0H100.00V40"
 
 
-def test_closeups_show_the_largest_lesions_by_their_numbers(detection: Detection, tmp_path: Path) -> None:
+def test_closeups_show_the_largest_lesions_by_their_numbers(
+    detection: Detection, tmp_path: Path
+) -> None:
     assert len(detection.lesions) > 1
     row = closeups(detection, 480, 4)
     assert row is not None and row.shape == (120, 480, 3)
@@ -225,4 +251,8 @@ def test_closeups_show_the_largest_lesions_by_their_numbers(detection: Detection
     assert closeups(none) is None
     save_preview(none, tmp_path)
     preview = read_preview(tmp_path, none.name)
-    assert preview is not None and [p.title.split()[0] for p in preview.pictures] == ["Three", "Slice", "Axial"]
+    assert preview is not None and [p.title.split()[0] for p in preview.pictures] == [
+        "Three",
+        "Slice",
+        "Axial",
+    ]

@@ -87,10 +87,16 @@ def test_no_pickle_is_loaded_from_a_model_a_cache_or_a_run(
             (unfinished / TrainingState.NAME).write_bytes(content)
         with pytest.raises(AnomriError, match=r"training.pt: is damaged"):
             train(cohort, unfinished, preset="tiny", cache=tmp_path / "cache", resume=True)
-    (packed,) = pack_cohort(find_cases(cohort)[:1], ("flair",), Grid(), Scaling(), tmp_path / "cache")
+    (packed,) = pack_cohort(
+        find_cases(cohort)[:1], ("flair",), Grid(), Scaling(), tmp_path / "cache"
+    )
     sound, sidecar = packed.file.read_bytes(), packed.file.with_suffix(".json")
     np.save(packed.file, np.array([Evil(mark)] * packed.slices, dtype=object), allow_pickle=True)
-    sidecar.write_text(sidecar.read_text().replace(f'"bytes": {len(sound)}', f'"bytes": {packed.file.stat().st_size}'))
+    sidecar.write_text(
+        sidecar.read_text().replace(
+            f'"bytes": {len(sound)}', f'"bytes": {packed.file.stat().st_size}'
+        )
+    )
     packed.read([0])
     assert packed.file.read_bytes() == sound
     # Scores that an evaluation left behind.
@@ -103,7 +109,9 @@ def test_no_pickle_is_loaded_from_a_model_a_cache_or_a_run(
 
 
 @pytest.mark.parametrize("file", ["model.json", "weights.safetensors", "splits.csv"])
-def test_links_to_devices_pipes_and_folders_are_not_opened(stranger: Path, tmp_path: Path, file: str) -> None:
+def test_links_to_devices_pipes_and_folders_are_not_opened(
+    stranger: Path, tmp_path: Path, file: str
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     for target in (Path("/dev/zero"), tmp_path / "pipe", tmp_path, Path("/proc/self/mem")):
         (stranger / file).unlink()
@@ -133,16 +141,23 @@ def test_no_case_is_called_so_that_its_files_leave_the_folder(
     scan = cohort / "case0" / "case0_flair.nii.gz"
     table = tmp_path / "cohort.tsv"
     table.write_text(f'case\tflair\tt1\n"{name}"\t{scan}\t{scan}\n')
-    with pytest.raises(AnomriError, match="case .* is empty, named twice or holds a '/'|cannot read the table"):
+    with pytest.raises(
+        AnomriError, match="case .* is empty, named twice or holds a '/'|cannot read the table"
+    ):
         find_cases(table)
     with pytest.raises(AnomriError, match="is no name for its files"):
         anomri.detect_cohort([Case(name, {"flair": scan, "t1": scan})], tmp_path / "out", model)
-    assert sorted(path.name for path in tmp_path.iterdir()) in (["cohort.tsv"], ["cohort.tsv", "out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) in (
+        ["cohort.tsv"],
+        ["cohort.tsv", "out"],
+    )
 
 
 def test_names_in_a_model_lead_nowhere(stranger: Path, cohort: Path, tmp_path: Path) -> None:
     (stranger / "splits.csv").write_text("case,split\n../../../etc/passwd,train\n")
-    assert Detector.load(stranger, "cpu").splits == {"../../../etc/passwd": "train"}  # compared with, never opened
+    assert Detector.load(stranger, "cpu").splits == {
+        "../../../etc/passwd": "train"
+    }  # compared with, never opened
     described(stranger, method="../../evil")
     refused(stranger, "there is no method")
     described(stranger, method="os:system")
@@ -178,14 +193,26 @@ def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"widths": [10**9, 10**9]}}, "does not describe a model .its setting widths is 1e\\+09"),
-        ({"settings": {"widths": [10**5] * 4}}, "it describes .* bytes of numbers, but the weights have"),
+        (
+            {"settings": {"widths": [10**9, 10**9]}},
+            "does not describe a model .its setting widths is 1e\\+09",
+        ),
+        (
+            {"settings": {"widths": [10**5] * 4}},
+            "it describes .* bytes of numbers, but the weights have",
+        ),
         ({"settings": {"widths": [1] * 100_000}}, "setting widths has 100,000 entries"),
-        ({"settings": {"widths": [[[4]]]}}, "model.json: the setting widths of dae: input should be"),
+        (
+            {"settings": {"widths": [[[4]]]}},
+            "model.json: the setting widths of dae: input should be",
+        ),
         ({"settings": {"widths": "abcd"}}, "model.json: the setting widths of dae: "),
         ({"settings": {"widths": [-4, 8]}}, "does not describe a model|do not fit"),
         ({"settings": {"noise_resolution": 1e300}}, "setting noise_resolution is 1e\\+300"),
-        ({"method": "diffusion", "settings": {"steps": 10**12}}, "do not fit|setting steps is 1e\\+12"),
+        (
+            {"method": "diffusion", "settings": {"steps": 10**12}},
+            "do not fit|setting steps is 1e\\+12",
+        ),
         ({"grid": {"size": [10**6, 10**6]}}, "its working grid is"),
         ({"score": {"median": 10**9}}, "its setting median is 1e\\+09"),
         ({"thresholds": {"chosen": 0.0031}}, "its thresholds do not belong together"),
@@ -226,7 +253,10 @@ def planted(path: Path) -> None:
     for field in ("descrip", "aux_file", "intent_name", "db_name", "data_type"):
         content.header[field] = IDENTIFIER
     content.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"name " + IDENTIFIER))
-    with path.open("wb") as raw, gzip.GzipFile(IDENTIFIER.decode() + ".nii", "wb", fileobj=raw) as packed:
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(IDENTIFIER.decode() + ".nii", "wb", fileobj=raw) as packed,
+    ):
         packed.write(content.to_bytes())
 
 
@@ -262,5 +292,7 @@ def test_a_case_that_is_called_as_markup_is_shown_as_text(model: Path, tmp_path:
 
 def test_no_case_is_called_as_a_file_of_the_run(cohort: Path, model: Path, tmp_path: Path) -> None:
     case = Case("run", dict(find_cases(cohort)[0].channels))
-    with pytest.raises(AnomriError, match="a case is called 'run', which is no name for its files; rename it"):
+    with pytest.raises(
+        AnomriError, match="a case is called 'run', which is no name for its files; rename it"
+    ):
         anomri.detect_cohort([case], tmp_path / "out", model)

@@ -24,12 +24,19 @@ from anomri.scans.find import find_cases
 from anomri.scans.volume import read_volume
 from anomri.scoring.metrics import dice
 from anomri.scoring.positions import CELLS, packed_maps
-from anomri.scoring.scores import SCORES, WITH_MARKS, anomaly_score, erode_foreground, score_of, structural_similarity
+from anomri.scoring.scores import (
+    SCORES,
+    WITH_PROBABILITY,
+    anomaly_score,
+    erode_foreground,
+    score_of,
+    structural_similarity,
+)
 from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, Scaling, Score
 from anomri.training.choose_score import choose_score
 from anomri.training.packing import PackedCase, pack_cohort
-from anomri.training.spheres import LARGE, SEED, SMALL, plant_balls
+from anomri.training.spheres import LARGE, SEED, SMALL, plant_spheres
 from anomri.training.thresholds import PLANTED, healthy_thresholds
 from anomri.training.train import train
 
@@ -69,21 +76,31 @@ def test_each_score_is_its_formula() -> None:
     assert at("positive") == pytest.approx(0.2)
     assert at("positive", channels=("flair",)) == pytest.approx(0.4)
     assert at("negative") == pytest.approx(0.15)
-    assert at("standardised", healthy_mean=(0.1, 0.1), healthy_spread=(0.1, 0.4)) == pytest.approx((3 + 0.5) / 2)
-    assert at("mark") == pytest.approx(0.25)
-    assert at("mark_positive") == pytest.approx(0.5 * 0.22)
-    maps = packed_maps(torch.full((2, CELLS, CELLS, CELLS), 0.1), torch.full((2, CELLS, CELLS, CELLS), 0.2))
-    assert at("standardised_by_position", healthy_maps=maps) == pytest.approx((1.5 + 1) / 2, abs=2e-3)
+    assert at("standardised", healthy_mean=(0.1, 0.1), healthy_spread=(0.1, 0.4)) == pytest.approx(
+        (3 + 0.5) / 2
+    )
+    assert at("anomaly_probability") == pytest.approx(0.25)
+    assert at("probability_with_residual") == pytest.approx(0.5 * 0.22)
+    maps = packed_maps(
+        torch.full((2, CELLS, CELLS, CELLS), 0.1), torch.full((2, CELLS, CELLS, CELLS), 0.2)
+    )
+    assert at("standardised_by_position", healthy_maps=maps) == pytest.approx(
+        (1.5 + 1) / 2, abs=2e-3
+    )
     assert at("positive_by_position", healthy_maps=maps) == pytest.approx(0.75, abs=2e-3)
-    assert at("mark_by_position", healthy_maps=maps) == pytest.approx(0.5 * 0.95, abs=2e-3)
+    assert at("probability_with_residual_by_position", healthy_maps=maps) == pytest.approx(
+        0.5 * 0.95, abs=2e-3
+    )
     # No channel of this scan is one of the score's: dark counts as much as bright.
-    assert at("positive_by_position", channels=("t2",), healthy_maps=maps) == pytest.approx(1.25, abs=2e-3)
-    assert at("mark_positive", channels=("t2",)) == pytest.approx(0.5 * 0.37)
+    assert at("positive_by_position", channels=("t2",), healthy_maps=maps) == pytest.approx(
+        1.25, abs=2e-3
+    )
+    assert at("probability_with_residual", channels=("t2",)) == pytest.approx(0.5 * 0.37)
     assert at("ssim") > 0.1 > float(score_of(x, x, CHANNELS, Score("ssim")).abs().max())
     with pytest.raises(AnomriError, match="no score 'best'"):
         at("best")
-    with pytest.raises(AnomriError, match="makes no marks"):
-        score_of(x, reconstruction, CHANNELS, Score("mark"))
+    with pytest.raises(AnomriError, match="has no segmentation head"):
+        score_of(x, reconstruction, CHANNELS, Score("anomaly_probability"))
     with pytest.raises(AnomriError, match="mean and spread"):
         at("standardised")
 
@@ -91,23 +108,41 @@ def test_each_score_is_its_formula() -> None:
 @pytest.mark.parametrize("kind", sorted(SCORES))
 def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, output = torch.rand((2, 2, 16, 16), generator=generator), torch.rand((2, 3, 16, 16), generator=generator)
+    x, output = (
+        torch.rand((2, 2, 16, 16), generator=generator),
+        torch.rand((2, 3, 16, 16), generator=generator),
+    )
     mean, spread = torch.rand((2, 2, CELLS, CELLS, CELLS), generator=generator)
-    score = Score(kind, healthy_mean=(0.1, 0.2), healthy_spread=(0.1, 0.2), healthy_maps=packed_maps(mean, spread))
+    score = Score(
+        kind,
+        healthy_mean=(0.1, 0.2),
+        healthy_spread=(0.1, 0.2),
+        healthy_maps=packed_maps(mean, spread),
+    )
     x[:, 1] = 0
     with_both = score_of(x, output, CHANNELS, score)
-    alone = replace(score, healthy_mean=(0.1,), healthy_spread=(0.1,), healthy_maps=packed_maps(mean[:1], spread[:1]))
+    alone = replace(
+        score,
+        healthy_mean=(0.1,),
+        healthy_spread=(0.1,),
+        healthy_maps=packed_maps(mean[:1], spread[:1]),
+    )
     assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
 
 
-@pytest.mark.parametrize("kind", WITH_MARKS)
+@pytest.mark.parametrize("kind", WITH_PROBABILITY)
 @pytest.mark.parametrize("looked_at", [(), ("flair", "t2")])
-def test_without_flair_where_it_would_count_the_marks_count_alone(kind: str, looked_at: tuple[str, ...]) -> None:
+def test_without_flair_where_it_would_count_the_marks_count_alone(
+    kind: str, looked_at: tuple[str, ...]
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, output = torch.rand((2, 2, 16, 16), generator=generator), torch.rand((2, 3, 16, 16), generator=generator)
+    x, output = (
+        torch.rand((2, 2, 16, 16), generator=generator),
+        torch.rand((2, 3, 16, 16), generator=generator),
+    )
     mean, spread = torch.rand((2, 2, CELLS, CELLS, CELLS), generator=generator)
     score = Score(kind, looked_at, healthy_maps=packed_maps(mean, spread))
-    names, marks = ("flair", "t2"), Score("mark", looked_at)
+    names, marks = ("flair", "t2"), Score("anomaly_probability", looked_at)
     assert not torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
     x[:, 0] = 0
     assert torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
@@ -131,10 +166,16 @@ def test_structural_similarity_is_that_of_torchmetrics() -> None:
 def test_smoothing_is_in_mm_and_the_median_may_be_three_dimensional() -> None:
     raw, foreground = torch.zeros(9, 31, 31), torch.ones(9, 31, 31, dtype=torch.bool)
     raw[4, 15, 15] = 1.0
-    blurred = anomaly_score(raw, foreground, Score(erosion=0, median=0, smoothing_mm=2.0), (4.0, 1.0, 1.0))
+    blurred = anomaly_score(
+        raw, foreground, Score(erosion=0, median=0, smoothing_mm=2.0), (4.0, 1.0, 1.0)
+    )
     assert blurred.sum() == pytest.approx(1.0, abs=0.01)
-    assert blurred[4, 15, 17] > 10 * blurred[4, 15, 21] and blurred[4, 15, 17] > 2 * blurred[5, 15, 15]
-    raw[4] = 1.0  # one slice among dark ones: an artefact, which only a three-dimensional median sees
+    assert (
+        blurred[4, 15, 17] > 10 * blurred[4, 15, 21] and blurred[4, 15, 17] > 2 * blurred[5, 15, 15]
+    )
+    raw[4] = (
+        1.0  # one slice among dark ones: an artefact, which only a three-dimensional median sees
+    )
     score = Score(erosion=0)
     assert anomaly_score(raw, foreground, score)[4, 15, 15] == 1.0
     assert anomaly_score(raw, foreground, replace(score, median_slices=3))[4, 15, 15] == 0.0
@@ -154,12 +195,18 @@ def test_standard_scaling_is_not_moved_by_a_lesion_and_is_undone() -> None:
     assert not scaled[data[0] == 0].any() and inside.min() >= FLOOR
     assert np.abs(other[0](data[0]) - scaled).max() < 0.1
     moved = np.abs(
-        data[0] / intensity_scale(lesion, Scaling())[0].scale - data[0] / intensity_scale(data, Scaling())[0].scale
+        data[0] / intensity_scale(lesion, Scaling())[0].scale
+        - data[0] / intensity_scale(data, Scaling())[0].scale
     )
     assert moved.max() > 0.5  # what the 99th percentile does
     inverse = clean[0].inverse(torch.from_numpy(scaled), torch.from_numpy(data[0] > 0)).numpy()
     assert np.abs(inverse - data[0]).max() < 2
-    assert intensity_scale(np.zeros((1, 4, 4, 4), np.float32), STANDARD)[0](np.zeros(3, np.float32)).max() == 0
+    assert (
+        intensity_scale(np.zeros((1, 4, 4, 4), np.float32), STANDARD)[0](
+            np.zeros(3, np.float32)
+        ).max()
+        == 0
+    )
     flat = np.full((1, 4, 4, 4), 7, np.float32)
     assert np.isfinite(intensity_scale(flat, STANDARD)[0](flat[0])).all()
 
@@ -174,10 +221,14 @@ def test_the_score_is_chosen_on_healthy_slices_and_says_why(marking: Path, cohor
     assert stored["score"]["chosen_by"] == spec.score.chosen_by
 
 
-def test_balls_lie_in_the_brain_and_the_choice_depends_on_nothing_else(marking: Path, cohort: Path) -> None:
+def test_spheres_lie_in_the_brain_and_the_choice_depends_on_nothing_else(
+    marking: Path, cohort: Path
+) -> None:
     detector = anomri.load(marking)
-    stack = slice_volume(detector.read(case_of(cohort, "case0")), detector.spec.grid, detector.spec.scaling)
-    planted, where = plant_balls(stack, CHANNELS, torch.Generator().manual_seed(1))
+    stack = slice_volume(
+        detector.read(case_of(cohort, "case0")), detector.spec.grid, detector.spec.scaling
+    )
+    planted, where = plant_spheres(stack, CHANNELS, torch.Generator().manual_seed(1))
     assert where.any() and not (where & ~stack.foreground).any()
     change = (planted.x - stack.x)[:, 0]
     assert float(change[where].mean()) > 0.05 and not change[~stack.foreground].any()
@@ -187,15 +238,21 @@ def test_balls_lie_in_the_brain_and_the_choice_depends_on_nothing_else(marking: 
 
 def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -> None:
     detector = anomri.load(marking)
-    stack = slice_volume(detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling)
+    stack = slice_volume(
+        detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling
+    )
     once = detector.with_score(flips=False).output(stack)
     mirrored = replace(stack, x=stack.x.flip(2), foreground=stack.foreground.flip(1))
     other = detector.with_score(flips=False).output(mirrored).flip(2)
-    assert torch.allclose(detector.with_score(flips=True).output(stack), (once + other) / 2, atol=1e-5)
+    assert torch.allclose(
+        detector.with_score(flips=True).output(stack), (once + other) / 2, atol=1e-5
+    )
     noised = detector.with_score(flips=False, passes=2)
     assert torch.equal(noised.output(stack), noised.output(stack))  # the same noise every time
     assert not torch.allclose(noised.output(stack), once, atol=1e-3)
-    thresholding = Detector(replace(detector.spec, method="thresholding", settings={}, score=Score(passes=1)), _plain())
+    thresholding = Detector(
+        replace(detector.spec, method="thresholding", settings={}, score=Score(passes=1)), _plain()
+    )
     with pytest.raises(AnomriError, match="cannot reconstruct from noise"):
         thresholding.output(stack)
 
@@ -237,21 +294,29 @@ def test_a_score_that_cannot_be_is_refused_before_the_training(
     assert not (tmp_path / "cache").exists()
 
 
-def test_parts_of_the_channels_are_views_like_any_other(marking: Path, model: Path, cohort: Path) -> None:
+def test_parts_of_the_channels_are_views_like_any_other(
+    marking: Path, model: Path, cohort: Path
+) -> None:
     """Marks are the mean over all views, a channel's reconstruction over those that show it."""
     detector = anomri.load(marking, precision="32-true").with_score(flips=False, parts=())
-    stack = slice_volume(detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling)
+    stack = slice_volume(
+        detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling
+    )
     alone = replace(stack, x=stack.x * torch.tensor([1.0, 0.0])[:, None, None])
     whole, part = detector.output(stack), detector.output(alone)
     both = detector.with_score(parts=("flair",))
     seen = both.output(stack)
     for k in (0, 2):
         assert torch.allclose(seen[:, k], (whole[:, k] + part[:, k]) / 2, atol=1e-5)
-    assert torch.equal(seen[:, 1], whole[:, 1]) and not torch.allclose(whole[:, 2], part[:, 2], atol=1e-4)
+    assert torch.equal(seen[:, 1], whole[:, 1]) and not torch.allclose(
+        whole[:, 2], part[:, 2], atol=1e-4
+    )
     # A scan that is that part, or a part that it lacks, is one view.
     assert torch.equal(both.output(alone), part)
     assert torch.equal(detector.with_score(parts=("t1", "flair+t1")).output(alone), part)
-    with pytest.raises(AnomriError, match="the score looks at t2; the model's channels are flair, t1"):
+    with pytest.raises(
+        AnomriError, match="the score looks at t2; the model's channels are flair, t1"
+    ):
         detector.with_score(parts=("t2",))
     with pytest.raises(AnomriError, match="needs all of its channels"):
         anomri.load(model).with_score(parts=("flair",))
@@ -298,12 +363,29 @@ def test_the_commands_take_a_score_and_channels(
     assert main([*arguments, str(tmp_path / "flair"), "--channels", "flair"]) == 0
     assert "channels flair, score" in " ".join(capsys.readouterr().out.split())
     out = tmp_path / "detected"
-    assert main(["detect", "-i", str(cohort / "case7"), "-m", str(marking), "-o", str(out), "--channels", "flair"]) == 0
+    assert (
+        main(
+            [
+                "detect",
+                "-i",
+                str(cohort / "case7"),
+                "-m",
+                str(marking),
+                "-o",
+                str(out),
+                "--channels",
+                "flair",
+            ]
+        )
+        == 0
+    )
     assert json.loads((out / "case7.json").read_text())["channels"] == ["flair"]
     assert main([*arguments, str(tmp_path / "x"), "--channels", "adc"]) == 2
 
 
-def test_the_average_of_the_weights_is_what_is_kept(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_average_of_the_weights_is_what_is_kept(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     common = {"preset": "tiny", "cache": cache, "settings": {"widths": [4, 8, 16, 32]}}
     training = {"steps": 6, "validate_every": 3, "batch_size": 4}
     last = train(cohort, tmp_path / "last", training=training, **common)  # type: ignore[arg-type]
@@ -328,7 +410,10 @@ def fine(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "--set",
         "widths=[4,8,16,32]",
     ]
-    assert main(["train", "-i", str(cohort), "-o", str(folder), "--set", "scales=[1,0.667]", *chosen]) == 0
+    assert (
+        main(["train", "-i", str(cohort), "-o", str(folder), "--set", "scales=[1,0.667]", *chosen])
+        == 0
+    )
     return folder
 
 
@@ -339,9 +424,12 @@ def test_a_finer_grid_is_fused_with_a_coarser_one(fine: Path, cohort: Path) -> N
     detection = detector.detect(case_of(cohort, "case0"))
     assert detection.scores.shape[1:] == (192, 192)
     one, other, both = (
-        detector.with_score(scales=scales).output(detection.stack) for scales in ((1.0,), (0.667,), (1.0, 0.667))
+        detector.with_score(scales=scales).output(detection.stack)
+        for scales in ((1.0,), (0.667,), (1.0, 0.667))
     )
-    assert torch.allclose(both, (one + other) / 2, atol=1e-5) and not torch.allclose(one, other, atol=1e-3)
+    assert torch.allclose(both, (one + other) / 2, atol=1e-5) and not torch.allclose(
+        one, other, atol=1e-3
+    )
     twin = copy(detector)
     twin.inference = _Echo(detector.inference.method)  # type: ignore[assignment]
     seen = twin.with_score(scales=(0.667,)).output(detection.stack)
@@ -359,24 +447,33 @@ class _Echo:
         return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
 
 
-def test_a_finer_grid_is_evaluated_on_the_published_one(fine: Path, cohort: Path, tmp_path: Path) -> None:
+def test_a_finer_grid_is_evaluated_on_the_published_one(
+    fine: Path, cohort: Path, tmp_path: Path
+) -> None:
     """As many pixels count as for a model of the published grid, and the label is the same."""
     result = anomri.evaluate(cohort, tmp_path / "result", model=fine)
     stacks = [
-        slice_volume(anomri.load(fine).read(case_of(cohort, one.case)), scaling=STANDARD) for one in result.patients
+        slice_volume(anomri.load(fine).read(case_of(cohort, one.case)), scaling=STANDARD)
+        for one in result.patients
     ]
     slices = sum(len(stack.index) for stack in stacks)
     assert result.protocol["voxels"].endswith(f"{slices * 128 * 128:,}")
 
 
-def test_thresholds_for_parts_are_of_all_healthy_slices(marking: Path, cohort: Path, cache: Path) -> None:
+def test_thresholds_for_parts_are_of_all_healthy_slices(
+    marking: Path, cohort: Path, cache: Path
+) -> None:
     detector = anomri.load(marking)
     whole, part = detector.spec.thresholds, detector.spec.subset_thresholds["flair"]
     assert whole is not None and part.healthy is not None
     assert (part.healthy_slices, part.healthy_cases) == (whole.healthy_slices, whole.healthy_cases)
     scores = []
     for packed in pack_cohort(
-        [case for case in find_cases(cohort) if case.split == "val"], CHANNELS, detector.spec.grid, STANDARD, cache
+        [case for case in find_cases(cohort) if case.split == "val"],
+        CHANNELS,
+        detector.spec.grid,
+        STANDARD,
+        cache,
     ):
         stack = packed.stack(STANDARD)
         x = stack.x * torch.tensor([1, 0])[:, None, None]
@@ -387,26 +484,40 @@ def test_thresholds_for_parts_are_of_all_healthy_slices(marking: Path, cohort: P
         assert np.mean(np.concatenate(scores) > value) == pytest.approx(rate, rel=0.2, abs=2e-4)
 
 
-def test_the_threshold_of_a_chosen_score_is_the_best_on_balls(marking: Path, cohort: Path, cache: Path) -> None:
+def test_the_threshold_of_a_chosen_score_is_the_best_on_spheres(
+    marking: Path, cohort: Path, cache: Path
+) -> None:
     detector = anomri.load(marking)
     thresholds, spec = detector.spec.thresholds, detector.spec
-    assert thresholds is not None and spec.score.chosen_by and "Dice of synthetic balls" in thresholds.chosen_by
+    assert (
+        thresholds is not None
+        and spec.score.chosen_by
+        and "Dice of synthetic spheres" in thresholds.chosen_by
+    )
     assert thresholds.chosen <= 0.01 and "+".join(spec.channels) not in spec.subset_thresholds
     held_out = [case for case in find_cases(cohort) if case.split == "val"]
     packed = pack_cohort(held_out, CHANNELS, spec.grid, STANDARD, cache)
     scored = []
-    for balls in (LARGE, SMALL):
+    for spheres in (LARGE, SMALL):
         generator = torch.Generator().manual_seed(SEED)
-        stacks = [case.stack(STANDARD).take(case.healthy) for case in packed] * (PLANTED // len(packed))
-        planted = [plant_balls(stack, CHANNELS, generator, balls) for stack in stacks]
+        stacks = [case.stack(STANDARD).take(case.healthy) for case in packed] * (
+            PLANTED // len(packed)
+        )
+        planted = [plant_spheres(stack, CHANNELS, generator, spheres) for stack in stacks]
         inside = np.concatenate([stack.foreground.numpy().ravel() for stack, _ in planted])
         scores = np.concatenate([detector.score(stack)[0].ravel() for stack, _ in planted])[inside]
-        scored.append((scores, np.concatenate([where.numpy().ravel() for _, where in planted])[inside]))
+        scored.append(
+            (scores, np.concatenate([where.numpy().ravel() for _, where in planted])[inside])
+        )
 
     def goodness(threshold: float) -> float:
         return math.prod(dice(scores > threshold, truth) for scores, truth in scored)
 
-    allowed = [v for rate, v in zip(thresholds.false_positive_rate, thresholds.value, strict=True) if rate <= 0.01]
+    allowed = [
+        v
+        for rate, v in zip(thresholds.false_positive_rate, thresholds.value, strict=True)
+        if rate <= 0.01
+    ]
     assert goodness(thresholds.threshold) >= 0.999 * max(map(goodness, allowed)) > 0
 
 
@@ -431,25 +542,41 @@ def test_a_threshold_is_found_though_a_scan_lacks_a_channel_on_its_healthy_slice
     assert healthy_thresholds(detector, [lacking]) is None
 
 
-def test_a_chosen_threshold_is_chosen_for_parts_too(marking: Path, cohort: Path, tmp_path: Path) -> None:
+def test_a_chosen_threshold_is_chosen_for_parts_too(
+    marking: Path, cohort: Path, tmp_path: Path
+) -> None:
     detector, case = anomri.load(marking), case_of(cohort, "case7")
     alone = replace(case, channels={"flair": case.channels["flair"]})
     part = detector.spec.subset_thresholds["flair"]
     lowest = detector.with_threshold("lowest")
-    assert lowest.detect(alone).threshold == part.value[-1] == lowest.with_channels(["flair"]).detect(case).threshold
+    assert (
+        lowest.detect(alone).threshold
+        == part.value[-1]
+        == lowest.with_channels(["flair"]).detect(case).threshold
+    )
     # What is asked for is what there is for the channels that are looked at; others that have no such rate keep theirs.
     rare = replace(part, false_positive_rate=(*part.false_positive_rate[:-1], 7e-5), chosen=7e-5)
     narrow, own = detector.with_channels(["flair"]), "0.007%"
-    narrow.spec = replace(narrow.spec, subset_thresholds={**narrow.spec.subset_thresholds, "flair": rare})
+    narrow.spec = replace(
+        narrow.spec, subset_thresholds={**narrow.spec.subset_thresholds, "flair": rare}
+    )
     assert narrow.with_threshold(own).detect(case).threshold == rare.threshold
-    assert narrow.with_threshold(own).with_channels(CHANNELS).detect(case).threshold == detector.detect(case).threshold
+    assert (
+        narrow.with_threshold(own).with_channels(CHANNELS).detect(case).threshold
+        == detector.detect(case).threshold
+    )
     low, high = detector.detect(case).display_range
-    assert (low, high) == detector.with_threshold("highest").detect(case).display_range and high > low
+    assert (low, high) == detector.with_threshold("highest").detect(
+        case
+    ).display_range and high > low
     most = min(one.healthy.false_positive_ml[0] for one in (detector.spec.thresholds, part)) / 4  # type: ignore[union-attr]
     sparing = detector.with_threshold(false_positive_ml=most)
     for found in (sparing.detect(alone), sparing.with_channels(["flair"]).detect(case)):
         summary = found.summary()
-        assert summary["voxel_false_positive_rate"] is None and 0 <= summary["false_positive_ml"] <= most
+        assert (
+            summary["voxel_false_positive_rate"] is None
+            and 0 <= summary["false_positive_ml"] <= most
+        )
         assert summary["threshold"] == sparing.spec.subset_thresholds["flair"].threshold
     # What is looked at may be widened again, and is no part of what is saved.
     narrow = detector.with_channels(["flair"])
@@ -460,26 +587,36 @@ def test_a_chosen_threshold_is_chosen_for_parts_too(marking: Path, cohort: Path,
     assert (given["threshold"], given["voxel_false_positive_rate"]) == (0.5, None)
 
 
-def test_a_volume_shows_the_channels_of_the_model_and_those_that_are_asked_for(marking: Path, cohort: Path) -> None:
+def test_a_volume_shows_the_channels_of_the_model_and_those_that_are_asked_for(
+    marking: Path, cohort: Path
+) -> None:
     detector, case = anomri.load(marking), case_of(cohort, "case7")
-    with pytest.raises(AnomriError, match="the volume's channels are t1, flair, the model's flair, t1"):
+    with pytest.raises(
+        AnomriError, match="the volume's channels are t1, flair, the model's flair, t1"
+    ):
         detector.detect(read_volume(case, ["t1", "flair"]))
     narrow, volume = detector.with_channels(["flair"]), read_volume(case, CHANNELS)
     found = narrow.detect(volume)
-    assert found.channels == ("flair",) and np.array_equal(found.anomaly_map, narrow.detect(case).anomaly_map)
+    assert found.channels == ("flair",) and np.array_equal(
+        found.anomaly_map, narrow.detect(case).anomaly_map
+    )
     assert volume.inside.all(axis=0).any()  # the scan itself is as it was
 
 
 @pytest.mark.parametrize(("channels", "counted"), [(("t1",), True), (("flair", "t1"), False)])
-def test_dark_lesions_count_where_no_bright_channel_is_seen(channels: tuple[str, ...], counted: bool) -> None:
+def test_dark_lesions_count_where_no_bright_channel_is_seen(
+    channels: tuple[str, ...], counted: bool
+) -> None:
     x = torch.full((1, len(channels), 40, 40), 0.6)
     healthy = torch.cat([x, torch.ones(1, 1, 40, 40)], 1)
     x[:, :, 15:25, 15:25] = 0.3
-    score = score_of(x, healthy, channels, Score("mark_positive"))[0]
+    score = score_of(x, healthy, channels, Score("probability_with_residual"))[0]
     assert bool(score[20, 20] > 2 * score[5, 5]) == counted
 
 
-def test_a_model_that_knows_channels_by_other_names(marking: Path, cohort: Path, tmp_path: Path) -> None:
+def test_a_model_that_knows_channels_by_other_names(
+    marking: Path, cohort: Path, tmp_path: Path
+) -> None:
     shutil.copytree(marking, tmp_path / "m")
     text = (marking / "model.json").read_text()
     (tmp_path / "m" / "model.json").write_text(text.replace('"t1"', '"t1w"'))
@@ -492,12 +629,17 @@ def test_parts_without_thresholds_have_no_mask(marking: Path, cohort: Path, tmp_
     """As of models that an earlier anomri trained, or of many channels."""
     detector, case = anomri.load(marking), case_of(cohort, "case7")
     alone = replace(case, channels={"flair": case.channels["flair"]})
-    parts = {name: replace(one, healthy=None) for name, one in detector.spec.subset_thresholds.items()}
+    parts = {
+        name: replace(one, healthy=None) for name, one in detector.spec.subset_thresholds.items()
+    }
     detector.spec = replace(detector.spec, subset_thresholds=parts)
     found = detector.with_threshold(false_positive_ml=0).detect(alone)
     assert found.mask is None and found.threshold is None
     detector.spec = replace(detector.spec, subset_thresholds={})
-    assert "it has no threshold for that, so there is no mask" in detector.detect(alone).volume.notes[-1]
+    assert (
+        "it has no threshold for that, so there is no mask"
+        in detector.detect(alone).volume.notes[-1]
+    )
     evaluation = anomri.evaluate([alone, case_of(cohort, "case8")], tmp_path, model=detector)
     assert [row.dice is None for row in evaluation.patients] == [True, False]
     assert evaluation.protocol["threshold"].endswith(

@@ -20,7 +20,16 @@ THRESHOLDS = Thresholds((0.05, 0.01, 0.005, 0.001), (1.0, 2.0, 3.0, 4.0), 0.01, 
 
 @pytest.mark.parametrize(
     ("asked", "value"),
-    [("highest", 1), ("high", 1), ("default", 2), ("LOW", 3), ("lowest", 4), ("0.1%", 4), ("0.005", 3), (0.05, 1)],
+    [
+        ("highest", 1),
+        ("high", 1),
+        ("default", 2),
+        ("LOW", 3),
+        ("lowest", 4),
+        ("0.1%", 4),
+        ("0.005", 3),
+        (0.05, 1),
+    ],
 )
 def test_a_sensitivity_by_name_or_rate(asked: str | float, value: float) -> None:
     chosen = choose_threshold(THRESHOLDS, asked)
@@ -47,10 +56,13 @@ def test_a_false_positive_volume_takes_the_lowest_threshold_that_keeps_to_it() -
 
 def test_what_the_model_does_not_store_is_refused() -> None:
     with pytest.raises(
-        AnomriError, match=r"no sensitivity '2%'; there are .*0.05, 0.01, 0.005, 0.001 \(default: 0.01\)"
+        AnomriError,
+        match=r"no sensitivity '2%'; there are .*0.05, 0.01, 0.005, 0.001 \(default: 0.01\)",
     ):
         choose_threshold(THRESHOLDS, "2%")
-    with pytest.raises(AnomriError, match="the default is the most sensitive threshold that the model stores"):
+    with pytest.raises(
+        AnomriError, match="the default is the most sensitive threshold that the model stores"
+    ):
         choose_threshold(replace(THRESHOLDS, chosen=0.05), "high")
     for most in (9.1, -1.0, float("nan")):
         with pytest.raises(AnomriError, match="from 0 to 9 ml"):
@@ -65,14 +77,23 @@ def test_what_the_model_does_not_store_is_refused() -> None:
 
 
 def test_confidence_is_a_rank_among_healthy_scans() -> None:
-    assert [confidence(peak, HEALTHY) for peak in (0.2, 0.25, 0.26, 0.3, 0.31)] == [0, 0, 0.25, 0.25, 0.75]
+    assert [confidence(peak, HEALTHY) for peak in (0.2, 0.25, 0.26, 0.3, 0.31)] == [
+        0,
+        0,
+        0.25,
+        0.25,
+        0.75,
+    ]
     assert confidence(1.0, None) is None
 
 
 def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes() -> None:
     spacing = (1.0, 2.0, 5.0)
     place = np.stack(np.meshgrid(*map(np.arange, (30, 20, 9)), indexing="ij"))
-    brain = (((place - np.reshape([15, 10, 4], (3, 1, 1, 1))) / np.reshape([13, 8, 5], (3, 1, 1, 1))) ** 2).sum(0) < 1
+    brain = (
+        ((place - np.reshape([15, 10, 4], (3, 1, 1, 1))) / np.reshape([13, 8, 5], (3, 1, 1, 1)))
+        ** 2
+    ).sum(0) < 1
     outside = np.pad(~brain, 1, constant_values=True)
     expected = ndimage.distance_transform_edt(~outside, sampling=spacing)[1:-1, 1:-1, 1:-1]
     components = np.zeros(brain.shape, np.uint32)
@@ -85,18 +106,25 @@ def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes
     holed[15, 12, 4] = False
     for some in (components, alone, voxel, capped):
         found = smallest_edge_distances(some, holed, spacing)
-        assert found == pytest.approx([expected[some == number].min() for number in range(1, some.max() + 1)], rel=1e-5)
+        assert found == pytest.approx(
+            [expected[some == number].min() for number in range(1, some.max() + 1)], rel=1e-5
+        )
         assert (found > 0).all()
 
 
-def test_what_healthy_scans_look_like_survives_the_model_folder(model: Path, tmp_path: Path) -> None:
+def test_what_healthy_scans_look_like_survives_the_model_folder(
+    model: Path, tmp_path: Path
+) -> None:
     thresholds = anomri.load(model).spec.thresholds
     assert thresholds is not None and thresholds.healthy is not None
     healthy = thresholds.healthy
     assert list(healthy.threshold) == sorted(healthy.threshold)
     assert list(healthy.false_positive_ml) == sorted(healthy.false_positive_ml, reverse=True)
     assert healthy.false_positive_ml[-1] == 0 < healthy.false_positive_ml[0]
-    assert len(healthy.scan_peaks) == thresholds.healthy_cases and healthy.scan_peaks[-1] == healthy.threshold[-1]
+    assert (
+        len(healthy.scan_peaks) == thresholds.healthy_cases
+        and healthy.scan_peaks[-1] == healthy.threshold[-1]
+    )
     # The brain of the fixture's scans holds less than a litre, and one tenth of it lies above the first threshold.
     assert healthy.false_positive_ml[0] < 200
     # An older model.json knows none of this.
@@ -133,7 +161,10 @@ def test_detect_with_a_sensitivity_as_json(
     assert main([*arguments, str(tmp_path / "ml"), "--false-positive-ml", "0"]) == 0
     case = json.loads(capsys.readouterr().out)["cases"][0]
     healthy = anomri.load(model).spec.thresholds.healthy  # type: ignore[union-attr]
-    assert healthy is not None and case["threshold"] == healthy.threshold[healthy.false_positive_ml.index(0)]
+    assert (
+        healthy is not None
+        and case["threshold"] == healthy.threshold[healthy.false_positive_ml.index(0)]
+    )
     assert case["voxel_false_positive_rate"] is None and case["false_positive_ml"] == 0
     assert main([*arguments, str(tmp_path / "no"), "--sensitivity", "2%"]) == 2
 
@@ -141,8 +172,25 @@ def test_detect_with_a_sensitivity_as_json(
 def test_evaluate_with_a_sensitivity(cohort: Path, model: Path, tmp_path: Path) -> None:
     thresholds = anomri.load(model).spec.thresholds
     assert thresholds is not None
-    assert anomri.evaluate(cohort, model=model, sensitivity="lowest").threshold == thresholds.value[-1]
-    assert main(["evaluate", "-i", str(cohort), "-m", str(model), "-o", str(tmp_path), "--sensitivity", "0.05"]) == 0
+    assert (
+        anomri.evaluate(cohort, model=model, sensitivity="lowest").threshold == thresholds.value[-1]
+    )
+    assert (
+        main(
+            [
+                "evaluate",
+                "-i",
+                str(cohort),
+                "-m",
+                str(model),
+                "-o",
+                str(tmp_path),
+                "--sensitivity",
+                "0.05",
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "metrics.json").read_text())["threshold"] == thresholds.value[0]
     with pytest.raises(AnomriError, match="give no threshold or maps"):
         anomri.evaluate(cohort, model=model, sensitivity="low", threshold=0.1)

@@ -43,7 +43,13 @@ def test_what_a_window_cuts_is_pasted_back_in_place(
 
 
 @settings(deadline=None)  # torch takes a second the first time
-@given(st.lists(st.integers(0, 59), min_size=4, max_size=4), SIZE, SIZE, st.integers(-20, 50), st.integers(-20, 50))
+@given(
+    st.lists(st.integers(0, 59), min_size=4, max_size=4),
+    SIZE,
+    SIZE,
+    st.integers(-20, 50),
+    st.integers(-20, 50),
+)
 def test_a_brain_resized_alone_is_what_the_whole_window_gives(
     corners: list[int], h: int, w: int, top: int, left: int
 ) -> None:
@@ -62,7 +68,9 @@ def test_the_window_follows_a_brain_that_lies_off_the_middle() -> None:
     assert window_of(shape, brain, mm, Grid()) == Window(40, 30, 240, 240)
     off = (slice(220, 300), *brain[1:])
     assert window_of(shape, off, mm, Grid()) == Window(140, 30, 240, 240)
-    assert window_of((60, 60, 4), (slice(9, 60), slice(0, 60), slice(0, 4)), mm, Grid()) == Window(-90, -90, 240, 240)
+    assert window_of((60, 60, 4), (slice(9, 60), slice(0, 60), slice(0, 4)), mm, Grid()) == Window(
+        -90, -90, 240, 240
+    )
     assert window_of(shape, off, mm, Grid(field_of_view_mm=None)) == Window(0, 0, 320, 300)
     with pytest.raises(AnomriError, match="above zero over 320 mm, more than the 240 mm"):
         window_of(shape, tuple(slice(0, side) for side in shape), mm, Grid())
@@ -108,7 +116,11 @@ def test_scale_and_range() -> None:
     assert not slice_range(np.zeros_like(data))
 
 
-@given(st.lists(st.integers(1, 70_000), min_size=1, max_size=60), st.sampled_from([1.0, 0.5]), st.floats(0, 100))
+@given(
+    st.lists(st.integers(1, 70_000), min_size=1, max_size=60),
+    st.sampled_from([1.0, 0.5]),
+    st.floats(0, 100),
+)
 def test_percentiles_are_numpys(values: list[int], step: float, percent: float) -> None:
     data = np.zeros((1, 4, 4, 4), np.float32)
     data.flat[: len(values)] = step * np.array(values)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from anomri.methods import Player
+from anomri.methods import Objective
 from anomri.runtime.processes import Processes, fabric_of
 from anomri.scans.find import find_cases
 from anomri.spec import Grid, Scaling, Training
@@ -34,8 +34,10 @@ def trained(slices: HealthySlices, capturable: bool) -> tuple[list[Tensor], list
     """Losses and weights after some steps of a small network, and what the user is told."""
     torch.manual_seed(0)
     fabric = fabric_of("cpu")
-    player = Player(torch.nn.Conv2d(2, 2, 3, padding=1))
-    model, optimizer = fabric.setup(player.module, steps.optimizer_of(player, Training(), fabric.device))
+    objective = Objective(torch.nn.Conv2d(2, 2, 3, padding=1))
+    model, optimizer = fabric.setup(
+        objective.module, steps.optimizer_of(objective, Training(), fabric.device)
+    )
     batches = Batches(fabric, Processes(), slices, 4)
 
     def loss_of(x: Tensor, generator: Generator) -> Tensor:
@@ -54,7 +56,9 @@ def trained(slices: HealthySlices, capturable: bool) -> tuple[list[Tensor], list
 def test_a_step_that_cannot_be_recorded_is_launched(
     cohort: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    slices = HealthySlices(pack_cohort(find_cases(cohort)[:2], ("flair", "t1"), Grid(), Scaling(), cache))
+    slices = HealthySlices(
+        pack_cohort(find_cases(cohort)[:2], ("flair", "t1"), Grid(), Scaling(), cache)
+    )
     plain, weights, told = trained(slices, False)
     assert told == ""
     streams: list[str] = []

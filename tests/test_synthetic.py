@@ -18,7 +18,9 @@ Subject = tuple[synthetic.Images, synthetic.Mask, np.ndarray]
 
 def subject(number: int, *, lesions: bool) -> Subject:
     """A coarse subject of its own seed."""
-    return synthetic.make_subject(np.random.default_rng(number), lesions=lesions, spacing_mm=COARSE_MM)
+    return synthetic.make_subject(
+        np.random.default_rng(number), lesions=lesions, spacing_mm=COARSE_MM
+    )
 
 
 def load(path: Path) -> np.ndarray:
@@ -60,7 +62,9 @@ def test_files_have_one_lps_grid_of_240_mm_and_plain_types(cohort: Path) -> None
         assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
         assert image.shape == (48, 48, 34)
         np.testing.assert_allclose(image.header.get_zooms(), (COARSE_MM, COARSE_MM, COARSE_MM))
-        assert image.get_data_dtype() == (np.uint8 if path.name.endswith("_seg.nii.gz") else np.int16)
+        assert image.get_data_dtype() == (
+            np.uint8 if path.name.endswith("_seg.nii.gz") else np.int16
+        )
 
 
 def test_default_grid_is_128_by_128_pixels_of_2_mm_slices() -> None:
@@ -69,9 +73,13 @@ def test_default_grid_is_128_by_128_pixels_of_2_mm_slices() -> None:
     assert np.abs(np.diag(affine)).tolist() == [1.875, 1.875, 2.0, 1.0]
 
 
-def test_same_seed_gives_same_bytes_whatever_the_size_of_the_cohort(cohort: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_same_bytes_whatever_the_size_of_the_cohort(
+    cohort: Path, tmp_path: Path
+) -> None:
     told: list[str] = []
-    names = synthetic.make_cohort(tmp_path, healthy=1, lesioned=1, seed=7, spacing_mm=COARSE_MM, progress=told.append)
+    names = synthetic.make_cohort(
+        tmp_path, healthy=1, lesioned=1, seed=7, spacing_mm=COARSE_MM, progress=told.append
+    )
     assert told == names == ["synthetic_healthy_001", "synthetic_lesion_001"]
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*/*.nii.gz"))
     assert len(written) == 9
@@ -122,7 +130,10 @@ def test_tissue_contrast_is_that_of_each_sequence() -> None:
         images, _, _ = subject(number, lesions=False)
         where = {name: synthetic.sample(maps[name], points) > 0.8 for name in ("csf", "gm", "wm")}
         return {
-            channel: {name: float(np.median(image[voxels & (image > 0)])) for name, voxels in where.items()}
+            channel: {
+                name: float(np.median(image[voxels & (image > 0)]))
+                for name, voxels in where.items()
+            }
             for channel, image in images.items()
         }
 
@@ -150,7 +161,9 @@ def test_tumours_are_bright_on_flair_and_t2_and_dark_on_t1(monkeypatch: pytest.M
     subjects = [subject(number, lesions=True) for number in range(4)]
     # On T1 the brightest tissue is white matter, in which the lesions lie: the upper quartile of the brain.
     flair, t1, t2 = (
-        np.array([lesion_contrast(images[channel], label, quantile) for images, label, _ in subjects])
+        np.array(
+            [lesion_contrast(images[channel], label, quantile) for images, label, _ in subjects]
+        )
         for channel, quantile in (("flair", 0.5), ("t1", 0.75), ("t2", 0.5))
     )
     assert (flair > 1.05).all() and flair.mean() > 1.15
@@ -158,7 +171,9 @@ def test_tumours_are_bright_on_flair_and_t2_and_dark_on_t1(monkeypatch: pytest.M
     assert (t1 < 1).all() and t1.mean() < 0.92
 
 
-def test_old_infarcts_have_a_cavity_as_dark_as_csf_on_flair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_infarcts_have_a_cavity_as_dark_as_csf_on_flair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(synthetic, "INFARCT_SHARE", 1.0)
     for number in range(2):
         images, label, _ = subject(number, lesions=True)
@@ -170,7 +185,9 @@ def test_old_infarcts_have_a_cavity_as_dark_as_csf_on_flair(monkeypatch: pytest.
 
 def test_smooth_noise_has_unit_deviation_and_the_asked_scale() -> None:
     axes, _ = synthetic.voxel_grid(COARSE_MM)
-    fine, coarse = (synthetic.smooth_noise(np.random.default_rng(0), axes, scale) for scale in (6, 40))
+    fine, coarse = (
+        synthetic.smooth_noise(np.random.default_rng(0), axes, scale) for scale in (6, 40)
+    )
     assert fine.shape == (48, 48, 34) and fine.dtype == np.float32
     assert fine.std() == pytest.approx(1, abs=0.05)
     assert np.diff(coarse, axis=0).std() < 0.3 * np.diff(fine, axis=0).std()

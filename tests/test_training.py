@@ -14,7 +14,7 @@ import torch
 
 import anomri
 from anomri.errors import AnomriError, Interrupted
-from anomri.methods import Player
+from anomri.methods import Objective
 from anomri.methods.dae import DAE
 from anomri.model.detector import Detector
 from anomri.runtime.interruption import StopRequest
@@ -89,7 +89,9 @@ def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> No
 
 def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path) -> None:
     cases = split_cases(find_cases(cohort), {}, 0)
-    unlabelled = "no label, all slices taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
+    unlabelled = (
+        "no label, all slices taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
+    )
     assert notes_of(cases) == [unlabelled]
     beside = [replace(case, split=None) if case.name == "case0" else case for case in cases]
     assert notes_of(beside) == [
@@ -101,10 +103,15 @@ def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path)
         "no label, all slices taken for healthy: every case."
     ]
     alone = Case("x2", {}, label=cases[2].label)
-    with pytest.raises(AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"):
+    with pytest.raises(
+        AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"
+    ):
         with_images([*cases, alone])
     labelled = [case for case in cases if case.label]
-    assert with_images([*labelled, alone]) == (labelled, ["no image, and not used: 1 of 5 cases (x2)."])
+    assert with_images([*labelled, alone]) == (
+        labelled,
+        ["no image, and not used: 1 of 5 cases (x2)."],
+    )
     assert with_images([*cases, replace(alone, split="test")])[0] == cases
 
 
@@ -124,7 +131,9 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, step: int
 ) -> None:
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
-    with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of 60; continue with --resume"):
+    with pytest.raises(
+        Interrupted, match=f"stopped at step {step + 1} of 60; continue with --resume"
+    ):
         train(cohort, tmp_path / "m", progress=StopAt(step), **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "m" / "model.json").exists()
     with pytest.raises(AnomriError, match="did not finish; use --resume"):
@@ -132,10 +141,14 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     train(cohort, tmp_path / "m", resume=True, **arguments)  # type: ignore[arg-type]
     assert weights(tmp_path / "m") == weights(model)
     names = ("step", "loss", "validation_loss", "learning_rate")
-    assert [[row[n] for n in names] for row in log(tmp_path / "m")] == [[row[n] for n in names] for row in log(model)]
+    assert [[row[n] for n in names] for row in log(tmp_path / "m")] == [
+        [row[n] for n in names] for row in log(model)
+    ]
 
 
-def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     schedule = {"steps": 6, "precision": "bf16-mixed"}
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu", "training": schedule}
     whole = train(cohort, tmp_path / "whole", **arguments)  # type: ignore[arg-type]
@@ -149,11 +162,13 @@ def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(cohort: Path
 
 def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
     schedule, networks = Training(), [torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3)]
-    before = optimizer_of(Player(networks[0]), schedule, torch.device("cpu"))
+    before = optimizer_of(Objective(networks[0]), schedule, torch.device("cpu"))
     networks[0](torch.rand(1, 4, 5, 5)).sum().backward()
     before.step()
     networks[1].to(memory_format=torch.channels_last)
-    after = optimizer_of(Player(networks[1]), replace(schedule, learning_rate=0.5), torch.device("cpu"))
+    after = optimizer_of(
+        Objective(networks[1]), replace(schedule, learning_rate=0.5), torch.device("cpu")
+    )
     load_optimizer(after, before.state_dict())
     assert after.param_groups[0]["lr"] == 0.5
     for old, new in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
@@ -180,8 +195,26 @@ def test_what_is_killed_between_validations_goes_on_from_the_last_save(
 
 
 def test_sigterm_saves_and_exits_cleanly(cohort: Path, cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "anomri", "train", "-i", str(cohort), "-o", str(tmp_path / "m")]
-    command += ["--steps", "100000", "--cache", str(cache), "--device", "cpu", "--precision", "32-true"]
+    command = [
+        sys.executable,
+        "-m",
+        "anomri",
+        "train",
+        "-i",
+        str(cohort),
+        "-o",
+        str(tmp_path / "m"),
+    ]
+    command += [
+        "--steps",
+        "100000",
+        "--cache",
+        str(cache),
+        "--device",
+        "cpu",
+        "--precision",
+        "32-true",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while not (tmp_path / "m" / "log.csv").exists():
@@ -202,7 +235,9 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
     with pytest.raises(AnomriError, match="begun with another training"):
         train(cohort, tmp_path, preset="tiny", cache=cache, training={"seed": 1}, resume=True)
     swapped = tmp_path / "swapped.csv"
-    swapped.write_text("case,split\ncase0,val\ncase1,train\ncase2,train\ncase3,train\ncase4,train\ncase5,train\n")
+    swapped.write_text(
+        "case,split\ncase0,val\ncase1,train\ncase2,train\ncase3,train\ncase4,train\ncase5,train\n"
+    )
     with pytest.raises(AnomriError, match="begun with another training cases, validation cases"):
         train(cohort, tmp_path, preset="tiny", cache=cache, splits=swapped, resume=True)
     assert "case0,train" in (tmp_path / "splits.csv").read_text()
@@ -216,8 +251,13 @@ def test_resuming_another_task_is_refused(cohort: Path, cache: Path, tmp_path: P
 def test_a_loss_that_is_not_finite_stops(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anomri.methods.noise.Noise.draw", lambda self, x, *others: x * float("nan"))
-    with pytest.raises(AnomriError, match=r"the loss of step 1 is nan; its batch has slices of case\d, .*from step 0"):
+    monkeypatch.setattr(
+        "anomri.methods.noise.Noise.draw", lambda self, x, *others: x * float("nan")
+    )
+    with pytest.raises(
+        AnomriError,
+        match=r"the loss of step 1 is nan; its batch has slices of case\d, .*from step 0",
+    ):
         train(cohort, tmp_path, preset="tiny", cache=cache)
 
 
@@ -227,13 +267,16 @@ def test_a_training_goes_on_from_before_its_loss_was_no_number(
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
     with monkeypatch.context() as patch:
         patch.setattr(
-            "anomri.training.train.learning_rate", lambda training, step: float("nan") if step == 28 else 1e-3
+            "anomri.training.train.learning_rate",
+            lambda training, step: float("nan") if step == 28 else 1e-3,
         )
         with pytest.raises(AnomriError, match=r"loss of step 30 is nan; .* continue from step 20"):
             train(cohort, tmp_path / "m", progress=StopAt(33), **arguments)  # type: ignore[arg-type]
     assert TrainingState.load(tmp_path / "m", {}).step == 20
     # Another rate is the way out, and no other training.
-    slower = train(cohort, tmp_path / "m", resume=True, training={"learning_rate": 1e-3}, **arguments)  # type: ignore[arg-type]
+    slower = train(
+        cohort, tmp_path / "m", resume=True, training={"learning_rate": 1e-3}, **arguments
+    )  # type: ignore[arg-type]
     assert all(np.isfinite(row["loss"]) for row in log(tmp_path / "m"))
     assert slower.spec.training is not None and slower.spec.training.learning_rate == 1e-3
 
@@ -264,13 +307,21 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
     assert [note for note in notes if note][1:] == [
         "memory does not hold a batch at once; it is taken in 4 parts, with the same result."
     ]
-    parted = train(cohort, tmp_path / "asked", accumulate=3, **{**arguments, "training": {"steps": 6, "seed": 0}})  # type: ignore[arg-type]
+    parted = train(
+        cohort,
+        tmp_path / "asked",
+        accumulate=3,
+        **{**arguments, "training": {"steps": 6, "seed": 0}},
+    )  # type: ignore[arg-type]
     for name, value in anomri.load(tmp_path / "m")._state.items():
         # Adam divides by the gradient's size, so that the order of a sum shows where there is next to no gradient.
         torch.testing.assert_close(value, whole._state[name], atol=1e-3, rtol=0)
         torch.testing.assert_close(parted._state[name], whole._state[name], atol=1e-3, rtol=0)
     cramped.room = 0
-    with pytest.raises(AnomriError, match=r"memory does not hold a batch .CUDA out of memory.*a smaller --batch-size"):
+    with pytest.raises(
+        AnomriError,
+        match=r"memory does not hold a batch .CUDA out of memory.*a smaller --batch-size",
+    ):
         train(cohort, tmp_path / "none", **arguments)  # type: ignore[arg-type]
     with pytest.raises(AnomriError, match="networks that take turns are trained by one process"):
         train(cohort, tmp_path / "gan", method="fanogan", cache=cache, accumulate=2)
@@ -280,45 +331,71 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
     ("arguments", "message"),
     [
         ({"preset": "huge"}, "dae has no preset 'huge'; it has paper"),
-        ({"method": "magic"}, "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae"),
+        (
+            {"method": "magic"},
+            "no method 'magic'; the methods are ae, dae, diffusion, fanogan, thresholding, vae",
+        ),
         ({"settings": {"depth": 3}}, "dae has no setting depth; it has widths, noise_resolution"),
         ({"settings": {"widths": 3}}, "the setting widths of dae: input should be .*; found 3"),
         ({"score": {"kind": "best"}}, "no score 'best'; there are own, auto, .*positive"),
-        ({"score": {"kind": "mark"}}, "the score mark needs marks, which the model does not make"),
-        ({"score": {"channels": ["FLAIR"]}}, "the score looks at FLAIR; the model's channels are flair, t1"),
+        (
+            {"score": {"kind": "anomaly_probability"}},
+            "the score anomaly_probability needs a segmentation head, which the model does not have",
+        ),
+        (
+            {"score": {"channels": ["FLAIR"]}},
+            "the score looks at FLAIR; the model's channels are flair, t1",
+        ),
         ({"score": {"median": 7}}, "a median filter of a slice can be 0, 3, 5 wide, not 7"),
         ({"training": {"depth": 3}}, "training settings .* do not fit"),
         ({"training": {"precision": "16-mixed"}}, "training.precision: .*found '16-mixed'"),
         ({"training": {"steps": 0}}, "training.steps: .*greater than or equal to 1"),
-        ({"training": {"validate_every": 0}}, "training.validate_every: .*greater than or equal to 1"),
+        (
+            {"training": {"validate_every": 0}},
+            "training.validate_every: .*greater than or equal to 1",
+        ),
         ({"training": {"average": 1.0}}, "training.average: .*less than 1"),
         ({"settings": {"widths": []}}, "settings .* do not fit the method dae"),
         ({"settings": {"subpixels": 0}}, "subpixels are 1 or more"),
         ({"settings": {"plaques": 1.5}}, "channel_dropout and plaques from 0 to 1; found .*1.5"),
-        ({"settings": {"noise_resolution": 0}}, "the noise's resolution is one number from 1 on, or several; found 0"),
+        (
+            {"settings": {"noise_resolution": 0}},
+            "the noise's resolution is one number from 1 on, or several; found 0",
+        ),
         ({"settings": {"noise_std": []}}, "the noise's std is one number from 0 on"),
-        ({"method": "thresholding", "training": {"steps": 3}}, "is not trained; steps would change nothing"),
+        (
+            {"method": "thresholding", "training": {"steps": 3}},
+            "is not trained; steps would change nothing",
+        ),
         ({"device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"channels": ["flair", "t2"]}, "no file for channel t2"),
         ({"channels": ["t1", "T1w"]}, "two of the channels t1, t1 are the same"),
     ],
 )
-def test_bad_arguments(cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments(
+    cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(AnomriError, match=message):
         train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "content"), [("splits.csv", "case,split,age\ncase0,train,9\n"), ("log.csv", "a,b\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("splits.csv", "case,split,age\ncase0,train,9\n"), ("log.csv", "a,b\n")]
+)
 def test_a_table_that_is_not_the_training_s_is_not_replaced(
     cohort: Path, cache: Path, tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(AnomriError, match=f"{name}: is not of this training, which would replace it"):
+    with pytest.raises(
+        AnomriError, match=f"{name}: is not of this training, which would replace it"
+    ):
         train(cohort, tmp_path, preset="tiny", training={"steps": 1}, cache=cache)
     assert (tmp_path / name).read_text() == content
 
 
-def test_the_split_that_is_given_may_lie_where_the_model_goes(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_split_that_is_given_may_lie_where_the_model_goes(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     (tmp_path / "splits.csv").write_text("case,split\ncase2,val\ncase0,train\n")
     cases = [replace(case, split=None) for case in find_cases(cohort)]
     train(cases, tmp_path, method="thresholding", splits=tmp_path / "splits.csv", cache=cache)
@@ -351,7 +428,9 @@ def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: P
     ):
         with pytest.raises(AnomriError, match="already holds another finished model"):
             train(cases, model, preset="tiny", cache=cache, resume=True, **changed)  # type: ignore[arg-type]
-    assert train(cohort, model, preset="tiny", cache=cache, resume=True).spec == ModelSpec.read(model / "model.json")
+    assert train(cohort, model, preset="tiny", cache=cache, resume=True).spec == ModelSpec.read(
+        model / "model.json"
+    )
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
 
 
@@ -373,10 +452,13 @@ def test_the_smallest_labelled_lesion_leaves_its_slice_out(tmp_path: Path) -> No
     label = np.zeros(image.shape, np.uint8)
     label[121, 121, 3] = 1
     scan, drawn = (
-        write(tmp_path / f"a_{name}.nii.gz", data, np.eye(4)) for name, data in (("t1", image), ("seg", label))
+        write(tmp_path / f"a_{name}.nii.gz", data, np.eye(4))
+        for name, data in (("t1", image), ("seg", label))
     )
     case = Case("a", {"flair": scan}, drawn)
-    (pack,) = pack_cohort([case], ("flair",), Grid(field_of_view_mm=None), Scaling(), tmp_path / "cache")
+    (pack,) = pack_cohort(
+        [case], ("flair",), Grid(field_of_view_mm=None), Scaling(), tmp_path / "cache"
+    )
     assert pack.slices == 6 and pack.healthy == (0, 1, 2, 4, 5)
 
 
@@ -384,14 +466,25 @@ def test_a_validation_that_is_no_number_is_told(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anomri.training.train.validation_loss", lambda *_: float("nan"))
-    with pytest.raises(AnomriError, match=r"the validation loss was never a number; look at .*case5, case6"):
+    with pytest.raises(
+        AnomriError, match=r"the validation loss was never a number; look at .*case5, case6"
+    ):
         train(cohort, tmp_path / "m", preset="tiny", training={"steps": 2}, cache=cache)
 
 
-def test_a_given_split_and_channel_order_are_honoured(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_given_split_and_channel_order_are_honoured(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     table = tmp_path / "mine.csv"
-    table.write_text("case,split\n" + "\n".join(f"case{k},{'val' if k == 0 else 'train'}" for k in range(7)))
-    arguments = {"preset": "tiny", "training": {"steps": 2}, "splits": table, "channels": ["t1", "flair"]}
+    table.write_text(
+        "case,split\n" + "\n".join(f"case{k},{'val' if k == 0 else 'train'}" for k in range(7))
+    )
+    arguments = {
+        "preset": "tiny",
+        "training": {"steps": 2},
+        "splits": table,
+        "channels": ["t1", "flair"],
+    }
     detector = train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
     assert detector.spec.channels == ("t1", "flair")
     assert detector.spec.cohort is not None
@@ -402,12 +495,16 @@ def test_a_given_split_and_channel_order_are_honoured(cohort: Path, cache: Path,
 def test_the_published_schedule_rises_again() -> None:
     schedule = Training(learning_rate=1.0)
     rates = [learning_rate(schedule, step) for step in (0, 31, 32, 1600, 3200, 4800, 6400)]
-    np.testing.assert_allclose(rates, [1, 1, 0.5 * (1 + np.cos(np.pi / 100)), 0.5, 0, 0.5, 1], atol=1e-12)
+    np.testing.assert_allclose(
+        rates, [1, 1, 0.5 * (1 + np.cos(np.pi / 100)), 0.5, 0, 0.5, 1], atol=1e-12
+    )
     # The reference: torch's own cosine, stepped once per 32 iterations.
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
     torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
     for epoch in range(250):
-        assert learning_rate(schedule, 32 * epoch) == pytest.approx(torchs.get_last_lr()[0], abs=1e-9)
+        assert learning_rate(schedule, 32 * epoch) == pytest.approx(
+            torchs.get_last_lr()[0], abs=1e-9
+        )
         optimizer.step()
         torchs.step()
 
@@ -428,12 +525,18 @@ def test_the_paper_preset_is_the_published_one() -> None:
     training = paper.training
     assert training is not None
     assert (training.steps, training.batch_size, training.learning_rate) == (67_200, 16, 1e-4)
-    assert (training.weight_decay, training.gradient_clip, training.schedule) == (1e-5, 0.5, "published")
+    assert (training.weight_decay, training.gradient_clip, training.schedule) == (
+        1e-5,
+        0.5,
+        "published",
+    )
     assert (training.precision, training.crop_to_brain) == ("32-true", False)
 
 
 @pytest.mark.parametrize("box", [None, (16, 112, 8, 104)])
-def test_the_loss_is_the_squared_error_on_the_foreground(box: tuple[int, int, int, int] | None) -> None:
+def test_the_loss_is_the_squared_error_on_the_foreground(
+    box: tuple[int, int, int, int] | None,
+) -> None:
     method = DAE(("flair",), widths=[4, 8, 16, 32])
     method.network.forward = lambda x: torch.full_like(x, 2.0)  # type: ignore[method-assign]
     x, foreground = torch.zeros(2, 1, 128, 128), torch.zeros(2, 128, 128, dtype=torch.bool)
@@ -457,7 +560,9 @@ def test_flips_and_gains_change_training_and_its_target_alike() -> None:
     x[:, :, :10] = torch.tensor([1.0, 2.0])[:, None, None]
     foreground = x.sum(dim=1) > 0
     generator = torch.Generator().manual_seed(0)
-    assert float(method(x, foreground, generator)) == 0  # no noise, a perfect reconstruction: the target follows
+    assert (
+        float(method(x, foreground, generator)) == 0
+    )  # no noise, a perfect reconstruction: the target follows
     mirrored = (seen[0][:, 0, 0] == 0).all(dim=1)
     assert 16 < int(mirrored.sum()) < 48
     gains = seen[0].amax(dim=(2, 3)) / torch.tensor([1.0, 2.0])
@@ -468,8 +573,14 @@ def test_flips_and_gains_change_training_and_its_target_alike() -> None:
     assert torch.equal(seen[1], x)  # validation sets the same task each time
 
 
-def test_a_deeper_network_gets_a_box_it_can_halve(cohort: Path, cache: Path, tmp_path: Path) -> None:
-    arguments = {"preset": "tiny", "training": {"steps": 1}, "settings": {"widths": [4, 4, 4, 4, 4]}}
+def test_a_deeper_network_gets_a_box_it_can_halve(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
+    arguments = {
+        "preset": "tiny",
+        "training": {"steps": 1},
+        "settings": {"widths": [4, 4, 4, 4, 4]},
+    }
     detector = train(cohort, tmp_path / "m", cache=cache, **arguments)  # type: ignore[arg-type]
     assert detector.spec.crop is not None
     top, bottom, left, right = detector.spec.crop
@@ -493,7 +604,9 @@ def test_a_second_signal_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_thresholding_needs_no_training_but_has_thresholds(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_thresholding_needs_no_training_but_has_thresholds(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     detector = train(cohort, tmp_path / "m", method="thresholding", cache=cache)
     assert detector.spec.thresholds is not None
     again = anomri.load(tmp_path / "m")

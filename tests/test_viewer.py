@@ -45,7 +45,7 @@ def save(path: Path, data: np.ndarray, display: tuple[float, float] = (0, 0)) ->
 
 
 def anomaly_map() -> np.ndarray:
-    """Two balls over a slope: no voxel has the value of its neighbours."""
+    """Two spheres over a slope: no voxel has the value of its neighbours."""
     place = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")) - 0.0
     score = 0.01 + np.tensordot([0.001, 0.0013, 0.0021], place, axes=1)
     for centre, radius in zip(CENTRES, (4, 3), strict=True):
@@ -70,7 +70,12 @@ def results(tmp_path: Path) -> Path:
         }
         for number, centre in enumerate(CENTRES)
     ]
-    facts = {"threshold": 0.2, "lesion_volume_mm3": 1999.0, "lesions": lesions, "channels": ["flair", "t1"]}
+    facts = {
+        "threshold": 0.2,
+        "lesion_volume_mm3": 1999.0,
+        "lesions": lesions,
+        "channels": ["flair", "t1"],
+    }
     save(out / f"{NAME}_anomaly.nii.gz", score, (0.1, 0.4))
     save(out / f"{NAME}_mask.nii.gz", (score > 0.2).astype(np.uint8), (0, 1))
     save(out / f"{NAME}_reconstruction.nii.gz", np.stack([score * 10, score * 20], axis=-1))
@@ -82,7 +87,9 @@ def results(tmp_path: Path) -> Path:
     return out
 
 
-def ask(server: Viewer, path: str, method: str = "GET", host: str | None = None) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    server: Viewer, path: str, method: str = "GET", host: str | None = None
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
     try:
         connection.putrequest(method, path, skip_host=host is not None)
@@ -100,7 +107,9 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
         listing = json.loads(ask(server, "/cases.json")[2])
         first, second = listing["cases"]
         assert (listing["folder"], first["name"], second["name"]) == ("out", NAME, "a")
-        assert first["threshold"] == 0.2 and first["volume_mm3"] == 1999 and len(first["lesions"]) == 2
+        assert (
+            first["threshold"] == 0.2 and first["volume_mm3"] == 1999 and len(first["lesions"]) == 2
+        )
         assert first["lesions"][0]["mean"] is None  # not a number, which JSON does not know
         labels = [background["label"] for background in first["backgrounds"]]
         assert labels == ["flair", "t1", "reconstruction flair", "reconstruction t1", "anomaly map"]
@@ -117,7 +126,10 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
         for url, path in expected.items():
             status, headers, content = ask(server, url)
             assert status == 200 and content == path.read_bytes()
-            assert headers["Content-Type"] == "application/octet-stream" and "Content-Encoding" not in headers
+            assert (
+                headers["Content-Type"] == "application/octet-stream"
+                and "Content-Encoding" not in headers
+            )
 
 
 def test_every_answer_is_fenced(results: Path) -> None:
@@ -126,8 +138,15 @@ def test_every_answer_is_fenced(results: Path) -> None:
             code, headers, _ = ask(server, path)
             assert code == status
             policy = headers["Content-Security-Policy"]
-            assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
-            assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+            assert (
+                policy.startswith("default-src 'none'")
+                and "unsafe" not in policy
+                and "http" not in policy
+            )
+            assert (
+                headers["X-Content-Type-Options"] == "nosniff"
+                and headers["Referrer-Policy"] == "no-referrer"
+            )
             assert headers["Cache-Control"] == "no-store" and headers["Server"] == "anomri"
         assert b"<script>" not in ask(server, "/")[2] and b"style=" not in ask(server, "/")[2]
 
@@ -158,7 +177,9 @@ def test_nothing_else_is_served(results: Path, path: str) -> None:
         with socket.create_connection((host, int(port)), timeout=10) as raw:
             raw.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
             answer = b"".join(iter(lambda: raw.recv(65536), b""))
-        assert answer.split(b"\r\n")[0].split()[1] == b"404" and answer.endswith(b"\r\n\r\nnot found\n")
+        assert answer.split(b"\r\n")[0].split()[1] == b"404" and answer.endswith(
+            b"\r\n\r\nnot found\n"
+        )
 
 
 def test_only_this_machine_reading(results: Path) -> None:
@@ -166,7 +187,13 @@ def test_only_this_machine_reading(results: Path) -> None:
         assert server._server.server_address[0] == "127.0.0.1"
         for host in ("127.0.0.1", "localhost:8000", "LOCALHOST"):
             assert ask(server, "/cases.json", host=host)[0] == 200
-        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::1]", " "):
+        for host in (
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:80",
+            "[::1]",
+            " ",
+        ):
             assert ask(server, "/cases.json", host=host)[0] == 403
         for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
             status, headers, _ = ask(server, "/", method)
@@ -196,12 +223,17 @@ def test_links_that_lead_out_are_not_followed(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", "\xff", '{"lesions": 3, "channels": 4}', '{"lesions": [2, {}], "threshold": "x"}']
+    "text",
+    ["", "[1]", "\xff", '{"lesions": 3, "channels": 4}', '{"lesions": [2, {}], "threshold": "x"}'],
 )
 def test_a_damaged_summary_is_not_in_the_way(results: Path, text: str) -> None:
     (results / "a.json").write_text(text, encoding="latin-1")
     with serve(results, open_browser=False) as server:
-        case = next(case for case in json.loads(ask(server, "/cases.json")[2])["cases"] if case["name"] == "a")
+        case = next(
+            case
+            for case in json.loads(ask(server, "/cases.json")[2])["cases"]
+            if case["name"] == "a"
+        )
     assert case["threshold"] is None and case["channels"] == []
 
 
@@ -209,9 +241,14 @@ def test_says_what_does_not_fit(results: Path, tmp_path: Path) -> None:
     with pytest.raises(AnomriError, match=r"holds no <case>_anomaly.nii.gz; name the folder"):
         serve(tmp_path / "scans", open_browser=False)
     save(tmp_path / "other_flair.nii.gz", anomaly_map())
-    with pytest.raises(AnomriError, match="none of the scans is of a case in .*scans: other; cases: a, b"):
+    with pytest.raises(
+        AnomriError, match="none of the scans is of a case in .*scans: other; cases: a, b"
+    ):
         serve(results, scans=tmp_path / "other_flair.nii.gz", open_browser=False)
-    with serve(results, open_browser=False) as server, pytest.raises(AnomriError, match="name another with --port"):
+    with (
+        serve(results, open_browser=False) as server,
+        pytest.raises(AnomriError, match="name another with --port"),
+    ):
         serve(results, port=urlsplit(server.url).port or 0, open_browser=False)
 
 
@@ -233,7 +270,9 @@ def test_view_stays_until_interrupted(results: Path, monkeypatch: pytest.MonkeyP
 def test_niivue_is_the_one_named() -> None:
     folder = files("anomri") / "static" / "niivue"
     sum_ = hashlib.sha256((folder / "niivue.umd.js").read_bytes()).hexdigest()
-    assert sum_ in (folder / "README.md").read_text() and "Niivue" in (folder / "LICENSE").read_text()
+    assert (
+        sum_ in (folder / "README.md").read_text() and "Niivue" in (folder / "LICENSE").read_text()
+    )
 
 
 WATCH = """
@@ -315,15 +354,24 @@ def test_a_browser_shows_the_volumes(results: Path, tmp_path: Path) -> None:
         assert float(view_["anomaly"]) == pytest.approx(score[centre], abs=6e-5)
         assert float(view_["scan"]) == pytest.approx(score[centre] * factor, rel=1e-3)
         assert view_["mask"] == "inside"
-        place = [float(value) for value in view_["place"].replace("\u2212", "-").removesuffix(" mm").split(",")]
+        place = [
+            float(value)
+            for value in view_["place"].replace("\u2212", "-").removesuffix(" mm").split(",")
+        ]
         assert place == pytest.approx(nib.affines.apply_affine(AFFINE, centre), abs=0.06)
     assert start["threshold"] == "0.200" == seen["reset"]["threshold"]
     assert min(start["warm"], start["rim"], start["grey"]) > 100
     assert seen["unmasked"]["rim"] == 0 and seen["unmasked"]["warm"] >= start["warm"]
-    assert seen["raised"]["warm"] < 0.7 * start["warm"] and seen["reset"]["warm"] == seen["unmasked"]["warm"]
+    assert (
+        seen["raised"]["warm"] < 0.7 * start["warm"]
+        and seen["reset"]["warm"] == seen["unmasked"]["warm"]
+    )
     assert float(seen["reconstruction"]["scan"]) == pytest.approx(score[CENTRES[1]] * 20, rel=1e-3)
     assert seen["reconstruction"]["place"] == second["place"]
     up = (CENTRES[1][0], CENTRES[1][1], CENTRES[1][2] + 1)
     assert float(seen["up"]["anomaly"]) == pytest.approx(score[up], abs=6e-5)
     peak = np.unravel_index(score.argmax(), SHAPE)  # a case without a table opens at its peak
-    assert float(seen["other"]["anomaly"]) == pytest.approx(score[peak], abs=6e-5) and seen["other"]["mask"] == "-"
+    assert (
+        float(seen["other"]["anomaly"]) == pytest.approx(score[peak], abs=6e-5)
+        and seen["other"]["mask"] == "-"
+    )

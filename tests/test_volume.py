@@ -19,7 +19,11 @@ from anomri.scans.nifti import MAX_VOXELS, read_image
 from anomri.scans.volume import Volume, read_volume, write_image
 from conftest import AFFINE, SHAPE, write
 
-ORIENTATIONS = ["".join(p) for axes in itertools.permutations(("LR", "AP", "SI")) for p in itertools.product(*axes)]
+ORIENTATIONS = [
+    "".join(p)
+    for axes in itertools.permutations(("LR", "AP", "SI"))
+    for p in itertools.product(*axes)
+]
 
 
 def image_of_ones(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -41,7 +45,7 @@ def test_only_the_box_around_the_brain_is_kept_and_nothing_is_lost(tmp_path: Pat
     moved = volume.with_data(np.roll(volume.data, 1, axis=1), "it was moved.")
     np.testing.assert_array_equal(moved.data, np.roll(volume.data, 1, axis=1))
     assert moved.notes == ("it was moved.",)
-    again = Volume.of("a", volume.channels, volume.data, None, volume.geometry)
+    again = Volume.from_array("a", volume.channels, volume.data, None, volume.geometry)
     assert again.brain == volume.brain
     np.testing.assert_array_equal(again.inside, volume.inside)
 
@@ -51,7 +55,9 @@ def test_every_orientation_is_turned_and_turned_back(tmp_path: Path, axes: str) 
     data = np.random.default_rng(0).random((6, 5, 4)).astype(np.float32)
     affine = np.array([[-2.0, 0, 0, 9], [0, -3, 0, 8], [0, 0, 4, -7], [0, 0, 0, 1]])
     lps = nib.Nifti1Image(data, affine)
-    to = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    to = nib.orientations.ornt_transform(
+        nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes)
+    )
     turned = lps.as_reoriented(to)
     path = tmp_path / "a_t1.nii.gz"
     nib.save(turned, path)
@@ -61,19 +67,25 @@ def test_every_orientation_is_turned_and_turned_back(tmp_path: Path, axes: str) 
     np.testing.assert_allclose(volume.geometry.canonical_affine, affine, atol=1e-5)
     write_image(tmp_path / "out.nii.gz", volume.data[0], volume.geometry)
     back = nib.load(tmp_path / "out.nii.gz")
-    np.testing.assert_array_equal(back.get_fdata(dtype=np.float32), turned.get_fdata(dtype=np.float32))
+    np.testing.assert_array_equal(
+        back.get_fdata(dtype=np.float32), turned.get_fdata(dtype=np.float32)
+    )
     np.testing.assert_array_equal(back.affine, turned.affine)
 
 
 @pytest.mark.parametrize("codes", [(0, 2), (1, 0), (3, 1), (0, 0)])
 @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
-def test_both_header_forms_and_their_codes_are_kept(tmp_path: Path, codes: tuple[int, int], image_class: type) -> None:
+def test_both_header_forms_and_their_codes_are_kept(
+    tmp_path: Path, codes: tuple[int, int], image_class: type
+) -> None:
     sform = nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [5, 6, 7])
     sform[0, 1] = 0.3
     image = image_class(image_of_ones(), None)
     image.header["pixdim"][1:4] = 1.5, 2, 2.5
     image.header.set_xyzt_units("mm", "sec")
-    image.header.set_qform(nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [1, 2, 3]), code=codes[0])
+    image.header.set_qform(
+        nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [1, 2, 3]), code=codes[0]
+    )
     image.header.set_sform(sform, code=codes[1])
     path = tmp_path / "a_t1.nii.gz"
     image = image_class(image_of_ones(), None, image.header)
@@ -100,12 +112,16 @@ def test_data_types_and_slopes_are_read(tmp_path: Path, dtype: type) -> None:
 def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
     path = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     volume = read_volume(Case("a", {"t1": path}), ["t1"])
-    write_image(tmp_path / "out.nii.gz", np.stack([volume.data[0], 2 * volume.data[0]]), volume.geometry)
+    write_image(
+        tmp_path / "out.nii.gz", np.stack([volume.data[0], 2 * volume.data[0]]), volume.geometry
+    )
     assert nib.load(tmp_path / "out.nii.gz").shape == (*SHAPE, 2)
 
 
 def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
-    volume = read_volume(Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}), ["t1"])
+    volume = read_volume(
+        Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}), ["t1"]
+    )
     for name in ("one.nii.gz", "two.nii.gz"):
         write_image(tmp_path / name, volume.data[0], volume.geometry)
     assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
@@ -114,7 +130,11 @@ def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
     mask = np.zeros(SHAPE, np.uint8)
     mask[20:40, 10:40, 3:9] = 1
-    case = Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "m.nii.gz", mask))
+    case = Case(
+        "a",
+        {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())},
+        mask=write(tmp_path / "m.nii.gz", mask),
+    )
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
 
 
@@ -138,17 +158,29 @@ def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
     one = np.where(low > 0, np.float32(0.3), 0)
     low_note = "a_seg.nii.gz has values between whole numbers, of up to 0.06 only; all above zero are taken."
     for values, notes in ((low, (low_note,)), (scaled, ()), (one, ())):
-        volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", values)), ["t1"])
-        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and volume.notes == notes
-    classes = (np.random.default_rng(0).integers(0, 5, SHAPE) * (np.arange(SHAPE[0]) < 20)[:, None, None]).astype(
-        np.float32
+        volume = read_volume(
+            Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", values)), ["t1"]
+        )
+        assert (
+            volume.label is not None
+            and volume.label.sum() == (values > 0).sum()
+            and volume.notes == notes
+        )
+    classes = (
+        np.random.default_rng(0).integers(0, 5, SHAPE) * (np.arange(SHAPE[0]) < 20)[:, None, None]
+    ).astype(np.float32)
+    volume = read_volume(
+        Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", classes)), ["t1"]
     )
-    volume = read_volume(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", classes)), ["t1"])
-    assert volume.label is not None and volume.label.sum() == (classes > 0).sum() and not volume.notes
+    assert (
+        volume.label is not None and volume.label.sum() == (classes > 0).sum() and not volume.notes
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(tmp_path: Path, dtype: type) -> None:
+def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(
+    tmp_path: Path, dtype: type
+) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     lesions = np.zeros(SHAPE, np.float32)
     lesions[20:26, 20:25, 4:7] = lesions[30:36, 12:20, 3:8] = lesions[22:24, 30:33, 6] = 1
@@ -159,7 +191,10 @@ def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(tmp_path: Path
         assert volume.label is not None
         assert 0 < volume.label.sum() == (soft >= cut).sum() < (soft > 0).sum()
         (note,) = volume.notes
-        assert f"up to {soft.max():g} that differ from voxel to voxel; those from {cut:g} on are taken" in note
+        assert (
+            f"up to {soft.max():g} that differ from voxel to voxel; those from {cut:g} on are taken"
+            in note
+        )
     # Numbers of lesions, two of which touch, and of classes.
     numbers = ndimage.label(lesions)[0] * 7
     numbers[20:26, 25:28, 4:7] = 100
@@ -167,20 +202,35 @@ def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(tmp_path: Path
     grey = np.zeros(SHAPE)
     grey[20:26, 20:26, 3:9] = 85
     grey[21:25, 21:25, 4:8] = 255
-    for values in (numbers, grey, np.where(lesions > 0, 77, 0), np.where(numbers > 20, 12, numbers)):
+    for values in (
+        numbers,
+        grey,
+        np.where(lesions > 0, 77, 0),
+        np.where(numbers > 20, 12, numbers),
+    ):
         label = write(tmp_path / "a_seg.nii.gz", values.astype(dtype))
         volume = read_volume(Case("a", {"t1": image}, label=label), ["t1"])
-        assert volume.label is not None and volume.label.sum() == (values > 0).sum() and not volume.notes
+        assert (
+            volume.label is not None
+            and volume.label.sum() == (values > 0).sum()
+            and not volume.notes
+        )
 
 
-def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(tmp_path: Path) -> None:
+def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(
+    tmp_path: Path,
+) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
-    case = Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones((5, 5, 5))))
+    case = Case(
+        "a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones((5, 5, 5)))
+    )
     expect(case, "lie on one grid")
     volume = read_volume(case, ["t1"], resampled=True)
     (note,) = volume.notes
     assert (
-        volume.label is None and note.startswith("its label was left out: ") and "a_seg.nii.gz: has (5, 5, 5)" in note
+        volume.label is None
+        and note.startswith("its label was left out: ")
+        and "a_seg.nii.gz: has (5, 5, 5)" in note
     )
 
 
@@ -192,7 +242,9 @@ def test_headers_that_were_rounded_are_of_one_grid(tmp_path: Path) -> None:
     lesion = image_of_ones() * (np.arange(SHAPE[0]) < 20)[:, None, None]
     label = write(tmp_path / "a_seg.nii.gz", lesion, near)
     assert read_volume(Case("a", {"t1": image}, label=label), ["t1"]).label is not None
-    expect(Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", lesion, far)), "0.3 mm away")
+    expect(
+        Case("a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", lesion, far)), "0.3 mm away"
+    )
 
 
 # Bad input: each names the file, what was found and what to do.
@@ -212,7 +264,9 @@ def test_empty_zero_and_not_finite(tmp_path: Path) -> None:
     expect(single(write(tmp_path / "a_t1.nii.gz", 0 * image_of_ones())), "no voxel is above zero")
     data = image_of_ones()
     data[3, 3, 3], data[4, 4, 4] = np.nan, np.inf
-    expect(single(write(tmp_path / "a_t1.nii.gz", data)), r"2 of its 53,760 voxels are NaN or infinite")
+    expect(
+        single(write(tmp_path / "a_t1.nii.gz", data)), r"2 of its 53,760 voxels are NaN or infinite"
+    )
     (tmp_path / "a_empty.nii.gz").touch()
     expect(single(tmp_path / "a_empty.nii.gz"), "the file is empty")
     expect(single(tmp_path / "a_gone.nii.gz"), "No such file")
@@ -257,7 +311,10 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
 
 
 def test_more_than_one_volume_and_colours(tmp_path: Path) -> None:
-    expect(single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))), r"4 axes \(5, 5, 5, 2\)")
+    expect(
+        single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))),
+        r"4 axes \(5, 5, 5, 2\)",
+    )
     colour = np.zeros((5, 5, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     expect(single(write(tmp_path / "a_t1.nii.gz", colour)), "real numbers")
 
@@ -266,25 +323,33 @@ def test_the_label_of_a_lesion_is_no_mask_of_a_brain(tmp_path: Path) -> None:
     lesion = np.zeros(SHAPE, np.uint8)
     lesion[20:25, 20:25, 3:9] = 1
     case = Case(
-        "a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}, mask=write(tmp_path / "a_m.nii.gz", lesion)
+        "a",
+        {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())},
+        mask=write(tmp_path / "a_m.nii.gz", lesion),
     )
     expect(
-        case, r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is to be seen there; that is no mask of a brain"
+        case,
+        r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is to be seen there; that is no mask of a brain",
     )
 
 
 def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_path: Path) -> None:
     draw, place = np.random.default_rng(0), np.indices(SHAPE)
-    brain = ((place - np.array([32, 30, 7])[:, None, None, None]) ** 2 * np.array([1, 1, 16])[:, None, None, None]).sum(
-        0
-    ) < 64
+    brain = (
+        (place - np.array([32, 30, 7])[:, None, None, None]) ** 2
+        * np.array([1, 1, 16])[:, None, None, None]
+    ).sum(0) < 64
     values = np.where(brain, 1.0, 0.03 * draw.random(SHAPE)).astype(np.float32)
     image = write(tmp_path / "a_t1.nii.gz", values)
     mask = write(tmp_path / "a_mask.nii.gz", brain.astype(np.uint8))
     assert (
-        brain.mean() < 0.1 and read_volume(Case("a", {"t1": image}, mask=mask), ["t1"]).foreground.sum() == brain.sum()
+        brain.mean() < 0.1
+        and read_volume(Case("a", {"t1": image}, mask=mask), ["t1"]).foreground.sum() == brain.sum()
     )
-    slab = write(tmp_path / "a_brain_mask.nii.gz", (brain & (place[2] == 7) & (place[0] < 27)).astype(np.uint8))
+    slab = write(
+        tmp_path / "a_brain_mask.nii.gz",
+        (brain & (place[2] == 7) & (place[0] < 27)).astype(np.uint8),
+    )
     assert read_volume(Case("a", {"t1": image}, mask=slab), ["t1"]).foreground.any()
 
 
@@ -292,9 +357,12 @@ def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
     expect(
-        Case("a", {"t1": image}, label=label), "a_seg.nii.gz: marks 6,048 ml, 100% of what is to be seen in a_t1.nii.gz"
+        Case("a", {"t1": image}, label=label),
+        "a_seg.nii.gz: marks 6,048 ml, 100% of what is to be seen in a_t1.nii.gz",
     )
-    half = write(tmp_path / "a_seg.nii.gz", image_of_ones() * (np.arange(SHAPE[0]) < 35)[:, None, None])
+    half = write(
+        tmp_path / "a_seg.nii.gz", image_of_ones() * (np.arange(SHAPE[0]) < 35)[:, None, None]
+    )
     expect(Case("a", {"t1": image}, label=half), "a_seg.nii.gz: marks 3,307 ml, 55% of")
 
 
@@ -305,8 +373,16 @@ def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:
     moved_affine[2, 3] += 3
     moved = write(tmp_path / "a_flair.nii.gz", image_of_ones(), moved_affine)
     both = ("t1", "other")
-    expect(Case("a", {"t1": t1, "other": smaller}), r"a_t2.nii.gz: has \(10, 10, 10\) voxels, but a_t1.nii.gz", both)
-    expect(Case("a", {"t1": t1, "other": moved}), r"a_flair.nii.gz: its header places it up to 3 mm away", both)
+    expect(
+        Case("a", {"t1": t1, "other": smaller}),
+        r"a_t2.nii.gz: has \(10, 10, 10\) voxels, but a_t1.nii.gz",
+        both,
+    )
+    expect(
+        Case("a", {"t1": t1, "other": moved}),
+        r"a_flair.nii.gz: its header places it up to 3 mm away",
+        both,
+    )
     expect(Case("a", {"t1": t1}, label=moved), "3 mm away")
     expect(Case("a", {"t1": t1}, mask=smaller), "resample")
 
@@ -355,7 +431,9 @@ def test_an_affine_that_places_nothing(tmp_path: Path) -> None:
         expect(single(path), "no usable position")
 
 
-def test_an_interrupted_or_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_or_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     volume = read_volume(single(write(tmp_path / "a_t1.nii.gz", image_of_ones())), ["t1"])
     out = tmp_path / "out"
     out.mkdir()

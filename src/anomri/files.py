@@ -56,7 +56,9 @@ def output_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise AnomriError(f"{path}: cannot write to this folder ({error.strerror or error}); name another.") from error
+        raise AnomriError(
+            f"{path}: cannot write to this folder ({error.strerror or error}); name another."
+        ) from error
     return path
 
 
@@ -65,7 +67,9 @@ def check_tables(folder: Path, names: Sequence[str], own: Sequence[str]) -> None
 
     One did where what only runs leave is there: one of their ``own`` folders, or facts in JSON.
     """
-    if any((folder / name).exists() for name in own) or any(says(folder / name, key) for name, key in FACTS.items()):
+    if any((folder / name).exists() for name in own) or any(
+        says(folder / name, key) for name, key in FACTS.items()
+    ):
         return
     for path in (folder / name for name in names):
         if path.exists():
@@ -121,7 +125,9 @@ def _locked(folder: Path, path: Path, timeout_s: float = 0.0) -> FileLock:
             f"{folder}: another run is writing to this folder; wait for it, stop it, or name another folder with -o."
         ) from error
     except (OSError, NotImplementedError) as error:
-        raise AnomriError(f"{folder}: cannot lock this folder ({error}); name one on another file system.") from error
+        raise AnomriError(
+            f"{folder}: cannot lock this folder ({error}); name one on another file system."
+        ) from error
     return lock
 
 

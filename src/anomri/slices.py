@@ -32,29 +32,41 @@ class Window:
     def cut(self, data: NDArray[Any]) -> NDArray[Any]:
         """(c, h, w, n) -> (c, rows, columns, n), zero beyond the slice; a view of it, where it does not reach beyond."""
         starts, sizes = (self.top, self.left), (self.rows, self.columns)
-        inside = [slice(max(start, 0), max(start + size, 0)) for start, size in zip(starts, sizes, strict=True)]
+        inside = [
+            slice(max(start, 0), max(start + size, 0))
+            for start, size in zip(starts, sizes, strict=True)
+        ]
         part = data[:, inside[0], inside[1]]
         if part.shape[1:3] == sizes:
             return part
         before = [max(-start, 0) for start in starts]
-        after = [size - first - have for size, first, have in zip(sizes, before, part.shape[1:3], strict=True)]
+        after = [
+            size - first - have
+            for size, first, have in zip(sizes, before, part.shape[1:3], strict=True)
+        ]
         return np.pad(part, [(0, 0), *zip(before, after, strict=True), (0, 0)])
 
-    def around(self, brain: Sequence[slice], size: tuple[int, int]) -> tuple[Window, tuple[slice, slice]]:
+    def around(
+        self, brain: Sequence[slice], size: tuple[int, int]
+    ) -> tuple[Window, tuple[slice, slice]]:
         """The least of this window that holds a part of the slice and becomes whole pixels of a grid of ``size``.
 
         Returns that and the pixels, which are those the whole window would give, and all others zero.
         """
         rows, across = _steps(brain[0], self.top, self.rows, size[0])
         columns, along = _steps(brain[1], self.left, self.columns, size[1])
-        return Window(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start), (across, along)
+        return Window(
+            rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+        ), (across, along)
 
     def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(..., rows, columns) -> (..., *size), zero beyond the window: what `cut` took, back in its place."""
         h, w = size
         if self == Window(0, 0, h, w):
             return x
-        return functional.pad(x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows))
+        return functional.pad(
+            x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows)
+        )
 
 
 class Affine(NamedTuple):
@@ -64,7 +76,9 @@ class Affine(NamedTuple):
     offset: float = 0.0
     floor: float = 0.0
 
-    def __call__(self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def __call__(
+        self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """Scaled values of an image (x, ...) >= 0, in ``out`` if that is given; zeros stay zeros."""
         scaled = np.empty_like(values) if out is None else out
         if not self.offset and not self.floor:
@@ -89,9 +103,11 @@ class Position(NamedTuple):
     heights: Tensor
 
     @classmethod
-    def of(cls, foreground: Tensor) -> Position:
+    def from_foreground(cls, foreground: Tensor) -> Position:
         """Of all slices of a brain, by their foreground (n, h, w) bool."""
-        return cls(brain_box(foreground, 1), (torch.arange(len(foreground)) + 0.5) / len(foreground))
+        return cls(
+            brain_box(foreground, 1), (torch.arange(len(foreground)) + 0.5) / len(foreground)
+        )
 
 
 @dataclass(frozen=True)
@@ -116,14 +132,16 @@ class SliceStack:
     @property
     def position(self) -> Position:
         """Where the slices lie in the brain."""
-        return self.part or Position.of(self.foreground)
+        return self.part or Position.from_foreground(self.foreground)
 
     def take(self, numbers: Sequence[int]) -> SliceStack:
         """These slices as if they lay next to each other, without label."""
         chosen = list(numbers)
         part = self.position._replace(heights=self.position.heights[chosen])
         x, foreground = self.x[chosen], self.foreground[chosen]
-        return replace(self, x=x, foreground=foreground, index=range(len(chosen)), label=None, part=part)
+        return replace(
+            self, x=x, foreground=foreground, index=range(len(chosen)), label=None, part=part
+        )
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
@@ -136,9 +154,13 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     across, along, high = volume.brain
     view, pixels = window.around((across, along), grid.size)
     scale = intensity_scale(volume.inside, scaling)
-    scaled = np.zeros((len(scale), view.rows, view.columns, high.stop - high.start), dtype=np.float32)
+    scaled = np.zeros(
+        (len(scale), view.rows, view.columns, high.stop - high.start), dtype=np.float32
+    )
     place = scaled[
-        :, across.start - view.top : across.stop - view.top, along.start - view.left : along.stop - view.left
+        :,
+        across.start - view.top : across.stop - view.top,
+        along.start - view.left : along.stop - view.left,
     ]
     for affine, channel, target in zip(scale, volume.inside, place, strict=True):
         affine(channel, out=target)
@@ -150,7 +172,9 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
     label = None if volume.label is None else label_slices(volume.label, window, grid, index)
     mm = volume.geometry.spacing_mm
     rows, columns = mm[0] * window.rows / grid.size[0], mm[1] * window.columns / grid.size[1]
-    return SliceStack(x, foreground_of(x, scaling), index, scale, label, window, (mm[2], rows, columns))
+    return SliceStack(
+        x, foreground_of(x, scaling), index, scale, label, window, (mm[2], rows, columns)
+    )
 
 
 def present_channels(x: Tensor) -> list[bool]:
@@ -189,7 +213,9 @@ def _percentiles(channel: NDArray[np.float32], percents: Sequence[float]) -> lis
         return None
     ranks = (len(values) - 1) * np.asarray(percents) / 100
     lower = ranks.astype(np.intp)
-    below, above = (values[np.minimum(k, len(values) - 1)].astype(np.float64) for k in (lower, lower + 1))
+    below, above = (
+        values[np.minimum(k, len(values) - 1)].astype(np.float64) for k in (lower, lower + 1)
+    )
     return (below + (ranks - lower) * (above - below)).tolist()
 
 
@@ -201,7 +227,9 @@ def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
     return range(int(above[0]), int(above[-1]) + 1) if above.size else range(0)
 
 
-def window_of(shape: Sequence[int], brain: Sequence[slice], spacing_mm: tuple[float, float], grid: Grid) -> Window:
+def window_of(
+    shape: Sequence[int], brain: Sequence[slice], spacing_mm: tuple[float, float], grid: Grid
+) -> Window:
     """The grid's field of view on a scan (x, y, z): in the middle, or around a brain that lies off it.
 
     Raises `AnomriError` if the brain is larger than the field of view.
@@ -234,8 +262,12 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def rescale(x: Tensor, scale: float, multiple: int) -> Tensor:
     """(n, c, h, w) on a grid coarser by ``scale``, antialiased, its sides rounded to a ``multiple`` of pixels."""
     h, w = (max(round(side * scale / multiple), 1) * multiple for side in x.shape[2:])
-    with torch.autocast(x.device.type, enabled=False):  # it would ask for a bfloat16 filter that does not exist
-        return functional.interpolate(x.float(), size=(h, w), mode="bilinear", align_corners=False, antialias=True)
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # it would ask for a bfloat16 filter that does not exist
+        return functional.interpolate(
+            x.float(), size=(h, w), mode="bilinear", align_corners=False, antialias=True
+        )
 
 
 def to_slices(data: NDArray[Any], window: Window, grid: Grid, index: range) -> Tensor:
@@ -251,7 +283,9 @@ def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: ra
     return to_slices(label[None], window, grid, index)[:, 0] > 0.5
 
 
-def from_slices(slices: Tensor, shape: tuple[int, int, int], window: Window, index: range) -> NDArray[np.float32]:
+def from_slices(
+    slices: Tensor, shape: tuple[int, int, int], window: Window, index: range
+) -> NDArray[np.float32]:
     """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``; what the grid did not see is zero."""
     z_last = slices[None].float().contiguous(memory_format=torch.channels_last)
     native = window.paste(resize(z_last, (window.rows, window.columns)), shape[:2])
@@ -302,7 +336,9 @@ def join_boxes(
     )
 
 
-def _on_grid(part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid, index: range) -> Tensor:
+def _on_grid(
+    part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid, index: range
+) -> Tensor:
     """The part of slices (c, h, w, n) that becomes ``pixels`` of the grid, and of them those of ``index``."""
     # As they lie in memory, z last: torch resizes "channels last" without turning them first.
     z_last = torch.from_numpy(part).permute(0, 3, 1, 2)

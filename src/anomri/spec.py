@@ -254,11 +254,15 @@ class ModelSpec:
         try:
             text = path.read_bytes()
         except OSError as error:
-            raise AnomriError(f"{path}: cannot read the model's description ({error.strerror})") from error
+            raise AnomriError(
+                f"{path}: cannot read the model's description ({error.strerror})"
+            ) from error
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            raise AnomriError(f"{path}: not a model description of anomri: {_first_problem(error)}") from error
+            raise AnomriError(
+                f"{path}: not a model description of anomri: {_first_problem(error)}"
+            ) from error
 
 
 def _first_problem(error: ValidationError) -> str:

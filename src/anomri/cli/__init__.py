@@ -40,7 +40,9 @@ def _run(args: list[str] | None, stop: StopRequest) -> int:
             if stop.signal is None or isinstance(error, AnomriError):
                 raise
             # What fails because another process has stopped already.
-            raise Interrupted(f"stopped ({error}); the same command goes on.", stop.signal) from error
+            raise Interrupted(
+                f"stopped ({error}); the same command goes on.", stop.signal
+            ) from error
     except AnomriError as error:
         err.quiet = err.quiet and getattr(error, "told", False)
         err.print(f"error: {error}", style="red", soft_wrap=True)

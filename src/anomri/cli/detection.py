@@ -44,14 +44,17 @@ def detect(
     series: inputs.Series = None,
     keep_identifiers: inputs.KeepIdentifiers = False,
     dicom_seg: inputs.DicomSeg = False,
-    reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Also write the reconstruction.")] = False,
+    reconstruction: Annotated[
+        bool, typer.Option("--reconstruction", help="Also write the reconstruction.")
+    ] = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
     min_volume: MinVolume = None,
     channels: SomeChannels = None,
     shard: Shard = None,
     format: Annotated[
-        Literal["text", "json"], typer.Option(help="json: one document with all results and paths, on stdout.")
+        Literal["text", "json"],
+        typer.Option(help="json: one document with all results and paths, on stdout."),
     ] = "text",
     device: Device = "auto",
     precision: Precision = "auto",
@@ -71,9 +74,13 @@ def detect(
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
-    files = named([*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel")
+    files = named(
+        [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel"
+    )
     team = processes(device)
-    detector = detector_of(model, device, precision, sensitivity, false_positive_ml, min_volume, channels)
+    detector = detector_of(
+        model, device, precision, sensitivity, false_positive_ml, min_volume, channels
+    )
     if model is None and team.first:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
@@ -81,7 +88,9 @@ def detect(
     if dicom_seg:
         optional("highdicom", "dicom", "--dicom-seg")
         if detector.thresholds is None:
-            raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
+            raise AnomriError(
+                "--dicom-seg: this model has no threshold, so there is no mask to write."
+            )
     intake = team.once(
         lambda: take_in(
             input,
@@ -98,8 +107,14 @@ def detect(
         raise AnomriError(
             f"--brain-mask is the mask of one scan, but there are {len(intake.cases)}; name masks in a TSV."
         )
-    if team.first and not shard and (before := cases_before(output, [case.name for case in intake.cases])):
-        _note(f"{output} has maps of {before} from another run; the tables and the report will be of this run alone.")
+    if (
+        team.first
+        and not shard
+        and (before := cases_before(output, [case.name for case in intake.cases]))
+    ):
+        _note(
+            f"{output} has maps of {before} from another run; the tables and the report will be of this run alone."
+        )
     with case_progress(err) as advance:
 
         def told(result: CaseResult, total: int) -> None:
@@ -129,7 +144,11 @@ def detect(
         facts = {"report": report, "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))
         raise typer.Exit(1 if failed else 0)
-    then = f"After the last shard: anomri merge {output}" if shard else f"Look at {output / 'report.html'}"
+    then = (
+        f"After the last shard: anomri merge {output}"
+        if shard
+        else f"Look at {output / 'report.html'}"
+    )
     out.print(f"{len(results) - failed} scans done, {failed} failed. {then}", soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
@@ -143,10 +162,17 @@ def bids(
     context: typer.Context,
     bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS data set.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the derivatives.")],
-    level: Annotated[str, typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report.")],
+    level: Annotated[
+        str,
+        typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report."),
+    ],
     model: Model = None,
-    participant_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
-    session_label: Annotated[Optional[list[str]], typer.Option(help="Only this one; may be given again.")] = None,
+    participant_label: Annotated[
+        Optional[list[str]], typer.Option(help="Only this one; may be given again.")
+    ] = None,
+    session_label: Annotated[
+        Optional[list[str]], typer.Option(help="Only this one; may be given again.")
+    ] = None,
     skip_bids_validation: Annotated[
         bool, typer.Option("--skip-bids-validation", help="Take the data set as it is.")
     ] = False,
@@ -167,17 +193,27 @@ def bids(
 
     if level == "group":
         sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        options = [f"--{name.replace('_', '-')}" for name in given if name not in ("bids_dir", "out_dir", "level")]
+        given = [
+            name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+        ]
+        options = [
+            f"--{name.replace('_', '-')}"
+            for name in given
+            if name not in ("bids_dir", "out_dir", "level")
+        ]
         if options:
-            _note(f"{', '.join(options)}: of no use at the level group, which collects what there is.")
+            _note(
+                f"{', '.join(options)}: of no use at the level group, which collects what there is."
+            )
         if not bids_dir.is_dir():
             raise AnomriError(f"{bids_dir}: no such folder.")
         out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)
         return
     if level != "participant":
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
-    detector = detector_of(model, device, precision, sensitivity, false_positive_ml, min_volume, channels)
+    detector = detector_of(
+        model, device, precision, sensitivity, false_positive_ml, min_volume, channels
+    )
     with case_progress(err) as advance:
         results = run_participant(
             bids_dir,
@@ -198,7 +234,9 @@ def bids(
 
 @app.command()
 def view(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")
+    ],
     scans: Annotated[
         Optional[Path],
         typer.Option(
@@ -206,8 +244,12 @@ def view(
             help="The scans the maps were made from, to show behind them; default: those converted from DICOM.",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")] = 0,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")
+    ] = 0,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
+    ] = True,
 ) -> None:
     """Show maps, masks and scans in a page on this machine, to scroll through; Ctrl-C ends it."""
     from anomri.reporting.viewer import view as run

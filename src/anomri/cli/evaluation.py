@@ -37,19 +37,27 @@ def evaluate(
     output: OutFolder,
     model: Model = None,
     maps: Annotated[
-        Optional[Path], typer.Option(help="Folder of maps <case>_anomaly.nii.gz, whoever made them.")
+        Optional[Path],
+        typer.Option(help="Folder of maps <case>_anomaly.nii.gz, whoever made them."),
     ] = None,
     grid: Annotated[
         str, typer.Option(help="model: the working grid, as in the paper; input: the scan's own.")
     ] = "model",
-    split: Annotated[Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")] = None,
-    threshold: Annotated[Optional[float], typer.Option(help="Instead of the model's label-free one.")] = None,
+    split: Annotated[
+        Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")
+    ] = None,
+    threshold: Annotated[
+        Optional[float], typer.Option(help="Instead of the model's label-free one.")
+    ] = None,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
     min_volume: MinVolume = None,
     channels: SomeChannels = None,
     score: Annotated[
-        Optional[str], typer.Option(help="Instead of the model's: paper, absolute, positive, ssim, mark, ...")
+        Optional[str],
+        typer.Option(
+            help="Instead of the model's: paper, absolute, positive, ssim, anomaly_probability, ..."
+        ),
     ] = None,
     shard: Shard = None,
     device: Device = "auto",
@@ -69,7 +77,9 @@ def evaluate(
 
     processes(device)
     if maps is not None and not model and (channels or score or min_volume is not None):
-        raise AnomriError("--channels, --score and --min-volume are a model's; maps are measured as they are.")
+        raise AnomriError(
+            "--channels, --score and --min-volume are a model's; maps are measured as they are."
+        )
     detector = Detector.load(model, device, precision) if maps is None or model else None
     if detector and score:
         paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
@@ -97,7 +107,9 @@ def evaluate(
         else:
             evaluation = run(input, output, **arguments, progress=told)  # type: ignore[arg-type]
     if shard:
-        out.print(f"{failed} cases failed. After the last shard: anomri merge {output}", soft_wrap=True)
+        out.print(
+            f"{failed} cases failed. After the last shard: anomri merge {output}", soft_wrap=True
+        )
         raise typer.Exit(1 if failed else 0)
     _print_evaluation(evaluation)
     out.print(f"Look at {output / 'report.html'}", soft_wrap=True)
@@ -105,12 +117,17 @@ def evaluate(
 
 
 @app.command()
-def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that all shards wrote to.")]) -> None:
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that all shards wrote to.")],
+) -> None:
     """Join what `detect --shard` or `evaluate --shard` left in a folder: one set of tables, figures, one report."""
     from anomri.evaluation.merge import merge as run
 
     failed = run(folder)
-    out.print(f"All shards are merged, {failed} cases failed. Look at {folder / 'report.html'}", soft_wrap=True)
+    out.print(
+        f"All shards are merged, {failed} cases failed. Look at {folder / 'report.html'}",
+        soft_wrap=True,
+    )
     raise typer.Exit(1 if failed else 0)
 
 
@@ -118,21 +135,32 @@ def merge(folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder tha
 def compare(
     input: Cohort,
     output: OutFolder,
-    methods: Annotated[str, typer.Option(metavar="all|LIST", help="Methods, as dae,vae,thresholding.")] = "all",
+    methods: Annotated[
+        str, typer.Option(metavar="all|LIST", help="Methods, as dae,vae,thresholding.")
+    ] = "all",
     noise_resolution: Annotated[
-        Optional[list[str]], typer.Option(metavar="LIST", help="Also the dae with these, as 1,2,4; may be given again.")
+        Optional[list[str]],
+        typer.Option(metavar="LIST", help="Also the dae with these, as 1,2,4; may be given again."),
     ] = None,
     noise_std: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="LIST", help="Also the dae with these, as .05,.1; may be given again."),
+        typer.Option(
+            metavar="LIST", help="Also the dae with these, as .05,.1; may be given again."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each (the paper: 3).")] = 1,
     preset: Annotated[str, typer.Option(help="Of every method: paper, small or demo.")] = "small",
     channels: Channels = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the presets'.")] = None,
-    splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Training steps instead of the presets'.")
+    ] = None,
+    splits: Annotated[
+        Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")
+    ] = None,
     split: Annotated[Optional[str], typer.Option(help="Which cases (default: test).")] = None,
-    cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
+    cache: Annotated[
+        Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train and evaluate several methods, noise settings and seeds: one table, curves, pictures.

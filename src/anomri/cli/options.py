@@ -26,23 +26,42 @@ out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in 
 
 Cohort = Annotated[
     Path,
-    typer.Option("-i", "--input", metavar="COHORT", help="Folder of scans, BIDS data set, or .tsv that lists them."),
+    typer.Option(
+        "-i",
+        "--input",
+        metavar="COHORT",
+        help="Folder of scans, BIDS data set, or .tsv that lists them.",
+    ),
 ]
-NewModel = Annotated[Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")]
+NewModel = Annotated[
+    Path, typer.Option("-o", "--output", metavar="MODEL", help="Folder to write the model to.")
+]
 Model = Annotated[
     Optional[Path],
-    typer.Option("-m", "--model", metavar="MODEL", help="Folder of a trained model (default: the one in the package)."),
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="Folder of a trained model (default: the one in the package).",
+    ),
 ]
-OutFolder = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")]
+OutFolder = Annotated[
+    Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[
-    str, typer.Option(help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed; maps differ slightly.")
+    str,
+    typer.Option(
+        help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed; maps differ slightly."
+    ),
 ]
 Channels = Annotated[
-    Optional[str], typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found).")
+    Optional[str],
+    typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found)."),
 ]
 SomeChannels = Annotated[
-    Optional[str], typer.Option("--channels", help="Look at these of the model's channels only, as flair,t2.")
+    Optional[str],
+    typer.Option("--channels", help="Look at these of the model's channels only, as flair,t2."),
 ]
 Sensitivity = Annotated[
     Optional[str],
@@ -54,12 +73,16 @@ Sensitivity = Annotated[
 ]
 Shard = Annotated[
     Optional[str],
-    typer.Option(metavar="K/N", help="Do only the K-th of N shares of the cases; `anomri merge` joins them."),
+    typer.Option(
+        metavar="K/N", help="Do only the K-th of N shares of the cases; `anomri merge` joins them."
+    ),
 ]
 FalsePositiveMl = Annotated[
     Optional[float],
     typer.Option(
-        "--false-positive-ml", min=0.0, help="Instead: the volume above the threshold in a mean healthy scan."
+        "--false-positive-ml",
+        min=0.0,
+        help="Instead: the volume above the threshold in a mean healthy scan.",
     ),
 ]
 MinVolume = Annotated[
@@ -92,7 +115,11 @@ def detector_of(
 
 def names_of(channels: str | None) -> tuple[str, ...] | None:
     """The channels in a list with commas, by their names here; ``None`` if nothing is given."""
-    return tuple(channel_name(name) for name in channels.split(",") if name.strip()) if channels else None
+    return (
+        tuple(channel_name(name) for name in channels.split(",") if name.strip())
+        if channels
+        else None
+    )
 
 
 Number = TypeVar("Number", int, float)
@@ -104,7 +131,9 @@ def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> li
     try:
         return [kind(part) for part in parts]
     except ValueError as error:
-        raise AnomriError(f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error}).") from error
+        raise AnomriError(
+            f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error})."
+        ) from error
 
 
 def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def comparison_progress(console: Console) -> Iterator[Callable[[str, TrainingPro
         def show(job: str, state: TrainingProgress) -> None:
             key = (job, state.stage)
             if key not in tasks:
-                tasks[key] = bar.add_task(f"{job}: {STAGES[state.stage]}", total=state.total, losses="")
+                tasks[key] = bar.add_task(
+                    f"{job}: {STAGES[state.stage]}", total=state.total, losses=""
+                )
                 if not console.is_terminal:
                     console.print(f"{job}: {STAGES[state.stage]}")
             losses = "" if state.loss != state.loss else f"loss {state.loss:.5f}"

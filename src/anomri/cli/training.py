@@ -7,7 +7,18 @@ from typing import Annotated, Optional
 
 import typer
 
-from anomri.cli.options import Channels, Cohort, Device, NewModel, OutFolder, app, err, names_of, out, settings_of
+from anomri.cli.options import (
+    Channels,
+    Cohort,
+    Device,
+    NewModel,
+    OutFolder,
+    app,
+    err,
+    names_of,
+    out,
+    settings_of,
+)
 
 
 @app.command()
@@ -23,7 +34,9 @@ def train(
     ] = None,
     method: Annotated[
         Optional[str],
-        typer.Option(help="dae (default), thresholding, ae, vae, vae-restoration, fanogan or diffusion."),
+        typer.Option(
+            help="dae (default), thresholding, ae, vae, vae-restoration, fanogan or diffusion."
+        ),
     ] = None,
     pretrained: Annotated[
         Optional[list[Path]],
@@ -34,38 +47,66 @@ def train(
         ),
     ] = None,
     channels: Channels = None,
-    splits: Annotated[Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps instead of the preset's.")] = None,
+    splits: Annotated[
+        Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted training.")
+    ] = False,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Training steps instead of the preset's.")
+    ] = None,
     accumulate: Annotated[
-        int, typer.Option(min=1, help="Take each process's share of a batch in so many parts: less memory, same model.")
+        int,
+        typer.Option(
+            min=1,
+            help="Take each process's share of a batch in so many parts: less memory, same model.",
+        ),
     ] = 1,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
     validate_every: Annotated[
-        Optional[int], typer.Option(min=1, help="Steps between validations; the weights of the best are kept.")
+        Optional[int],
+        typer.Option(min=1, help="Steps between validations; the weights of the best are kept."),
     ] = None,
     precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
     seed: Annotated[
-        Optional[int], typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split.")
+        Optional[int],
+        typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split."),
     ] = None,
-    noise_resolution: Annotated[Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")] = None,
-    noise_std: Annotated[Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")] = None,
-    grid: Annotated[Optional[int], typer.Option(min=16, help="Pixels of a side of the working grid, as 192.")] = None,
+    noise_resolution: Annotated[
+        Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")
+    ] = None,
+    noise_std: Annotated[
+        Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")
+    ] = None,
+    grid: Annotated[
+        Optional[int], typer.Option(min=16, help="Pixels of a side of the working grid, as 192.")
+    ] = None,
     score: Annotated[
-        Optional[str], typer.Option(help="How residuals become a map: own, auto, absolute, positive, ssim, mark, ...")
+        Optional[str],
+        typer.Option(
+            help="How residuals become a map: own, auto, absolute, positive, ssim, anomaly_probability, ..."
+        ),
     ] = None,
     passes: Annotated[
-        Optional[int], typer.Option(min=0, help="Average so many reconstructions of the noised scan.")
+        Optional[int],
+        typer.Option(min=0, help="Average so many reconstructions of the noised scan."),
     ] = None,
     set_: Annotated[
         Optional[list[str]],
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="A setting of the method, as noise_std=0.25; may be given again."
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the method, as noise_std=0.25; may be given again.",
         ),
     ] = None,
-    cache: Annotated[Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")] = None,
-    data_licence: Annotated[Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")] = None,
+    cache: Annotated[
+        Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")
+    ] = None,
+    data_licence: Annotated[
+        Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train on the healthy slices of a cohort; slices with a labelled lesion are left out.
@@ -95,9 +136,14 @@ def train(
             preset=preset,
             pretrained=pretrained,
             channels=names_of(channels),
-            settings={name: value for name, value in settings.items() if value is not None} | settings_of(set_),
+            settings={name: value for name, value in settings.items() if value is not None}
+            | settings_of(set_),
             training={name: value for name, value in changed.items() if value is not None},
-            score={name: value for name, value in {"kind": score, "passes": passes}.items() if value is not None},
+            score={
+                name: value
+                for name, value in {"kind": score, "passes": passes}.items()
+                if value is not None
+            },
             grid=grid,
             splits=splits,
             cache=cache,
@@ -113,7 +159,11 @@ def train(
             f"Trained on {cohort.training_slices:,} healthy slices of {cohort.training_cases} cases "
             f"({cohort.left_out_slices:,} slices with a labelled lesion were left out), "
             f"{cohort.validation_cases} cases held out"
-            + (f", {cohort.unused_cases} unused (test, or in no split)" if cohort.unused_cases else "")
+            + (
+                f", {cohort.unused_cases} unused (test, or in no split)"
+                if cohort.unused_cases
+                else ""
+            )
             + f". Model: {output}",
             soft_wrap=True,
         )
@@ -123,7 +173,8 @@ def train(
 def demo(
     output: OutFolder = Path("anomri-demo"),
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the synthetic cohort, to try the other commands on.")
+        bool,
+        typer.Option("--keep", help="Keep the synthetic cohort, to try the other commands on."),
     ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -144,7 +195,9 @@ def demo(
 
 @app.command("import-checkpoint")
 def import_checkpoint(
-    file: Annotated[Path, typer.Argument(help="Checkpoint of the program released with the paper.")],
+    file: Annotated[
+        Path, typer.Argument(help="Checkpoint of the program released with the paper.")
+    ],
     output: NewModel,
     channels: Channels = None,
 ) -> None:

@@ -97,7 +97,8 @@ def compare(
         _same_comparison(folder, first)
         protocol = {
             "cases": f"{len(test_cases)} ({chosen})",
-            "preset": preset + "".join(f", {name} {value}" for name, value in (training or {}).items()),
+            "preset": preset
+            + "".join(f", {name} {value}" for name, value in (training or {}).items()),
         }
         failed: dict[str, str] = {}
         report, rows = write_comparison(folder, jobs, protocol, failed)
@@ -111,7 +112,10 @@ def compare(
                 failed[job.name] = str(error)
                 report, rows = write_comparison(folder, jobs, protocol, failed)
         for job in jobs:
-            failed |= {f"{job.name}, {case}": error for case, error in result_of(job).get("failed", {}).items()}
+            failed |= {
+                f"{job.name}, {case}": error
+                for case, error in result_of(job).get("failed", {}).items()
+            }
         return Comparison(tuple(rows), report, failed)
 
 
@@ -129,11 +133,15 @@ def plan(
     if seeds < 1:
         raise AnomriError(f"a comparison needs at least one seed, not {seeds}.")
     known = methods.names()
-    chosen = known if names == "all" else names.split(",") if isinstance(names, str) else list(names)
+    chosen = (
+        known if names == "all" else names.split(",") if isinstance(names, str) else list(names)
+    )
     chosen = list(dict.fromkeys(name.strip() for name in chosen if name.strip()))
     jobs = []
     for method in chosen:
-        own = methods.preset(method, first.preset)  # raises for a method or preset that there is not
+        own = methods.preset(
+            method, first.preset
+        )  # raises for a method or preset that there is not
         jobs.append(replace(first, variant=method, method=method, trained=own.weights_of or method))
     for setting, values in zip(CURVES, (noise_resolution, noise_std), strict=True):
         jobs += [_noise_job(first, setting, value) for value in values]
@@ -175,7 +183,9 @@ def _do(job: Job, tell: Callable[[Progress], None]) -> None:
 def _is_done(job: Job) -> bool:
     """Whether all test cases were evaluated, as their files are now."""
     result = result_of(job)
-    return not result.get("failed", True) and result.get("files") == files_of(job.test_cases, job.channels or ())
+    return not result.get("failed", True) and result.get("files") == files_of(
+        job.test_cases, job.channels or ()
+    )
 
 
 def _same_comparison(folder: Path, first: Job) -> None:
@@ -187,7 +197,9 @@ def _same_comparison(folder: Path, first: Job) -> None:
         "channels": list(first.channels or ()),
         "cases": {case.name: case.split for case in first.training_cases},
         "test cases": [case.name for case in first.test_cases],
-        "files": files_of([case for case in first.training_cases if case.split != "test"], first.channels or ()),
+        "files": files_of(
+            [case for case in first.training_cases if case.split != "test"], first.channels or ()
+        ),
         "version of anomri": version("anomri"),
     }
     if path.is_file():

@@ -110,9 +110,13 @@ def evaluate_job(job: Job, tell: Tell) -> None:
     detector = detector_of(job)
     spec, kept = detector.spec.score, _Examples()
     seconds: list[float] = []
-    with tempfile.TemporaryDirectory(prefix=".scores-", dir=output_folder(job.result.parent)) as spool:
+    with tempfile.TemporaryDirectory(
+        prefix=".scores-", dir=output_folder(job.result.parent)
+    ) as spool:
         pools = {name: Pool(output_folder(Path(spool) / name)) for name in ("plain", "median")}
-        for done, (case, volume, _) in enumerate(read_ahead(job.test_cases, detector.read), start=1):
+        for done, (case, volume, _) in enumerate(
+            read_ahead(job.test_cases, detector.read), start=1
+        ):
             try:
                 if isinstance(volume, AnomriError):
                     raise volume
@@ -120,11 +124,17 @@ def evaluate_job(job: Job, tell: Tell) -> None:
                 stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
                 begun = time.monotonic()
                 raw, _ = detector.raw_score(stack)
-                filtered = anomaly_score(raw, stack.foreground, replace(spec, median=MEDIAN), stack.spacing_mm)
+                filtered = anomaly_score(
+                    raw, stack.foreground, replace(spec, median=MEDIAN), stack.spacing_mm
+                )
                 seconds.append(time.monotonic() - begun)
-                plain = anomaly_score(raw, stack.foreground, replace(spec, median=0), stack.spacing_mm)
+                plain = anomaly_score(
+                    raw, stack.foreground, replace(spec, median=0), stack.spacing_mm
+                )
                 for name, made in (("plain", plain), ("median", filtered)):
-                    scores, label, voxel_mm3 = on_published_grid(made, stack, volume, detector.spec.grid)
+                    scores, label, voxel_mm3 = on_published_grid(
+                        made, stack, volume, detector.spec.grid
+                    )
                     dropped = spec.max_dropped(stack.spacing_mm, voxel_mm3)
                     pools[name].add(Scored(case.name, scores, label, dropped, patient=case.patient))
                 kept.add(case.name, detector, stack, filtered)
@@ -232,7 +242,9 @@ def peak_memory_mb() -> float:
     """The most memory that this process has had resident so far, in MB (2^20 bytes); NaN where nobody tells."""
     status = Path("/proc/self/status")
     if status.exists():  # unlike getrusage, without what the parent had when it started this one
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        line = next(
+            (line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None
+        )
         if line is not None:
             return float(line.split()[1]) / 1024
     try:
@@ -245,7 +257,10 @@ def peak_memory_mb() -> float:
 
 def _figures(evaluation: Evaluation) -> dict[str, tuple[float, float | None, float | None]]:
     by_name = {figure.name: figure for figure in evaluation.figures}
-    return {key: (by_name[name].value, by_name[name].low, by_name[name].high) for key, name in FIGURES.items()}
+    return {
+        key: (by_name[name].value, by_name[name].low, by_name[name].high)
+        for key, name in FIGURES.items()
+    }
 
 
 class _Examples:
@@ -255,7 +270,9 @@ class _Examples:
         self.names: list[str] = []
         self._panels: dict[str, list[NDArray[Any]]] = {"scan": [], "truth": [], "map": []}
 
-    def add(self, name: str, detector: Detector, stack: SliceStack, scores: NDArray[np.float32]) -> None:
+    def add(
+        self, name: str, detector: Detector, stack: SliceStack, scores: NDArray[np.float32]
+    ) -> None:
         if len(self.names) == EXAMPLES or stack.label is None:
             return
         z = int(stack.label.sum(dim=(1, 2)).argmax())

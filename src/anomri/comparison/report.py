@@ -33,7 +33,15 @@ TITLES = {
     "dae": "DAE",
 }
 """In the paper's order; a method that is not here is called by its name and comes after."""
-COLUMNS = ("method", "seeds", "AUPRC", "95 % interval", "ceil-Dice", "95 % interval ", "+ components")
+COLUMNS = (
+    "method",
+    "seeds",
+    "AUPRC",
+    "95 % interval",
+    "ceil-Dice",
+    "95 % interval ",
+    "+ components",
+)
 COST_COLUMNS = (
     "method",
     "training, minutes",
@@ -70,7 +78,9 @@ class Row:
     def title(self) -> str:
         """The row's name in the table."""
         method, _, setting = self.variant.partition("-noise_")
-        name = TITLES.get(method, method) + (f", noise {setting.replace('-', ' ')}" if setting else "")
+        name = TITLES.get(method, method) + (
+            f", noise {setting.replace('-', ' ')}" if setting else ""
+        )
         return name + (" + median" if self.median else "")
 
     def values(self, figure: str) -> list[float]:
@@ -80,11 +90,17 @@ class Row:
     def words(self, figure: str) -> str:
         """Mean and, with several seeds, sample standard deviation."""
         values = self.values(figure)
-        return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+        return f"{np.mean(values):.3f}" + (
+            f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        )
 
     def interval(self, figure: str) -> str:
         """The bounds of the intervals by patient, averaged over seeds."""
-        bounds = [(low, high) for _, low, high in self.figures[figure] if low is not None and high is not None]
+        bounds = [
+            (low, high)
+            for _, low, high in self.figures[figure]
+            if low is not None and high is not None
+        ]
         return "{:.3f} - {:.3f}".format(*np.mean(bounds, axis=0)) if bounds else ""
 
     def cells(self) -> tuple[str, ...]:
@@ -110,7 +126,9 @@ def write_comparison(
     """
     done = [(job, result) for job in jobs if (result := result_of(job))]
     order = list(TITLES)
-    done.sort(key=lambda pair: order.index(pair[0].method) if pair[0].method in order else len(order))
+    done.sort(
+        key=lambda pair: order.index(pair[0].method) if pair[0].method in order else len(order)
+    )
     rows = _rows(done)
     costs = _costs(done)
     write_text(folder / "table.tsv", _long_table(rows))
@@ -128,7 +146,9 @@ def write_comparison(
     facts = {**protocol, "jobs": f"{len(done)} of {len(jobs)} done", "measured": HOW}
     problems = [(f"failed: {name}", error) for name, error in failed.items()]
     for job, result in done:
-        problems += [(f"failed: {job.name}, {case}", error) for case, error in result["failed"].items()]
+        problems += [
+            (f"failed: {job.name}, {case}", error) for case, error in result["failed"].items()
+        ]
     page = Page(
         title="Methods compared",
         lead=f"Preset {protocol['preset']}; test cases: {protocol['cases']}; {len(done)} of {len(jobs)} jobs done.",
@@ -151,7 +171,8 @@ def _rows(done: Done) -> list[Row]:
         results = [result for job, result in done if job.variant == variant]
         for name in ("plain", "median"):
             figures = {
-                key: [tuple(result["figures"][name][key]) for result in results] for key in results[0]["figures"][name]
+                key: [tuple(result["figures"][name][key]) for result in results]
+                for key in results[0]["figures"][name]
             }
             rows.append(Row(variant, name == "median", figures))
     return rows
@@ -162,7 +183,11 @@ def _costs(done: Done) -> list[tuple[str, ...]]:
     for variant in dict.fromkeys(job.variant for job, _ in done):
         pairs = [(job, result) for job, result in done if job.variant == variant]
         logs = [log for log in (_log(job.model) for job, _ in pairs) if log is not None]
-        training = [json.loads(path.read_text()) for job, _ in pairs if (path := job.model / "cost.json").is_file()]
+        training = [
+            json.loads(path.read_text())
+            for job, _ in pairs
+            if (path := job.model / "cost.json").is_file()
+        ]
         minutes, steps, pace = "", "", ""
         if logs:
             mean_steps, mean_seconds = np.mean(logs, axis=0)
@@ -202,7 +227,16 @@ def _long_table(rows: Sequence[Row]) -> str:
             low, _, high = row.interval(figure).partition(" - ")
             sd = f"{np.std(values, ddof=1):.6f}" if len(values) > 1 else ""
             each = " ".join(f"{value:.6f}" for value in values)
-            cells = (int(row.median), figure, len(values), f"{np.mean(values):.6f}", sd, low, high, each)
+            cells = (
+                int(row.median),
+                figure,
+                len(values),
+                f"{np.mean(values):.6f}",
+                sd,
+                low,
+                high,
+                each,
+            )
             lines.append((row.variant, *cells))
     return tsv(columns, lines)
 
@@ -231,7 +265,14 @@ def _curve(setting: str, label: str, done: Done) -> Figure | None:
     for name, words in (("plain", "without median"), ("median", f"{MEDIAN} x {MEDIAN} median")):
         seeds = [[figures[name]["auprc"][0] for figures in points[place]] for place in places]
         spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in seeds]
-        axes.errorbar(places, [np.mean(values) for values in seeds], spread, marker="o", capsize=3, label=words)
+        axes.errorbar(
+            places,
+            [np.mean(values) for values in seeds],
+            spread,
+            marker="o",
+            capsize=3,
+            label=words,
+        )
     if setting == "noise_resolution":
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{place:g}" for place in places])
@@ -255,9 +296,15 @@ def _examples(done: Done) -> Figure | None:
     shown = [pair for pair in shown if pair[1]["examples"]]
     if not shown:
         return None
-    names = [name for name in shown[0][1]["examples"] if all(name in result["examples"] for _, result in shown)]
+    names = [
+        name
+        for name in shown[0][1]["examples"]
+        if all(name in result["examples"] for _, result in shown)
+    ]
     columns = ["scan", "truth", *(TITLES.get(job.method, job.method) for job, _ in shown)]
-    figure = Figure(figsize=(1.6 * len(columns), 1.6 * max(len(names), 1) + 0.3), layout="constrained")
+    figure = Figure(
+        figsize=(1.6 * len(columns), 1.6 * max(len(names), 1) + 0.3), layout="constrained"
+    )
     axes = figure.subplots(max(len(names), 1), len(columns), squeeze=False)
     for column, (job, result) in enumerate(shown, start=2):
         with np.load(job.result.with_suffix(".npz")) as arrays:
@@ -267,8 +314,12 @@ def _examples(done: Done) -> Figure | None:
             scan = grey(panels["scan"][k])
             if column == 2:
                 axes[row, 0].imshow(scan.transpose(1, 0, 2))
-                axes[row, 1].imshow(outline(scan, panels["truth"][k], TRUTH_COLOUR).transpose(1, 0, 2))
-            axes[row, column].imshow(heat(panels["map"][k], 2 * result["best_threshold"]).transpose(1, 0, 2))
+                axes[row, 1].imshow(
+                    outline(scan, panels["truth"][k], TRUTH_COLOUR).transpose(1, 0, 2)
+                )
+            axes[row, column].imshow(
+                heat(panels["map"][k], 2 * result["best_threshold"]).transpose(1, 0, 2)
+            )
     for panel in axes.flat:
         panel.set_axis_off()
     for panel, title in zip(axes[0], columns, strict=True):

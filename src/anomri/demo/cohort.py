@@ -36,7 +36,9 @@ Axes = tuple[Array, Array, Array]
 
 FIELD_MM = 240.0  # width of the square axial field of view
 BOTTOM_MM, TOP_MM, SLICE_MM = -80.0, 92.0, 2.0  # first slice, end and spacing of the slices
-BLUR = 0.35  # deviation of the Gaussian that stands for the size of a voxel, as a share of its width
+BLUR = (
+    0.35  # deviation of the Gaussian that stands for the size of a voxel, as a share of its width
+)
 TEMPLATE_BOX = np.s_[20:177, 21:213, 0:161]  # voxels of the template around its brain
 TEMPLATE_ORIGIN = (98 - 20, 134 - 21, 72)  # the voxel among them that lies at 0, 0, 0 mm
 INFARCT_SHARE = 0.2  # of the lesions are old infarcts; the others are tumours
@@ -111,7 +113,11 @@ def make_cohort(
     is called with that name once it is written.
     """
     output_folder(folder)
-    plan = [(kind, k + 1) for kind, count in (("healthy", healthy), ("lesion", lesioned)) for k in range(count)]
+    plan = [
+        (kind, k + 1)
+        for kind, count in (("healthy", healthy), ("lesion", lesioned))
+        for k in range(count)
+    ]
     names = []
     template_maps(BLUR * spacing_mm)  # once, before the threads ask for it
     # Two at a time: interpolation and compression release the interpreter's lock, memory stays below 1 GB.
@@ -122,12 +128,16 @@ def make_cohort(
                 progress(name)
     validation = names[max(1, healthy - 2) : healthy]
     splits = dict.fromkeys(names[:healthy], "train") | dict.fromkeys(validation, "val")
-    write_splits(folder / "splits.csv", [Case(name, {}, split=splits.get(name, "test")) for name in names])
+    write_splits(
+        folder / "splits.csv", [Case(name, {}, split=splits.get(name, "test")) for name in names]
+    )
     write_text(folder / "README.txt", README)
     return names
 
 
-def make_subject(rng: Generator, *, lesions: bool, spacing_mm: float) -> tuple[Images, Mask, NDArray[np.float64]]:
+def make_subject(
+    rng: Generator, *, lesions: bool, spacing_mm: float
+) -> tuple[Images, Mask, NDArray[np.float64]]:
     """Make one subject: images by channel, lesion label and affine, all on an axial LPS grid.
 
     Images are (x, y, z) float32 of whole numbers, at least 1 in the brain and 0 outside it; the label is bool; the
@@ -142,7 +152,9 @@ def make_subject(rng: Generator, *, lesions: bool, spacing_mm: float) -> tuple[I
         if not lesion.infarct:  # a tumour takes up room and pushes the tissue away
             scale_about(points, [axis[lesion.voxel] for axis in points], 2.2 * lesion.radius, 0.3)
     brain = sample(maps["brain"], points) > 0.5 + 0.1 * smooth_noise(rng, axes, 12).clip(-3, 3)
-    tissue = {name: sample(volume, points, brain) for name, volume in maps.items() if name != "brain"}
+    tissue = {
+        name: sample(volume, points, brain) for name, volume in maps.items() if name != "brain"
+    }
     vessels = draw_vessels(rng, axes, points, tissue)
     images = mix_contrasts(rng, axes, tissue, vessels)
     label = np.zeros(brain.shape, dtype=bool)
@@ -161,7 +173,9 @@ def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
     # The brain lies in the middle of the field of view; the template's own middle is 18 mm behind its origin.
     affine = np.diag([-pixel, -pixel, step, 1.0])
     affine[:3, 3] = (FIELD_MM - pixel) / 2, (FIELD_MM - pixel) / 2 - 18, BOTTOM_MM
-    x, y, z = (affine[i, 3] + affine[i, i] * np.arange(n) for i, n in enumerate((width, width, depth)))
+    x, y, z = (
+        affine[i, 3] + affine[i, i] * np.arange(n) for i, n in enumerate((width, width, depth))
+    )
     return (x.astype(np.float32), y.astype(np.float32), z.astype(np.float32)), affine
 
 
@@ -172,8 +186,15 @@ def template_maps(blur_mm: float) -> Images:
     They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), what these leave unexplained
     of the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask (``brain``).
     """
-    loaders = (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template, load_mni152_brain_mask)
-    t1, gm, wm, brain = (np.asarray(load(resolution=1).dataobj, np.float32)[TEMPLATE_BOX] for load in loaders)
+    loaders = (
+        load_mni152_template,
+        load_mni152_gm_template,
+        load_mni152_wm_template,
+        load_mni152_brain_mask,
+    )
+    t1, gm, wm, brain = (
+        np.asarray(load(resolution=1).dataobj, np.float32)[TEMPLATE_BOX] for load in loaders
+    )
     # An average of many brains loses the sulci in the tissue maps, but T1 is still dark there.
     csf = np.maximum(brain - gm - wm, np.clip((0.59 - t1) / 0.27, 0, 1) * brain)
     sharp = np.stack([csf, gm, wm]).clip(0, 1) ** 2
@@ -189,20 +210,26 @@ def smooth_noise(rng: Generator, axes: Axes, scale_mm: float) -> Array:
     """Draw a smooth Gaussian random field, (x, y, z) float32, of mean 0, deviation 1 and ``scale_mm`` detail."""
     weights = []
     for axis in axes:
-        knots = np.arange(axis.min() - 3 * scale_mm, axis.max() + 3 * scale_mm, scale_mm, dtype=np.float32)
+        knots = np.arange(
+            axis.min() - 3 * scale_mm, axis.max() + 3 * scale_mm, scale_mm, dtype=np.float32
+        )
         kernel = np.exp(-0.5 * ((axis[:, None] - knots) / (0.8 * scale_mm)) ** 2)
         weights.append(kernel / np.sqrt((kernel**2).sum(axis=1, keepdims=True)))
     field = rng.standard_normal([kernel.shape[1] for kernel in weights], dtype=np.float32)
     # Separable: one product an axis, the whole grid last, costs little beside interpolation of the same field.
     along_x, along_y, along_z = weights
     field = np.matmul(along_y, field @ along_z.T)
-    return np.asarray(along_x @ field.reshape(len(field), -1), np.float32).reshape([len(axis) for axis in axes])
+    return np.asarray(along_x @ field.reshape(len(field), -1), np.float32).reshape(
+        [len(axis) for axis in axes]
+    )
 
 
 def warp(rng: Generator, axes: Axes) -> Array:
     """Draw where in the template each voxel of a subject lies: (3, x, y, z) float32, in mm."""
     # On average 5 % smaller than the template, which is larger than most brains.
-    matrix = np.diag(rng.normal(1.05, 0.035, 3).clip(0.98, 1.12)) + rng.normal(0, 0.03, (3, 3)).clip(-0.06, 0.06)
+    matrix = np.diag(rng.normal(1.05, 0.035, 3).clip(0.98, 1.12)) + rng.normal(
+        0, 0.03, (3, 3)
+    ).clip(-0.06, 0.06)
     shift = rng.normal(0, 3, 3) * (1, 1, 0.5)
     x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
     # Folds differ between people more than the inside of the skull, which is smooth: damp the warp towards it.
@@ -211,7 +238,9 @@ def warp(rng: Generator, axes: Axes) -> Array:
     points = np.empty((3, *(len(axis) for axis in axes)), dtype=np.float32)
     for i in range(3):
         row = matrix[i].astype(np.float32)
-        points[i] = row[0] * x + row[1] * (y + 18) + row[2] * z + np.float32(shift[i] - 18 * (i == 1))
+        points[i] = (
+            row[0] * x + row[1] * (y + 18) + row[2] * z + np.float32(shift[i] - 18 * (i == 1))
+        )
         points[i] += 2.5 * smooth_noise(rng, axes, 60) + amplitude * smooth_noise(rng, axes, 13)
     # Ventricles: sampling nearer to their centres makes them wider; each side has its own width.
     common = rng.uniform(-0.25, 0.4)
@@ -244,7 +273,9 @@ def draw_lesions(rng: Generator, wm: Array, axes: Axes) -> list[Lesion]:
     lesions: list[Lesion] = []
     for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])):
         # Log-uniform from 5 to 25 mm, the first at least 11 mm: small ones mostly come with a large one.
-        radius = float(np.exp(rng.uniform(np.log(5 if lesions else 11), np.log(14 if lesions else 25))))
+        radius = float(
+            np.exp(rng.uniform(np.log(5 if lesions else 11), np.log(14 if lesions else 25)))
+        )
         choice = np.flatnonzero(free > radius + 5)
         if not len(choice):
             break
@@ -254,18 +285,27 @@ def draw_lesions(rng: Generator, wm: Array, axes: Axes) -> list[Lesion]:
         enhancement = 0.0 if infarct else rng.uniform(0.4, 1.1) * (rng.random() < 0.7)
         necrosis = 1.0 if infarct else rng.uniform(0.5, 1.0) * (radius > 11) * (rng.random() < 0.7)
         i, j, k = (int(index) for index in voxels[here])
-        lesions.append(Lesion((i, j, k), radius, infarct, rng.uniform(0.7, 1.1), enhancement, necrosis))
+        lesions.append(
+            Lesion((i, j, k), radius, infarct, rng.uniform(0.7, 1.1), enhancement, necrosis)
+        )
     return lesions
 
 
-def paint_lesion(rng: Generator, axes: Axes, images: Images, tissue: Images, lesion: Lesion) -> Mask:
+def paint_lesion(
+    rng: Generator, axes: Axes, images: Images, tissue: Images, lesion: Lesion
+) -> Mask:
     """Add a lesion to ``images`` in place, and return its outline, (x, y, z) bool."""
     offsets = (axis - axis[index] for axis, index in zip(axes, lesion.voxel, strict=True))
     x, y, z = np.meshgrid(*offsets, indexing="ij", sparse=True)
     away = np.sqrt(x**2 + y**2 + z**2) / np.float32(lesion.radius)
     # Bounded, so that the centre always belongs to the lesion. Oedema spreads along white matter.
     ragged = smooth_noise(rng, axes, max(5.0, 0.5 * lesion.radius)).clip(-2, 2)
-    depth = 1 - away + 0.28 * ragged * (1.8 - away).clip(0, 1) + 0.25 * (tissue["wm"] - tissue["gm"]).clip(-1, 0.2)
+    depth = (
+        1
+        - away
+        + 0.28 * ragged * (1.8 - away).clip(0, 1)
+        + 0.25 * (tissue["wm"] - tissue["gm"]).clip(-1, 0.2)
+    )
     core_size, rim_mm = (0.7, 1.5) if lesion.infarct else (0.5, 3.5)
     core_depth = core_size - away + 0.1 * ragged + 0.1 * smooth_noise(rng, axes, 6).clip(-2, 2)
     core = soft_step(core_depth * lesion.radius, 0.7)
@@ -304,14 +344,23 @@ def draw_vessels(rng: Generator, axes: Axes, points: Array, tissue: Images) -> A
 def mix_contrasts(rng: Generator, axes: Axes, tissue: Images, vessels: Array) -> Images:
     """Mix tissue fractions into one noiseless image a channel, (x, y, z) float32, white matter on T1 near 0.9."""
     # Healthy white matter is a little brighter on FLAIR and T2 next to the ventricles, more so with age.
-    caps = ndimage.gaussian_filter(tissue["ventricles"], 1.5) * tissue["wm"] * rng.uniform(0.05, 0.5)
+    caps = (
+        ndimage.gaussian_filter(tissue["ventricles"], 1.5) * tissue["wm"] * rng.uniform(0.05, 0.5)
+    )
     regional = smooth_noise(rng, axes, 25) * (tissue["gm"] + tissue["wm"])
     images = {}
     for channel, weights in CONTRASTS.items():
-        csf, gm, wm, detail, enhancement = (float(w) for w in weights * rng.normal(1, 0.035, 5).clip(0.93, 1.07))
+        csf, gm, wm, detail, enhancement = (
+            float(w) for w in weights * rng.normal(1, 0.035, 5).clip(0.93, 1.07)
+        )
         image = csf * tissue["csf"] + gm * tissue["gm"] + wm * tissue["wm"]
         image += detail * tissue["detail"] + enhancement * vessels
-        image *= 1 + 0.02 * smooth_noise(rng, axes, 4) + 0.02 * smooth_noise(rng, axes, 9) + 0.03 * regional
+        image *= (
+            1
+            + 0.02 * smooth_noise(rng, axes, 4)
+            + 0.02 * smooth_noise(rng, axes, 9)
+            + 0.03 * regional
+        )
         if channel in ("flair", "t2"):
             image += caps
         images[channel] = np.asarray(image, dtype=np.float32)
@@ -326,7 +375,9 @@ def acquire(rng: Generator, axes: Axes, image: Array, brain: Mask) -> None:
     # Scanners have no common unit: the gain spans two orders of magnitude, within what int16 holds.
     gain = np.exp(rng.uniform(np.log(150), np.log(12000)))
     image[:] = 0
-    image[brain] = np.rint(np.hypot(signal + real, imaginary) * gain).clip(1, np.iinfo(np.int16).max)
+    image[brain] = np.rint(np.hypot(signal + real, imaginary) * gain).clip(
+        1, np.iinfo(np.int16).max
+    )
 
 
 def _write_case(folder: Path, seed: int, spacing_mm: float, planned: tuple[str, int]) -> str:
@@ -335,7 +386,9 @@ def _write_case(folder: Path, seed: int, spacing_mm: float, planned: tuple[str, 
     lesions = kind == "lesion"
     rng = np.random.default_rng([seed, int(lesions), number])
     images, label, affine = make_subject(rng, lesions=lesions, spacing_mm=spacing_mm)
-    files: dict[str, NDArray[Any]] = {channel: image.astype(np.int16) for channel, image in images.items()}
+    files: dict[str, NDArray[Any]] = {
+        channel: image.astype(np.int16) for channel, image in images.items()
+    }
     if lesions:
         files["seg"] = label.astype(np.uint8)
     place = output_folder(folder / name)

@@ -27,7 +27,14 @@ NOTE = (
 )
 HEALTHY, LESIONED = 12, 6
 MARKER = "SYNTHETIC.txt"
-OWN = ("cohort", "maps", "model-dae", "model-thresholding", "evaluation-dae", "evaluation-thresholding")
+OWN = (
+    "cohort",
+    "maps",
+    "model-dae",
+    "model-thresholding",
+    "evaluation-dae",
+    "evaluation-thresholding",
+)
 SHOWN = (
     "AUPRC, pooled",
     "ceil-Dice, pooled",
@@ -52,12 +59,19 @@ class DemoResult:
         rows = ["Synthetic cohort, patients not trained on [95 % interval]:"]
         for name in SHOWN:
             rows.append(f"  {name}")
-            rows += [f"    {method:13s} {_figure(evaluation, name)}" for method, evaluation in self.evaluations.items()]
+            rows += [
+                f"    {method:13s} {_figure(evaluation, name)}"
+                for method, evaluation in self.evaluations.items()
+            ]
         return "\n".join(rows)
 
 
 def run_demo(
-    out: str | Path, *, keep: bool = False, seed: int = 0, progress: Callable[[Progress], None] = lambda state: None
+    out: str | Path,
+    *,
+    keep: bool = False,
+    seed: int = 0,
+    progress: Callable[[Progress], None] = lambda state: None,
 ) -> DemoResult:
     """Run the whole job on a synthetic cohort and write model, maps and ``report.html`` into ``out``.
 
@@ -106,7 +120,9 @@ def run_demo(
 def _page(folder: Path, evaluations: dict[str, Evaluation]) -> Page:
     dae = evaluations["dae"]
     captions = {
-        p.case: f"AUPRC {p.average_precision:.3f}, Dice {p.dice:.3f}" for p in dae.patients if p.dice is not None
+        p.case: f"AUPRC {p.average_precision:.3f}, Dice {p.dice:.3f}"
+        for p in dae.patients
+        if p.dice is not None
     }
     spec = json.loads((folder / "model-dae" / "model.json").read_text(encoding="utf-8"))
     cohort = spec["cohort"]
@@ -117,12 +133,17 @@ def _page(folder: Path, evaluations: dict[str, Evaluation]) -> Page:
             f"synthetic brains. Below is what it finds in {len(dae.patients)} others with lesions."
         ),
         note=NOTE,
-        cases=case_views(folder / "evaluation-dae", [patient.case for patient in dae.patients], captions),
+        cases=case_views(
+            folder / "evaluation-dae", [patient.case for patient in dae.patients], captions
+        ),
         tables=[
             Table(
                 "Against thresholding of FLAIR",
                 ("figure", *evaluations),
-                [(name, *(_figure(evaluation, name) for evaluation in evaluations.values())) for name in SHOWN],
+                [
+                    (name, *(_figure(evaluation, name) for evaluation in evaluations.values()))
+                    for name in SHOWN
+                ],
             ),
             Table("Protocol", ("what", "how"), list(dae.protocol.items())),
         ],
@@ -143,7 +164,9 @@ def _figure(evaluation: Evaluation, name: str) -> str:
 def _clear(folder: Path) -> None:
     present = list(folder.iterdir())
     if present and not (folder / MARKER).is_file():
-        raise AnomriError(f"{folder}: holds files that are not an earlier demo's; name an empty folder with -o.")
+        raise AnomriError(
+            f"{folder}: holds files that are not an earlier demo's; name an empty folder with -o."
+        )
     for path in present:
         if path.is_dir() and (path.name in OWN or path.name.startswith(".cache-")):
             shutil.rmtree(path)

@@ -75,11 +75,15 @@ def evaluate(
     lesion voxels. With ``out``, tables and ``report.html`` are written there, and the same call goes on where a
     killed one ended; several processes of torchrun or srun share the cases. Raises `AnomriError`.
     """
-    plan = make_plan(cohort, out, model, maps, grid, split, threshold, sensitivity, false_positive_ml)
+    plan = make_plan(
+        cohort, out, model, maps, grid, split, threshold, sensitivity, false_positive_ml
+    )
     team = processes(plan.device)
     if out is None:
         if team.count > 1:
-            raise AnomriError("several processes need a folder that all of them see; name one for the results.")
+            raise AnomriError(
+                "several processes need a folder that all of them see; name one for the results."
+            )
         with tempfile.TemporaryDirectory(prefix=".scores-") as place:
             records = Records.begin(Path(place), plan.keys, plan.facts)
             _spool(plan, plan.cases, records, progress)
@@ -87,7 +91,9 @@ def evaluate(
     folder = Path(out)
     with team.sole_use(folder):
         team.once(lambda: check_tables(folder, TABLES, (LOGS, SCORES)))
-        done = team.once(lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint))
+        done = team.once(
+            lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint)
+        )
         if done is not None and not done.failed:
             return done
         records = team.once(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
@@ -95,7 +101,9 @@ def evaluate(
         return team.once(lambda: _pooled(records, folder))
 
 
-def evaluate_shard(plan: Plan, out: str | Path, shard: str, progress: Callable[[str, int, int], None]) -> int:
+def evaluate_shard(
+    plan: Plan, out: str | Path, shard: str, progress: Callable[[str, int, int], None]
+) -> int:
     """Score one share, as ``3/40``, of a plan's cases into ``out``, for `merge.merge`; returns how many failed."""
     part, folder = Shard.parse(shard), Path(out)
     assert part is not None
@@ -118,7 +126,9 @@ def merge_evaluations(folder: Path) -> Evaluation:
             # Of cases that failed, some may have been scored since.
             done = _pooled(records, folder) if done is None or done.failed else done
     if done is None:
-        raise AnomriError(f"{folder}: holds no evaluation; begin one with `anomri evaluate --shard K/N`.")
+        raise AnomriError(
+            f"{folder}: holds no evaluation; begin one with `anomri evaluate --shard K/N`."
+        )
     return done
 
 
@@ -136,8 +146,12 @@ def make_plan(
     """What `evaluate` would do with the same arguments."""
     if (model is None) == (maps is None):
         raise AnomriError("give either a model or a folder of maps to evaluate.")
-    if (sensitivity, false_positive_ml) != (None, None) and (maps is not None or threshold is not None):
-        raise AnomriError("a sensitivity or false positive volume is the model's; give no threshold or maps beside it.")
+    if (sensitivity, false_positive_ml) != (None, None) and (
+        maps is not None or threshold is not None
+    ):
+        raise AnomriError(
+            "a sensitivity or false positive volume is the model's; give no threshold or maps beside it."
+        )
     if grid not in GRIDS:
         raise AnomriError(f"there is no grid {grid!r}; the grids are {' and '.join(GRIDS)}.")
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
@@ -149,7 +163,9 @@ def make_plan(
             raise AnomriError(f"{place}: no such folder; name the one that holds the maps.")
         cases, facts["chosen"] = choose_cases(cases, split)
         facts |= {"what": f"maps of {maps}", "grid": "input", "dropped": _dropped(Score())}
-        with_maps = [replace(case, channels={"map": _map_of(place, case) or place}) for case in cases]
+        with_maps = [
+            replace(case, channels={"map": _map_of(place, case) or place}) for case in cases
+        ]
         keys = keys_of(with_maps, ["map"], facts)
         return Plan(cases, lambda some: _read_maps(place, some, folder, threshold), facts, keys)
     detector = model if isinstance(model, Detector) else Detector.load(model)
@@ -159,16 +175,28 @@ def make_plan(
     if threshold is None and detector.thresholds is not None:
         facts["threshold"] = detector.thresholds.threshold
     facts["dropped"] = _dropped(spec.score)
-    facts["what"] = f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
+    facts["what"] = (
+        f"method {spec.method}, channels {', '.join(detector.channels)}, score {describe(spec.score)}"
+    )
     keys = keys_of(cases, spec.channels, facts, detector.fingerprint)
     return Plan(
-        cases, lambda some: _detected(detector, some, grid, folder, threshold), facts, keys, detector.device.type
+        cases,
+        lambda some: _detected(detector, some, grid, folder, threshold),
+        facts,
+        keys,
+        detector.device.type,
     )
 
 
-def _spool(plan: Plan, cases: Sequence[Case], records: Records, progress: Callable[[str, int, int], None]) -> None:
+def _spool(
+    plan: Plan, cases: Sequence[Case], records: Records, progress: Callable[[str, int, int], None]
+) -> None:
     """Score the cases that are not scored yet, each noted when it is."""
-    before = [case for case in cases if (records.load(case.name) or {"error": "none yet"})["error"] is None]
+    before = [
+        case
+        for case in cases
+        if (records.load(case.name) or {"error": "none yet"})["error"] is None
+    ]
     for done, case in enumerate(before, start=1):
         progress(case.name, done, len(cases))
     names = {case.name for case in before}
@@ -201,7 +229,7 @@ def _evaluated(folder: Path, run: str | None) -> Evaluation | None:
     """
     try:
         result = json.loads((folder / LOGS / EVALUATION).read_text(encoding="utf-8"))
-        evaluation = Evaluation.of_json(result["evaluation"])
+        evaluation = Evaluation.from_json(result["evaluation"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if run not in (None, result["run"]):
@@ -227,7 +255,9 @@ def choose_cases(
         known = {case.name for case in cases if held & {case.name, case.patient}}
         if any(case.split == "test" and case.name not in known for case in cases):
             split, known = "test", {case.name for case in cases if case.split == "test"} & known
-    in_split = [case for case in cases if (split is None or case.split == split) and case.name not in known]
+    in_split = [
+        case for case in cases if (split is None or case.split == split) and case.name not in known
+    ]
     if known and not in_split:
         raise AnomriError(
             f"the model was trained or validated on all {len(cases)} cases; evaluate on others, or ask for "
@@ -243,11 +273,17 @@ def choose_cases(
     words = f"split {split}" if split else "all cases"
     unlabelled = len(in_split) - len(labelled)
     words += f", without {unlabelled} that have no label" if unlabelled else ""
-    return labelled, words + (f", without {len(known)} that the model was trained or validated on" if known else "")
+    return labelled, words + (
+        f", without {len(known)} that the model was trained or validated on" if known else ""
+    )
 
 
 def _detected(
-    detector: Detector, cases: Sequence[Case], grid: str, folder: Path | None, threshold: float | None
+    detector: Detector,
+    cases: Sequence[Case],
+    grid: str,
+    folder: Path | None,
+    threshold: float | None,
 ) -> Iterator[Scored]:
     for case, volume, _ in read_ahead(cases, detector.read):
         try:
@@ -260,14 +296,25 @@ def _detected(
             working = detector.spec.grid
             if grid == "model":
                 drawn = count_components(label)
-                scores, label, voxel_mm3 = on_published_grid(detection.scores, detection.stack, volume, working)
+                scores, label, voxel_mm3 = on_published_grid(
+                    detection.scores, detection.stack, volume, working
+                )
                 lost = max(drawn - count_components(label), 0)
             else:
                 scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
             dropped = detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3)
             notes, its = _on_label(case, volume.notes), detection.threshold
             yield Scored(
-                case.name, scores, label, dropped, None, its, case.patient, notes=notes, lesions=drawn, lost=lost
+                case.name,
+                scores,
+                label,
+                dropped,
+                None,
+                its,
+                case.patient,
+                notes=notes,
+                lesions=drawn,
+                lost=lost,
             )
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
@@ -276,7 +323,9 @@ def _detected(
 def _on_label(case: Case, notes: Sequence[str]) -> list[str]:
     """Those of the ``notes`` that are about the case's label, with its name: labels may be called alike."""
     whose = f"{case.name}: "
-    return [whose + note.removeprefix(whose) for note in notes if case.label and case.label.name in note]
+    return [
+        whose + note.removeprefix(whose) for note in notes if case.label and case.label.name in note
+    ]
 
 
 def _map_of(maps: Path, case: Case) -> Path | None:
@@ -287,7 +336,9 @@ def _map_names(case: Case) -> list[str]:
     return [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
 
 
-def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold: float | None) -> Iterator[Scored]:
+def _read_maps(
+    maps: Path, cases: Sequence[Case], folder: Path | None, threshold: float | None
+) -> Iterator[Scored]:
     for case in cases:
         try:
             if folder is not None and folder.resolve() != maps.resolve():
@@ -301,7 +352,9 @@ def _read_maps(maps: Path, cases: Sequence[Case], folder: Path | None, threshold
             scores = read_map(path, case.label, geometry)
             dropped = Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3)
             notes = _on_label(case, [*case.notes, *notes])
-            yield Scored(case.name, scores, label, dropped, None, threshold, case.patient, notes=notes)
+            yield Scored(
+                case.name, scores, label, dropped, None, threshold, case.patient, notes=notes
+            )
         except Exception as error:
             yield Scored(case.name, error=problem(case, error))
 
@@ -319,13 +372,18 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
             "given by the user" if facts["given"] else "the model's, without labels"
         )
         others = sum(case["threshold"] != facts["threshold"] for case in pool.cases)
-        threshold += f"; of {others} that lack channels, the one for the channels they have, if any" if others else ""
+        threshold += (
+            f"; of {others} that lack channels, the one for the channels they have, if any"
+            if others
+            else ""
+        )
     patients = len(pool.patients)
     notes = [note for case in pool.cases for note in case.get("notes", ())]
     lost, drawn = (sum(case.get(name, 0) for case in pool.cases) for name in ("lost", "lesions"))
     return {
         "scored": facts["what"],
-        "cases": f"{len(pool.cases)} ({facts['chosen']})" + (f"; {len(pool.failed)} failed" if pool.failed else ""),
+        "cases": f"{len(pool.cases)} ({facts['chosen']})"
+        + (f"; {len(pool.failed)} failed" if pool.failed else ""),
         "voxels": f"{GRIDS[facts['grid']]}, background counted: {pool.voxels:,}",
         "lesion": "every label above zero is one class; of one that interpolation made soft, what is a half and more"
         + (
@@ -334,7 +392,10 @@ def _protocol(facts: Mapping[str, Any], pool: Pool) -> dict[str, str]:
             else ""
         ),
         **(
-            {"labels": " ".join(notes[:5]) + (f" And {len(notes) - 5} more." if len(notes) > 5 else "")}
+            {
+                "labels": " ".join(notes[:5])
+                + (f" And {len(notes) - 5} more." if len(notes) > 5 else "")
+            }
             if notes
             else {}
         ),

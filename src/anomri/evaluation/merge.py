@@ -23,7 +23,9 @@ def merge(folder: str | Path) -> int:
         # Merged already: the scores of an evaluation are not kept.
         begun.append(_evaluations)
     if not begun:
-        raise AnomriError(f"{folder}: holds no run to merge; name the folder that `anomri detect --shard K/N` wrote.")
+        raise AnomriError(
+            f"{folder}: holds no run to merge; name the folder that `anomri detect --shard K/N` wrote."
+        )
     return sum(job(folder) for job in begun)
 
 

@@ -62,7 +62,9 @@ class PatientScores:
                 row |= {column + ending: count for column, count in counts.items()}
             else:
                 known = value is not None and value == value  # neither missing nor NaN
-                row[name] = "" if not known else f"{value:.6f}" if isinstance(value, float) else value
+                row[name] = (
+                    "" if not known else f"{value:.6f}" if isinstance(value, float) else value
+                )
         return row
 
 
@@ -89,11 +91,14 @@ class Evaluation:
         return values[name]
 
     @classmethod
-    def of_json(cls, facts: Mapping[str, Any]) -> Evaluation:
+    def from_json(cls, facts: Mapping[str, Any]) -> Evaluation:
         """What ``asdict`` made of an evaluation, from JSON."""
 
         def patient(row: Mapping[str, Any]) -> PatientScores:
-            counts = {name: row[name] and LesionCounts(**row[name]) for name in ("lesions", "lesions_unfiltered")}
+            counts = {
+                name: row[name] and LesionCounts(**row[name])
+                for name in ("lesions", "lesions_unfiltered")
+            }
             return PatientScores(**{**row, **counts})
 
         return cls(
@@ -109,8 +114,12 @@ class Evaluation:
         """Write ``metrics.json``, ``patients.tsv`` and ``curve.tsv``."""
         folder = output_folder(Path(folder))
         rows = [patient.row() for patient in self.patients]
-        write_text(folder / "patients.tsv", tsv(list(rows[0]), [list(row.values()) for row in rows]))
-        write_text(folder / "curve.tsv", tsv(("threshold", "recall", "precision", "dice"), self.curve))
+        write_text(
+            folder / "patients.tsv", tsv(list(rows[0]), [list(row.values()) for row in rows])
+        )
+        write_text(
+            folder / "curve.tsv", tsv(("threshold", "recall", "precision", "dice"), self.curve)
+        )
         facts = {
             "protocol": self.protocol,
             "figures": [asdict(figure) for figure in self.figures],
@@ -154,7 +163,13 @@ def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     inside = box_around((scored.scores != 0) | scored.label)
     box = np.array([(side.start, side.stop) for side in inside])
     with whole_file(folder / f"{scored.case}.npz") as partial, partial.open("wb") as file:
-        np.savez(file, scores=scored.scores[inside], label=scored.label[inside], box=box, shape=scored.scores.shape)
+        np.savez(
+            file,
+            scores=scored.scores[inside],
+            label=scored.label[inside],
+            box=box,
+            shape=scored.scores.shape,
+        )
     return facts
 
 
@@ -192,7 +207,9 @@ class Pool:
         """All figures, from two more readings of the spool; ``threshold`` is that of most cases, for a plot."""
         thresholds, _ = lesion_thresholds(self._lesion_scores)
         if not thresholds.size:
-            raise AnomriError(f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find.")
+            raise AnomriError(
+                f"none of the {len(self.cases)} cases has a labelled lesion; there is nothing to find."
+            )
         lesion, healthy = np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
         steps = _coarse_steps(self._lesion_scores)
         names = self.patients
@@ -207,15 +224,23 @@ class Pool:
             found = (curve.positives, curve.average_precision, curve.ceil_dice)
             row = PatientScores(case["case"], case["patient"], *found)
             its = case["threshold"]
-            patients.append(row if its is None else _at_threshold(row, case["max_dropped"], scores, label, its))
-        curve = curve_of(thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum()))
+            patients.append(
+                row if its is None else _at_threshold(row, case["max_dropped"], scores, label, its)
+            )
+        curve = curve_of(
+            thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum())
+        )
 
         ceil_filtered = np.zeros(2, np.int64)
         for case, (scores, label) in zip(self.cases, self._read(), strict=True):
             mask = drop_small_components(scores >= curve.best_threshold, case["max_dropped"])
             ceil_filtered += _overlap(mask, label)
-        figures = _figures(curve, counted, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients)
-        return Evaluation(protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed)
+        figures = _figures(
+            curve, counted, 2 * ceil_filtered[0] / max(ceil_filtered[1], 1), patients
+        )
+        return Evaluation(
+            protocol, figures, tuple(patients), _thinned(curve), threshold, self.failed
+        )
 
     def _read(self) -> Iterator[tuple[Scores, NDArray[np.bool_]]]:
         for case in self.cases:
@@ -233,7 +258,9 @@ def _at_threshold(
     mask = scores > threshold
     filtered = drop_small_components(mask, dropped)
     # Of a scan without a lesion it says nothing: what is found there are false positive components.
-    of_mask, of_filtered = (dice(one, label) if label.any() else math.nan for one in (mask, filtered))
+    of_mask, of_filtered = (
+        dice(one, label) if label.any() else math.nan for one in (mask, filtered)
+    )
     return replace(
         patient,
         dice=of_filtered,
@@ -258,14 +285,21 @@ def _figures(
     ]
     rows = [row for row in rows if row.dice is not None]
     if rows:
-        for suffix, column in (("components filtered", "lesions"), ("unfiltered", "lesions_unfiltered")):
+        for suffix, column in (
+            ("components filtered", "lesions"),
+            ("unfiltered", "lesions_unfiltered"),
+        ):
             dices = [getattr(row, column.replace("lesions", "dice")) for row in rows]
             counts = [getattr(row, column) for row in rows]
             found = [c.detected / c.lesions if c.lesions else float("nan") for c in counts]
             figures += [
                 _mean(f"Dice at the threshold, {suffix}, mean of patients", rows, dices),
                 _mean(f"lesion-wise sensitivity, {suffix}, mean of patients", rows, found),
-                _mean(f"false positive components per scan, {suffix}", rows, [c.false_positives for c in counts]),
+                _mean(
+                    f"false positive components per scan, {suffix}",
+                    rows,
+                    [c.false_positives for c in counts],
+                ),
             ]
     return tuple(figures)
 
@@ -282,7 +316,8 @@ def _resampled(
     best_dice = (2 * true / np.maximum(found + positives, 1)).max(axis=1)
     # Of patients without a lesion alone there is neither.
     precision, best_dice = (
-        np.where(positives[:, 0] > 0, values, np.nan) for values in (precision / positives[:, 0].clip(1), best_dice)
+        np.where(positives[:, 0] > 0, values, np.nan)
+        for values in (precision / positives[:, 0].clip(1), best_dice)
     )
     return precision, best_dice
 
@@ -301,12 +336,16 @@ def _mean(name: str, rows: Sequence[PatientScores], values: Sequence[float]) -> 
 def _coarse_steps(lesion_scores: Sequence[Scores]) -> Scores:
     # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these recalls.
     pooled = np.sort(np.concatenate(lesion_scores))
-    return np.unique(pooled[np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled))).astype(int)])
+    return np.unique(
+        pooled[np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled))).astype(int)]
+    )
 
 
 def _thinned(curve: Curve) -> tuple[tuple[float, float, float, float], ...]:
     # Even in recall; the best threshold is among them.
-    chosen = np.searchsorted(curve.recall, np.linspace(0, 1, CURVE_POINTS)).clip(max=len(curve.recall) - 1)
+    chosen = np.searchsorted(curve.recall, np.linspace(0, 1, CURVE_POINTS)).clip(
+        max=len(curve.recall) - 1
+    )
     chosen = np.unique([*chosen, int(np.argmax(curve.dice))])
     # A mask is what lies above its threshold, and these are scores that still belong to it.
     below = np.nextafter(curve.thresholds, -np.inf, dtype=curve.thresholds.dtype)

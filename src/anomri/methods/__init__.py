@@ -36,24 +36,24 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Player:
+class Objective:
     """One side of a training in which several networks take turns, each with a loss and an optimiser of its own.
 
     ``module`` holds what it moves; ``rate`` multiplies the training's learning rate; ``betas`` are Adam's;
-    ``plays(step, steps)`` says whether it has a turn at a step (from 0) of so many. Its loss is
-    ``method(x, foreground, generator, box, player=name)``, or the method's plain loss if it has no name.
+    ``active(step, steps)`` says whether it has a turn at a step (from 0) of so many. Its loss is
+    ``method(x, foreground, generator, box, objective=name)``, or the method's plain loss if it has no name.
     """
 
     module: nn.Module
     name: str = ""
     rate: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
-    plays: Callable[[int, int], bool] = lambda step, steps: True
+    active: Callable[[int, int], bool] = lambda step, steps: True
 
     @property
     def arguments(self) -> dict[str, str]:
         """What its loss is called with beside the batch."""
-        return {"player": self.name} if self.name else {}
+        return {"objective": self.name} if self.name else {}
 
 
 LAPTOP = Training(
@@ -84,7 +84,7 @@ class Method(Protocol):
 
     Tensors are (n, c, h, w) float32 slices on the working grid and (n, h, w) bool foregrounds. ``box``
     (first row, last + 1, first column, last + 1) holds all of the foreground: nothing outside needs computing.
-    A method whose networks train against each other also has ``players() -> list[Player]``; one that takes scans
+    A method whose networks train against each other also has ``objectives() -> list[Objective]``; one that takes scans
     without some channels, ``takes_subsets``; one that can reconstruct from noise, ``with_noise``; one whose
     ``reconstruct`` bears rounding to bfloat16, ``half_precision``; one whose loss is always the same kernels on arrays
     of the same shape and never waits for them, ``capturable``; one whose slices do not change with those beside them,
@@ -100,7 +100,9 @@ class Method(Protocol):
     box_multiple: int
     """What the sides of a box must be divisible by."""
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
         """Training loss of a batch, a scalar; what is random comes from ``generator``."""
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
@@ -141,12 +143,16 @@ def build(spec: ModelSpec) -> Any:
     known = list(parameters)[1:]  # channels come first
     unknown = [name for name in spec.settings if name not in known]
     if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        raise AnomriError(f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
+        raise AnomriError(
+            f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
+        )
     _check_types(spec, method)
     try:
         return method(spec.channels, **spec.settings)
     except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise AnomriError(f"the settings {spec.settings} do not fit the method {spec.method}: {error}") from error
+        raise AnomriError(
+            f"the settings {spec.settings} do not fit the method {spec.method}: {error}"
+        ) from error
 
 
 def _check_types(spec: ModelSpec, method: Any) -> None:
@@ -155,7 +161,11 @@ def _check_types(spec: ModelSpec, method: Any) -> None:
 
     try:
         hints = get_type_hints(method.__init__)
-    except (NameError, TypeError, AttributeError):  # a method of others may declare what only its checker knows
+    except (
+        NameError,
+        TypeError,
+        AttributeError,
+    ):  # a method of others may declare what only its checker knows
         return
     for name, value in spec.settings.items():
         try:
@@ -165,12 +175,14 @@ def _check_types(spec: ModelSpec, method: Any) -> None:
             continue
         except ValidationError as error:
             what = error.errors()[0]["msg"][:1].lower() + error.errors()[0]["msg"][1:]
-            raise AnomriError(f"the setting {name} of {spec.method}: {what}; found {value!r:.80}.") from error
+            raise AnomriError(
+                f"the setting {name} of {spec.method}: {what}; found {value!r:.80}."
+            ) from error
 
 
-def players(method: Any) -> Sequence[Player]:
-    """Who takes turns in the training of a method: one player that moves everything, unless it names several."""
-    return method.players() if hasattr(method, "players") else [Player(method)]
+def objectives(method: Any) -> Sequence[Objective]:
+    """Who takes turns in the training of a method: one objective that moves everything, unless it names several."""
+    return method.objectives() if hasattr(method, "objectives") else [Objective(method)]
 
 
 def _class(method: str) -> Any:
@@ -181,7 +193,9 @@ def _class(method: str) -> Any:
     try:
         return EntryPoint(method, place, "anomri.methods").load()
     except (ImportError, AttributeError, ValueError) as error:
-        raise AnomriError(f"the method {method!r} cannot be loaded from {place!r} ({error}).") from error
+        raise AnomriError(
+            f"the method {method!r} cannot be loaded from {place!r} ({error})."
+        ) from error
 
 
 def _places() -> dict[str, str]:

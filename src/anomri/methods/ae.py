@@ -27,11 +27,16 @@ class AE(nn.Module):
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset({"widths": [16, 32, 64, 128]}, SMALL),
-        "demo": Preset({"widths": [16, 32, 64, 128]}, replace(SMALL, steps=200, learning_rate=2e-3)),
+        "demo": Preset(
+            {"widths": [16, 32, 64, 128]}, replace(SMALL, steps=200, learning_rate=2e-3)
+        ),
     }
 
     def __init__(
-        self, channels: Sequence[str], widths: Sequence[int] = (64, 128, 256, 512), bottleneck: int = 16
+        self,
+        channels: Sequence[str],
+        widths: Sequence[int] = (64, 128, 256, 512),
+        bottleneck: int = 16,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(len(channels), widths)
@@ -40,7 +45,9 @@ class AE(nn.Module):
         self.decoder = Decoder(len(channels), widths)
         self.box_multiple = 2 ** (len(widths) - 1)
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
         """Squared error on the foreground, then the mean over all pixels."""
         x, foreground = cut_box(x, box), cut_box(foreground, box)
         return ((self.reconstruct(x) - x) * foreground[:, None]).square().mean()

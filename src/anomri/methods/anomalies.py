@@ -1,6 +1,6 @@
 """Synthetic anomalies: places where a healthy slice is changed; no lesion is looked at.
 
-They teach a network what to mark, and they tell on held-out healthy slices which score finds them (Zavrtanik et al. 2021,
+They teach a network what to segment, and they tell on held-out healthy slices which score finds them (Zavrtanik et al. 2021,
 DRAEM; Tan et al. 2020, foreign patch interpolation; Kascenas et al. 2023 on the role of noise). Contrasts are those of
 the physics: water is bright on T2 and FLAIR and dark on T1. Random numbers come from the generator, arrays are float32
 in the units of the scaling ``standard``, of which 0.15 is the interquartile range of a brain. Lengths are in pixels of the
@@ -66,7 +66,9 @@ def random_places(foreground: Tensor, count: int, generator: Generator) -> tuple
     return pixel // w, pixel % w
 
 
-def random_depths(foreground: Tensor, generator: Generator, pixel: float = 1.0) -> tuple[Tensor, Tensor]:
+def random_depths(
+    foreground: Tensor, generator: Generator, pixel: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """One ragged ellipse somewhere in each (n, h, w) bool foreground: depth below its edge, and its radius.
 
     The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS`, so that small ones are
@@ -77,7 +79,10 @@ def random_depths(foreground: Tensor, generator: Generator, pixel: float = 1.0) 
     rows = pixel * (torch.arange(h, device=foreground.device)[None, :, None] - row[..., None])
     columns = pixel * (torch.arange(w, device=foreground.device)[None, None, :] - column[..., None])
     radius = log_between(*RADIUS, (n, 1, 1), generator)
-    stretch, angle = between(-0.4, 0.4, (n, 1, 1), generator).exp(), between(0, math.pi, (n, 1, 1), generator)
+    stretch, angle = (
+        between(-0.4, 0.4, (n, 1, 1), generator).exp(),
+        between(0, math.pi, (n, 1, 1), generator),
+    )
     u = (angle.cos() * rows + angle.sin() * columns) * stretch
     v = (angle.cos() * columns - angle.sin() * rows) / stretch
     away = (u.square() + v.square()).sqrt() / radius
@@ -88,7 +93,9 @@ def random_depths(foreground: Tensor, generator: Generator, pixel: float = 1.0) 
 def random_blobs(foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
     """One ragged blob with soft edges in each (n, h, w) bool foreground: (n, h, w) float32 from 0 to 1."""
     depth, _ = random_depths(foreground, generator, pixel)
-    return torch.sigmoid(depth / between(0.4 * pixel, 2.0, (len(depth), 1, 1), generator)) * foreground
+    return (
+        torch.sigmoid(depth / between(0.4 * pixel, 2.0, (len(depth), 1, 1), generator)) * foreground
+    )
 
 
 def plant_anomalies(
@@ -115,25 +122,33 @@ def plant_anomalies(
     return changed.clamp_min(0) * foreground[:, None], where
 
 
-def mark_loss(logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 1.0) -> Tensor:
-    """Cross-entropy over the foreground + half of 1 - Dice, for marks (n, h, w) of what changed (n, h, w).
+def segmentation_loss(
+    logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 1.0
+) -> Tensor:
+    """Cross-entropy over the foreground + half of 1 - Dice, between anomaly probabilities (n, h, w) and what changed (n, h, w).
 
     A pixel of a small anomaly counts for more, up to `SMALL_WEIGHT`, than one of a large anomaly or of none.
     """
     inside, truth = foreground.float(), where.float()
-    window = max((int(NEIGHBOURHOOD / pixel) - 1) | 1, 1)  # the largest odd number of pixels that fits
+    window = max(
+        (int(NEIGHBOURHOOD / pixel) - 1) | 1, 1
+    )  # the largest odd number of pixels that fits
     share = functional.avg_pool2d(truth[:, None], window, 1, window // 2)[:, 0]
     weight = 1 + truth * (share.clamp_min(SMALL_WEIGHT**-2).rsqrt() - 1)
     entropy = functional.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none")
     entropy = (entropy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
-    marks = logits.sigmoid() * inside
-    # The constant counts an unchanged slice without marks as right, and keeps tiny blobs from ruling the gradient.
+    probability = logits.sigmoid() * inside
+    # The constant counts an unchanged slice that is predicted empty as right, and keeps tiny blobs from ruling the gradient.
     little = 20 / pixel**2
-    dice = (2 * (marks * truth).sum((1, 2)) + little) / (marks.sum((1, 2)) + truth.sum((1, 2)) + little)
+    dice = (2 * (probability * truth).sum((1, 2)) + little) / (
+        probability.sum((1, 2)) + truth.sum((1, 2)) + little
+    )
     return entropy.mean() + 0.5 * (1 - dice.mean())
 
 
-def typical_shifts(n: int, channels: Sequence[str], generator: Generator, typical: float = TYPICAL) -> Tensor:
+def typical_shifts(
+    n: int, channels: Sequence[str], generator: Generator, typical: float = TYPICAL
+) -> Tensor:
     """Changes (n, c) of the channels in n anomalies; a share of them, ``typical``, follows `CONTRASTS`."""
     contrasts = tuple(CONTRASTS.get(name, UNKNOWN_CONTRAST) for name in channels)
     mean, spread = constants(contrasts, generator.device).T
@@ -158,7 +173,9 @@ def _plant(
     blob = torch.sigmoid(depth / edge) * foreground * (uniform((n, 1, 1), generator) < chance)
     shift = typical_shifts(n, channels, generator)[..., None, None]
     texture = normal((n, c, 24, 24), generator)
-    texture = functional.interpolate(texture, size=(h, w), mode="bilinear") * between(0, 0.1, (n, 1, 1, 1), generator)
+    texture = functional.interpolate(texture, size=(h, w), mode="bilinear") * between(
+        0, 0.1, (n, 1, 1, 1), generator
+    )
     flattened = between(0, 0.9, (n, 1, 1, 1), generator)
     weight = blob[:, None]
     mean = (x * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
@@ -178,13 +195,20 @@ def _plant_plaques(
 ) -> tuple[Tensor, Tensor]:
     """Small round anomalies in a share of the slices, of about the same contrast within a slice."""
     n, _, h, w = x.shape
-    row, column = (place[..., None, None] for place in random_places(foreground, PLAQUES, generator))
+    row, column = (
+        place[..., None, None] for place in random_places(foreground, PLAQUES, generator)
+    )
     shape = (n, PLAQUES, 1, 1)
     rows = torch.arange(h, device=x.device)[:, None] - row + between(-0.5, 0.5, shape, generator)
     columns = torch.arange(w, device=x.device) - column + between(-0.5, 0.5, shape, generator)
-    depth = log_between(*PLAQUE_RADIUS, shape, generator) - pixel * (rows.square() + columns.square()).sqrt()
+    depth = (
+        log_between(*PLAQUE_RADIUS, shape, generator)
+        - pixel * (rows.square() + columns.square()).sqrt()
+    )
     wanted = uniform((n, 1, 1, 1), generator) * (uniform((n, 1, 1, 1), generator) < share)
-    plaques = torch.sigmoid(depth / between(0.3 * pixel, 1.0, shape, generator)) * (uniform(shape, generator) < wanted)
+    plaques = torch.sigmoid(depth / between(0.3 * pixel, 1.0, shape, generator)) * (
+        uniform(shape, generator) < wanted
+    )
     plaques = plaques * foreground[:, None]
     shift = typical_shifts(n, channels, generator)[..., None, None]
     changed = x + (plaques * between(0.6, 1.4, shape, generator)).amax(1, keepdim=True) * shift
@@ -197,7 +221,12 @@ def _visible(blob: Tensor, shift: Tensor, shown: Tensor) -> Tensor:
 
 
 def _core(
-    depth: Tensor, radius: Tensor, edge: Tensor, blob: Tensor, channels: Sequence[str], generator: Generator
+    depth: Tensor,
+    radius: Tensor,
+    edge: Tensor,
+    blob: Tensor,
+    channels: Sequence[str],
+    generator: Generator,
 ) -> Tensor:
     """What a core and its ring add to (n, c, h, w): two of five blobs that are larger than 6 pixels have one."""
     n = len(depth)

@@ -37,12 +37,16 @@ class Augmentation:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, bool) != isinstance(one.default, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) != isinstance(one.default, bool) or not isinstance(
+                value, int | float
+            ):
                 what = "true or false" if isinstance(one.default, bool) else "a number"
                 raise AnomriError(f"the augmentation {one.name} is {what}; found {value!r:.80}.")
 
 
-def augment(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator
+) -> tuple[Tensor, Tensor]:
     """Vary slices (n, c, h, w) float32, >= 0, and their foreground (n, h, w) bool in the same way."""
     n, c, h, w = x.shape
     if how.flip:
@@ -58,8 +62,13 @@ def augment(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generat
         x = x * between(1 - how.gain, 1 + how.gain, (n, c, 1, 1), generator)
     if how.contrast or how.brightness or how.shading:
         inside = foreground[:, None]
-        level = (x * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(1)
-        varied = level + (x - level) * between(-how.contrast, how.contrast, (n, c, 1, 1), generator).exp()
+        level = (x * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp_min(
+            1
+        )
+        varied = (
+            level
+            + (x - level) * between(-how.contrast, how.contrast, (n, c, 1, 1), generator).exp()
+        )
         varied = varied + between(-how.brightness, how.brightness, (n, c, 1, 1), generator)
         varied = varied + how.shading * smooth_field((n, c, h, w), 4, generator)
         # What a channel does not cover stays empty.
@@ -67,7 +76,9 @@ def augment(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generat
     return x, foreground
 
 
-def _moved(x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:
+def _moved(
+    x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator
+) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     angle = torch.deg2rad(between(-how.turn, how.turn, (n,), generator))
     scale = between(1 - how.zoom, 1 + how.zoom, (n,), generator)
@@ -91,4 +102,6 @@ def _softened(x: Tensor, most: float, generator: Generator) -> Tensor:
     kernel = kernel / kernel.sum(1, keepdim=True)
     flat = functional.pad(x.reshape(1, n * c, h, w), (2, 2, 2, 2), mode="reflect")
     flat = functional.conv2d(flat, kernel[:, None, :, None], groups=n * c)
-    return functional.conv2d(flat, kernel[:, None, None, :], groups=n * c).reshape(n, c, h, w) * (x > 0)
+    return functional.conv2d(flat, kernel[:, None, None, :], groups=n * c).reshape(n, c, h, w) * (
+        x > 0
+    )

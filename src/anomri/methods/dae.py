@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from anomri.errors import AnomriError
 from anomri.methods import LAPTOP, Box, Preset
-from anomri.methods.anomalies import PLAQUE_SHARE, mark_loss, plant_anomalies
+from anomri.methods.anomalies import PLAQUE_SHARE, plant_anomalies, segmentation_loss
 from anomri.methods.augmentation import Augmentation, augment
 from anomri.methods.draws import constants, for_all, uniform
 from anomri.methods.networks.unet import UNet
@@ -22,7 +22,15 @@ from anomri.slices import cut_box, paste_box, rescale
 from anomri.spec import Grid, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
-VARIETY = {"flip": True, "turn": 9.0, "zoom": 0.1, "shift": 0.06, "contrast": 0.1, "brightness": 0.025, "shading": 0.02}
+VARIETY = {
+    "flip": True,
+    "turn": 9.0,
+    "zoom": 0.1,
+    "shift": 0.06,
+    "contrast": 0.1,
+    "brightness": 0.025,
+    "shading": 0.02,
+}
 """Of the augmentation: what few patients lack, and too little to take bright tissue for healthy."""
 ACCURATE = {
     "widths": [32, 64, 128, 256],
@@ -30,7 +38,7 @@ ACCURATE = {
     "noise_std": [0.03, 0.25],
     "noise_share": 0.5,
     "anomalies": True,
-    "mark": True,
+    "segmentation_head": True,
     "channel_dropout": 0.5,
     "alone": ["flair"],
     "augmentation": {**VARIETY, "contrast": 0.2, "brightness": 0.05, "shading": 0.04},
@@ -50,8 +58,8 @@ FREE = replace(SCHEDULE, weight_decay=0.0)
 """Added to the gradient, which Adam then divides by its size, decay of any strength takes filters that learn slowly to zero."""
 ALONE_SHARE = 0.5
 """Of the slices with channel dropout, how many show one of the channels ``alone``."""
-MARK_WEIGHT = 0.025
-"""Of the marks' loss beside the squared error: each is about half of a trained network's loss."""
+SEGMENTATION_WEIGHT = 0.025
+"""Weight of the segmentation head's loss beside the squared error: each is about half of a trained network's loss."""
 
 
 class DAE(nn.Module):
@@ -66,8 +74,8 @@ class DAE(nn.Module):
     * Several ``noise_resolution`` (a batch draws one) and ``noise_std`` (a slice draws one between the least and the
       largest); ``noise_kind`` ``simplex``; noise on a ``noise_share`` of the slices, and ``noise_in_blobs`` on half.
     * ``anomalies``: blobs of healthy slices are changed as well (`anomalies.plant_anomalies`), and the network learns
-      to give back what was there; a share of the slices, ``plaques``, gets small round ones too. ``mark``: one more map says
-      where they are, for the scores ``mark...``.
+      to give back what was there; a share of the slices, ``plaques``, gets small round ones too. ``segmentation_head``: one more map
+      gives the probability that a pixel was changed, for the scores that use it.
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
     * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
     * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
@@ -90,9 +98,14 @@ class DAE(nn.Module):
             replace(SCHEDULE, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),
-        "accurate": Preset(ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)),
+        "accurate": Preset(
+            ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)
+        ),
         "quick": Preset(
-            {**NARROW, "plaques": 0.6}, replace(FREE, steps=4000), Scaling("standard"), Score("auto", flips=True)
+            {**NARROW, "plaques": 0.6},
+            replace(FREE, steps=4000),
+            Scaling("standard"),
+            Score("auto", flips=True),
         ),
         "demo": Preset(
             NARROW,
@@ -112,7 +125,7 @@ class DAE(nn.Module):
         noise_share: float = 1.0,
         noise_in_blobs: bool = False,
         anomalies: bool = False,
-        mark: bool = False,
+        segmentation_head: bool = False,
         augmentation: Mapping[str, Any] | None = None,
         channel_dropout: float = 0.0,
         alone: Sequence[str] = (),
@@ -123,8 +136,10 @@ class DAE(nn.Module):
         network_channels: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if mark and not anomalies:
-            raise AnomriError("mark needs anomalies: there is nothing else to mark.")
+        if segmentation_head and not anomalies:
+            raise AnomriError(
+                "segmentation_head needs anomalies: it learns where they were planted."
+            )
         shares = all(0 < scale <= 1 for scale in scales) and all(
             0 <= share <= 1 for share in (channel_dropout, plaques)
         )
@@ -134,7 +149,7 @@ class DAE(nn.Module):
                 f"{subpixels}, {scales}, {channel_dropout} and {plaques}."
             )
         self.channels = tuple(channels)
-        self.extra_maps = int(mark)
+        self.extra_maps = int(segmentation_head)
         self.mirror = mirror
         self.subpixels = subpixels
         whole = tuple(network_channels) or self.channels
@@ -167,9 +182,13 @@ class DAE(nn.Module):
         """Whether a scan may lack some of the channels; they are zero then."""
         return self.channel_dropout > 0
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
-        """Squared error on the foreground, then the mean over all pixels; and the loss of the marks, if there are any."""
-        scale = self.scales[int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0]
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
+        """Squared error on the foreground, then the mean over all pixels; and the loss of the segmentation head, if there is one."""
+        scale = self.scales[
+            int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0
+        ]
         pixel = Grid().size[1] / (scale * x.shape[3])
         x, foreground = self._at_scale(scale, cut_box(x, box), cut_box(foreground, box))
         if self.training:
@@ -177,23 +196,33 @@ class DAE(nn.Module):
         kept = self._kept(x, generator)
         changed, where = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(x, foreground, kept, self.channels, generator, pixel, self.plaques)
+            changed, where = plant_anomalies(
+                x, foreground, kept, self.channels, generator, pixel, self.plaques
+            )
         seen = self.with_noise(changed, foreground, generator, pixel)
         output = self._output(seen * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
         if self.extra_maps:
-            loss = loss + MARK_WEIGHT * mark_loss(output[:, c], where, foreground, pixel)
+            loss = loss + SEGMENTATION_WEIGHT * segmentation_loss(
+                output[:, c], where, foreground, pixel
+            )
         return loss
 
-    def with_noise(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
+    def with_noise(
+        self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0
+    ) -> Tensor:
         """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
-        return add_on_foreground(x, self.noise.draw(x, foreground, generator, pixel), foreground[:, None])
+        return add_on_foreground(
+            x, self.noise.draw(x, foreground, generator, pixel), foreground[:, None]
+        )
 
     def _at_scale(self, scale: float, x: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         if scale == 1:
             return x, foreground
-        x, inside = (rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float()))
+        x, inside = (
+            rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float())
+        )
         return x, inside[:, 0] > 0.5
 
     def _kept(self, x: Tensor, generator: Generator) -> Tensor:
@@ -204,13 +233,16 @@ class DAE(nn.Module):
         kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
         if self.alone:
             drawn = (uniform((n, 1), generator) * len(self.alone)).long()
-            single = torch.arange(c, device=x.device) == constants(self.alone, x.device, torch.int64)[drawn]
+            single = (
+                torch.arange(c, device=x.device)
+                == constants(self.alone, x.device, torch.int64)[drawn]
+            )
             kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
         kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
         return kept[..., None, None].float()
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """``x`` without what the network takes for noise, then the marks (0 to 1), if any; zero outside ``box``."""
+        """``x`` without what the network takes for noise, then the anomaly probability (0 to 1), with a segmentation head; zero outside ``box``."""
         output = self._output(cut_box(x, box))
         if self.extra_maps:
             c = len(self.channels)
@@ -238,7 +270,9 @@ class DAE(nn.Module):
         places = constants(self.places, x.device, torch.int64)
         whole = x.new_zeros((n, self.network_maps, h, w)).index_copy(1, places, x)
         last = x.is_contiguous(memory_format=torch.channels_last)
-        return whole.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return whole.contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format
+        )
 
     def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """Mean over the channels of the absolute residual."""
@@ -252,4 +286,7 @@ def mirrored(x: Tensor) -> Tensor:
     first, last = inside.argmax(1), h - 1 - inside.flip(1).argmax(1)
     opposite = (first + last)[:, None] - torch.arange(h, device=x.device)
     within = (opposite >= 0) & (opposite < h)
-    return x.gather(2, opposite.clamp(0, h - 1)[:, None, :, None].expand_as(x)) * within[:, None, :, None]
+    return (
+        x.gather(2, opposite.clamp(0, h - 1)[:, None, :, None].expand_as(x))
+        * within[:, None, :, None]
+    )

@@ -37,10 +37,14 @@ class Diffusion(nn.Module):
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset(
-            {"widths": [64, 128, 256, 512], "strides": 250, "eta": 1.0}, Training(schedule="cosine", weight_decay=0.0)
+            {"widths": [64, 128, 256, 512], "strides": 250, "eta": 1.0},
+            Training(schedule="cosine", weight_decay=0.0),
         ),
         "small": Preset({"widths": [16, 32, 64, 128]}, SMALL),
-        "demo": Preset({"widths": [16, 32, 64, 128], "strides": 5}, replace(SMALL, steps=300, learning_rate=2e-3)),
+        "demo": Preset(
+            {"widths": [16, 32, 64, 128], "strides": 5},
+            replace(SMALL, steps=300, learning_rate=2e-3),
+        ),
     }
     signal: Tensor
 
@@ -57,7 +61,9 @@ class Diffusion(nn.Module):
     ) -> None:
         super().__init__()
         if noise not in ("gaussian", "simplex", "coarse"):
-            raise AnomriError(f"diffusion knows no noise {noise!r}; it has gaussian, simplex and coarse.")
+            raise AnomriError(
+                f"diffusion knows no noise {noise!r}; it has gaussian, simplex and coarse."
+            )
         if not 0 <= start <= steps or strides < 1:
             raise AnomriError(
                 f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and {strides}."
@@ -67,15 +73,23 @@ class Diffusion(nn.Module):
         self.noise, self.eta = noise, eta
         self.register_buffer("signal", signal_share(steps, schedule), persistent=False)
         jumps = max(min(strides, start), 1)
-        self.times = [round(start * (1 - jump / jumps)) for jump in range(jumps + 1)] if start else [0]
+        self.times = (
+            [round(start * (1 - jump / jumps)) for jump in range(jumps + 1)] if start else [0]
+        )
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
         """Mean squared error of the noise that the network sees at a random step, on every pixel."""
         x = to_unit_range(cut_box(x, box))
         time = integers(1, len(self.signal), (len(x),), generator)
         noise = self.draw(x, generator)
         share = self.signal[time][:, None, None, None]
-        return (self.network(share.sqrt() * x + (1 - share).sqrt() * noise, time) - noise).square().mean()
+        return (
+            (self.network(share.sqrt() * x + (1 - share).sqrt() * noise, time) - noise)
+            .square()
+            .mean()
+        )
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
         """``x`` noised to the start and denoised back; zero outside ``box``.

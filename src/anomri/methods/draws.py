@@ -51,7 +51,9 @@ def for_all(below: int, count: int, generator: Generator | None) -> Tensor:
     return torch.randint(0, below, (count,), generator=generator, device=_device(generator))
 
 
-def one_of(options: Sequence[Option], make: Callable[[Option], Tensor], generator: Generator | None) -> Tensor:
+def one_of(
+    options: Sequence[Option], make: Callable[[Option], Tensor], generator: Generator | None
+) -> Tensor:
     """What ``make`` makes of one of the options, drawn for the whole batch.
 
     An accelerator makes something of each and takes one: a processor that has to know which would wait for it.
@@ -61,13 +63,17 @@ def one_of(options: Sequence[Option], make: Callable[[Option], Tensor], generato
     drawn, kinds = for_all(len(options), 1, generator), list(dict.fromkeys(options))
     if drawn.device.type == "cpu":
         return make(options[int(drawn)])
-    kind = constants(tuple(kinds.index(option) for option in options), drawn.device, torch.int64)[drawn]
+    kind = constants(tuple(kinds.index(option) for option in options), drawn.device, torch.int64)[
+        drawn
+    ]
     return torch.stack([make(option) for option in kinds]).index_select(0, kind)[0]
 
 
 @lru_cache(maxsize=64)
 def constants(
-    values: Sequence[float] | Sequence[tuple[float, float]], device: torch.device, dtype: torch.dtype = torch.float32
+    values: Sequence[float] | Sequence[tuple[float, float]],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Numbers that stay on a device: a processor that copies them to an accelerator waits for all that it does before."""
     return torch.tensor(values, device=device, dtype=dtype)

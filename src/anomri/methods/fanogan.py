@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.methods import Box, Player, Preset
+from anomri.methods import Box, Objective, Preset
 from anomri.methods.networks.gan import GRID, Downward, SliceGenerator
 from anomri.scoring.scores import mean_absolute_residual
 from anomri.spec import Training
@@ -17,7 +17,12 @@ from anomri.spec import Training
 CRITIC_TURNS = 5
 PENALTY = 10.0
 FULL = Training(
-    steps=67_200, batch_size=32, learning_rate=1e-3, schedule="constant", weight_decay=0.0, gradient_clip=100.0
+    steps=67_200,
+    batch_size=32,
+    learning_rate=1e-3,
+    schedule="constant",
+    weight_decay=0.0,
+    gradient_clip=100.0,
 )
 SMALL = replace(FULL, steps=600, batch_size=8, validate_every=50, validation_slices=128)
 
@@ -37,7 +42,9 @@ class FAnoGAN(nn.Module):
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({}, FULL),
         "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),
-        "demo": Preset({"width": 8, "encoder_rate": 1.0}, replace(SMALL, steps=150, validate_every=25)),
+        "demo": Preset(
+            {"width": 8, "encoder_rate": 1.0}, replace(SMALL, steps=150, validate_every=25)
+        ),
     }
     box_multiple = GRID
     encoder_begun: Tensor
@@ -55,40 +62,58 @@ class FAnoGAN(nn.Module):
         self.generator = SliceGenerator(len(channels), width, latent)
         self.critic = Downward(len(channels), width, 1)
         self.encoder = Downward(len(channels), width, latent)
-        self.latent, self.kappa, self.gan_share, self.encoder_rate = latent, kappa, gan_share, encoder_rate
+        self.latent, self.kappa, self.gan_share, self.encoder_rate = (
+            latent,
+            kappa,
+            gan_share,
+            encoder_rate,
+        )
         self.register_buffer("encoder_begun", torch.zeros((), dtype=torch.bool))
 
-    def players(self) -> list[Player]:
+    def objectives(self) -> list[Objective]:
         """Critic and generator first, then the encoder, which has at least the last step."""
 
         def encoding(step: int, steps: int) -> bool:
             return step >= min(round(self.gan_share * steps), steps - 1)
 
         return [
-            Player(self.critic, "critic", 1.0, (0.0, 0.9), lambda step, steps: not encoding(step, steps)),
-            Player(
+            Objective(
+                self.critic,
+                "critic",
+                1.0,
+                (0.0, 0.9),
+                lambda step, steps: not encoding(step, steps),
+            ),
+            Objective(
                 self.generator,
                 "generator",
                 1.0,
                 (0.0, 0.9),
-                lambda step, steps: not encoding(step, steps) and step % CRITIC_TURNS == CRITIC_TURNS - 1,
+                lambda step, steps: (
+                    not encoding(step, steps) and step % CRITIC_TURNS == CRITIC_TURNS - 1
+                ),
             ),
-            Player(self.encoder, "encoder", self.encoder_rate, plays=encoding),
+            Objective(self.encoder, "encoder", self.encoder_rate, active=encoding),
         ]
 
     def forward(
-        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None, player: str | None = None
+        self,
+        x: Tensor,
+        foreground: Tensor,
+        generator: Generator,
+        box: Box | None = None,
+        objective: str | None = None,
     ) -> Tensor:
-        """The loss of a player; without one the encoder's on the foreground, NaN before its training has begun."""
+        """The loss of a objective; without one the encoder's on the foreground, NaN before its training has begun."""
         for network in (self.critic, self.generator, self.encoder):
-            network.requires_grad_(network is getattr(self, player or "encoder"))
+            network.requires_grad_(network is getattr(self, objective or "encoder"))
         # At rest the generator's batch norm must not go on averaging.
-        self.generator.train(self.training and player in ("critic", "generator"))
-        if player == "critic":
+        self.generator.train(self.training and objective in ("critic", "generator"))
+        if objective == "critic":
             return self.critic_loss(x, generator)
-        if player == "generator":
+        if objective == "generator":
             return -self.critic(self.generator(self._draw(len(x), generator, x.device))).mean()
-        if player == "encoder":
+        if objective == "encoder":
             self.encoder_begun.fill_(True)
         found = self.generator(self.encoder(x))
         features = (self.critic.describe(found) - self.critic.describe(x)).square().mean()

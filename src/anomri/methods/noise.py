@@ -18,18 +18,24 @@ from anomri.methods.simplex import simplex_noise
 Number = TypeVar("Number", int, float)
 
 
-def upsample_noise(low_resolution: Tensor, size: tuple[int, int], shift: Sequence[int] | Tensor) -> Tensor:
+def upsample_noise(
+    low_resolution: Tensor, size: tuple[int, int], shift: Sequence[int] | Tensor
+) -> Tensor:
     """Noise of (n, c, r, r) enlarged bilinearly (corners aligned) to ``size`` and rolled by ``shift`` pixels."""
     noise = functional.interpolate(low_resolution, size=size, mode="bilinear", align_corners=True)
     # Not by torch.roll: where the shift lies on an accelerator, the processor would have to wait for it.
     rows, columns = (
-        (torch.arange(side, device=noise.device) - by) % side for side, by in zip(size, shift, strict=True)
+        (torch.arange(side, device=noise.device) - by) % side
+        for side, by in zip(size, shift, strict=True)
     )
     return noise[:, :, rows[:, None], columns]
 
 
 def coarse_noise(
-    shape: tuple[int, int, int, int], resolution: int, std: float, generator: Generator | None = None
+    shape: tuple[int, int, int, int],
+    resolution: int,
+    std: float,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Draw N(0, std^2) at ``resolution`` x ``resolution``, independent per channel, enlarged to ``shape`` (n, c, h, w).
 
@@ -72,9 +78,13 @@ class Noise:
             given = getattr(self, name)
             values = _several(given)
             if not values or min(values) < least:
-                raise AnomriError(f"the noise's {name} is one number from {least} on, or several; found {given}.")
+                raise AnomriError(
+                    f"the noise's {name} is one number from {least} on, or several; found {given}."
+                )
 
-    def draw(self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0) -> Tensor:
+    def draw(
+        self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0
+    ) -> Tensor:
         """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``; for ``pixel`` see `anomalies`."""
         n, c, h, w = x.shape
         many = not isinstance(self.std, int | float)
@@ -92,5 +102,8 @@ class Noise:
             noise = noise * (uniform((n, 1, 1, 1), generator) < self.share)
         if self.in_blobs:
             everywhere = uniform((n, 1, 1), generator) < 0.5
-            noise = noise * torch.where(everywhere, 1.0, random_blobs(foreground, generator, pixel))[:, None]
+            noise = (
+                noise
+                * torch.where(everywhere, 1.0, random_blobs(foreground, generator, pixel))[:, None]
+            )
         return noise

@@ -37,7 +37,10 @@ def simplex_noise(
 
 
 def _octave(
-    shape: tuple[int, int, int, int], wavelength: float, generator: Generator | None, device: torch.device
+    shape: tuple[int, int, int, int],
+    wavelength: float,
+    generator: Generator | None,
+    device: torch.device,
 ) -> Tensor:
     n, c, h, w = shape
     offset = torch.rand(2, generator=generator, device=device)
@@ -51,7 +54,11 @@ def _octave(
     lattice = (int(i.max()) + 2, int(j.max()) + 2)
     angles = 2 * math.pi * uniform((n, c, lattice[0] * lattice[1]), generator)
     noise = torch.zeros(shape, device=device)
-    corners = ((torch.zeros_like(y), torch.zeros_like(x)), (lower, ~lower), (torch.ones_like(y), torch.ones_like(x)))
+    corners = (
+        (torch.zeros_like(y), torch.zeros_like(x)),
+        (lower, ~lower),
+        (torch.ones_like(y), torch.ones_like(x)),
+    )
     for number, (step_i, step_j) in enumerate(corners):
         step_i, step_j = step_i.to(y.dtype), step_j.to(x.dtype)
         dy, dx = y - step_i + number * UNSKEW, x - step_j + number * UNSKEW

@@ -26,10 +26,14 @@ class Thresholding(nn.Module):
         super().__init__()
         name = channel or ("flair" if "flair" in channels else channels[0])
         if name not in channels:
-            raise AnomriError(f"thresholding needs channel {name}, but the channels are {', '.join(channels)}.")
+            raise AnomriError(
+                f"thresholding needs channel {name}, but the channels are {', '.join(channels)}."
+            )
         self.channel = list(channels).index(name)
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
         """There is nothing to learn."""
         raise NotImplementedError("thresholding is not trained")
 

@@ -74,7 +74,9 @@ class VAE(nn.Module):
         """The slices (n, c, 128, 128) of latent vectors."""
         return self.decoder(self.from_latent(latent)).float()
 
-    def forward(self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
+    ) -> Tensor:
         """Squared error on the foreground, mean over all pixels, + ``kl_weight`` * mean KL of a latent dimension."""
         mean, log_variance = self.posterior(x)
         noise = normal(mean.shape, generator)
@@ -99,7 +101,10 @@ class VAE(nn.Module):
             tried_objective, tried_gradient = self._slope(tried, x, inside)
             lower = (tried_objective < objective)[:, None, None, None]
             objective = torch.where(lower[:, 0, 0, 0], tried_objective, objective)
-            restored, gradient = torch.where(lower, tried, restored), torch.where(lower, tried_gradient, gradient)
+            restored, gradient = (
+                torch.where(lower, tried, restored),
+                torch.where(lower, tried_gradient, gradient),
+            )
             rate = torch.where(lower, rate, rate / 2)
         return restored
 
@@ -131,7 +136,9 @@ class VAERestoration(VAE):
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         name: Preset(
-            {**preset.settings, "restoration_steps": steps, "restoration_rate": rate}, preset.training, weights_of="vae"
+            {**preset.settings, "restoration_steps": steps, "restoration_rate": rate},
+            preset.training,
+            weights_of="vae",
         )
         for (name, preset), (steps, rate) in zip(
             VAE.PRESETS.items(), ((100, 0.01), (25, 0.04), (25, 0.04)), strict=True

@@ -54,7 +54,11 @@ def check_room(folder: Path, cases: Sequence[Case]) -> None:
 def without_result(case: Case) -> Case:
     """The case without a brain mask that is none but what an earlier run found in it, and left beside its images."""
     mask = case.mask
-    if mask and mask.name == f"{case.name}_mask.nii.gz" and says(mask.with_name(f"{case.name}.json"), SUMMARY_KEY):
+    if (
+        mask
+        and mask.name == f"{case.name}_mask.nii.gz"
+        and says(mask.with_name(f"{case.name}.json"), SUMMARY_KEY)
+    ):
         return replace(case, mask=None)
     return case
 
@@ -69,7 +73,8 @@ def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
 def _paths(folder: Path, case: str) -> list[Path]:
     """What there may be of a case; the map and the summary, by which the others are known, last."""
     return [
-        folder / f"{case}{end}" for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
+        folder / f"{case}{end}"
+        for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
     ]
 
 
@@ -118,7 +123,9 @@ class Detection:
         if thresholds is None:
             return (0.0, 0.5)
         rates = zip(thresholds.false_positive_rate, thresholds.value, strict=True)
-        return thresholds.value[0], 2 * max(value for rate, value in rates if rate >= BRIGHTEST_RATE)
+        return thresholds.value[0], 2 * max(
+            value for rate, value in rates if rate >= BRIGHTEST_RATE
+        )
 
     def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
         """What `save` writes of that kind, on the input's own grid; raises `AnomriError` if there is no mask."""

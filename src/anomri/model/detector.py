@@ -102,7 +102,9 @@ class Detector:
         return bool(getattr(self.method, "takes_subsets", False))
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, device: str = "auto", precision: str = "auto") -> Detector:
+    def load(
+        cls, folder: str | Path | None = None, device: str = "auto", precision: str = "auto"
+    ) -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
         ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
@@ -148,9 +150,7 @@ class Detector:
         before = self.inference.batch
         scores, reconstructed = self.score(stack)
         if self.inference.batch < before:
-            note = (
-                f"memory was short: the network takes {self.inference.batch} slices at once from here on, not {before}."
-            )
+            note = f"memory was short: the network takes {self.inference.batch} slices at once from here on, not {before}."
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
@@ -165,7 +165,18 @@ class Detector:
             mask = drop_small_components(anomaly_map > threshold, dropped)
             healthy = spec.thresholds.healthy if spec.thresholds else None
             lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, healthy)
-        return Detection(volume.name, spec, volume, stack, scores, reconstructed, anomaly_map, threshold, mask, lesions)
+        return Detection(
+            volume.name,
+            spec,
+            volume,
+            stack,
+            scores,
+            reconstructed,
+            anomaly_map,
+            threshold,
+            mask,
+            lesions,
+        )
 
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
@@ -232,10 +243,15 @@ class Detector:
         Raises `AnomriError` if there is no such score, or the model does not make what it needs.
         """
         if score.get("kind") == "auto":
-            raise AnomriError("the score auto is chosen when a model is trained; name one, such as absolute.")
+            raise AnomriError(
+                "the score auto is chosen when a model is trained; name one, such as absolute."
+            )
         detector = copy(self)
         detector.spec = replace(
-            self.spec, score=replace(self.spec.score, **score), thresholds=None, subset_thresholds={}
+            self.spec,
+            score=replace(self.spec.score, **score),
+            thresholds=None,
+            subset_thresholds={},
         )
         check_score(self.method, detector.spec.score, self.spec.channels)
         return detector
@@ -274,14 +290,18 @@ class Detector:
         if not isinstance(scan, Case):
             cases = self.find_cases(scan)
             if len(cases) > 1:
-                raise AnomriError(f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases.")
+                raise AnomriError(
+                    f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases."
+                )
             scan = cases[0]
         channels = self.spec.channels
         missing = [channel for channel in channels if channel not in scan.channels]
         present = [channel for channel in self.channels if channel in scan.channels]
         if len(present) < len(channels) and present and self.takes_subsets:
             notes = self._notes_on(scan) if len(present) < len(self.channels) else ()
-            return prepare(scan, present, self.spec.grid, preparation).completed(channels, (*scan.notes, *notes))
+            return prepare(scan, present, self.spec.grid, preparation).completed(
+                channels, (*scan.notes, *notes)
+            )
         if missing:
             raise AnomriError(
                 f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
@@ -295,20 +315,30 @@ class Detector:
         """What the owner of a scan should know that lacks channels."""
         absent = [name for name in self.channels if name not in scan.channels]
         stored = self.spec.thresholds_of([name for name in self.channels if name in scan.channels])
-        known = ", and has a threshold for that" if stored else "; it has no threshold for that, so there is no mask"
-        notes = [f"the scan has no {', '.join(absent)}; the model was trained to do without{known}."]
+        known = (
+            ", and has a threshold for that"
+            if stored
+            else "; it has no threshold for that, so there is no mask"
+        )
+        notes = [
+            f"the scan has no {', '.join(absent)}; the model was trained to do without{known}."
+        ]
         others = [name for name in scan.channels if name not in self.spec.channels]
         if others:
             notes.append(f"{', '.join(others)} is no channel of the model, and is not looked at.")
         bright = [name for name in self.spec.score.channels if name in self.channels]
         if bright and set(bright) <= set(absent):
-            notes.append(f"without {' and '.join(bright)}, which the score rests on, far fewer lesions are found.")
+            notes.append(
+                f"without {' and '.join(bright)}, which the score rests on, far fewer lesions are found."
+            )
         return notes
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
         raw, reconstructed = self.raw_score(stack)
-        return anomaly_score(raw, stack.foreground, self.spec.score, stack.spacing_mm), reconstructed
+        return anomaly_score(
+            raw, stack.foreground, self.spec.score, stack.spacing_mm
+        ), reconstructed
 
     def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
         """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
@@ -325,7 +355,9 @@ class Detector:
 
     def output(self, stack: SliceStack) -> Tensor:
         """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
-        return averaged_output(self.inference, stack, self.spec.channels, self.spec.score, self._box(stack))
+        return averaged_output(
+            self.inference, stack, self.spec.channels, self.spec.score, self._box(stack)
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads: the model with all of its channels, and whom it has seen."""
@@ -339,13 +371,20 @@ class Detector:
         try:
             method.load_state_dict(self._state)
         except RuntimeError as error:
-            raise AnomriError(f"the weights of {self.spec.method} do not fit {spec.method} ({error}).") from error
+            raise AnomriError(
+                f"the weights of {self.spec.method} do not fit {spec.method} ({error})."
+            ) from error
         return Detector(spec, method, self.device, self.inference.precision, self.cases)
 
     def _box(self, stack: SliceStack) -> tuple[int, int, int, int] | None:
         if self.spec.crop is None:
             return None
-        return join_boxes(self.spec.crop, brain_box(stack.foreground, 1), self.method.box_multiple, self.spec.grid.size)
+        return join_boxes(
+            self.spec.crop,
+            brain_box(stack.foreground, 1),
+            self.method.box_multiple,
+            self.spec.grid.size,
+        )
 
 
 load = Detector.load

@@ -28,7 +28,16 @@ MAX_DESCRIPTION = 2**20
 MAX_TABLE = 2**26
 MAX_HEADER = 2**20
 """Bytes of a weights file beyond its tensors."""
-LOADING_ERRORS = (OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AttributeError, UnpicklingError)
+LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    UnpicklingError,
+)
 """What ``torch.load`` makes of bytes that are none of its own, or damaged."""
 MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
 """How large a setting, how long a list of them, and how wide a working grid may be."""
@@ -49,25 +58,43 @@ def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
     plain_file(description, MAX_DESCRIPTION)
     spec = _as_named_here(ModelSpec.read(description))
     if spec.format_version > FORMAT_VERSION:
-        raise AnomriError(f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri.")
+        raise AnomriError(
+            f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri."
+        )
     try:
         size = _bytes(_outline(spec, description))
         content = plain_file(weights, size + MAX_HEADER).read_bytes()
         # What the method keeps beside its weights is made anew, and has to be in proportion.
         if size > 2 * len(content) + MAX_HEADER:
-            raise ValueError(f"it describes {size:,} bytes of numbers, but the weights have {len(content):,}")
+            raise ValueError(
+                f"it describes {size:,} bytes of numbers, but the weights have {len(content):,}"
+            )
         method = _built(spec, description)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError, LookupError, AttributeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        MemoryError,
+        LookupError,
+        AttributeError,
+    ) as error:
         raise AnomriError(f"{description}: does not describe a model ({error}).") from error
     except OSError as error:
         raise AnomriError(f"{weights}: cannot be read ({error.strerror}).") from error
     try:
         tensors = load_tensors(content)
     except SafetensorError as error:
-        raise AnomriError(f"{weights}: does not hold the weights that model.json describes ({error}).") from error
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()]
+        raise AnomriError(
+            f"{weights}: does not hold the weights that model.json describes ({error})."
+        ) from error
+    broken = [
+        name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()
+    ]
     if broken:
-        raise AnomriError(f"{weights}: is damaged ({broken[0]} holds what is no number); copy it again.")
+        raise AnomriError(
+            f"{weights}: is damaged ({broken[0]} holds what is no number); copy it again."
+        )
     return spec, method, tensors
 
 
@@ -78,8 +105,17 @@ def check_readable(spec: ModelSpec) -> None:
         size, kept = _bytes(outline), sum(value.nbytes for value in outline.state_dict().values())
         if size > 2 * kept + MAX_HEADER or kept > size + MAX_HEADER:
             raise ValueError(f"it has {size:,} bytes of parameters and buffers, and saves {kept:,}")
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise AnomriError(f"a model of {spec.method} like this could not be read again ({error}).") from error
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        raise AnomriError(
+            f"a model of {spec.method} like this could not be read again ({error})."
+        ) from error
 
 
 def _outline(spec: ModelSpec, description: Path) -> Any:
@@ -109,17 +145,29 @@ def _as_named_here(spec: ModelSpec) -> ModelSpec:
     if names(spec.channels) == spec.channels:
         return spec
     named = ("alone", "network_channels")
-    settings = {k: list(names(value)) if k in named else value for k, value in spec.settings.items()}
-    thresholds = {"+".join(names(part.split("+"))): one for part, one in spec.subset_thresholds.items()}
+    settings = {
+        k: list(names(value)) if k in named else value for k, value in spec.settings.items()
+    }
+    thresholds = {
+        "+".join(names(part.split("+"))): one for part, one in spec.subset_thresholds.items()
+    }
     score = replace(spec.score, channels=names(spec.score.channels))
-    return replace(spec, channels=names(spec.channels), settings=settings, subset_thresholds=thresholds, score=score)
+    return replace(
+        spec,
+        channels=names(spec.channels),
+        settings=settings,
+        subset_thresholds=thresholds,
+        score=score,
+    )
 
 
 def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
     """Write a model folder; ``model.json`` comes last, so that a folder that has one is complete."""
     output_folder(folder)
     with whole_file(folder / "weights.safetensors") as partial:
-        partial.write_bytes(save_tensors({name: value.contiguous().cpu() for name, value in state.items()}))
+        partial.write_bytes(
+            save_tensors({name: value.contiguous().cpu() for name, value in state.items()})
+        )
     write_text(folder / "model.json", spec.to_json())
 
 
@@ -136,9 +184,13 @@ def plain_file(path: Path, limit: int) -> Path:
     except OSError as error:
         raise AnomriError(f"{path}: cannot be read ({error.strerror}).") from error
     if not stat.S_ISREG(facts.st_mode):
-        raise AnomriError(f"{path}: is no plain file but a folder, a pipe or a device, or a link to one; refused.")
+        raise AnomriError(
+            f"{path}: is no plain file but a folder, a pipe or a device, or a link to one; refused."
+        )
     if facts.st_size > limit:
-        raise AnomriError(f"{path}: has {facts.st_size:,} bytes, more than the {limit:,} that make sense; refused.")
+        raise AnomriError(
+            f"{path}: has {facts.st_size:,} bytes, more than the {limit:,} that make sense; refused."
+        )
     return path
 
 
@@ -148,7 +200,10 @@ def _modest(spec: ModelSpec) -> None:
         if not 1 <= side <= MAX_SIDE:
             raise ValueError(f"its working grid is {spec.grid.size}")
     for one in filter(None, (spec.thresholds, *spec.subset_thresholds.values())):
-        if len(one.value) != len(one.false_positive_rate) or one.chosen not in one.false_positive_rate:
+        if (
+            len(one.value) != len(one.false_positive_rate)
+            or one.chosen not in one.false_positive_rate
+        ):
             raise ValueError("its thresholds do not belong together")
     if spec.score.healthy_maps:
         unpacked_maps(spec.score.healthy_maps, len(spec.channels))

@@ -30,7 +30,9 @@ class Inference:
     ``batch`` is how many slices go through the network at once, at most; it falls where memory is short.
     """
 
-    def __init__(self, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto") -> None:
+    def __init__(
+        self, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto"
+    ) -> None:
         self.device = torch.device(device)
         self.precision = precision
         found = resolve_precision(precision, self.device.type)
@@ -59,7 +61,11 @@ class Inference:
 
         def reconstruct(size: int) -> None:
             parts = [slice(first, first + size) for first in range(0, len(x), size)]
-            workers = min(len(parts), MOST_WORKERS, torch.get_num_threads()) if self.device.type == "cpu" else 1
+            workers = (
+                min(len(parts), MOST_WORKERS, torch.get_num_threads())
+                if self.device.type == "cpu"
+                else 1
+            )
             if workers == 1:
                 list(map(place, parts))
                 return

@@ -86,7 +86,9 @@ def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
 
 
 def smallest_edge_distances(
-    components: NDArray[np.integer[Any]], brain: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+    components: NDArray[np.integer[Any]],
+    brain: NDArray[np.bool_],
+    spacing_mm: tuple[float, float, float],
 ) -> NDArray[np.float64]:
     """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside the brain.
 
@@ -97,7 +99,9 @@ def smallest_edge_distances(
     inside = brain | found
     box = box_around(inside)
     # Holes of the brain are air that the air around does not reach.
-    air = cc3d.connected_components(np.pad(~inside[box], 1, constant_values=True).view(np.uint8), connectivity=6)
+    air = cc3d.connected_components(
+        np.pad(~inside[box], 1, constant_values=True).view(np.uint8), connectivity=6
+    )
     outside = air == air[0, 0, 0]
     skin = np.argwhere(outside & _rim(outside)) - 1
     # Nearest to each other are a voxel on the rim of a component and one on the rim of the air.

@@ -14,7 +14,9 @@ STEP = 1.3
 
 
 def choose_threshold(
-    thresholds: Thresholds | None, sensitivity: str | float | None = None, false_positive_ml: float | None = None
+    thresholds: Thresholds | None,
+    sensitivity: str | float | None = None,
+    false_positive_ml: float | None = None,
 ) -> Thresholds | None:
     """The thresholds with another one chosen; the same if nothing is asked for.
 
@@ -26,14 +28,18 @@ def choose_threshold(
     if sensitivity is None and false_positive_ml is None:
         return thresholds
     if sensitivity is not None and false_positive_ml is not None:
-        raise AnomriError("a sensitivity and a false positive volume are both given; give one of them.")
+        raise AnomriError(
+            "a sensitivity and a false positive volume are both given; give one of them."
+        )
     if thresholds is None:
         raise AnomriError(
             "the model stores no thresholds: it was imported, or trained without held-out healthy slices; "
             "train with cases for validation."
         )
     if sensitivity is not None:
-        return replace(thresholds, chosen=_rate(thresholds, str(sensitivity).strip().lower()), chosen_ml=None)
+        return replace(
+            thresholds, chosen=_rate(thresholds, str(sensitivity).strip().lower()), chosen_ml=None
+        )
     return replace(thresholds, chosen_ml=_volume(thresholds.healthy, float(false_positive_ml or 0)))
 
 
@@ -63,7 +69,13 @@ def _rate(thresholds: Thresholds, asked: str) -> float:
     own = thresholds.chosen
     steps = [rate for rate in falling if rate == own or not own / STEP < rate < own * STEP]
     default = steps.index(own)
-    places = {"highest": 0, "high": default - 1, "default": default, "low": default + 1, "lowest": len(steps) - 1}
+    places = {
+        "highest": 0,
+        "high": default - 1,
+        "default": default,
+        "low": default + 1,
+        "lowest": len(steps) - 1,
+    }
     if asked in places:
         if 0 <= places[asked] < len(steps):
             return steps[places[asked]]

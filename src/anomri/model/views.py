@@ -56,25 +56,33 @@ def _views(
 def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
     """Raise `AnomriError` if there is no such score, or it asks for what a model of ``channels`` does not make."""
     if score.kind not in ("own", "auto", *SCORES):
-        raise AnomriError(f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}.")
-    if score.kind.startswith("mark") and not getattr(method, "extra_maps", 0):
         raise AnomriError(
-            f"the score {score.kind} needs marks, which the model does not make; train with the settings anomalies and "
-            f"mark (preset quick or accurate)."
+            f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}."
+        )
+    if "probability" in score.kind and not getattr(method, "extra_maps", 0):
+        raise AnomriError(
+            f"the score {score.kind} needs a segmentation head, which the model does not have; train with the settings "
+            f"anomalies and segmentation_head (preset quick or accurate)."
         )
     if score.passes and not hasattr(method, "with_noise"):
-        raise AnomriError(f"{type(method).__name__} cannot reconstruct from noise; leave passes at 0.")
+        raise AnomriError(
+            f"{type(method).__name__} cannot reconstruct from noise; leave passes at 0."
+        )
     if score.passes < 0 or score.erosion < 0 or not score.scales or min(score.scales) <= 0:
         raise AnomriError(
             f"passes and erosion are 0 or more, and scales above 0; found {score.passes}, {score.erosion} and {score.scales}."
         )
-    unknown = {*score.channels, *(name for part in score.parts for name in part.split("+"))} - {*channels}
+    unknown = {*score.channels, *(name for part in score.parts for name in part.split("+"))} - {
+        *channels
+    }
     if unknown:
         raise AnomriError(
             f"the score looks at {', '.join(sorted(unknown))}; the model's channels are {', '.join(channels)}."
         )
     if score.median_slices == 1 and score.median not in MEDIANS:
-        raise AnomriError(f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}.")
+        raise AnomriError(
+            f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}."
+        )
     if score.parts and not getattr(method, "takes_subsets", False):
         raise AnomriError(
             f"the score looks at {', '.join(score.parts)} alone too, but the model needs all of its channels; train it "
@@ -85,7 +93,8 @@ def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
 def _parts(present: list[bool], channels: Sequence[str], parts: Sequence[str]) -> list[list[bool]]:
     """Which of the ``present`` channels each part shows; one that shows none, or all of them, is no view of its own."""
     shown = [
-        [there and name in part.split("+") for name, there in zip(channels, present, strict=True)] for part in parts
+        [there and name in part.split("+") for name, there in zip(channels, present, strict=True)]
+        for part in parts
     ]
     return [kept for kept in shown if any(kept) and kept != present]
 
@@ -97,7 +106,10 @@ def _noised(method: Any, stack: SliceStack, present: list[bool], passes: int) ->
     generator = Generator().manual_seed(TEST_SEED)
     for _ in range(passes):
         # As in a training, noise is taken off the channels that are not there.
-        yield method.with_noise(stack.x, stack.foreground, generator) * torch.tensor(present)[:, None, None]
+        yield (
+            method.with_noise(stack.x, stack.foreground, generator)
+            * torch.tensor(present)[:, None, None]
+        )
 
 
 def _look(inference: Inference, x: Tensor, box: Box | None, mirrored: bool, scale: float) -> Tensor:

@@ -47,7 +47,11 @@ class Table:
     @property
     def numeric(self) -> set[int]:
         """Numbers of the columns that hold numbers only."""
-        return {k for k in range(len(self.columns)) if self.rows and all(_is_number(row[k]) for row in self.rows)}
+        return {
+            k
+            for k in range(len(self.columns))
+            if self.rows and all(_is_number(row[k]) for row in self.rows)
+        }
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ def report(folder: str | Path, note: str = "") -> Path:
     pages = {folder / "metrics.json": evaluation_report, folder / "cases.tsv": detection_report}
     present = [path for path in pages if path.is_file()]
     if not present:
-        raise AnomriError(f"{folder}: holds neither cases.tsv nor metrics.json; there is nothing to report.")
+        raise AnomriError(
+            f"{folder}: holds neither cases.tsv nor metrics.json; there is nothing to report."
+        )
     return pages[max(present, key=lambda path: path.stat().st_mtime_ns)](folder, note)
 
 
@@ -105,8 +111,13 @@ def write_page(path: Path, page: Page) -> Path:
     from jinja2 import Environment, PackageLoader  # slow to import
     from markupsafe import Markup
 
-    environment = Environment(loader=PackageLoader("anomri"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    script, style = ((files("anomri") / "templates" / f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    environment = Environment(
+        loader=PackageLoader("anomri"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    script, style = (
+        (files("anomri") / "templates" / f"report.{kind}").read_text("utf-8")
+        for kind in ("js", "css")
+    )
     text = environment.get_template("report.html.j2").render(
         page=page,
         version=version("anomri"),
@@ -120,7 +131,10 @@ def write_page(path: Path, page: Page) -> Path:
 
 
 def case_views(
-    folder: Path, names: Sequence[str], captions: Mapping[str, str], lesions: Mapping[str, Table] | None = None
+    folder: Path,
+    names: Sequence[str],
+    captions: Mapping[str, str],
+    lesions: Mapping[str, Table] | None = None,
 ) -> list[CaseView]:
     """What is to be shown of the cases ``names``, as far as `MAX_PICTURES` and `MAX_PICTURE_BYTES` allow."""
     views: list[CaseView] = []
@@ -132,7 +146,11 @@ def case_views(
         size += sum(len(picture.data) for picture in preview.pictures)
         if size > MAX_PICTURE_BYTES:
             break
-        views.append(CaseView(f"case-{len(views) + 1}", preview, captions.get(name, ""), (lesions or {}).get(name)))
+        views.append(
+            CaseView(
+                f"case-{len(views) + 1}", preview, captions.get(name, ""), (lesions or {}).get(name)
+            )
+        )
     return views
 
 
@@ -151,23 +169,44 @@ def _detection_page(folder: Path, note: str) -> Page:
     place = {name: k for k, name in enumerate(columns)}
     done = [row for row in rows if row[place["status"]] == "done"]
     done.sort(key=lambda row: -float(row[place["lesion_volume_mm3"]] or 0))
-    captions = {row[0]: _found(row[place["lesions"]], row[place["lesion_volume_mm3"]]) for row in done}
+    captions = {
+        row[0]: _found(row[place["lesions"]], row[place["lesion_volume_mm3"]]) for row in done
+    }
     lesion_columns, lesions = read_tsv(folder / "lesions.tsv")
-    cases = case_views(folder, [row[0] for row in done], captions, _lesions_by_case(lesion_columns, lesions))
+    cases = case_views(
+        folder, [row[0] for row in done], captions, _lesions_by_case(lesion_columns, lesions)
+    )
     volumes = [float(volume) / 1000 for row in done if (volume := row[place["lesion_volume_mm3"]])]
     facts = [("scans", f"{len(done)}" + (f" of {len(rows)}" if len(done) < len(rows) else ""))]
     if volumes:
-        facts += [("with a finding", f"{sum(volume > 0 for volume in volumes)}"), ("findings", f"{len(lesions)}")]
+        facts += [
+            ("with a finding", f"{sum(volume > 0 for volume in volumes)}"),
+            ("findings", f"{len(lesions)}"),
+        ]
         facts += [("median volume", f"{statistics.median(volumes):.1f} ml")]
-    fewer = "channels" in place and any(row[place["channels"]] != ",".join(run["channels"]) for row in done)
-    others = " Scans with fewer channels have thresholds of their own, in the table." if fewer else ""
+    fewer = "channels" in place and any(
+        row[place["channels"]] != ",".join(run["channels"]) for row in done
+    )
+    others = (
+        " Scans with fewer channels have thresholds of their own, in the table." if fewer else ""
+    )
     kept = [k for k in range(len(columns)) if columns[k] != "error" or len(done) < len(rows)]
     shown = [[row[k] for k in kept] for row in rows]
-    table = Table("Scans", [columns[k] for k in kept], shown, links={view.preview.name: view.place for view in cases})
-    more = f"The first {MAX_LESIONS} of {len(lesions)}; all are in lesions.tsv." if len(lesions) > MAX_LESIONS else ""
+    table = Table(
+        "Scans",
+        [columns[k] for k in kept],
+        shown,
+        links={view.preview.name: view.place for view in cases},
+    )
+    more = (
+        f"The first {MAX_LESIONS} of {len(lesions)}; all are in lesions.tsv."
+        if len(lesions) > MAX_LESIONS
+        else ""
+    )
     return Page(
         title="Anomalies found",
-        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run)}." + others,
+        lead=f"Method {run['method']} on {', '.join(run['channels'])}. Threshold: {_threshold(run)}."
+        + others,
         note=note,
         facts=facts,
         summary=[table],
@@ -184,7 +223,9 @@ def _evaluation_page(folder: Path, note: str) -> Page:
     place = {name: k for k, name in enumerate(columns)}
     named = {"AUPRC": "average_precision", "Dice": "dice", "best Dice": "ceil_dice"}
     captions = {
-        row[0]: ", ".join(f"{name} {float(row[place[key]]):.3f}" for name, key in named.items() if row[place[key]])
+        row[0]: ", ".join(
+            f"{name} {float(row[place[key]]):.3f}" for name, key in named.items() if row[place[key]]
+        )
         or "no lesion is labelled"
         for row in rows
     }
@@ -194,7 +235,11 @@ def _evaluation_page(folder: Path, note: str) -> Page:
     failed = [("failed", f"{name}: {error}") for name, error in facts["failed"].items()]
     by_patient = {
         name: [float(row[place[key]] or "nan") for row in rows]
-        for name, key in {"AUPRC": "average_precision", "ceil-Dice": "ceil_dice", "Dice": "dice"}.items()
+        for name, key in {
+            "AUPRC": "average_precision",
+            "ceil-Dice": "ceil_dice",
+            "Dice": "dice",
+        }.items()
         if any(row[place[key]] for row in rows)
     }
     largest = sorted(rows, key=lambda row: -int(row[place["lesion_voxels"]]))
@@ -203,7 +248,8 @@ def _evaluation_page(folder: Path, note: str) -> Page:
         title="Maps against labels",
         lead=f"{facts['protocol']['scored']}; cases: {facts['protocol']['cases']}.",
         note=note,
-        facts=[(figure.name, f"{figure.value:.3f}") for figure in figures[:2]] + _at_threshold(figures),
+        facts=[(figure.name, f"{figure.value:.3f}") for figure in figures[:2]]
+        + _at_threshold(figures),
         summary=[
             Table(
                 "Result",
@@ -211,11 +257,16 @@ def _evaluation_page(folder: Path, note: str) -> Page:
                 [(f.name, f"{f.value:.3f}", f.interval) for f in figures],
             )
         ],
-        plots=[curves_plot({"pooled": points}, {"pooled": facts["threshold"]}), patients_plot(by_patient)],
+        plots=[
+            curves_plot({"pooled": points}, {"pooled": facts["threshold"]}),
+            patients_plot(by_patient),
+        ],
         cases=cases,
         pictured=_pictured(len(cases), len(rows), "largest lesions first"),
         tables=[
-            Table("Patients", columns, rows, links={view.preview.name: view.place for view in cases}),
+            Table(
+                "Patients", columns, rows, links={view.preview.name: view.place for view in cases}
+            ),
             Table("Protocol", ("what", "how"), [*facts["protocol"].items(), *failed]),
         ],
     )
@@ -226,7 +277,12 @@ def _at_threshold(figures: Sequence[Figure]) -> list[tuple[str, str]]:
         "Dice at the threshold, comp": "Dice at the threshold",
         "lesion-wise sensitivity, comp": "lesions detected",
     }
-    return [(name, f"{f.value:.3f}") for start, name in short.items() for f in figures if f.name.startswith(start)]
+    return [
+        (name, f"{f.value:.3f}")
+        for start, name in short.items()
+        for f in figures
+        if f.name.startswith(start)
+    ]
 
 
 def _found(lesions: str, volume_mm3: str) -> str:
@@ -274,7 +330,9 @@ def _threshold(run: Mapping[str, Any]) -> str:
     if not facts:
         return "none"
     names = ("false_positive_rate", "value", "chosen", "healthy_slices", "healthy_cases")
-    thresholds = Thresholds(**{name: facts[name] for name in names}, chosen_ml=facts.get("chosen_ml"))
+    thresholds = Thresholds(
+        **{name: facts[name] for name in names}, chosen_ml=facts.get("chosen_ml")
+    )
     value = f"{run['threshold']:.4g}; " if run.get("threshold") is not None else ""
     return f"{value}{describe(thresholds)} ({thresholds.healthy_cases} healthy held-out scans)"
 

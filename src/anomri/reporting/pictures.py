@@ -22,7 +22,9 @@ from anomri.slices import brain_box
 Rgb = NDArray[np.uint8]
 
 COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "truth")
-PALETTE = np.array([matplotlib.colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=np.uint8)
+PALETTE = np.array(
+    [matplotlib.colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=np.uint8
+)
 MASK_COLOUR = (60, 220, 255)
 TRUTH_COLOUR = (150, 255, 70)
 SIDE = 960
@@ -38,7 +40,11 @@ def preview(detection: Detection, size: int = 192) -> Rgb:
     on the left.
     """
     label = detection.stack.label
-    weight = detection.scores.sum(axis=(1, 2)) if label is None or not label.any() else label.sum(dim=(1, 2)).numpy()
+    weight = (
+        detection.scores.sum(axis=(1, 2))
+        if label is None or not label.any()
+        else label.sum(dim=(1, 2)).numpy()
+    )
     z = int(np.argmax(weight))
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
     _, high = detection.display_range
@@ -67,7 +73,11 @@ def planes(detection: Detection, width: int = SIDE) -> Rgb:
     x, y, z = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
     score = detection.anomaly_map
-    weight = score if detection.mask is None or not detection.mask.any() else np.where(detection.mask, score, -1)
+    weight = (
+        score
+        if detection.mask is None or not detection.mask.any()
+        else np.where(detection.mask, score, -1)
+    )
     peak = np.unravel_index(int(np.argmax(weight)), score.shape)
     sizes = np.multiply([s.stop - s.start for s in (x, y, z)], detection.volume.geometry.spacing_mm)
     scale = width / (2 * sizes[0] + sizes[1])
@@ -117,7 +127,9 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
     x, y, _ = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
     geometry, index = detection.volume.geometry, detection.stack.index
-    chosen = np.unique(np.linspace(index.start, index.stop - 1, columns * rows + 2)[1:-1].round().astype(int))
+    chosen = np.unique(
+        np.linspace(index.start, index.stop - 1, columns * rows + 2)[1:-1].round().astype(int)
+    )
     across, down, _ = geometry.spacing_mm
     w = width // columns
     h = round(w * (y.stop - y.start) * down / ((x.stop - x.start) * across))
@@ -143,7 +155,9 @@ def score_counts(detection: Detection, bins: int) -> tuple[list[int], float]:
 def brain_sides(volume: Volume, margin: int = 2) -> tuple[slice, slice, slice]:
     """The sides (x, y, z) of a box around the brain of a scan, with a margin; all of the scan if there is none."""
     x, y, z = (
-        slice(max(side.start - margin, 0), min(side.stop + margin, length)) if side.stop else slice(0, length)
+        slice(max(side.start - margin, 0), min(side.stop + margin, length))
+        if side.stop
+        else slice(0, length)
         for side, length in zip(volume.brain, volume.geometry.canonical_shape, strict=True)
     )
     return x, y, z
@@ -182,7 +196,9 @@ def outline(image: Rgb, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -
 def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
     """Write a picture, whole or not at all; thin coloured lines keep their colour."""
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling])
+    _, encoded = cv2.imencode(
+        ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality, *sampling]
+    )
     with whole_file(path) as partial:
         partial.write_bytes(encoded.tobytes())
 
@@ -190,7 +206,9 @@ def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
 def _mask(detection: Detection) -> NDArray[np.bool_]:
     """The mask on the working grid (n, h, w), as its components are filtered there; empty without a threshold."""
     above = detection.scores > (np.inf if detection.threshold is None else detection.threshold)
-    return drop_small_components(above, detection.spec.score.max_dropped(detection.stack.spacing_mm))
+    return drop_small_components(
+        above, detection.spec.score.max_dropped(detection.stack.spacing_mm)
+    )
 
 
 def _shown_image(volume: Volume) -> NDArray[np.float32]:
@@ -209,7 +227,9 @@ def _layered(
 
     def plane(data: NDArray[Any]) -> NDArray[np.float32]:
         turned = data[place].T[::-1] if upward else data[place].T
-        resized = cv2.resize(np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR)
+        resized = cv2.resize(
+            np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR
+        )
         return np.asarray(resized, np.float32)
 
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
@@ -234,7 +254,9 @@ def _marked(panel: Rgb, marks: str) -> Rgb:
 
 def _text(panel: Rgb, text: str, place: tuple[int, int], size: float) -> None:
     for colour, thickness in (((0, 0, 0), 3), ((235, 235, 235), 1)):
-        cv2.putText(panel, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
+        cv2.putText(
+            panel, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA
+        )
 
 
 def _square_around(foreground: Tensor) -> tuple[slice, slice]:
@@ -243,7 +265,9 @@ def _square_around(foreground: Tensor) -> tuple[slice, slice]:
     side = min(max(bottom - top, right - left) + 6, *foreground.shape[1:])
     starts = [
         min(max((first + stop - side) // 2, 0), length - side)
-        for first, stop, length in zip((top, left), (bottom, right), foreground.shape[1:], strict=True)
+        for first, stop, length in zip(
+            (top, left), (bottom, right), foreground.shape[1:], strict=True
+        )
     ]
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
@@ -251,4 +275,6 @@ def _square_around(foreground: Tensor) -> tuple[slice, slice]:
 def _upright(panel: Rgb, size: int) -> Rgb:
     # (x, y) in LPS: rows of the picture are y, anterior first, and its columns x, the patient's right first.
     turned = np.ascontiguousarray(panel.transpose(1, 0, 2))
-    return np.asarray(cv2.resize(turned, (size, size), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
+    return np.asarray(
+        cv2.resize(turned, (size, size), interpolation=cv2.INTER_LINEAR), dtype=np.uint8
+    )

@@ -37,7 +37,9 @@ class Histogram:
     top: float
 
 
-def curves_plot(curves: Mapping[str, Sequence[Sequence[float]]], thresholds: Mapping[str, float | None]) -> Plot:
+def curves_plot(
+    curves: Mapping[str, Sequence[Sequence[float]]], thresholds: Mapping[str, float | None]
+) -> Plot:
     """Precision against recall, and Dice against threshold, of one or more evaluations."""
     from matplotlib.figure import Figure
 
@@ -52,8 +54,19 @@ def curves_plot(curves: Mapping[str, Sequence[Sequence[float]]], thresholds: Map
         chosen = thresholds.get(name)
         if chosen is not None:
             right.axvline(chosen, color=colour, linestyle=":", label=f"{name}: threshold in use")
-    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="Precision and recall")
-    right.set(xlabel="threshold (anomaly score)", ylabel="Dice", ylim=(0, 1.02), title="Dice and threshold")
+    left.set(
+        xlabel="recall",
+        ylabel="precision",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+        title="Precision and recall",
+    )
+    right.set(
+        xlabel="threshold (anomaly score)",
+        ylabel="Dice",
+        ylim=(0, 1.02),
+        title="Dice and threshold",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.25)
         if axes.lines:
@@ -68,7 +81,9 @@ def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
     figure = Figure(figsize=(9.6, 0.7 + 0.62 * len(values)), layout="constrained")
     axes = figure.subplots()
     rng = np.random.default_rng(0)
-    for place, ((_, ofone), colour) in enumerate(zip(values.items(), _colours(len(values)), strict=True)):
+    for place, ((_, ofone), colour) in enumerate(
+        zip(values.items(), _colours(len(values)), strict=True)
+    ):
         known = np.asarray([value for value in ofone if np.isfinite(value)])
         if not known.size:
             continue
@@ -77,11 +92,24 @@ def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
             known, positions=[-place], orientation="horizontal", widths=0.5, showfliers=False,
             boxprops=line, whiskerprops=line, capprops=line, medianprops={"color": INK, "linewidth": 2},
         )  # fmt: skip
-        axes.plot(known, -place + rng.uniform(-0.15, 0.15, known.size), "o", color=colour, alpha=0.7, markersize=5)
-    axes.set(xlim=(-0.02, 1.02), yticks=[-place for place in range(len(values))], yticklabels=list(values))
+        axes.plot(
+            known,
+            -place + rng.uniform(-0.15, 0.15, known.size),
+            "o",
+            color=colour,
+            alpha=0.7,
+            markersize=5,
+        )
+    axes.set(
+        xlim=(-0.02, 1.02),
+        yticks=[-place for place in range(len(values))],
+        yticklabels=list(values),
+    )
     axes.set(ylim=(0.6 - len(values), 0.6))
     axes.grid(axis="x", alpha=0.25)
-    return Plot("By patient", _svg(figure, "patients"), "A point is a scan; box: quartiles and median.")
+    return Plot(
+        "By patient", _svg(figure, "patients"), "A point is a scan; box: quartiles and median."
+    )
 
 
 def histogram(
@@ -90,11 +118,17 @@ def histogram(
     """Outlines of two histograms with bins of equal width from 0 to their ``tops``, as densities on a log scale."""
     top = max(*tops, threshold or 0, 1e-6)
     densities = [
-        np.asarray(c) / max(sum(c), 1) * len(c) / max(t, 1e-6) for c, t in zip((scan, healthy), tops, strict=True)
+        np.asarray(c) / max(sum(c), 1) * len(c) / max(t, 1e-6)
+        for c, t in zip((scan, healthy), tops, strict=True)
     ]
     highest = max((float(d.max()) for d in densities if d.size), default=1.0) or 1.0
     outlines = [_outline(d / highest, 100 * t / top) for d, t in zip(densities, tops, strict=True)]
-    return Histogram(outlines[0], outlines[1], None if threshold is None else round(100 * threshold / top, 2), top)
+    return Histogram(
+        outlines[0],
+        outlines[1],
+        None if threshold is None else round(100 * threshold / top, 2),
+        top,
+    )
 
 
 def _outline(share: np.ndarray[Any, Any], width: float) -> str:
@@ -104,7 +138,9 @@ def _outline(share: np.ndarray[Any, Any], width: float) -> str:
     with np.errstate(divide="ignore"):
         heights = 40 * np.clip(1 + np.log10(share) / DECADES, 0, 1)
     edges = np.linspace(0, width, len(share) + 1)
-    steps = [f"V{40 - height:.1f}H{edge:.2f}" for height, edge in zip(heights, edges[1:], strict=True)]
+    steps = [
+        f"V{40 - height:.1f}H{edge:.2f}" for height, edge in zip(heights, edges[1:], strict=True)
+    ]
     return "M0 40" + "".join(steps) + "V40"
 
 
@@ -125,8 +161,12 @@ def _svg(figure: Figure, salt: str) -> str:
             spine.set_color(INK)
         axes.spines[["top", "right"]].set_visible(False)
     target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
+    ):
+        figure.savefig(
+            target, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = target.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 

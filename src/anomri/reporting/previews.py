@@ -48,11 +48,24 @@ class Preview:
 
 def save_preview(detection: Detection, folder: Path) -> None:
     """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, where `report` looks for them."""
-    from anomri.reporting.pictures import closeups, columns_of, lightbox, planes, preview, score_counts, write_jpeg
+    from anomri.reporting.pictures import (
+        closeups,
+        columns_of,
+        lightbox,
+        planes,
+        preview,
+        score_counts,
+        write_jpeg,
+    )
 
     place = output_folder(folder / "previews")
     sizes = {}
-    for kind, draw in (("planes", planes), ("findings", closeups), ("row", preview), ("slices", lightbox)):
+    for kind, draw in (
+        ("planes", planes),
+        ("findings", closeups),
+        ("row", preview),
+        ("slices", lightbox),
+    ):
         picture = draw(detection)
         if picture is not None:
             write_jpeg(place / f"{detection.name}.{kind}.jpg", picture)
@@ -62,7 +75,9 @@ def save_preview(detection: Detection, folder: Path) -> None:
     counts, top = score_counts(detection, BINS)
     facts = {
         "columns": columns_of(detection),
-        "channel": detection.volume.channels[shown_channel(detection.volume.channels, detection.volume.missing)],
+        "channel": detection.volume.channels[
+            shown_channel(detection.volume.channels, detection.volume.missing)
+        ],
         "truth": detection.volume.label is not None and bool(detection.volume.label.any()),
         "sizes": sizes,
         "scores": counts,

@@ -87,7 +87,9 @@ class Viewer:
             ) from error
         self._server.table = table
         self.url = f"http://{HOST}:{self._server.server_address[1]}/"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -100,7 +102,10 @@ class Viewer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -153,14 +158,19 @@ def _scans(folder: Path, scans: str | Path | Sequence[Case] | None) -> dict[str,
     if scans is None:
         with suppress(AnomriError):  # a folder of that name may hold anything
             cases = find_cases(converted)
-            return {case.name: case for case in cases if (folder / f"{case.name}{MAP_ENDING}").is_file()}
+            return {
+                case.name: case for case in cases if (folder / f"{case.name}{MAP_ENDING}").is_file()
+            }
         return {}
     if not isinstance(scans, str | Path):
         return {case.name: case for case in scans}
     path = Path(scans)
     path = converted if converted.is_dir() and path.is_dir() and holds_dicom(path, folder) else path
     cases = find_cases(path)
-    if path.name.lower().endswith(SUFFIXES) and (folder / f"{bare_name(path)}{MAP_ENDING}").is_file():
+    if (
+        path.name.lower().endswith(SUFFIXES)
+        and (folder / f"{bare_name(path)}{MAP_ENDING}").is_file()
+    ):
         return {bare_name(path): cases[0]}  # one file, of which `detect` took all for its name
     return {case.name: case for case in cases}
 
@@ -175,7 +185,9 @@ def _table(folder: Path, scans: dict[str, Case]) -> Table:
     root = folder.resolve()
     maps = [path for path in sorted(root.glob(f"[!.]*{MAP_ENDING}")) if Image(path, root).resolve()]
     if not maps:
-        raise AnomriError(f"{folder}: holds no <case>{MAP_ENDING}; name the folder that `anomri detect` wrote.")
+        raise AnomriError(
+            f"{folder}: holds no <case>{MAP_ENDING}; name the folder that `anomri detect` wrote."
+        )
     names = [path.name.removesuffix(MAP_ENDING) for path in maps]
     if scans and not set(names) & set(scans):
         raise AnomriError(
@@ -183,7 +195,9 @@ def _table(folder: Path, scans: dict[str, Case]) -> Table:
             f"name the scans that the maps were made from."
         )
     table: Table = {}
-    cases = [_list_case(table, number, root, name, scans.get(name)) for number, name in enumerate(names)]
+    cases = [
+        _list_case(table, number, root, name, scans.get(name)) for number, name in enumerate(names)
+    ]
     cases.sort(key=lambda case: (-(case["volume_mm3"] or 0), case["name"]))
     listing = json.dumps({"folder": root.name, "cases": cases}, allow_nan=False)
     static = files("anomri") / "static" / "niivue"
@@ -198,7 +212,9 @@ def _table(folder: Path, scans: dict[str, Case]) -> Table:
     }
 
 
-def _list_case(table: Table, number: int, root: Path, name: str, scan: Case | None) -> dict[str, Any]:
+def _list_case(
+    table: Table, number: int, root: Path, name: str, scan: Case | None
+) -> dict[str, Any]:
     """Add the images of one case to ``table``; returns its entry in the listing."""
 
     def offer(image: Image, kind: str) -> str | None:
@@ -233,7 +249,11 @@ def _summary(path: Path, root: Path) -> dict[str, Any]:
     """What the page shows of ``<case>.json``; ``None`` for what is not there or is not what it should be."""
     try:
         resolved = path.resolve(strict=True)
-        facts = json.loads(resolved.read_text(encoding="utf-8")) if resolved.is_relative_to(root) else {}
+        facts = (
+            json.loads(resolved.read_text(encoding="utf-8"))
+            if resolved.is_relative_to(root)
+            else {}
+        )
     except (OSError, RuntimeError, ValueError):
         facts = {}
     facts = facts if isinstance(facts, dict) else {}
@@ -243,7 +263,9 @@ def _summary(path: Path, root: Path) -> dict[str, Any]:
         "threshold": _number(facts.get("threshold")),
         "volume_mm3": _number(facts.get("lesion_volume_mm3")),
         "channels": [str(channel) for channel in channels] if isinstance(channels, list) else [],
-        "lesions": [_lesion(one) for one in lesions if isinstance(one, dict)] if isinstance(lesions, list) else None,
+        "lesions": [_lesion(one) for one in lesions if isinstance(one, dict)]
+        if isinstance(lesions, list)
+        else None,
     }
 
 
@@ -251,7 +273,10 @@ def _lesion(lesion: dict[str, Any]) -> dict[str, Any]:
     centroid = lesion.get("centroid_mm")
     place = [_number(value) for value in centroid] if isinstance(centroid, list) else []
     return {
-        **{key: _number(lesion.get(key)) for key in ("lesion", "volume_mm3", "peak", "mean", "confidence")},
+        **{
+            key: _number(lesion.get(key))
+            for key in ("lesion", "volume_mm3", "peak", "mean", "confidence")
+        },
         "centroid_mm": place if len(place) == 3 and None not in place else None,
     }
 
@@ -272,7 +297,9 @@ def _some(names: Sequence[str] | dict[str, Case], most: int = 3) -> str:
 def _page(title: str) -> str:
     from jinja2 import Environment, PackageLoader  # slow to import
 
-    environment = Environment(loader=PackageLoader("anomri"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("anomri"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("view.html.j2").render(title=title, version=version("anomri"))
 
 
@@ -323,11 +350,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(404, b"cannot be read\n")
         with file:
             size = path.stat().st_size
-            self._reply(200, None, {"Content-Type": "application/octet-stream", "Content-Length": str(size)})
+            self._reply(
+                200, None, {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            )
             if self.command != "HEAD":
                 shutil.copyfileobj(file, self.wfile, 1 << 20)
 
-    def _reply(self, status: int, content: bytes | None, headers: dict[str, str] | None = None) -> None:
+    def _reply(
+        self, status: int, content: bytes | None, headers: dict[str, str] | None = None
+    ) -> None:
         headers = {"Content-Type": "text/plain; charset=utf-8", **(headers or {})}
         if content is not None:
             headers["Content-Length"] = str(len(content))

@@ -38,7 +38,10 @@ from anomri.spec import CITATION
 IGNORED = ("report.html", "cases.tsv", "lesions.tsv", "run.json", "logs", "previews")
 LESION_FIELDS = {
     "volume_mm3": "Volume in mm^3.",
-    **{f"{axis}_mm": f"Centroid in scanner coordinates (RAS+) in mm, axis {axis}." for axis in "xyz"},
+    **{
+        f"{axis}_mm": f"Centroid in scanner coordinates (RAS+) in mm, axis {axis}."
+        for axis in "xyz"
+    },
     "peak": "Highest anomaly score.",
     "mean": "Mean anomaly score.",
     "confidence": "k / (n + 1), where the highest score of k of n held-out healthy scans lies below the peak.",
@@ -82,8 +85,13 @@ def run_participant(
     detector = model if isinstance(model, Detector) else Detector.load(model)
     channels = detector.channels
     if not CHANNELS.keys() >= set(channels):
-        raise AnomriError(f"the model's channels are {', '.join(channels)}; in BIDS there are {', '.join(CHANNELS)}.")
-    labels: dict[str, Any] = {"participant_labels": participant_labels, "session_labels": session_labels}
+        raise AnomriError(
+            f"the model's channels are {', '.join(channels)}; in BIDS there are {', '.join(CHANNELS)}."
+        )
+    labels: dict[str, Any] = {
+        "participant_labels": participant_labels,
+        "session_labels": session_labels,
+    }
     cases = bids_cases(root, **labels, channels=channels, warn=warn)
     if not skip_bids_validation:
         validate(root, warn)
@@ -116,25 +124,38 @@ def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
     for name in former.get("files") or ():
         image = out / name
         if image not in kept and image.resolve().is_relative_to(out.resolve()):
-            for path in (image, *(image.with_name(bare_name(image) + end) for end in (".json", ".tsv"))):
+            for path in (
+                image,
+                *(image.with_name(bare_name(image) + end) for end in (".json", ".tsv")),
+            ):
                 path.unlink(missing_ok=True)
 
 
 def run_group(out_dir: str | Path) -> Path:
     """Collect what `run_participant` left in ``out_dir`` in tables and ``report.html``; returns the report's path."""
     out = Path(out_dir)
-    results = [CaseResult.of_record(read_json(path), out) for path in sorted((out / "logs").glob("sub-*.json"))]
+    results = [
+        CaseResult.from_record(read_json(path), out)
+        for path in sorted((out / "logs").glob("sub-*.json"))
+    ]
     if not results:
-        raise AnomriError(f"{out}: holds no participant's results (logs/sub-*.json); run the level participant first.")
+        raise AnomriError(
+            f"{out}: holds no participant's results (logs/sub-*.json); run the level participant first."
+        )
     write_tables(out, results)
     return detection_report(out)
 
 
 def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) -> Volume:
     wanted = detector.channels
-    missing = ", ".join(f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels)
+    missing = ", ".join(
+        f"{name} (*_{CHANNELS[name]}.nii.gz)" for name in wanted if name not in case.channels
+    )
     if missing and not (detector.takes_subsets and case.channels):
-        folder, found = root.joinpath(*case.name.split("_"), "anat"), ", ".join(case.channels) or "none"
+        folder, found = (
+            root.joinpath(*case.name.split("_"), "anat"),
+            ", ".join(case.channels) or "none",
+        )
         raise AnomriError(
             f"{case.name}: no image for channel {missing} in {folder} (channels found in one space: {found}). Add it, "
             f"or choose others with --participant-label."
@@ -143,25 +164,44 @@ def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) 
 
 
 def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]:
-    geometry, spec, thresholds = detection.volume.geometry, detection.spec, detection.spec.thresholds
+    geometry, spec, thresholds = (
+        detection.volume.geometry,
+        detection.spec,
+        detection.spec.thresholds,
+    )
     images = [case.channels[channel] for channel in detection.channels]
-    sources = [f"bids:source:{quote(path.relative_to(root).as_posix())}" for path in (*images, case.mask) if path]
+    sources = [
+        f"bids:source:{quote(path.relative_to(root).as_posix())}"
+        for path in (*images, case.mask)
+        if path
+    ]
     space = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
     folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
     stem = "_".join([case.name, *space[:1], "desc-anomaly"])
     remove_abandoned(folder)
     saved: list[Path] = []
 
-    def write(kind: str, data: NDArray[Any], high: float, made_from: list[str], about: dict[str, object]) -> list[str]:
+    def write(
+        kind: str, data: NDArray[Any], high: float, made_from: list[str], about: dict[str, object]
+    ) -> list[str]:
         path = folder / f"{stem}_{kind}.nii.gz"
-        write_image(path, data, geometry, (0, high) if kind in ("mask", "dseg") else detection.display_range)
+        write_image(
+            path, data, geometry, (0, high) if kind in ("mask", "dseg") else detection.display_range
+        )
         said = {**about, "Sources": made_from, "SpatialReference": sources[0]}
         write_text(folder / f"{stem}_{kind}.json", json.dumps(said, indent=2) + "\n")
         saved.append(path)
         return ["bids::" + path.relative_to(out).as_posix()]
 
-    about = {"Description": SCORE, "SkullStripped": True, "Channels": detection.channels, "Method": spec.method}
-    made = write(CHANNELS[detection.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about)
+    about = {
+        "Description": SCORE,
+        "SkullStripped": True,
+        "Channels": detection.channels,
+        "Method": spec.method,
+    }
+    made = write(
+        CHANNELS[detection.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about
+    )
     if detection.mask is None or thresholds is None:
         return saved
     about = {"Description": MASK, "Type": "Lesion", "Threshold": detection.threshold}
@@ -171,7 +211,10 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
         about["FalsePositiveVolume"] = f"{thresholds.chosen_ml} ml in a mean healthy scan"
     made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
     about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
-    about |= {"Description": "The connected components of the mask, numbered from the largest down.", "Manual": False}
+    about |= {
+        "Description": "The connected components of the mask, numbered from the largest down.",
+        "Manual": False,
+    }
     write("dseg", lesion_labels(detection.mask), max(1, len(detection.lesions)), made, about)
     rows = []
     for one in detection.lesions:
@@ -187,17 +230,25 @@ def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
     try:
         link = quote(Path(os.path.relpath(root.resolve(), out.resolve())).as_posix())
     except ValueError as error:
-        raise AnomriError(f"{out}: lies on another drive than {root}; name a folder on the same one.") from error
+        raise AnomriError(
+            f"{out}: lies on another drive than {root}; name a folder on the same one."
+        ) from error
     path, source = out / "dataset_description.json", description(root)
     old = read_json(path) if path.is_file() else {}
     if old and '"anomri"' not in json.dumps(old.get("GeneratedBy")):
-        raise AnomriError(f"{path}: describes a data set that anomri did not write; name another output folder.")
+        raise AnomriError(
+            f"{path}: describes a data set that anomri did not write; name another output folder."
+        )
     if old.get("DatasetLinks", {"source": link}) != {"source": link}:
-        raise AnomriError(f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder.")
+        raise AnomriError(
+            f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder."
+        )
     if (out / "run.json").is_file():
         said, now = read_json(out / "run.json"), json.loads(json.dumps(facts))
         other = [
-            key for key in ("method", "channels", "score", "thresholds", "preparation") if said.get(key) != now[key]
+            key
+            for key in ("method", "channels", "score", "thresholds", "preparation")
+            if said.get(key) != now[key]
         ]
         if other:
             raise AnomriError(
@@ -207,7 +258,9 @@ def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
         "Name": f"Anomalies in {source.get('Name', 'brain MRI')}",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "SourceDatasets": [{"URL": link} | ({"DOI": source["DatasetDOI"]} if "DatasetDOI" in source else {})],
+        "SourceDatasets": [
+            {"URL": link} | ({"DOI": source["DatasetDOI"]} if "DatasetDOI" in source else {})
+        ],
         "DatasetLinks": {"source": link},
         **old,
         "GeneratedBy": [{"Name": "anomri", "Version": version("anomri")}],

@@ -66,7 +66,9 @@ def detect_cohort(
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
     cases = [without_result(case) for case in listed]
-    keys = keys_of(cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction)
+    keys = keys_of(
+        cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction
+    )
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
@@ -80,7 +82,9 @@ def detect_cohort(
 
         check() if part else team.once(check)
         records = begin() if part else team.once(begin)
-        results = {case.name: result for case in mine if (result := finished(records, case.name, folder))}
+        results = {
+            case.name: result for case in mine if (result := finished(records, case.name, folder))
+        }
 
         def detect() -> None:
             for result in results.values():
@@ -120,7 +124,7 @@ def merge_detections(folder: Path) -> list[CaseResult]:
 
 
 def _collected(folder: Path, records: Records) -> list[CaseResult]:
-    results = [CaseResult.of_record(record, folder) for record in records.all()]
+    results = [CaseResult.from_record(record, folder) for record in records.all()]
     write_run_tables(folder, records, results)
     return results
 
@@ -140,7 +144,7 @@ def finished(records: Records, case: str, folder: Path) -> CaseResult | None:
     record = records.load(case)
     if record is None or record["error"]:
         return None
-    result = CaseResult.of_record(record, folder)
+    result = CaseResult.from_record(record, folder)
     return result if all(path.is_file() for path in result.files) else None
 
 
@@ -156,7 +160,9 @@ def detect_each(
     Beside a GPU of CUDA, whose part is short, several scans are read, searched and written side by side; else one after
     another, each read while the network works on the one before.
     """
-    workers = min(processors() // 2, MOST_SCANS, len(cases)) if detector.device.type == "cuda" else 1
+    workers = (
+        min(processors() // 2, MOST_SCANS, len(cases)) if detector.device.type == "cuda" else 1
+    )
     if workers < 2:
         for case, volume, begun in read_ahead(cases, read):
             yield _detect_case(detector, case, volume, begun, save, folder)
@@ -187,7 +193,9 @@ def _ahead(works: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
         yield begun.popleft().result()
 
 
-def _attempt(case: Case, read: Callable[[Case], Volume]) -> tuple[Case, Volume | AnomriError, float]:
+def _attempt(
+    case: Case, read: Callable[[Case], Volume]
+) -> tuple[Case, Volume | AnomriError, float]:
     begun = time.monotonic()
     try:
         return case, read(case), begun

@@ -37,7 +37,9 @@ class Shard:
             return None
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise AnomriError(f"--shard {text}: write it as 3/40, the third of forty; the first is 1/40.")
+            raise AnomriError(
+                f"--shard {text}: write it as 3/40, the third of forty; the first is 1/40."
+            )
         return cls(int(found[1]), int(found[2]))
 
     @contextmanager
@@ -131,9 +133,13 @@ def check_same_scans(folder: Path, cases: Sequence[Case]) -> None:
     """
     for case in cases:
         try:
-            origin = json.loads((folder / f"{case.name}.json").read_text(encoding="utf-8"))["origin"]
+            origin = json.loads((folder / f"{case.name}.json").read_text(encoding="utf-8"))[
+                "origin"
+            ]
             # Most lie where they lay, and are not read for this.
-            same = not {*origin["places"]}.isdisjoint(_places_of(case)) or origin["content"] == _content_of(case)
+            same = not {*origin["places"]}.isdisjoint(_places_of(case)) or origin[
+                "content"
+            ] == _content_of(case)
         except (OSError, ValueError, KeyError, TypeError, StopIteration):
             continue
         if not same:
@@ -148,14 +154,19 @@ def keys_of(cases: Sequence[Case], channels: Sequence[str], *settings: object) -
     """The key of each case: a hash of whose it is, where its files lie, their sizes and times, and the settings (JSON)."""
     for case in cases:
         if not may_name_files(case.name) or case.name in RESERVED:
-            raise AnomriError(f"a case is called {case.name!r}, which is no name for its files; rename it.")
+            raise AnomriError(
+                f"a case is called {case.name!r}, which is no name for its files; rename it."
+            )
     common = json.dumps([_code(), list(channels), *settings], default=str)
     return {name: _hash(common, files) for name, files in files_of(cases, channels).items()}
 
 
 def files_of(cases: Sequence[Case], channels: Sequence[str]) -> dict[str, str]:
     """A hash of whose each case is, where its files lie, their sizes and times."""
-    return {case.name: _hash(case.patient, [_stat(path) for path in _sources(case, channels)]) for case in cases}
+    return {
+        case.name: _hash(case.patient, [_stat(path) for path in _sources(case, channels)])
+        for case in cases
+    }
 
 
 @cache

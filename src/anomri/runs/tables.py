@@ -76,10 +76,13 @@ class CaseResult:
 
     def to_record(self, folder: Path) -> dict[str, object]:
         """All of it as what JSON holds, files by their places in ``folder``."""
-        return {**asdict(self), "files": [file.relative_to(folder).as_posix() for file in self.files]}
+        return {
+            **asdict(self),
+            "files": [file.relative_to(folder).as_posix() for file in self.files],
+        }
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any], folder: Path) -> CaseResult:
+    def from_record(cls, record: Mapping[str, Any], folder: Path) -> CaseResult:
         """What `to_record` gave, with files in ``folder``."""
         known = {name: record[name] for name in ("case", "seconds", "summary", "error")}
         return cls(**known, files=tuple(folder / name for name in record["files"]))
@@ -97,7 +100,9 @@ def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Serie
     parameters = {name: made[name] for name in ("method", "threshold")}
     try:
         label, geometry, _ = read_label(Case(result.case, {}, label=mask))
-        write_segmentation(path, label, geometry, series[made["channels"][0]], parameters=parameters)
+        write_segmentation(
+            path, label, geometry, series[made["channels"][0]], parameters=parameters
+        )
     except AnomriError as error:
         return replace(result, error=str(error))
     return replace(result, files=(*result.files, path))
@@ -113,7 +118,9 @@ def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def cases_before(folder: Path, cases: Sequence[str]) -> str:
     """Which other cases a run before this one left in ``folder``, in words; empty if there are none."""
-    maps = sorted(path.name.removesuffix("_anomaly.nii.gz") for path in folder.glob("*_anomaly.nii.gz"))
+    maps = sorted(
+        path.name.removesuffix("_anomaly.nii.gz") for path in folder.glob("*_anomaly.nii.gz")
+    )
     others = [name for name in maps if name not in cases]
     return ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
 
@@ -126,7 +133,18 @@ def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
         seconds = f"{result.seconds:.2f}"
         if result.summary is None:
             case_rows.append(
-                (result.case, "failed", "", "", "", "", "", seconds, " ".join((result.error or "").split()), "")
+                (
+                    result.case,
+                    "failed",
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    seconds,
+                    " ".join((result.error or "").split()),
+                    "",
+                )
             )
             continue
         summary = result.summary
@@ -143,9 +161,12 @@ def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
             centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
             scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")
             known = (
-                "" if lesion.get(name) is None else f"{lesion[name]:.4g}" for name in ("confidence", "edge_distance_mm")
+                "" if lesion.get(name) is None else f"{lesion[name]:.4g}"
+                for name in ("confidence", "edge_distance_mm")
             )
-            lesion_rows.append((result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores, *known))
+            lesion_rows.append(
+                (result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores, *known)
+            )
     write_text(folder / "cases.tsv", tsv(CASE_COLUMNS, case_rows))
     write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
 
@@ -157,7 +178,9 @@ def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResul
     detection_report(folder)
 
 
-def run_facts(detector: Detector, cases: int, preparation: Preparation = Preparation()) -> dict[str, object]:
+def run_facts(
+    detector: Detector, cases: int, preparation: Preparation = Preparation()
+) -> dict[str, object]:
     """What ``run.json`` says beside times."""
     spec, thresholds = detector.spec, detector.thresholds
     return {

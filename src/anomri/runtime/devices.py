@@ -16,13 +16,17 @@ def resolve_device(device: str) -> torch.device:
     """The device of that name, ``auto`` being the fastest one here; raises `AnomriError` if it is not here."""
     if device == "auto":
         return torch.device(
-            torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
+            torch.accelerator.current_accelerator() or "cpu"
+            if torch.accelerator.is_available()
+            else "cpu"
         )
     try:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise AnomriError(f"the device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
+        raise AnomriError(
+            f"the device {device!r} cannot be used ({first_line(error)}); try --device cpu."
+        ) from error
 
 
 def resolve_precision(precision: str, device: str = "cpu") -> Any:
@@ -31,7 +35,9 @@ def resolve_precision(precision: str, device: str = "cpu") -> Any:
     Raises `AnomriError` if there is no such precision.
     """
     if precision not in get_args(Precision):
-        raise AnomriError(f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}.")
+        raise AnomriError(
+            f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}."
+        )
     if precision != "auto":
         return precision
     if device == "cuda":

@@ -47,14 +47,18 @@ def stoppable() -> Iterator[StopRequest]:
         if request.signal is None:
             request.signal = number
             name = signal.Signals(number).name
-            raise Interrupted(f"stopped by {name}; the same command goes on (a training: with --resume).", number)
+            raise Interrupted(
+                f"stopped by {name}; the same command goes on (a training: with --resume).", number
+            )
 
     with _handled(SCHEDULER_SIGNALS, stop):
         yield request
 
 
 @contextmanager
-def _handled(numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled(
+    numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

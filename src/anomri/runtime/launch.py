@@ -33,7 +33,9 @@ def launched() -> Launch:
 
 def processors() -> int:
     """How many processors this process may use: its share of those that it is allowed, among the processes of a machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(allowed // launched().local_count, 1)
 
 
@@ -47,13 +49,19 @@ def _launched() -> Launch:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         rank, count = int(env["RANK"]), int(env["WORLD_SIZE"])
-        place = Launch(rank, count, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]), "torchrun")
+        place = Launch(
+            rank, count, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]), "torchrun"
+        )
     # Not SLURM_NTASKS: a batch script without srun has that as well, and is one process.
     elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         count, machines = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
         if count % machines:
-            raise ValueError(f"{count} tasks on {machines} machines are not the same number on each")
-        place = Launch(int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]), count // machines, "srun")
+            raise ValueError(
+                f"{count} tasks on {machines} machines are not the same number on each"
+            )
+        place = Launch(
+            int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]), count // machines, "srun"
+        )
     else:
         return Launch()
     return place if place.count > 1 else Launch()

@@ -126,7 +126,12 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
     kinds: Any = environments
     if place.launcher is None:
         # Named, since Fabric by itself takes a batch script of SLURM for one of many processes.
-        return Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=[kinds.LightningEnvironment()])
+        return Fabric(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            plugins=[kinds.LightningEnvironment()],
+        )
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     if place.launcher == "srun":
         # Fabric insists on the option of this name; --ntasks alone says as much.

@@ -13,7 +13,9 @@ WORKING_MM = 6.0
 ITERATIONS = [25, 20, 15]
 
 
-def correct_bias(data: NDArray[np.float32], spacing_mm: tuple[float, float, float], name: str) -> NDArray[np.float32]:
+def correct_bias(
+    data: NDArray[np.float32], spacing_mm: tuple[float, float, float], name: str
+) -> NDArray[np.float32]:
     """A channel (x, y, z), zero outside the brain, divided by its bias field, which has mean 1 over the brain.
 
     Raises `AnomriError` naming the channel if SimpleITK is not installed or finds no field.
@@ -25,7 +27,10 @@ def correct_bias(data: NDArray[np.float32], spacing_mm: tuple[float, float, floa
     mask = sitk.GetImageFromArray(np.ascontiguousarray(inside.T.astype(np.uint8)))
     mask.CopyInformation(image)
     # A side keeps eight voxels or more: a scan may have few slices.
-    factors = [max(1, min(round(WORKING_MM / mm), n // 8)) for mm, n in zip(spacing_mm, data.shape, strict=True)]
+    factors = [
+        max(1, min(round(WORKING_MM / mm), n // 8))
+        for mm, n in zip(spacing_mm, data.shape, strict=True)
+    ]
     correct = sitk.N4BiasFieldCorrectionImageFilter()
     correct.SetMaximumNumberOfIterations(ITERATIONS)
     correct.SetNumberOfThreads(1)
@@ -34,6 +39,8 @@ def correct_bias(data: NDArray[np.float32], spacing_mm: tuple[float, float, floa
         field = sitk.GetArrayFromImage(sitk.Exp(correct.GetLogBiasFieldAsImage(image))).T
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise AnomriError(f"{name}: N4 finds no bias field ({reason}); leave --bias-correction out.") from error
+        raise AnomriError(
+            f"{name}: N4 finds no bias field ({reason}); leave --bias-correction out."
+        ) from error
     field = field / field[inside].mean()
     return np.where(inside, data / np.maximum(field, 1e-3), 0).astype(np.float32)

@@ -36,19 +36,26 @@ class _File:
 
     @property
     def case(self) -> str:
-        return "_".join(f"{key}-{self.entities[key]}" for key in ("sub", "ses") if key in self.entities)
+        return "_".join(
+            f"{key}-{self.entities[key]}" for key in ("sub", "ses") if key in self.entities
+        )
 
     @property
     def grids(self) -> set[tuple[str, str]]:
         """The grids (space, res) it may lie on; an image without ``space`` is what others call ``space-<suffix>``."""
         space, res = str(self.entities.get("space", "")), str(self.entities.get("res", ""))
-        named = SUFFIXES if self.suffix == "mask" else () if "ce" in self.entities else (self.suffix,)
+        named = (
+            SUFFIXES if self.suffix == "mask" else () if "ce" in self.entities else (self.suffix,)
+        )
         return {(space, res)} if space else {(name, res) for name in ("", *named)}
 
     def shows(self, what: str) -> bool:
         """Whether it is an image of that channel, or a mask of the ``brain`` or a ``lesion``."""
         if self.suffix == "mask":
-            return what not in CHANNELS and what in (self.entities.get("label"), self.entities.get("desc"))
+            return what not in CHANNELS and what in (
+                self.entities.get("label"),
+                self.entities.get("desc"),
+            )
         kind = f"ce-*_{self.suffix}" if "ce" in self.entities else self.suffix
         return not self.derived and CHANNELS.get(what) == kind
 
@@ -75,17 +82,31 @@ def bids_cases(
     wanted = _chosen("participant", root, sorted(participants), participant_labels)
     files = [file for file in _anatomical_files(root) if str(file.entities["sub"]) in wanted]
     sessions = sorted({str(file.entities["ses"]) for file in files if "ses" in file.entities})
-    asked = _chosen("session", root, sessions, session_labels) if session_labels else [*sessions, "None"]
+    asked = (
+        _chosen("session", root, sessions, session_labels)
+        if session_labels
+        else [*sessions, "None"]
+    )
     by_case = defaultdict[str, list[_File]](list)
     for file in files:
         if str(file.entities.get("ses")) in asked:
             by_case[file.case].append(file)
-    names = [name for name, group in by_case.items() if any(not f.derived and f.suffix in SUFFIXES for f in group)]
+    names = [
+        name
+        for name, group in by_case.items()
+        if any(not f.derived and f.suffix in SUFFIXES for f in group)
+    ]
     if not names:
-        who = ", ".join(f"sub-{label}" for label in wanted) if participant_labels else "any participant"
+        who = (
+            ", ".join(f"sub-{label}" for label in wanted)
+            if participant_labels
+            else "any participant"
+        )
         elsewhere = next((file.path for file in files if file.suffix in SUFFIXES), None)
         hint = f" There is {elsewhere}: name that data set's folder instead." if elsewhere else ""
-        raise AnomriError(f"{root}: no image of {who} in sub-*/[ses-*/]anat (*_{', *_'.join(SUFFIXES)}.nii.gz).{hint}")
+        raise AnomriError(
+            f"{root}: no image of {who} in sub-*/[ses-*/]anat (*_{', *_'.join(SUFFIXES)}.nii.gz).{hint}"
+        )
     cases = [_case(name, by_case[name], channels or tuple(CHANNELS), warn) for name in names]
     if participant_labels or not session_labels:
         without = {f"sub-{label}" for label in wanted} - {name.split("_")[0] for name in names}
@@ -101,7 +122,11 @@ def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
         whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
         named = whose.group() if whose else ""
         # Of several of one case the first is taken, and a note says so.
-        if path not in images and named not in labelled and LIKE_A_LESION.search(path.name[len(named) :]):
+        if (
+            path not in images
+            and named not in labelled
+            and LIKE_A_LESION.search(path.name[len(named) :])
+        ):
             raise AnomriError(
                 f"{path}: looks like the label of a lesion, but is not read as one: labels are "
                 f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
@@ -121,8 +146,12 @@ def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) ->
     try:
         issues = json.loads(ran.stdout)["issues"]["issues"]
     except (ValueError, KeyError) as error:
-        raise AnomriError(f"{name} failed ({ran.stderr.strip()[-200:]}); try --skip-bids-validation.") from error
-    errors = [f"{one['code']} {one.get('location', '')}" for one in issues if one["severity"] == "error"]
+        raise AnomriError(
+            f"{name} failed ({ran.stderr.strip()[-200:]}); try --skip-bids-validation."
+        ) from error
+    errors = [
+        f"{one['code']} {one.get('location', '')}" for one in issues if one["severity"] == "error"
+    ]
     if errors:
         raise AnomriError(
             f"{bids_dir}: is not valid BIDS: {'; '.join(errors[:5])}{'; ...' if errors[5:] else ''}. Mend these "
@@ -134,7 +163,9 @@ def description(root: Path) -> dict[str, Any]:
     """The ``dataset_description.json`` of a data set; raises `AnomriError` if there is none."""
     if not (path := root / "dataset_description.json").is_file():
         found = ", ".join(sorted(entry.name for entry in root.glob("*"))[:5]) or "nothing"
-        raise AnomriError(f"{path}: no such file, so this is no BIDS data set (found: {found}); name another folder.")
+        raise AnomriError(
+            f"{path}: no such file, so this is no BIDS data set (found: {found}); name another folder."
+        )
     return read_json(path)
 
 
@@ -143,7 +174,9 @@ def _chosen(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | 
     unknown = [label for label in labels if label not in found]
     if unknown:
         some = ", ".join(found[:10]) + (", ..." if found[10:] else "")
-        raise AnomriError(f"{root}: no {kind} {', '.join(unknown)}; labels found: {some or 'none'}.")
+        raise AnomriError(
+            f"{root}: no {kind} {', '.join(unknown)}; labels found: {some or 'none'}."
+        )
     return labels
 
 
@@ -158,23 +191,43 @@ def _anatomical_files(root: Path) -> list[_File]:
     files: list[_File] = []
     for artifact in dataset.query(suffix=[*SUFFIXES, "mask"], extension=[".nii", ".nii.gz"]):
         path = Path(artifact.get_relative_path())
-        file = _File(root / path, artifact.suffix, dict(artifact.entities), path.parts[0] == "derivatives")
+        file = _File(
+            root / path, artifact.suffix, dict(artifact.entities), path.parts[0] == "derivatives"
+        )
         place = Path(*file.case.split("_"), "anat")
-        inside = path.parent.parts[-len(place.parts) :] == place.parts if file.derived else path.parent == place
+        inside = (
+            path.parent.parts[-len(place.parts) :] == place.parts
+            if file.derived
+            else path.parent == place
+        )
         if inside and file.case.startswith("sub-") and file.entities.get("desc") != "anomaly":
             files.append(file)
     # Aligned, so that run 2 comes before run 10.
-    return sorted(files, key=lambda f: (f.derived, f"{f.entities.get('run', ''):>9} {f.entities.get('acq')}", f.path))
+    return sorted(
+        files,
+        key=lambda f: (
+            f.derived,
+            f"{f.entities.get('run', ''):>9} {f.entities.get('acq')}",
+            f.path,
+        ),
+    )
 
 
-def _case(name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]) -> Case:
+def _case(
+    name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]
+) -> Case:
     def showing(what: str, grid: tuple[str, str]) -> list[Path]:
         return [file.path for file in files if grid in file.grids and file.shows(what)]
 
     def offers(grid: tuple[str, str], wanted: Sequence[str]) -> int:
         return sum(bool(showing(channel, grid)) for channel in wanted)
 
-    grids = {grid for file in files if file.suffix in SUFFIXES and not file.derived for grid in file.grids}
+    grids = {
+        grid
+        for file in files
+        if file.suffix in SUFFIXES and not file.derived
+        for grid in file.grids
+    }
     # FLAIR shows most lesions best: a space that has it comes before one with more of the others.
     bright = [channel for channel in channels if channel == "flair"]
     chosen = min(grids, key=lambda grid: (-offers(grid, bright), -offers(grid, channels), grid))

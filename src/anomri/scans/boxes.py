@@ -20,7 +20,9 @@ def box_around(values: NDArray[Any]) -> tuple[slice, ...]:
     box.append(_first_to_last(values[tuple(box)], values.ndim - 1))
     for axis in backwards:
         if not is_empty((box[axis],)):
-            box[axis] = slice(values.shape[axis] - box[axis].stop, values.shape[axis] - box[axis].start)
+            box[axis] = slice(
+                values.shape[axis] - box[axis].stop, values.shape[axis] - box[axis].start
+            )
     return tuple(box)
 
 
@@ -32,7 +34,8 @@ def is_empty(box: tuple[slice, ...]) -> bool:
 def join(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
     """The smallest box around some that are not empty."""
     return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*boxes, strict=True)
     )
 
 

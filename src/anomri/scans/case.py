@@ -14,8 +14,8 @@ from pathlib import Path
 from anomri.errors import AnomriError
 from anomri.files import write_text
 from anomri.scans.names import (
+    ANNOTATIONS,
     LABEL_NAMES,
-    MARKS,
     MASK_NAMES,
     SUFFIXES,
     bare_name,
@@ -72,7 +72,9 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
     """
     paths = {channel_name(channel): Path(path) for channel, path in files.items()}
     if len(paths) < len(files):
-        raise AnomriError(f"two of the channels {', '.join(files)} are the same; name one file for each.")
+        raise AnomriError(
+            f"two of the channels {', '.join(files)} are the same; name one file for each."
+        )
     for channel, path in paths.items():
         if not re.fullmatch(r"[a-z0-9]+", channel):
             raise AnomriError(f"channel {channel!r}: name it in letters and digits, such as flair.")
@@ -80,7 +82,7 @@ def case_of_files(files: Mapping[str, str | Path], name: str | None = None) -> C
             raise AnomriError(f"{path}: channel {channel} has to be a .nii or .nii.gz file.")
         if not path.is_file():
             raise AnomriError(f"{path}: no such file (channel {channel}).")
-    images = [channel for channel in paths if channel not in MARKS]
+    images = [channel for channel in paths if channel not in ANNOTATIONS]
     if not images:
         raise AnomriError("no channel is given; name a file for each, such as flair.")
     first = paths[images[0]]
@@ -96,14 +98,18 @@ def channels_of(cases: Sequence[Case]) -> tuple[str, ...]:
     """Names of the channels that most cases have, in alphabetical order (that of the paper: FLAIR, T1, T1ce, T2)."""
     sets = [tuple(sorted(case.channels)) for case in cases if case.channels]
     if not sets:
-        raise AnomriError("no case of the cohort has an image; files are named <case>_<channel>.nii.gz.")
+        raise AnomriError(
+            "no case of the cohort has an image; files are named <case>_<channel>.nii.gz."
+        )
     return max(sorted(set(sets)), key=sets.count)
 
 
 def check_once(channels: Sequence[str]) -> None:
     """Raise `AnomriError` if a channel is named twice."""
     if len({*channels}) < len(channels):
-        raise AnomriError(f"two of the channels {', '.join(channels)} are the same; name each once.")
+        raise AnomriError(
+            f"two of the channels {', '.join(channels)} are the same; name each once."
+        )
 
 
 def shown_channel(channels: Sequence[str], missing: Sequence[str] = ()) -> int:
@@ -124,9 +130,13 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
     if not any(case.split == "val" for case in cases):
         drawn = drawn_patients({case.patient for case in cases if case.split == "train"}, seed)
         cases = [
-            replace(case, split="val") if case.split == "train" and case.patient in drawn else case for case in cases
+            replace(case, split="val") if case.split == "train" and case.patient in drawn else case
+            for case in cases
         ]
-    sides = {side: {case.patient for case in cases if case.split == side} for side in ("train", "val", "test")}
+    sides = {
+        side: {case.patient for case in cases if case.split == side}
+        for side in ("train", "val", "test")
+    }
     if not sides["train"]:
         raise AnomriError(
             "no case is left to train on; at least one patient for training and one for validation is needed."
@@ -142,7 +152,11 @@ def split_cases(cases: Sequence[Case], splits: dict[str, str], seed: int) -> lis
 
 def drawn_patients(patients: set[str], seed: int) -> set[str]:
     """A tenth of them, at least one, to validate on."""
-    return set(random.Random(seed).sample(sorted(patients), max(1, round(len(patients) / 10))) if patients else ())
+    return set(
+        random.Random(seed).sample(sorted(patients), max(1, round(len(patients) / 10)))
+        if patients
+        else ()
+    )
 
 
 def read_splits(path: Path) -> dict[str, str]:
@@ -150,27 +164,38 @@ def read_splits(path: Path) -> dict[str, str]:
     splits: dict[str, str] = {}
     for line, row in enumerate(_split_rows(path), start=2):
         if splits.setdefault(row["case"], row["split"]) != row["split"]:
-            raise AnomriError(f"{path}, line {line}: case {row['case']} is in two splits; each case has one.")
+            raise AnomriError(
+                f"{path}, line {line}: case {row['case']} is in two splits; each case has one."
+            )
     return splits
 
 
 def splits_of(cases: Sequence[Case]) -> dict[str, str]:
     """The split of each case that has one, by its name and by its patient's; of several of a patient that which is seen most."""
-    seen_most_last = sorted((case for case in cases if case.split), key=lambda case: -SPLITS.index(str(case.split)))
+    seen_most_last = sorted(
+        (case for case in cases if case.split), key=lambda case: -SPLITS.index(str(case.split))
+    )
     by_patient = {case.patient: str(case.split) for case in seen_most_last}
-    return by_patient | {case.name: str(case.split) for case in seen_most_last if case.name != case.patient}
+    return by_patient | {
+        case.name: str(case.split) for case in seen_most_last if case.name != case.patient
+    }
 
 
 def model_cases(path: Path) -> list[Case]:
     """The cases that `write_splits` noted, without their files."""
-    return [Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None) for row in _split_rows(path)]
+    return [
+        Case(row["case"], {}, split=row["split"], subject=row.get("subject") or None)
+        for row in _split_rows(path)
+    ]
 
 
 def _split_rows(path: Path) -> list[dict[str, str]]:
     rows = table_rows(path, ("case", "split"))
     for line, row in enumerate(rows, start=2):
         if row["split"] not in SPLITS:
-            raise AnomriError(f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}.")
+            raise AnomriError(
+                f"{path}, line {line}: split {row['split']!r} is none of {', '.join(SPLITS)}."
+            )
     return rows
 
 
@@ -191,16 +216,20 @@ def write_splits(path: Path, cases: Sequence[Case]) -> None:
     """Write the table that `read_splits` reads; with a column ``subject`` if patients are not known by their cases' names."""
     text = StringIO()
     columns = ("case", "split", "subject")[: 3 if any(case.subject for case in cases) else 2]
-    rows = [(case.name, case.split, case.subject or "")[: len(columns)] for case in cases if case.split]
+    rows = [
+        (case.name, case.split, case.subject or "")[: len(columns)] for case in cases if case.split
+    ]
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_text(path, text.getvalue())
 
 
 def case_with(name: str, files: dict[str, Path]) -> Case:
     """A case of files by what they show: channels, and a lesion label and a brain mask by their names."""
-    labels, masks = ([files[kind] for kind in kinds if kind in files] for kinds in (LABEL_NAMES, MASK_NAMES))
+    labels, masks = (
+        [files[kind] for kind in kinds if kind in files] for kinds in (LABEL_NAMES, MASK_NAMES)
+    )
     notes = (*several(name, "label", labels), *several(name, "brain mask", masks))
-    channels = {kind: path for kind, path in sorted(files.items()) if kind not in MARKS}
+    channels = {kind: path for kind, path in sorted(files.items()) if kind not in ANNOTATIONS}
     return Case(name, channels, next(iter(labels), None), next(iter(masks), None), notes=notes)
 
 
@@ -215,12 +244,19 @@ def table_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a .csv or .tsv; raises `AnomriError` if it cannot be read or lacks one of the columns ``required``."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
-            rows = [{key: value.strip() for key, value in row.items() if key is not None} for row in reader]
+            reader = csv.DictReader(
+                file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval=""
+            )
+            rows = [
+                {key: value.strip() for key, value in row.items() if key is not None}
+                for row in reader
+            ]
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise AnomriError(f"{path}: cannot read the table: {error}") from error
     missing = [column for column in required if column not in columns]
     if missing:
-        raise AnomriError(f"{path}: no column {', '.join(missing)} (columns found: {', '.join(columns) or 'none'}).")
+        raise AnomriError(
+            f"{path}: no column {', '.join(missing)} (columns found: {', '.join(columns) or 'none'})."
+        )
     return rows

@@ -15,12 +15,20 @@ from pathlib import Path
 from anomri.errors import AnomriError
 from anomri.files import read_json
 from anomri.scans.bids import bids_cases, check_labels
-from anomri.scans.case import SPLITS, Case, assign_splits, case_with, read_splits, several, table_rows
+from anomri.scans.case import (
+    SPLITS,
+    Case,
+    assign_splits,
+    case_with,
+    read_splits,
+    several,
+    table_rows,
+)
 from anomri.scans.names import (
+    ANNOTATIONS,
     CHANNELS,
     IMAGES,
     LABEL_NAMES,
-    MARKS,
     SUFFIXES,
     bare_name,
     channel_name,
@@ -43,7 +51,17 @@ STEPS = (
     *("orig", "original", "raw", "raw_data", "native"),
 )
 """How the folders of a scan's images before and after processing are called, first those on which lesions are drawn."""
-BESIDE = ("mask", "masks", "label", "labels", "lesion", "lesions", "seg", "segmentation", "segmentations")
+BESIDE = (
+    "mask",
+    "masks",
+    "label",
+    "labels",
+    "lesion",
+    "lesions",
+    "seg",
+    "segmentation",
+    "segmentations",
+)
 """How the folders of masks, the first two, and of labels are called that lie beside those of `STEPS`."""
 Listing = tuple[list[Path], list[Path]]
 """Images and folders in a folder."""
@@ -92,16 +110,27 @@ def find_cases(cohort: str | Path) -> list[Case]:
         name = stem or (folder_name(path.parent) if channel in CHANNELS else channel)
         cases = [Case(name, {channel: path})]
     elif path.exists():
-        raise AnomriError(f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be.")
+        raise AnomriError(
+            f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; those are what a cohort can be."
+        )
     else:
         raise AnomriError(f"{path}: no such file or folder.")
     deeper = None
     if not any(case.channels for case in cases) and path.is_dir():
         known = {file for case in cases for file in (case.label, case.mask)}
         images = (one for one in path.glob("*/*/**/*") if one.name.lower().endswith(SUFFIXES))
-        deeper = next((one for one in images if one not in known and (not cases or split_name(one)[1] in IMAGES)), None)
+        deeper = next(
+            (
+                one
+                for one in images
+                if one not in known and (not cases or split_name(one)[1] in IMAGES)
+            ),
+            None,
+        )
     if not cases or deeper:
-        hint = f" There is {deeper}: name a folder that is nearer, or write a .tsv." if deeper else ""
+        hint = (
+            f" There is {deeper}: name a folder that is nearer, or write a .tsv." if deeper else ""
+        )
         labels = " but labels and masks" if cases else ""
         raise AnomriError(
             f"{path}: no scans found{labels}. Expected NIfTI files, <case>/<case>_<channel>.nii.gz, <case>_<channel>.nii.gz, "
@@ -114,8 +143,13 @@ def _cases_of_nnunet(folder: Path) -> list[Case]:
     facts = read_json(folder / "dataset.json")
     named = facts.get("channel_names") or facts.get("modality")
     if not isinstance(named, dict) or not all(str(number).isdigit() for number in named):
-        raise AnomriError(f"{folder / 'dataset.json'}: has no channel_names as {{'0': 'FLAIR', ...}}; name them there.")
-    channels = {f"{int(n):04d}": channel_name(re.sub("[^a-z0-9]", "", str(name).lower())) for n, name in named.items()}
+        raise AnomriError(
+            f"{folder / 'dataset.json'}: has no channel_names as {{'0': 'FLAIR', ...}}; name them there."
+        )
+    channels = {
+        f"{int(n):04d}": channel_name(re.sub("[^a-z0-9]", "", str(name).lower()))
+        for n, name in named.items()
+    }
     tested = (folder / "imagesTs").is_dir()
     cases: list[Case] = []
     for part, split in (("Tr", "train"), ("Ts", "test"))[: 1 + tested]:
@@ -128,24 +162,33 @@ def _cases_of_nnunet(folder: Path) -> list[Case]:
                 )
             other = images.setdefault(name, {}).setdefault(channels[number], path)
             if other is not path:
-                raise AnomriError(f"{other} and {path} are both {channels[number]} of {name}; name each channel once.")
+                raise AnomriError(
+                    f"{other} and {path} are both {channels[number]} of {name}; name each channel once."
+                )
         there = folder / f"labels{part}"
         labels = {bare_name(path): path for path in _listed(there)[0]} if there.is_dir() else {}
         for name in {**images, **labels}:
-            cases.append(Case(name, images.get(name, {}), labels.get(name), split=split if tested else None))
+            cases.append(
+                Case(name, images.get(name, {}), labels.get(name), split=split if tested else None)
+            )
     return cases
 
 
 def _is_bids(folder: Path) -> bool:
     places = ("sub-*/anat", "sub-*/ses-*/anat")
-    return (folder / "dataset_description.json").is_file() and any(any(folder.glob(place)) for place in places)
+    return (folder / "dataset_description.json").is_file() and any(
+        any(folder.glob(place)) for place in places
+    )
 
 
 def _cases_in_bids(folder: Path) -> list[Case]:
     told: list[str] = []
     cases = [case for case in bids_cases(folder, warn=told.append) if case.channels]
     check_labels(folder, cases)
-    return [replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: "))) for case in cases]
+    return [
+        replace(case, notes=tuple(text for text in told if text.startswith(f"{case.name}: ")))
+        for case in cases
+    ]
 
 
 def _cases_in_folder(folder: Path) -> list[Case]:
@@ -157,14 +200,22 @@ def _cases_in_folder(folder: Path) -> list[Case]:
     visits = _visits({place: deeper for place, (_, deeper) in listed.items()})
     listed |= {place: _listed(place) for place in visits}
     stepped = {place: _steps_in(place, *inside) for place, inside in listed.items()}
-    places = {folder: own or loose} | {place: stepped[place][0] or files for place, (files, _) in listed.items()}
-    told = {path: text for files, text in ((own, note), *stepped.values()) if text for path in files}
+    places = {folder: own or loose} | {
+        place: stepped[place][0] or files for place, (files, _) in listed.items()
+    }
+    told = {
+        path: text for files, text in ((own, note), *stepped.values()) if text for path in files
+    }
     images = split_names({place: places[place] for place in sorted(places)})
-    patients = _patients_folders(folder, {place: named for place, named in images.items() if place not in visits})
+    patients = _patients_folders(
+        folder, {place: named for place, named in images.items() if place not in visits}
+    )
     found: dict[str, dict[str, list[Path]]] = {}
     for place, named in images.items():
         for path, (stem, kind) in named.items():
-            name = visits.get(place) or (folder_name(place) if not stem or place in patients else stem)
+            name = visits.get(place) or (
+                folder_name(place) if not stem or place in patients else stem
+            )
             found.setdefault(name, {}).setdefault(kind, []).append(path)
     subjects = {name: place.parent.name for place, name in visits.items()}
     cases = []
@@ -182,7 +233,9 @@ def _is_one_patient(folder: Path, listed: Mapping[Path, Listing]) -> bool:
     stems = {one: _stems(split_folder(images)) for one, (images, _) in listed.items()}
     if any(found and one.name.lower() not in (*STEPS, *BESIDE) for one, found in stems.items()):
         return False
-    in_steps = set[str]().union(*(found for one, found in stems.items() if one.name.lower() in STEPS))
+    in_steps = set[str]().union(
+        *(found for one, found in stems.items() if one.name.lower() in STEPS)
+    )
     beside = [inside for one, inside in listed.items() if one.name.lower() not in STEPS]
     if in_steps <= {"", folder_name(folder)}:
         return not any(deeper for _, deeper in beside)
@@ -196,24 +249,35 @@ def _stems(named: Mapping[Path, tuple[str, str]]) -> set[str]:
     return {stem for stem, kind in named.values() if kind in IMAGES}
 
 
-def _steps_in(place: Path, images: Sequence[Path], folders: Sequence[Path]) -> tuple[list[Path], str]:
+def _steps_in(
+    place: Path, images: Sequence[Path], folders: Sequence[Path]
+) -> tuple[list[Path], str]:
     """`_processed` of a folder, if one in it may be a step: no other is looked into."""
     if not any(one.name.lower() in STEPS for one in folders):
         return [], ""
     return _processed(place, images, {one: _listed(one) for one in folders})
 
 
-def _processed(place: Path, images: Sequence[Path], listed: Mapping[Path, Listing]) -> tuple[list[Path], str]:
+def _processed(
+    place: Path, images: Sequence[Path], listed: Mapping[Path, Listing]
+) -> tuple[list[Path], str]:
     """In a scan's folder with `STEPS`, the images of the first, labels and masks above it and `BESIDE`; and what is not read.
 
     Nothing where images lie above, or are called after others than the folder, or the one that it lies in. Raises `AnomriError`
     where images lie in a folder that is neither: ``pre`` beside ``post`` is a time, and not a step.
     """
-    above, inside = split_folder(images), {one: split_folder(files) for one, (files, _) in listed.items()}
+    above, inside = (
+        split_folder(images),
+        {one: split_folder(files) for one, (files, _) in listed.items()},
+    )
     shown = [one for one, named in inside.items() if _stems(named)]
     steps = sorted((one for one in shown if one.name.lower() in STEPS), key=_step)
     names = (folder_name(place), place.parent.name)
-    if not steps or _stems(above) or not all(stem.startswith(names) for stem in _stems(inside[steps[0]]) - {""}):
+    if (
+        not steps
+        or _stems(above)
+        or not all(stem.startswith(names) for stem in _stems(inside[steps[0]]) - {""})
+    ):
         return [], ""
     if strange := [one for one in shown if one.name.lower() not in (*STEPS, *BESIDE)]:
         raise AnomriError(
@@ -221,14 +285,24 @@ def _processed(place: Path, images: Sequence[Path], listed: Mapping[Path, Listin
             f"files in a .tsv), and take others out of it."
         )
     marks = {
-        one: MARKS if one.name.lower() in BESIDE[:2] else {*LABEL_NAMES} for one in inside if one.name.lower() in BESIDE
+        one: ANNOTATIONS if one.name.lower() in BESIDE[:2] else {*LABEL_NAMES}
+        for one in inside
+        if one.name.lower() in BESIDE
     }
     taken = [*inside[steps[0]]]
-    for named, kinds in ((above, MARKS), *((inside[one], kinds) for one, kinds in marks.items())):
+    for named, kinds in (
+        (above, ANNOTATIONS),
+        *((inside[one], kinds) for one, kinds in marks.items()),
+    ):
         taken += [path for path, (_, kind) in named.items() if kind in kinds]
     read = {*taken}
     left = [path.name for path in above if path not in read]
-    left += [str(path.relative_to(one.parent)) for one, named in inside.items() for path in named if path not in read]
+    left += [
+        str(path.relative_to(one.parent))
+        for one, named in inside.items()
+        for path in named
+        if path not in read
+    ]
     if not left:
         return taken, ""
     more = f" and {len(left) - 3} more" if left[3:] else ""
@@ -242,9 +316,21 @@ def _step(folder: Path) -> tuple[int, Path]:
 def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
     """A case of the images of each kind, all of one step: of a channel's the preferred one, of labels the first, with a note."""
     shown = {path.parent for kind, paths in files.items() if kind in IMAGES for path in paths}
-    step, *unread = sorted((one for one in shown if one.name.lower() in STEPS), key=_step) or [Path()]
-    left = [path for kind, paths in files.items() if kind in MARKS for path in paths if path.parent in unread]
-    files = {kind: own for kind, paths in files.items() if (own := [one for one in paths if one.parent not in unread])}
+    step, *unread = sorted((one for one in shown if one.name.lower() in STEPS), key=_step) or [
+        Path()
+    ]
+    left = [
+        path
+        for kind, paths in files.items()
+        if kind in ANNOTATIONS
+        for path in paths
+        if path.parent in unread
+    ]
+    files = {
+        kind: own
+        for kind, paths in files.items()
+        if (own := [one for one in paths if one.parent not in unread])
+    }
     chosen: dict[str, Path] = {}
     for kind, paths in files.items():
         first, *others = sorted(paths, key=preference)
@@ -255,14 +341,23 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
                     f"call these differently or name them in a TSV."
                 )
             chosen[kind] = first
-    if labels := [(path, kind) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths]:
+    if labels := [
+        (path, kind) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths
+    ]:
         chosen[labels[0][1]] = labels[0][0]
     case = case_with(name, chosen)
     notes = [*case.notes, *several(name, "label", [path for path, _ in labels])]
-    if case.label and name not in case.label.name and all(name in path.name for path in case.channels.values()):
+    if (
+        case.label
+        and name not in case.label.name
+        and all(name in path.name for path in case.channels.values())
+    ):
         notes.append(f"{name}: {case.label.name} is taken for its label, as it is in its folder.")
     if unread:
-        names = [*(one.name for one in unread), *(f"{path.parent.name}/{path.name}" for path in left)]
+        names = [
+            *(one.name for one in unread),
+            *(f"{path.parent.name}/{path.name}" for path in left),
+        ]
         notes.append(f"{name}: its images are those in {step.name}; not read: {', '.join(names)}.")
     return replace(case, notes=tuple(notes))
 
@@ -282,12 +377,18 @@ def _listed(folder: Path) -> Listing:
     """Images and folders in a folder, without hidden ones."""
     # A scan of it knows what is a folder; of paths every file would be asked, and a cohort has many.
     with os.scandir(folder) as entries:
-        shown = sorted((Path(entry.path), entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        shown = sorted(
+            (Path(entry.path), entry.is_dir())
+            for entry in entries
+            if not entry.name.startswith(".")
+        )
     images = [path for path, _ in shown if path.name.lower().endswith(SUFFIXES)]
     return images, [path for path, is_folder in shown if is_folder]
 
 
-def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[Path]:
+def _patients_folders(
+    folder: Path, images: Mapping[Path, Mapping[Path, tuple[str, str]]]
+) -> set[Path]:
     """The folders of a cohort that are a patient's each, as their files are called alike in several of them.
 
     Else they may be of the same patients: a folder for each channel, or for masks.
@@ -297,12 +398,14 @@ def _patients_folders(folder: Path, images: Mapping[Path, Mapping[Path, tuple[st
     for place, named in images.items():
         stems, kinds = {stem for stem, _ in named.values()}, {kind for _, kind in named.values()}
         words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", place.name)}
-        if len(stems) != 1 or words & kinds or kinds <= MARKS or place.name.lower() in STEPS:
+        if len(stems) != 1 or words & kinds or kinds <= ANNOTATIONS or place.name.lower() in STEPS:
             continue
         (stem,) = stems
         if stem == place.name or stem in elsewhere:
             continue
-        if not re.search(r"\d", stem):  # what has a number may be a patient's, with a folder for each step of the work
+        if not re.search(
+            r"\d", stem
+        ):  # what has a number may be a patient's, with a folder for each step of the work
             alike.setdefault(stem, []).append(place)
     shared = [
         places
@@ -322,13 +425,19 @@ def _cases_in_table(path: Path) -> list[Case]:
         name, split = row.pop("case"), row.pop("split", None) or None
         subject = row.pop("subject", None) or None
         if not name or name in cases or not may_name_files(name):
-            raise AnomriError(f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'.")
+            raise AnomriError(
+                f"{path}, line {line}: case {name!r} is empty, named twice or holds a '/'."
+            )
         if split not in (*SPLITS, None):
-            raise AnomriError(f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}.")
+            raise AnomriError(
+                f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}."
+            )
         given = {column: path.parent / value for column, value in row.items() if value}
         files = {channel_name(column): file for column, file in given.items()}
         if len(files) < len(given):
-            raise AnomriError(f"{path}, line {line}: two of the columns {', '.join(given)} are the same channel.")
+            raise AnomriError(
+                f"{path}, line {line}: two of the columns {', '.join(given)} are the same channel."
+            )
         for column, file in files.items():
             if not file.is_file():
                 raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")

@@ -110,7 +110,9 @@ def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
     affine = np.asarray(image.affine, dtype=np.float64)
     i, j, k = affine[:3, :3].T
     if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
-        raise AnomriError(f"{path}: its header gives no usable position (the affine is singular or not finite).")
+        raise AnomriError(
+            f"{path}: its header gives no usable position (the affine is singular or not finite)."
+        )
     sizes = voxel_sizes(affine)
     if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
         raise AnomriError(
@@ -119,8 +121,12 @@ def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
         )
     axes = orientations.io_orientation(affine)
     if np.isnan(axes).any():
-        raise AnomriError(f"{path}: its header gives two axes of the image the same direction; it is damaged.")
-    transform = orientations.ornt_transform(axes, orientations.axcodes2ornt(tuple(grid.orientation)))
+        raise AnomriError(
+            f"{path}: its header gives two axes of the image the same direction; it is damaged."
+        )
+    transform = orientations.ornt_transform(
+        axes, orientations.axcodes2ornt(tuple(grid.orientation))
+    )
     rows, columns, slices = image.shape
     return Geometry((rows, columns, slices), affine, transform, image.header)
 
@@ -137,7 +143,10 @@ def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geom
             f"{path}: has {image.shape} voxels, but {first_path.name} has {first.shape}. All images of a case "
             f"lie on one grid; resample this one to that one's."
         )
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (*first.shape, 1)
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (
+        *first.shape,
+        1,
+    )
     apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
     if not apart <= first.tolerance_mm:
         raise AnomriError(

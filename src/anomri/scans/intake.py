@@ -34,7 +34,9 @@ def named(pairs: Sequence[str], option: str) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         name = channel_name(name)
         if not (name and equals and value.strip()):
-            raise AnomriError(f"{option} {pair!r}: write it as name=value, such as {option} flair=...")
+            raise AnomriError(
+                f"{option} {pair!r}: write it as name=value, such as {option} flair=..."
+            )
         if name in found:
             raise AnomriError(f"{option}: {name} is given twice ({found[name]} and {value}).")
         found[name] = value.strip()
@@ -59,7 +61,9 @@ def _is_result(path: Path, out: Path) -> bool:
     stem, kind = split_name(path)
     map_of_it = out / f"{stem}_{OUTPUTS[0]}.nii.gz"
     place = path.parent.resolve()
-    return place == (out / CONVERTED).resolve() or (place == out.resolve() and kind in OUTPUTS and map_of_it.is_file())
+    return place == (out / CONVERTED).resolve() or (
+        place == out.resolve() and kind in OUTPUTS and map_of_it.is_file()
+    )
 
 
 def take_in(
@@ -80,11 +84,17 @@ def take_in(
     DICOM only (``series``, ``keep_identifiers``, ``dicom_seg``) is asked of other scans.
     """
     if (source is None) == (not files):
-        raise AnomriError("name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...).")
+        raise AnomriError(
+            "name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...)."
+        )
     if source is None:
-        return _only_nifti(Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg)
+        return _only_nifti(
+            Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg
+        )
     if not source.is_dir() or not holds_dicom(source, out):
-        return _only_nifti(Intake(find_cases(source)), bool(series) or keep_identifiers or dicom_seg)
+        return _only_nifti(
+            Intake(find_cases(source)), bool(series) or keep_identifiers or dicom_seg
+        )
     chosen = choose_series(source, series or None, note)
     case = convert_series(chosen, output_folder(out) / CONVERTED, keep_identifiers=keep_identifiers)
     for channel, one in chosen.items():

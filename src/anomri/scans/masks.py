@@ -44,7 +44,11 @@ def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.
         return inside
     # Whole numbers that a header scales are nearly whole.
     if values.dtype.kind in "iu" or bool((np.abs(above - above.round()) <= 1e-3).all()):
-        if most <= MAX_CLASS or len(np.unique(above)) <= MAX_CLASSES or not _is_soft(values, inside):
+        if (
+            most <= MAX_CLASS
+            or len(np.unique(above)) <= MAX_CLASSES
+            or not _is_soft(values, inside)
+        ):
             return inside
         notes.append(
             f"{path.name} has values up to {most:.3g} that differ from voxel to voxel; those from {most / 2:g} on are taken."
@@ -56,7 +60,9 @@ def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.
         )
         return inside
     cut = 0.5 if most <= MAX_CLASS else most / 2
-    notes.append(f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken.")
+    notes.append(
+        f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken."
+    )
     return np.asarray(values >= cut)
 
 
@@ -79,7 +85,9 @@ def _shown(values: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(values > (SHOWN * float(np.percentile(few, 99.9)) if few.size else 0))
 
 
-def check_brain(path: Path, mask: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float) -> None:
+def check_brain(
+    path: Path, mask: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float
+) -> None:
     """Raise `AnomriError` if a mask leaves so little of an image that it is no brain's, unless its name says it is."""
     if BRAIN_MASK.search(bare_name(path)) or not (mask & (values > 0)).any():
         return
@@ -94,7 +102,9 @@ def check_brain(path: Path, mask: NDArray[np.bool_], image: Path, values: NDArra
         )
 
 
-def check_lesion(path: Path, label: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float) -> None:
+def check_lesion(
+    path: Path, label: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float
+) -> None:
     """Raise `AnomriError` if a label marks so much of an image that it is no lesion's."""
     marked = int(np.count_nonzero(label))
     if marked <= MAX_LESION_SHARE * np.count_nonzero(values):

@@ -10,8 +10,32 @@ from pathlib import Path
 
 SUFFIXES = (".nii.gz", ".nii")
 LABEL_NAMES = (
-    *("seg", "label", "consensus", "lesion", "lesions", "lesionmask", "lesionseg", "wmh", "wml", "infarct", "infarcts"),
-    *("stroke", "tumor", "tumour", "tumors", "tumours", "gt", "truth", "groundtruth", "segm", "segmentation", "labels"),
+    *(
+        "seg",
+        "label",
+        "consensus",
+        "lesion",
+        "lesions",
+        "lesionmask",
+        "lesionseg",
+        "wmh",
+        "wml",
+        "infarct",
+        "infarcts",
+    ),
+    *(
+        "stroke",
+        "tumor",
+        "tumour",
+        "tumors",
+        "tumours",
+        "gt",
+        "truth",
+        "groundtruth",
+        "segm",
+        "segmentation",
+        "labels",
+    ),
     *("msk", "gtv", "roi", "manual", "annotation", "mask1", "mask2"),
 )
 """How labels of lesions end in public data sets (``mask1`` and ``mask2`` are the raters' of ISBI 2015), the surest first."""
@@ -20,9 +44,9 @@ MASK_NAMES = ("brainmask", "brain_mask", "mask")
 OUTPUTS = ("anomaly", "mask", "reconstruction")
 """How the images that `anomri detect` writes end: anomaly first, which is written first."""
 IMAGES = ("flair", "t1", "t1ce", "t2", "swi", "t2star", "dwi", "adc", "fa", "pd", "mra")
-MARKS = {*LABEL_NAMES, *MASK_NAMES}
+ANNOTATIONS = {*LABEL_NAMES, *MASK_NAMES}
 """What is no channel."""
-OTHER_IMAGES = {*MARKS, *OUTPUTS, *IMAGES}
+OTHER_IMAGES = {*ANNOTATIONS, *OUTPUTS, *IMAGES}
 """How files end that are not to be taken for a channel which they do not name."""
 ALIASES = {
     "t1w": "t1",
@@ -55,7 +79,9 @@ PROCESSED = re.compile(
 )
 """What others write behind a name for what was done to the image, which is still of the same."""
 SURE = r"(?:^|[_-])(?:(?:label|desc|seg|mask)-)?(?:[a-z0-9]*lesions?|tumou?rs?|wm[hl]s?|infarcts?|strokes?"
-SURELY_LESION, LESION = (re.compile(f"{SURE}{more})$", re.IGNORECASE) for more in ("", "|consensus|manual|gt|ground"))
+SURELY_LESION, LESION = (
+    re.compile(f"{SURE}{more})$", re.IGNORECASE) for more in ("", "|consensus|manual|gt|ground")
+)
 """What stands before ``_mask`` if that is a lesion's and not the brain's, and before ``_seg`` between it and the case; of
 `SURELY_LESION` also if there is a `TISSUE` before it, as in ``brain_tumor_mask``."""
 VAGUE = (
@@ -114,10 +140,10 @@ def split_name(path: Path, two_words: bool = True) -> tuple[str, str]:
     """What stands before the last part of a file's name, and that part: the case and what the image is of it."""
     bare = bare_name(path)
     stem, kind = _split(bare, two_words)
-    if kind not in MARKS and kind not in IMAGES:
+    if kind not in ANNOTATIONS and kind not in IMAGES:
         plain, _, processed = _plain(bare)
         whole = _split(plain, two_words)
-        if whole[1] in CHANNELS or (processed and (whole[1] in MARKS or whole[1] in IMAGES)):
+        if whole[1] in CHANNELS or (processed and (whole[1] in ANNOTATIONS or whole[1] in IMAGES)):
             return whole
     return stem, kind
 
@@ -142,7 +168,11 @@ def split_folder(paths: Sequence[Path]) -> dict[Path, tuple[str, str]]:
     """`split_name` of the files of a folder, without what `anomri detect` wrote there: maps, and what is called after theirs."""
     named = {path: split_name(path) for path in paths}
     detected = {stem for stem, kind in named.values() if kind == OUTPUTS[0]}
-    return {path: (stem, kind) for path, (stem, kind) in named.items() if stem not in detected or kind not in OUTPUTS}
+    return {
+        path: (stem, kind)
+        for path, (stem, kind) in named.items()
+        if stem not in detected or kind not in OUTPUTS
+    }
 
 
 def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path, tuple[str, str]]]:
@@ -154,7 +184,7 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
     named = {place: split_folder(paths) for place, paths in folders.items()}
     found = _all(named)
     scans = {stem for stem, kind in found if kind in CHANNELS}
-    marked = {stem for stem, kind in found if kind in MARKS and _split(stem) not in found}
+    marked = {stem for stem, kind in found if kind in ANNOTATIONS and _split(stem) not in found}
     for place, files in named.items():
         around = folder_name(place)
         for path in files:
@@ -165,7 +195,10 @@ def split_names(folders: Mapping[Path, Sequence[Path]]) -> dict[Path, dict[Path,
                 files[path] = stem, kind
     images = {one for one in _all(named) if one[1] not in MASK_NAMES}
     scans = {stem for stem, kind in images if kind in CHANNELS}
-    return {place: _with_owners(files, folder_name(place), images, scans) for place, files in named.items()}
+    return {
+        place: _with_owners(files, folder_name(place), images, scans)
+        for place, files in named.items()
+    }
 
 
 def _all(named: Mapping[Path, Mapping[Path, tuple[str, str]]]) -> set[tuple[str, str]]:
@@ -191,7 +224,7 @@ def _with_owners(
     files: Mapping[Path, tuple[str, str]], place: str, images: set[tuple[str, str]], scans: set[str]
 ) -> dict[Path, tuple[str, str]]:
     """The files of a folder called ``place``, each mask and label with the case whose it is, where that can be told."""
-    marked = {stem for stem, kind in files.values() if kind in MARKS}
+    marked = {stem for stem, kind in files.values() if kind in ANNOTATIONS}
     others: dict[Path, tuple[str, str]] = {}
     masks, labels = list[_Mark](), list[_Mark]()
     for path, (stem, kind) in files.items():
@@ -199,17 +232,25 @@ def _with_owners(
         sure = SURELY_LESION.search(stem) is not None or (kind in LABEL_NAMES and kind not in VAGUE)
         anatomy = TISSUE.search(stem) is not None and not sure
         if image != stem and kind in CHANNELS and (image, kind) in images and stem not in marked:
-            labels.append(_Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg"))
+            labels.append(
+                _Mark((2, kind), LABEL_NAMES.index("lesionseg"), path, image, "lesionseg")
+            )
         elif kind in MASK_NAMES and (stem in scans or anatomy or not LESION.search(stem)):
             rank, case = _owner(stem, _plain(stem)[0], images, scans)
             shown = any((stem, image) in images for image in IMAGES)
             if rank[0] == UNKNOWN and anatomy and not WHOLE.search(stem) and not shown:
                 continue
             masks.append(_Mark(rank, 0, path, case, kind))
-        elif kind in MARKS:
+        elif kind in ANNOTATIONS:
             kind = "lesion" if kind in MASK_NAMES else kind
             before = _before_lesion(stem, scans)
-            plain = before if before in scans else _plain(before)[0] if sure else PROCESSED.sub("", before)
+            plain = (
+                before
+                if before in scans
+                else _plain(before)[0]
+                if sure
+                else PROCESSED.sub("", before)
+            )
             rank, case = _owner(stem, plain, images, scans)
             if case in scans or not anatomy:
                 labels.append(_Mark(rank, LABEL_NAMES.index(kind), path, case, kind))
@@ -222,7 +263,9 @@ def _with_owners(
     return others | {mark.path: (mark.case, mark.kind) for mark in kept}
 
 
-def _owner(stem: str, plain: str, images: set[tuple[str, str]], scans: set[str]) -> tuple[tuple[int, str], str]:
+def _owner(
+    stem: str, plain: str, images: set[tuple[str, str]], scans: set[str]
+) -> tuple[tuple[int, str], str]:
     """How plainly a mask or label called ``stem``, ``plain`` without what tools add, is one case's, and that case."""
     if stem in scans:
         return (0, ""), stem
@@ -236,7 +279,10 @@ def _adopted(labels: Sequence[_Mark], place: str, scans: set[str]) -> list[_Mark
     """In the folder of one case, called after it, a label that is no one's by its name is that case's, if it has none."""
     if any(label.case == place for label in labels):
         return list(labels)
-    return [label if label.case in scans else replace(label, rank=(ADOPTED, ""), case=place) for label in labels]
+    return [
+        label if label.case in scans else replace(label, rank=(ADOPTED, ""), case=place)
+        for label in labels
+    ]
 
 
 def _before_lesion(stem: str, scans: set[str]) -> str:

@@ -42,11 +42,23 @@ def read_image(path: Path) -> nib.Nifti1Image:
         if image.ndim > 3:
             image = nib.funcs.squeeze_image(image)
         if image.ndim != 3:
-            raise AnomriError(f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected.")
+            raise AnomriError(
+                f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected."
+            )
         return image
-    except (OSError, EOFError, ValueError, OverflowError, MemoryError, _UNPACKING_ERROR, *_NIBABEL_ERRORS) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        _UNPACKING_ERROR,
+        *_NIBABEL_ERRORS,
+    ) as error:
         reason = getattr(error, "strerror", None) or error
-        raise AnomriError(f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason}).") from error
+        raise AnomriError(
+            f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason})."
+        ) from error
 
 
 def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
@@ -64,7 +76,9 @@ def stored_values_of(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
     if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu":
         return np.asanyarray(proxy), 1.0
     content = proxy.file_like.getvalue()
-    stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(proxy.shape, order="F")
+    stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(
+        proxy.shape, order="F"
+    )
     # A damaged header may say anything: only what float32 can hold is left for later.
     if not proxy.inter and 0 < proxy.slope * np.iinfo(stored.dtype).max < np.finfo(np.float32).max:
         return stored, float(proxy.slope)
@@ -99,7 +113,9 @@ def write_image_file(path: Path, image: nib.Nifti1Image) -> None:
     with whole_file(path) as partial, partial.open("wb") as raw:
         if path.name.endswith(".gz"):
             # Level 1: maps are mostly zero, so higher levels take longer for a few percent.
-            with igzip.IGzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:  # type: ignore[no-untyped-call]
+            with igzip.IGzipFile(
+                filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0
+            ) as packed:  # type: ignore[no-untyped-call]
                 packed.write(image.to_bytes())  # type: ignore[no-untyped-call]
         else:
             raw.write(image.to_bytes())
@@ -123,10 +139,14 @@ def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
     if voxels <= 0 or min(shape) <= 0:
         raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
     if voxels > MAX_VOXELS:
-        raise AnomriError(f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused.")
+        raise AnomriError(
+            f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused."
+        )
     offset = float(header["vox_offset"])
     if not header.sizeof_hdr <= offset <= HEADER_BYTES:
-        raise AnomriError(f"{path}: its header places the image {offset:g} bytes into the file; it is damaged.")
+        raise AnomriError(
+            f"{path}: its header places the image {offset:g} bytes into the file; it is damaged."
+        )
     return int(offset) + voxels * header.get_data_dtype().itemsize
 
 
@@ -141,5 +161,7 @@ def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
             )
         # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
         if whole and file.read(HEADER_BYTES) and file.read(1):
-            raise AnomriError(f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused.")
+            raise AnomriError(
+                f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused."
+            )
     return content

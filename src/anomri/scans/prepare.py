@@ -36,7 +36,9 @@ class Preparation:
 
     def __post_init__(self) -> None:
         if self.brain_mask is not None and self.skull_strip:
-            raise AnomriError("a brain mask is given and skull stripping is asked for; one of the two is enough.")
+            raise AnomriError(
+                "a brain mask is given and skull stripping is asked for; one of the two is enough."
+            )
 
 
 def prepare(
@@ -100,7 +102,9 @@ def without_spikes(volume: Volume) -> Volume:
         around = np.pad(volume.channel(number), 1, mode="edge")
         around = around[tuple(slice(side.start, side.stop + 2) for side in volume.brain)]
         for x, y, z in places:
-            inside[number, x, y, z] = min(float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling)
+            inside[number, x, y, z] = min(
+                float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling
+            )
         notes.append(
             f"channel {volume.channels[number]} has {len(places):,} voxels above {CEILING:g} times its 99th percentile (up "
             f"to {channel.max():.4g}), saturated or faulty; they were given the values around them."

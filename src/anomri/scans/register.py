@@ -70,13 +70,17 @@ def register(volume: Volume) -> tuple[Volume, NDArray[np.float64]]:
     return moved.with_data(data, _words(here, working)), transform
 
 
-def _rigid(fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice, name: str) -> NDArray[np.float64]:
+def _rigid(
+    fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice, name: str
+) -> NDArray[np.float64]:
     """Template mm -> scan mm, found by SimpleITK."""
     sitk = optional("SimpleITK", "register", "--register")
     target = _image(sitk, np.asanyarray(fixed.dataobj, dtype=np.float32), fixed.affine)
     source = _image(sitk, moving, lattice.affine)
     step = [max(1, round(TEMPLATE_MM / mm)) for mm in lattice.spacing_mm]
-    blur = [(mm * n / 2) ** 2 if n > 1 else 0.0 for mm, n in zip(lattice.spacing_mm, step, strict=True)]
+    blur = [
+        (mm * n / 2) ** 2 if n > 1 else 0.0 for mm, n in zip(lattice.spacing_mm, step, strict=True)
+    ]
     source = sitk.Shrink(sitk.DiscreteGaussian(source, blur), step)
     try:
         start = sitk.CenteredTransformInitializer(
@@ -91,7 +95,9 @@ def _rigid(fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice
         method.SetMetricSamplingStrategy(method.REGULAR)
         method.SetMetricSamplingPercentagePerLevel(SAMPLED, 1)
         method.SetInterpolator(sitk.sitkLinear)
-        method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, gradientMagnitudeTolerance=1e-6)
+        method.SetOptimizerAsRegularStepGradientDescent(
+            1.0, 1e-2, 100, gradientMagnitudeTolerance=1e-6
+        )
         method.SetOptimizerScalesFromPhysicalShift()
         method.SetShrinkFactorsPerLevel([4, 2, 1])
         method.SetSmoothingSigmasPerLevel([4, 2, 0])
@@ -122,7 +128,11 @@ def _image(sitk: Any, data: NDArray[np.float32], affine: NDArray[np.float64]) ->
 
 
 def _check(
-    fixed: nib.Nifti1Image, brain: NDArray[np.bool_], lattice: Lattice, transform: NDArray[np.float64], name: str
+    fixed: nib.Nifti1Image,
+    brain: NDArray[np.bool_],
+    lattice: Lattice,
+    transform: NDArray[np.float64],
+    name: str,
 ) -> None:
     target = np.asanyarray(fixed.dataobj) > 0
     there = resample(brain, lattice, Lattice(target.shape, transform @ fixed.affine))
@@ -141,8 +151,13 @@ def degrees_of(transform: NDArray[np.float64]) -> float:
 
 def _words(here: Lattice, working: Lattice) -> str:
     turn = np.eye(4)
-    turn[:3, :3] = (working.affine[:3, :3] / working.spacing_mm) @ np.linalg.pinv(here.affine[:3, :3] / here.spacing_mm)
-    middles = [nib.affines.apply_affine(one.affine, (np.array(one.shape) - 1) / 2) for one in (here, working)]
+    turn[:3, :3] = (working.affine[:3, :3] / working.spacing_mm) @ np.linalg.pinv(
+        here.affine[:3, :3] / here.spacing_mm
+    )
+    middles = [
+        nib.affines.apply_affine(one.affine, (np.array(one.shape) - 1) / 2)
+        for one in (here, working)
+    ]
     return (
         f"turned into the model's space by a rigid registration: {degrees_of(turn):.1f} degrees against the scan's own "
         f"axes, {np.linalg.norm(middles[1] - middles[0]):.1f} mm between the middles of the two fields; the map was brought "

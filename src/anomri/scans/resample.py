@@ -34,7 +34,9 @@ class Lattice:
         return apply_affine(self.affine, corners * (np.array(self.shape) - 1))
 
 
-def resample(data: NDArray[Any], source: Lattice, target: Lattice, *, nearest: bool = False) -> NDArray[Any]:
+def resample(
+    data: NDArray[Any], source: Lattice, target: Lattice, *, nearest: bool = False
+) -> NDArray[Any]:
     """An array on ``source`` brought onto ``target``: trilinear, or the nearest voxel's value; zero beyond it.
 
     ``data`` is (x, y, z) of any real type; booleans and integers keep their values and their type.

@@ -108,7 +108,9 @@ def _by_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
             # torch calls the format of its weights deprecated.
             warnings.simplefilter("ignore")
             _, mask, _ = library.BrainExtraction(no_gpu=True).run(head)
-    except Exception as error:  # it raises an assertion, or what torch raises, where it sees no brain
+    except (
+        Exception
+    ) as error:  # it raises an assertion, or what torch raises, where it sees no brain
         raise AnomriError(
             f"{name}: deepbet finds no brain ({first_line(error)}). Name a mask of the brain with --brain-mask."
         ) from error
@@ -117,7 +119,9 @@ def _by_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
 
 def _by_program(tool: str, head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
     with tempfile.TemporaryDirectory() as folder:
-        source, brain, mask = (Path(folder) / f"{what}.nii.gz" for what in ("head", "brain", "mask"))
+        source, brain, mask = (
+            Path(folder) / f"{what}.nii.gz" for what in ("head", "brain", "mask")
+        )
         nib.save(head, source)
         command = [tool, "-i", str(source), "-o", str(brain)]
         command += ["-m", str(mask)] if tool == "mri_synthstrip" else _hd_bet_device()

@@ -51,7 +51,7 @@ class Volume:
     """Why the label was left out, if it was."""
 
     @classmethod
-    def of(
+    def from_array(
         cls,
         name: str,
         channels: Sequence[str],
@@ -101,7 +101,13 @@ class Volume:
         for name, channel in zip(self.channels, self.inside, strict=True):
             inside[list(channels).index(name)] = channel
         missing = tuple(name for name in channels if name not in self.channels)
-        return replace(self, channels=tuple(channels), inside=inside, missing=missing, notes=(*self.notes, *notes))
+        return replace(
+            self,
+            channels=tuple(channels),
+            inside=inside,
+            missing=missing,
+            notes=(*self.notes, *notes),
+        )
 
     def lesions(self) -> NDArray[np.bool_]:
         """The label; raises `AnomriError` if there is none, with the reason if it was left out."""
@@ -119,7 +125,12 @@ class Volume:
 
 
 def read_volume(
-    case: Case, channels: Sequence[str], grid: Grid = Grid(), *, with_label: bool = True, resampled: bool = False
+    case: Case,
+    channels: Sequence[str],
+    grid: Grid = Grid(),
+    *,
+    with_label: bool = True,
+    resampled: bool = False,
 ) -> Volume:
     """Read ``channels`` of a case, checked against each other, in the grid's orientation.
 
@@ -130,17 +141,26 @@ def read_volume(
     missing, empty, not finite, standardised, on another grid, the label of a lesion in place of a brain's mask, or, with
     ``resampled``, that does not overlap the first at all.
     """
-    files, notes, read, slopes = case.files(channels), list[str](), list[NDArray[Any]](), list[float]()
+    files, notes, read, slopes = (
+        case.files(channels),
+        list[str](),
+        list[NDArray[Any]](),
+        list[float](),
+    )
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
     # Unpacking leaves other threads alone, so that channels are read side by side.
     with ThreadPoolExecutor(min(len(files), processors())) as pool:
-        for path, (image, values, slope, found) in zip(files, pool.map(_read_positive, files), strict=True):
+        for path, (image, values, slope, found) in zip(
+            files, pool.map(_read_positive, files), strict=True
+        ):
             if first is None:
                 first = geometry_of(path, image, grid)
                 if not says_where(image.header):
-                    notes.append(f"{path.name} does not say how it lies (sform and qform code 0): left may be right.")
+                    notes.append(
+                        f"{path.name} does not say how it lies (sform and qform code 0): left may be right."
+                    )
             notes += found
             slopes.append(slope)
             read.append(_onto(path, image, values, files[0], first, notes if resampled else None))
@@ -173,7 +193,16 @@ def read_volume(
         copy_turned(values[brain], channel)
         if slope != 1:
             channel *= np.float32(slope)
-    return Volume(case.name, tuple(channels), inside, brain, label, first, tuple(notes), label_error=label_error)
+    return Volume(
+        case.name,
+        tuple(channels),
+        inside,
+        brain,
+        label,
+        first,
+        tuple(notes),
+        label_error=label_error,
+    )
 
 
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry, list[str]]:
@@ -198,7 +227,9 @@ def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating
     return np.ascontiguousarray(geometry.canonical(exact))
 
 
-def write_image(path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None) -> None:
+def write_image(
+    path: Path, data: NDArray[Any], geometry: Geometry, display: tuple[float, float] | None = None
+) -> None:
     """Write `image_of` an array in the working orientation, whole or not at all."""
     write_image_file(path, image_of(data, geometry, display))
 
@@ -219,17 +250,27 @@ def image_of(
     header["descrip"] = b"anomri"
     # Free text may hold the patient's name.
     header.extensions.clear()
-    for field in ("aux_file", "intent_name", *(name for name in ("db_name", "data_type") if name in header)):
+    for field in (
+        "aux_file",
+        "intent_name",
+        *(name for name in ("db_name", "data_type") if name in header),
+    ):
         header[field] = b""
     # No affine is given: nibabel would rewrite the codes of a header whose sform and qform differ.
-    native = geometry.native(data) if data.ndim == 3 else np.stack([geometry.native(c) for c in data], axis=-1)
+    native = (
+        geometry.native(data)
+        if data.ndim == 3
+        else np.stack([geometry.native(c) for c in data], axis=-1)
+    )
     return type_of(header)(native, None, header)
 
 
 def _finite(path: Path, data: NDArray[Any]) -> NDArray[Any]:
     """The values of an image, checked: whole numbers as they are, others float32."""
     if data.dtype.kind not in "iuf":
-        raise AnomriError(f"{path}: holds values of type {data.dtype}; an image of real numbers is expected.")
+        raise AnomriError(
+            f"{path}: holds values of type {data.dtype}; an image of real numbers is expected."
+        )
     if data.dtype.kind in "iu":
         return data
     data = data.astype(np.float32, copy=False)
@@ -248,7 +289,12 @@ def _cut_to_brain(data: NDArray[np.float32]) -> tuple[NDArray[np.float32], tuple
 
 
 def _read_mask(
-    path: Path, first_path: Path, first: Geometry, notes: list[str], resampled: bool, lesion: bool = False
+    path: Path,
+    first_path: Path,
+    first: Geometry,
+    notes: list[str],
+    resampled: bool,
+    lesion: bool = False,
 ) -> NDArray[np.bool_]:
     image = read_image(path)
     values = _finite(path, values_of(image))
@@ -286,7 +332,10 @@ def _onto(
         return first.canonical(values)
     axes = orientations.io_orientation(first.canonical_affine)
     here = geometry_of(path, image, Grid())
-    here = replace(here, to_canonical=orientations.ornt_transform(orientations.io_orientation(here.affine), axes))
+    here = replace(
+        here,
+        to_canonical=orientations.ornt_transform(orientations.io_orientation(here.affine), axes),
+    )
     source, target = (
         Lattice(here.canonical_shape, here.canonical_affine),
         Lattice(first.canonical_shape, first.canonical_affine),
@@ -327,7 +376,9 @@ def _read_positive(path: Path) -> tuple[nib.Nifti1Image, NDArray[Any], float, li
     data = _finite(path, values_of(image))
     negative = int((data < 0).sum())
     positive = int((data > 0).sum())
-    if negative > MAX_NEGATIVE * (negative + positive) and float(-data.min()) > MAX_UNDERSHOOT * float(data.max()):
+    if negative > MAX_NEGATIVE * (negative + positive) and float(
+        -data.min()
+    ) > MAX_UNDERSHOOT * float(data.max()):
         raise AnomriError(
             f"{path}: {negative / (negative + positive):.0%} of its values that are not zero are negative (down to "
             f"{data.min():.3g}, up to {data.max():.3g}); it looks standardised or is a difference. Hand in the image "

@@ -63,7 +63,11 @@ class Curve:
     @property
     def dice(self) -> NDArray[np.float64]:
         """Dice at each threshold."""
-        return 2 * self.true_positives / np.maximum(self.true_positives + self.false_positives + self.positives, 1)
+        return (
+            2
+            * self.true_positives
+            / np.maximum(self.true_positives + self.false_positives + self.positives, 1)
+        )
 
     @property
     def average_precision(self) -> float:
@@ -96,7 +100,9 @@ def count_at(rising: Scores, thresholds: Scores) -> Counts:
     return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
 
-def curve_of(thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int) -> Curve:
+def curve_of(
+    thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int
+) -> Curve:
     """The `Curve` from counts per rising threshold, as `lesion_thresholds` and `count_at` give them."""
     return Curve(
         thresholds=thresholds[::-1],
@@ -107,12 +113,16 @@ def curve_of(thresholds: Scores, lesion: Counts, healthy: Counts, positives: int
     )
 
 
-def precision_recall(scores: Scores, labels: NDArray[np.bool_], thresholds: Scores | None = None) -> Curve:
+def precision_recall(
+    scores: Scores, labels: NDArray[np.bool_], thresholds: Scores | None = None
+) -> Curve:
     """The exact `Curve` of scores and labels of the same shape, or what rising ``thresholds`` show of it."""
     return precision_recall_of_sorted(np.sort(scores[labels]), np.sort(scores[~labels]), thresholds)
 
 
-def precision_recall_of_sorted(lesion: Scores, healthy: Scores, thresholds: Scores | None = None) -> Curve:
+def precision_recall_of_sorted(
+    lesion: Scores, healthy: Scores, thresholds: Scores | None = None
+) -> Curve:
     """`precision_recall` of the rising scores of lesion voxels and of all others."""
     if thresholds is None:
         thresholds, counts = lesion_thresholds([lesion])
@@ -131,7 +141,9 @@ def count_components(mask: NDArray[np.bool_]) -> int:
     """How many 26-connected components a mask (x, y, z) has."""
     inside = mask[box_around(mask)]
     return (
-        int(cc3d.connected_components(inside.astype(np.uint8), connectivity=26, return_N=True)[1]) if inside.size else 0
+        int(cc3d.connected_components(inside.astype(np.uint8), connectivity=26, return_N=True)[1])
+        if inside.size
+        else 0
     )
 
 
@@ -146,7 +158,9 @@ def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> N
         return mask
     kept = np.zeros_like(mask)
     least = max_dropped_voxels + 1
-    kept[box] = cc3d.dust(np.ascontiguousarray(mask[box], np.uint8), threshold=least, connectivity=26)
+    kept[box] = cc3d.dust(
+        np.ascontiguousarray(mask[box], np.uint8), threshold=least, connectivity=26
+    )
     return kept
 
 
@@ -161,8 +175,12 @@ class LesionCounts:
 
 def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> LesionCounts:
     """Compare 26-connected components; a lesion counts as detected if one voxel of it is predicted."""
-    lesions, n_lesions = cc3d.connected_components(label.astype(np.uint8), connectivity=26, return_N=True)
-    found, n_found = cc3d.connected_components(prediction.astype(np.uint8), connectivity=26, return_N=True)
+    lesions, n_lesions = cc3d.connected_components(
+        label.astype(np.uint8), connectivity=26, return_N=True
+    )
+    found, n_found = cc3d.connected_components(
+        prediction.astype(np.uint8), connectivity=26, return_N=True
+    )
     detected = np.unique(lesions[prediction & label]).size
     touching = np.unique(found[prediction & label]).size
     return LesionCounts(int(n_lesions), int(detected), int(n_found - touching))
@@ -171,7 +189,9 @@ def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> Le
 def bootstrap_weights(patients: int, resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
     """How often each of the ``patients`` is drawn when as many are drawn with replacement: (resamples, patients)."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.float64)
+    return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(
+        np.float64
+    )
 
 
 def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:

@@ -22,7 +22,9 @@ LEAST = 50
 """Pixels that a cell needs for a mean and a spread of its own; one with fewer takes the channel's."""
 
 
-def statistics_by_position(residuals: Iterable[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def statistics_by_position(
+    residuals: Iterable[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
     """Mean and spread of residuals in each cell, (c, 8, 8, 8) twice, smoothed over neighbouring cells.
 
     Each scan gives its residual (n, c, h, w), its foreground (n, h, w) bool, and which slices count (n,) bool.
@@ -31,7 +33,7 @@ def statistics_by_position(residuals: Iterable[tuple[Tensor, Tensor, Tensor]]) -
     for residual, foreground, counted in residuals:
         inside = (foreground & counted[:, None, None])[:, None].double()
         parts = torch.cat([inside, residual * inside, residual.square() * inside], 1)
-        box = cut_box(parts, Position.of(foreground).box).movedim(0, 1)
+        box = cut_box(parts, Position.from_foreground(foreground).box).movedim(0, 1)
         # A mean over cells, times their size: cells of a scan with few slices count for as many pixels as they have.
         sums = sums + functional.adaptive_avg_pool3d(box, CELLS) * (box[0].numel() / CELLS**3)
     everywhere = sums.sum((1, 2, 3), keepdim=True)
@@ -63,7 +65,9 @@ def _weights(places: Tensor) -> Tensor:
 
 def packed_maps(mean: Tensor, spread: Tensor) -> str:
     """Both as text: float16, (2, c, 8, 8, 8), base64."""
-    return base64.b64encode(torch.stack([mean, spread]).numpy().astype("<f2").tobytes()).decode("ascii")
+    return base64.b64encode(torch.stack([mean, spread]).numpy().astype("<f2").tobytes()).decode(
+        "ascii"
+    )
 
 
 def unpacked_maps(text: str, channels: int) -> tuple[Tensor, Tensor]:

@@ -29,22 +29,22 @@ MEDIANS = (0, 3, 5)
 AT_ONCE = 16
 """Slices that are scored at the same time."""
 RESIDUAL_FLOOR = 0.02
-"""What a mark is worth where nothing is brighter than reconstructed."""
+"""Weight of the anomaly probability where nothing is brighter than reconstructed."""
 DEVIATION_FLOOR = 0.2
 """The same in standard deviations."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a score looks at: scan and reconstruction (n, k, h, w) of the k channels it is of, and a network's marks.
+    """What a score looks at: scan and reconstruction (n, k, h, w) of its k channels, and the anomaly probability.
 
-    ``marks`` is (n, h, w), or ``None`` if the network makes none; ``mean`` and ``spread`` are the absolute residual's in
+    ``probability`` is (n, h, w), or ``None`` without a segmentation head; ``mean`` and ``spread`` are the absolute residual's in
     healthy tissue, (k, 1, 1) or for each pixel, (n, k, h, w).
     """
 
     x: Tensor
     reconstruction: Tensor
-    marks: Tensor | None = None
+    probability: Tensor | None = None
     mean: Tensor | None = None
     spread: Tensor | None = None
     bright: bool = True
@@ -74,7 +74,9 @@ def negative(seen: Evidence) -> Tensor:
 def standardised(seen: Evidence) -> Tensor:
     """Mean of the channels' absolute residual in standard deviations above its healthy mean, no less than 0."""
     if seen.mean is None or seen.spread is None:
-        raise AnomriError("the score standardised needs the healthy residual's mean and spread; train with it.")
+        raise AnomriError(
+            "the score standardised needs the healthy residual's mean and spread; train with it."
+        )
     return ((seen.residual.abs() - seen.mean) / seen.spread).clamp_min(0).mean(dim=1)
 
 
@@ -95,43 +97,65 @@ def positive_by_position(seen: Evidence) -> Tensor:
 
 def ssim(seen: Evidence) -> Tensor:
     """1 - structural similarity (Wang et al. 2004), mean of three windows and the channels (Behrendt et al. 2024)."""
-    windows = [1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS]
+    windows = [
+        1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS
+    ]
     return torch.stack(windows).mean(dim=(0, 2))
 
 
-def mark(seen: Evidence) -> Tensor:
-    """What a network trained on synthetic anomalies marks, 0 to 1 (Zavrtanik et al. 2021)."""
-    if seen.marks is None:
+def anomaly_probability(seen: Evidence) -> Tensor:
+    """The segmentation head's probability of an anomaly, 0 to 1 (Zavrtanik et al. 2021)."""
+    if seen.probability is None:
         raise AnomriError(
-            "the model makes no marks; train with the settings anomalies and mark (preset quick or accurate)."
+            "the model has no segmentation head; train with the settings anomalies and segmentation_head (preset quick "
+            "or accurate)."
         )
-    return seen.marks
+    return seen.probability
 
 
-def mark_positive(seen: Evidence) -> Tensor:
-    """Square root of the marks x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on.
+def probability_with_residual(seen: Evidence) -> Tensor:
+    """Square root of the anomaly probability x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on.
 
     Of a scan without any of the score's channels, say T1 alone, the residual counts either way; of one that lacks FLAIR
-    where the score looks at it, the marks alone count.
+    where the score looks at it, the probability alone counts.
     """
-    return mark(seen).sqrt() * ((positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR)
+    return anomaly_probability(seen).sqrt() * (
+        (positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR
+    )
 
 
-def mark_by_position(seen: Evidence) -> Tensor:
+def probability_with_residual_by_position(seen: Evidence) -> Tensor:
     """The same with `positive_by_position` (+ `DEVIATION_FLOOR`) in place of the plain positive residual."""
-    return mark(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
+    return anomaly_probability(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
 BY_POSITION: dict[str, Callable[[Evidence], Tensor]] = {
-    function.__name__: function for function in (standardised_by_position, positive_by_position, mark_by_position)
+    function.__name__: function
+    for function in (
+        standardised_by_position,
+        positive_by_position,
+        probability_with_residual_by_position,
+    )
 }
 """Scores that need `Score.healthy_maps`."""
 SCORES: dict[str, Callable[[Evidence], Tensor]] = BY_POSITION | {
-    function.__name__: function for function in (absolute, positive, negative, standardised, ssim, mark, mark_positive)
+    function.__name__: function
+    for function in (
+        absolute,
+        positive,
+        negative,
+        standardised,
+        ssim,
+        anomaly_probability,
+        probability_with_residual,
+    )
 }
 
-WITH_MARKS = (mark_positive.__name__, mark_by_position.__name__)
-"""Scores that ask a residual beside the marks."""
+WITH_PROBABILITY = (
+    probability_with_residual.__name__,
+    probability_with_residual_by_position.__name__,
+)
+"""Scores that combine the probability with a residual."""
 
 
 def describe(score: Score) -> str:
@@ -141,11 +165,15 @@ def describe(score: Score) -> str:
 
 
 def score_of(
-    x: Tensor, output: Tensor, channels: Sequence[str], score: Score, position: Position | None = None
+    x: Tensor,
+    output: Tensor,
+    channels: Sequence[str],
+    score: Score,
+    position: Position | None = None,
 ) -> Tensor:
     """The score ``score.kind`` of slices (n, c, h, w) and what a method made of them, before erosion: (n, h, w).
 
-    ``output`` (n, c + marks, h, w) is a reconstruction and, maybe, marks. A channel that is zero in all slices is one
+    ``output`` (n, c or c + 1, h, w) is a reconstruction and, with a segmentation head, the anomaly probability. A channel that is zero in all slices is one
     that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
     of its; the score is zero beyond the brain's box and a margin. Raises `AnomriError` if there is no such score.
     """
@@ -155,7 +183,7 @@ def score_of(
     present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
     chosen = asked or present
-    place = position or Position.of(x.amax(1) > 0)
+    place = position or Position.from_foreground(x.amax(1) > 0)
     size = (x.shape[2], x.shape[3])
     box = _wider(place.box, max(SSIM_WINDOWS) // 2, size)
     x, output = cut_box(x, box), cut_box(output, box)
@@ -167,9 +195,9 @@ def score_of(
     def of(some: slice) -> Tensor:
         here = place._replace(heights=place.heights[some])
         mean, spread = _healthy_residual(x.shape, score, here, chosen)
-        marks = output[some, c] if output.shape[1] > c else None
+        probability = output[some, c] if output.shape[1] > c else None
         bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
-        seen = Evidence(x[some, chosen], output[some, chosen], marks, mean, spread, bright)
+        seen = Evidence(x[some, chosen], output[some, chosen], probability, mean, spread, bright)
         return paste_box(SCORES[score.kind](seen), size, box)
 
     # What lies between a scan and its score is several times as large as either.
@@ -177,19 +205,30 @@ def score_of(
 
 
 def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
-    """The score, but of the marks alone for a scan that lacks FLAIR where it would count.
+    """The score, but by the probability alone for a scan that lacks FLAIR where it would count.
 
     Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/experiments.md).
     """
     first = BRIGHT[0]
     lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
-    return replace(score, kind="mark") if lacks and score.kind in WITH_MARKS else score
+    return (
+        replace(score, kind="anomaly_probability")
+        if lacks and score.kind in WITH_PROBABILITY
+        else score
+    )
 
 
-def _wider(box: tuple[int, int, int, int], margin: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _wider(
+    box: tuple[int, int, int, int], margin: int, size: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """A box with so many pixels more on every side, as far as the grid has them."""
     top, bottom, left, right = box
-    return max(top - margin, 0), min(bottom + margin, size[0]), max(left - margin, 0), min(right + margin, size[1])
+    return (
+        max(top - margin, 0),
+        min(bottom + margin, size[0]),
+        max(left - margin, 0),
+        min(right + margin, size[1]),
+    )
 
 
 def _healthy_residual(
@@ -198,7 +237,9 @@ def _healthy_residual(
     """Mean and spread of the ``chosen`` channels' absolute residual in healthy tissue, as far as the score knows them."""
     if score.kind in BY_POSITION and score.healthy_maps:
         maps = unpacked_maps(score.healthy_maps, shape[1])
-        mean, spread = (spread_over(cells[chosen], position, (shape[2], shape[3])) for cells in maps)
+        mean, spread = (
+            spread_over(cells[chosen], position, (shape[2], shape[3])) for cells in maps
+        )
         return mean, spread.clamp_min(1e-4)
     if score.kind == "standardised" and score.healthy_mean and score.healthy_spread:
         known = (score.healthy_mean, score.healthy_spread)
@@ -212,13 +253,17 @@ def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0)
     c1, c2 = (0.01 * reach) ** 2, (0.03 * reach) ** 2
 
     def mean(z: Tensor) -> Tensor:
-        return functional.avg_pool2d(z, window, stride=1, padding=window // 2, count_include_pad=False)
+        return functional.avg_pool2d(
+            z, window, stride=1, padding=window // 2, count_include_pad=False
+        )
 
     mean_x, mean_y = mean(x), mean(y)
     variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return luminance * (2 * covariance + c2) / (variance_x.clamp_min(0) + variance_y.clamp_min(0) + c2)
+    return (
+        luminance * (2 * covariance + c2) / (variance_x.clamp_min(0) + variance_y.clamp_min(0) + c2)
+    )
 
 
 def mean_absolute_residual(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -261,7 +306,10 @@ def check_scores(raw: Tensor, foreground: Tensor, method: str) -> None:
 
 
 def anomaly_score(
-    raw: Tensor, foreground: Tensor, score: Score, spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    raw: Tensor,
+    foreground: Tensor,
+    score: Score,
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> NDArray[np.float32]:
     """The anomaly map of a stack of slices: ``median(F * raw)``, with F the eroded foreground.
 
@@ -277,7 +325,9 @@ def anomaly_score(
         foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
     scores = (raw.float() * foreground).cpu().numpy()
     if score.median and score.median_slices > 1:
-        scores = ndimage.median_filter(scores, (score.median_slices, score.median, score.median), mode="nearest")
+        scores = ndimage.median_filter(
+            scores, (score.median_slices, score.median, score.median), mode="nearest"
+        )
     elif score.median:
         scores = median_filter(scores, score.median)
     if score.smoothing_mm:

@@ -64,7 +64,12 @@ class Batches:
                 f"a batch of {batch_size} slices cannot be shared by {processes.count} processes; start fewer, or raise "
                 f"--batch-size."
             )
-        self.fabric, self.processes, self.slices, self.divisible = fabric, processes, slices, divisible
+        self.fabric, self.processes, self.slices, self.divisible = (
+            fabric,
+            processes,
+            slices,
+            divisible,
+        )
         self.count = min(max(accumulate, 1), len(processes.rows(batch_size)))
         self._note = ""
 
@@ -83,12 +88,16 @@ class Batches:
         for part in range(self.count):
             chosen = rows[len(rows) * part // self.count : len(rows) * (part + 1) // self.count]
             x = self.slices.batch([numbers[row] for row in chosen])
-            generator = PartGenerator(self.fabric.device, chosen.start, len(numbers)).manual_seed(seed)
+            generator = PartGenerator(self.fabric.device, chosen.start, len(numbers)).manual_seed(
+                seed
+            )
             # Processes' gradients are averaged, parts' are added.
             parts.append(Part(x, generator, len(chosen) * self.processes.count / len(numbers)))
         return Batch(numbers, seed, parts)
 
-    def gradient(self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss) -> Tensor:
+    def gradient(
+        self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
+    ) -> Tensor:
         """Leave the gradient of a batch in the parameters; returns this process's share of the loss.
 
         A batch that memory does not hold is tried again in twice as many parts, and so are those after it. Raises
@@ -124,7 +133,9 @@ class Batches:
 
     def _divide(self, rows: int, error: BaseException) -> None:
         advice = (
-            f"--accumulate {2 * self.count}" if self.divisible and 2 * self.count <= rows else "a smaller --batch-size"
+            f"--accumulate {2 * self.count}"
+            if self.divisible and 2 * self.count <= rows
+            else "a smaller --batch-size"
         )
         if self.processes.count > 1 or "accumulate" not in advice:
             # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
@@ -132,4 +143,6 @@ class Batches:
                 f"memory does not hold a batch ({first_line(error):.200}); continue with --resume and {advice}."
             ) from error
         self.count *= 2
-        self.tell(f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result.")
+        self.tell(
+            f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result."
+        )

@@ -1,4 +1,4 @@
-"""Which score to take, without a label: the one that finds synthetic anomalies (`balls`) in held-out healthy slices."""
+"""Which score to take, without a label: the one that finds synthetic anomalies (`spheres`) in held-out healthy slices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anomri.scoring.scores import BRIGHT, BY_POSITION, anomaly_score, describe, 
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 from anomri.training.packing import PackedCase, spread_healthy
-from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Balls, planted
+from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 
 MAX_TRAINING_CASES = 8
 """Beside the held-out ones, to tell how residuals differ from one part of the brain to another."""
@@ -30,10 +30,10 @@ FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
 """Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""
 
 
-def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
-    """The scores that are tried for a model: the paper's, signed ones, and with marks those.
+def candidates(spec: ModelSpec, segmentation_head: bool) -> list[Score]:
+    """The scores that are tried for a model: the paper's, signed ones, and with a segmentation head those that use it.
 
-    Neither marks alone nor a residual by position alone: each wins on synthetic balls at times, but both together are
+    Neither the probability alone nor a residual by position alone: each wins on synthetic spheres at times, but both together are
     better on tumours of patients not seen (docs/experiments.md).
     """
     bright = tuple(name for name in BRIGHT if name in spec.channels)
@@ -41,12 +41,17 @@ def candidates(spec: ModelSpec, marks: bool) -> list[Score]:
     scores += [replace(spec.score, kind="positive", channels=(name,)) for name in bright]
     if len(bright) > 1:
         scores.append(replace(spec.score, kind="positive", channels=bright))
-    if marks:
-        scores += [replace(spec.score, kind=kind, channels=bright) for kind in ("mark_positive", "mark_by_position")]
+    if segmentation_head:
+        scores += [
+            replace(spec.score, kind=kind, channels=bright)
+            for kind in ("probability_with_residual", "probability_with_residual_by_position")
+        ]
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
 
-def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: Sequence[PackedCase] = ()) -> Score:
+def choose_score(
+    detector: Detector, held_out: Sequence[PackedCase], training: Sequence[PackedCase] = ()
+) -> Score:
     """The score of a model: its own unless its kind is ``auto``, else the best of `candidates` on healthy slices.
 
     Its ``chosen_by`` says how each did. The healthy residual's mean and spread are filled in where they are needed;
@@ -55,31 +60,40 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
     spec = detector.spec
     if spec.score.kind not in ("auto", *STANDARDISED):
         return spec.score
-    healthy = [case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_SCANS)]
+    healthy = [
+        case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_SCANS)
+    ]
     mean, spread = _residual_statistics(detector, healthy)
-    marks, maps = bool(getattr(detector.method, "extra_maps", 0)), ""
-    if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and marks):
+    head, maps = bool(getattr(detector.method, "extra_maps", 0)), ""
+    if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and head):
         seen = [*spread_healthy(held_out, MAX_SCANS), *spread_healthy(training, MAX_TRAINING_CASES)]
         maps = _maps_by_position(detector, seen, mean)
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread, healthy_maps=maps)
     if spec.score.kind in STANDARDISED:
         return base
     large = _Planted.of(detector, healthy, LARGE)
-    found = {score: large.found_by(score, spec) for score in candidates(replace(spec, score=base), marks)}
+    found = {
+        score: large.found_by(score, spec) for score in candidates(replace(spec, score=base), head)
+    }
     best = max(found, key=lambda score: found[score])
     slices = sum(len(stack.x) for stack in healthy)
     why = (
-        f"highest average precision on synthetic balls in {slices} healthy slices of {len(healthy)} held-out cases, "
+        f"highest average precision on synthetic spheres in {slices} healthy slices of {len(healthy)} held-out cases, "
         f"no lesion label used: {_ranked({describe(score): value for score, value in found.items()})}"
     )
     if base.median:
         small = _Planted.of(detector, healthy, SMALL)
-        filters = [replace(best, median=median, smoothing_mm=smoothing) for median, smoothing in FILTERS]
+        filters = [
+            replace(best, median=median, smoothing_mm=smoothing) for median, smoothing in FILTERS
+        ]
         found |= {score: large.found_by(score, spec) for score in filters if score not in found}
         both = {score: math.sqrt(found[score] * small.found_by(score, spec)) for score in filters}
         best = max(both, key=lambda score: both[score])
-        names = {f"median {score.median}, smoothed {score.smoothing_mm:g} mm": value for score, value in both.items()}
-        why += f"; then the filters, geometric mean of that and the same on balls of 2 to 6 mm: {_ranked(names)}"
+        names = {
+            f"median {score.median}, smoothed {score.smoothing_mm:g} mm": value
+            for score, value in both.items()
+        }
+        why += f"; then the filters, geometric mean of that and the same on spheres of 2 to 6 mm: {_ranked(names)}"
     if best.kind != "standardised":
         best = replace(best, healthy_mean=(), healthy_spread=())
     if best.kind not in BY_POSITION:
@@ -88,12 +102,14 @@ def choose_score(detector: Detector, held_out: Sequence[PackedCase], training: S
 
 
 def _ranked(found: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(found.items(), key=lambda one: -one[1]))
+    return ", ".join(
+        f"{name} {value:.3f}" for name, value in sorted(found.items(), key=lambda one: -one[1])
+    )
 
 
 @dataclass(frozen=True)
 class _Planted:
-    """Scans with balls, where they are, and what a method made of the scans."""
+    """Scans with spheres, where they are, and what a method made of the scans."""
 
     stacks: list[SliceStack]
     truth: list[Tensor]
@@ -102,8 +118,10 @@ class _Planted:
     """Scores before their filters, by kind and channels: filters are many, and do not change them."""
 
     @classmethod
-    def of(cls, detector: Detector, healthy: Sequence[SliceStack], balls: Balls) -> _Planted:
-        stacks, truth = map(list, zip(*planted(healthy, detector.spec.channels, balls), strict=True))
+    def of(cls, detector: Detector, healthy: Sequence[SliceStack], spheres: Spheres) -> _Planted:
+        stacks, truth = map(
+            list, zip(*planted(healthy, detector.spec.channels, spheres), strict=True)
+        )
         return cls(stacks, truth, [detector.output(stack) for stack in stacks])
 
     def found_by(self, score: Score, spec: ModelSpec) -> float:
@@ -112,7 +130,10 @@ class _Planted:
         key = score.kind, score.channels
         if key not in self.raw:
             pairs = zip(self.stacks, self.outputs, strict=True)
-            self.raw[key] = [score_of(stack.x, output, spec.channels, score, stack.position) for stack, output in pairs]
+            self.raw[key] = [
+                score_of(stack.x, output, spec.channels, score, stack.position)
+                for stack, output in pairs
+            ]
         for stack, where, raw in zip(self.stacks, self.truth, self.raw[key], strict=True):
             inside = stack.foreground.numpy()
             scores.append(anomaly_score(raw, stack.foreground, score, stack.spacing_mm)[inside])
@@ -133,7 +154,9 @@ def _residual_statistics(
     return tuple(pooled.mean(0).tolist()), tuple(pooled.std(0).clamp_min(1e-6).tolist())
 
 
-def _maps_by_position(detector: Detector, cases: Sequence[PackedCase], mean: Sequence[float]) -> str:
+def _maps_by_position(
+    detector: Detector, cases: Sequence[PackedCase], mean: Sequence[float]
+) -> str:
     """`positions.statistics_by_position` of the absolute residual, its level that of the held-out scans, ``mean``."""
     c = len(detector.spec.channels)
 

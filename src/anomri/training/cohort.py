@@ -34,7 +34,10 @@ CHOSEN = {"kind", "channels", "median", "smoothing_mm"}
 
 def check_grid(network: Any, grid: Grid) -> None:
     """Raise `AnomriError` if a method cannot work on slices of this size."""
-    if getattr(network, "whole_grid", False) and grid.size != (network.box_multiple, network.box_multiple):
+    if getattr(network, "whole_grid", False) and grid.size != (
+        network.box_multiple,
+        network.box_multiple,
+    ):
         raise AnomriError(
             f"the method sees slices of {network.box_multiple} x {network.box_multiple} alone, not of {grid.size[0]} x "
             f"{grid.size[1]}; leave out --grid."
@@ -54,9 +57,13 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
             (folder / TrainingState.NAME).unlink(missing_ok=True)
             return True
         another = "another" if resume else "a"
-        raise AnomriError(f"{folder}: already holds {another} finished model; name another folder with -o.")
+        raise AnomriError(
+            f"{folder}: already holds {another} finished model; name another folder with -o."
+        )
     if (folder / TrainingState.NAME).exists() and not resume:
-        raise AnomriError(f"{folder}: holds a training that did not finish; use --resume or name another folder.")
+        raise AnomriError(
+            f"{folder}: holds a training that did not finish; use --resume or name another folder."
+        )
     if not (folder / TrainingState.NAME).exists():
         _check_room(folder, cases)
     return False
@@ -64,7 +71,10 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
 
 def _check_room(folder: Path, cases: Sequence[Case]) -> None:
     """Raise `AnomriError` for tables in ``folder`` that a training would replace and that are none of its own."""
-    for name, is_own in (("splits.csv", lambda path: _splits_alike(path, cases)), ("log.csv", Log.is_one)):
+    for name, is_own in (
+        ("splits.csv", lambda path: _splits_alike(path, cases)),
+        ("log.csv", Log.is_one),
+    ):
         path = folder / name
         if path.exists() and not is_own(path):
             raise AnomriError(
@@ -76,7 +86,9 @@ def _splits_alike(path: Path, cases: Sequence[Case]) -> bool:
     """Whether a table says of the cases what `case.write_splits` would, and nothing else."""
     try:
         columns = {name for row in table_rows(path, ("case", "split")) for name in row}
-        return columns <= {"case", "split", "subject"} and splits_of(model_cases(path)) == splits_of(cases)
+        return columns <= {"case", "split", "subject"} and splits_of(
+            model_cases(path)
+        ) == splits_of(cases)
     except AnomriError:
         return False
 
@@ -84,10 +96,13 @@ def _splits_alike(path: Path, cases: Sequence[Case]) -> bool:
 def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
     found = ModelSpec.read(folder / "model.json")
     same = attrgetter("method", "channels", "settings", "scaling", "grid")
-    trained, wanted = (asdict(one.training or Training()) | dict.fromkeys(MAY_CHANGE) for one in (found, spec))
+    trained, wanted = (
+        asdict(one.training or Training()) | dict.fromkeys(MAY_CHANGE) for one in (found, spec)
+    )
     given = FOUND | CHOSEN if spec.score.kind == "auto" else FOUND
     asked, scored = (
-        {name: value for name, value in asdict(one.score).items() if name not in given} for one in (spec, found)
+        {name: value for name, value in asdict(one.score).items() if name not in given}
+        for one in (spec, found)
     )
     return (
         same(found) == same(spec)
@@ -127,11 +142,17 @@ def notes_of(cases: Sequence[Case]) -> list[str]:
 
 
 def _some(names: Sequence[str], all_cases: int) -> str:
-    return f"{len(names)} of {all_cases} cases ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
+    return (
+        f"{len(names)} of {all_cases} cases ({', '.join(names[:5])}{', ...' if names[5:] else ''})"
+    )
 
 
 def pack_splits(
-    cases: Sequence[Case], spec: ModelSpec, cache: Path, team: Processes, progress: Callable[[int, int], None]
+    cases: Sequence[Case],
+    spec: ModelSpec,
+    cache: Path,
+    team: Processes,
+    progress: Callable[[int, int], None],
 ) -> Packed:
     """The packed cases for training and validation; ``progress`` is told how many are done, and of how many.
 
@@ -139,7 +160,9 @@ def pack_splits(
     """
     used = [case for case in cases if case.split in ("train", "val")]
 
-    def packed_of(chosen: Sequence[Case], tell: Callable[[Case], None] = lambda case: None) -> list[PackedCase]:
+    def packed_of(
+        chosen: Sequence[Case], tell: Callable[[Case], None] = lambda case: None
+    ) -> list[PackedCase]:
         return pack_cohort(chosen, spec.channels, spec.grid, spec.scaling, cache, tell)
 
     mine, done, packed = team.part(used), itertools.count(1), list[PackedCase]()
@@ -175,7 +198,9 @@ def describe_cohort(packed: Packed, cases: int) -> Cohort:
 def common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
     """The part of the grid that holds every brain, as the network needs its sides."""
     boxes = [case.box for side in packed.values() for case in side]
-    return functools.reduce(lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes)
+    return functools.reduce(
+        lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes
+    )
 
 
 def task_of(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
@@ -188,7 +213,9 @@ def task_of(spec: ModelSpec, packed: Packed) -> dict[str, Any]:
         "scaling and grid": [asdict(spec.scaling), asdict(spec.grid)],
         # What began with random weights says nothing of others, as before there was such a choice.
         "training": {
-            k: value for k, value in schedule.items() if k not in MAY_CHANGE and (k, value) != ("pretrained", "")
+            k: value
+            for k, value in schedule.items()
+            if k not in MAY_CHANGE and (k, value) != ("pretrained", "")
         },
         "training cases": [case.fingerprint for case in packed["train"]],
         "validation cases": [case.fingerprint for case in packed["val"]],

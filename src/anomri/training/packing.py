@@ -60,7 +60,9 @@ class PackedCase:
         """All slices as those of a scan."""
         x = torch.from_numpy(np.stack(self.read(range(self.slices))).astype(np.float32))
         window = Window(0, 0, *x.shape[2:])
-        return SliceStack(x, foreground_of(x, scaling), range(len(x)), (), None, window, self.spacing_mm)
+        return SliceStack(
+            x, foreground_of(x, scaling), range(len(x)), (), None, window, self.spacing_mm
+        )
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
         """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed anew, once."""
@@ -124,12 +126,16 @@ class HealthySlices:
         slices = torch.empty((len(self), *first.shape), dtype=torch.float16, device=self.device)
         for case, end in zip(self.cases, self._ends.tolist(), strict=True):
             if case.healthy:
-                slices[end - len(case.healthy) : end] = torch.from_numpy(np.stack(case.read(case.healthy)))
+                slices[end - len(case.healthy) : end] = torch.from_numpy(
+                    np.stack(case.read(case.healthy))
+                )
         return slices
 
     def _moved(self, x: Tensor) -> Tensor:
         """On the device; from pinned memory a GPU fetches it without the processor waiting for all that it does before."""
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(
+            self.device, non_blocking=True
+        )
 
     def _find(self, number: int) -> tuple[PackedCase, int]:
         place = int(np.searchsorted(self._ends, number, side="right"))
@@ -195,7 +201,12 @@ def _memory_map(file: Path) -> NDArray[np.float16]:
 
 
 def _pack_case(
-    case: Case, channels: Sequence[str], grid: Grid, scaling: Scaling, folder: Path, anew: bool = False
+    case: Case,
+    channels: Sequence[str],
+    grid: Grid,
+    scaling: Scaling,
+    folder: Path,
+    anew: bool = False,
 ) -> PackedCase:
     sources = [*case.files(channels), case.mask, case.label]
     key = _key(sources, channels, grid, scaling)
@@ -211,8 +222,15 @@ def _pack_case(
         facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
         # Written last: a packed case counts from the moment its sidecar is there.
-        write_text(sidecar, json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}))
-    facts |= {"healthy": tuple(facts["healthy"]), "box": tuple(facts["box"]), "spacing_mm": tuple(facts["spacing_mm"])}
+        write_text(
+            sidecar,
+            json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}),
+        )
+    facts |= {
+        "healthy": tuple(facts["healthy"]),
+        "box": tuple(facts["box"]),
+        "spacing_mm": tuple(facts["spacing_mm"]),
+    }
     facts["checksums"] = np.array(facts["checksums"], dtype=np.uint32)
     again = partial(_pack_case, case, channels, grid, scaling, folder, True)
     return PackedCase(case.name, file, **facts, pack=again)
@@ -222,7 +240,9 @@ def _packed_before(file: Path, sidecar: Path) -> dict[str, Any] | None:
     """The facts of a packed case; ``None`` if there is none, or nothing whole."""
     try:
         stored = json.loads(sidecar.read_text(encoding="utf-8"))
-        whole = stored["crc32"] == _crc32(stored["facts"]) and stored["bytes"] == file.stat().st_size
+        whole = (
+            stored["crc32"] == _crc32(stored["facts"]) and stored["bytes"] == file.stat().st_size
+        )
         return dict(stored["facts"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -232,7 +252,9 @@ def _crc32(facts: object) -> int:
     return isal_zlib.crc32(json.dumps(facts).encode())
 
 
-def _facts(stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence[Path]) -> dict[str, Any]:
+def _facts(
+    stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence[Path]
+) -> dict[str, Any]:
     # Of the label as it was drawn: on the working grid the smallest lesions are lost.
     lesion: NDArray[np.bool_] = np.zeros(len(stack.x), dtype=bool)
     if label is not None:
@@ -248,9 +270,14 @@ def _facts(stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence
     }
 
 
-def _key(sources: Sequence[Path | None], channels: Sequence[str], grid: Grid, scaling: Scaling) -> str:
+def _key(
+    sources: Sequence[Path | None], channels: Sequence[str], grid: Grid, scaling: Scaling
+) -> str:
     try:
-        stats = [path and (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+        stats = [
+            path and (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sources
+        ]
     except OSError as error:
         raise AnomriError(f"{error.filename}: cannot be read ({error.strerror}).") from error
     settings = [PACKING_VERSION, list(channels), asdict(grid), asdict(scaling), stats]

@@ -48,8 +48,16 @@ class Pretrained:
         folder = BUILT_IN if str(model) == IN_THE_PACKAGE else Path(model)
         spec, method, weights = read_model(folder)
         if not weights:
-            raise AnomriError(f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained.")
-        return cls(str(folder), spec, weights, cases_of_model(folder), bool(getattr(method, "takes_subsets", False)))
+            raise AnomriError(
+                f"{folder}: {spec.method} has no weights to begin with; leave out --pretrained."
+            )
+        return cls(
+            str(folder),
+            spec,
+            weights,
+            cases_of_model(folder),
+            bool(getattr(method, "takes_subsets", False)),
+        )
 
     @classmethod
     def read_all(cls, models: str | Path | Sequence[str | Path]) -> Pretrained:
@@ -68,12 +76,15 @@ class Pretrained:
                 )
         every = [one, *others]
         weights = {
-            name: torch.stack([each.weights[name].double() for each in every]).mean(0).to(value.dtype)
+            name: torch.stack([each.weights[name].double() for each in every])
+            .mean(0)
+            .to(value.dtype)
             for name, value in one.weights.items()
         }
         # Whom one of them was trained on counts as trained on.
         known = sorted(
-            (case for each in every for case in each.cases), key=lambda case: SPLITS.index(case.split or "test")
+            (case for each in every for case in each.cases),
+            key=lambda case: SPLITS.index(case.split or "test"),
         )
         licences = {each.spec.data_licence: None for each in every}
         return replace(
@@ -105,7 +116,9 @@ class Pretrained:
         if training and training.precision == "bf16-mixed":
             training = replace(training, precision="auto")
         if training:
-            training = replace(training, pretrained=hashlib.sha256(save_tensors(self.weights)).hexdigest())
+            training = replace(
+                training, pretrained=hashlib.sha256(save_tensors(self.weights)).hexdigest()
+            )
         again = FOUND | CHOSEN if spec.score.chosen_by else FOUND
         score = replace(spec.score, **{name: getattr(Score(), name) for name in again})
         if spec.score.chosen_by:
@@ -128,21 +141,32 @@ class Pretrained:
         own, asked = self.spec.channels, wanted
         if not wanted:
             used = [case for case in cases if case.split != "test"] or cases
-            known = [replace(case, channels={k: v for k, v in case.channels.items() if k in own}) for case in used]
+            known = [
+                replace(case, channels={k: v for k, v in case.channels.items() if k in own})
+                for case in used
+            ]
             asked = channels_of(known if any(case.channels for case in known) else used)
         names = tuple(name for name in own if name in asked)
         if not names or {*asked} != {*names}:
-            raise AnomriError(f"{self.folder}: has the channels {', '.join(own)}, not {', '.join(asked)}.")
+            raise AnomriError(
+                f"{self.folder}: has the channels {', '.join(own)}, not {', '.join(asked)}."
+            )
         if names != own and not self.takes_subsets:
             if not wanted:
                 return own
-            raise AnomriError(f"{self.folder}: takes no part of its channels, {', '.join(own)}; leave out --channels.")
+            raise AnomriError(
+                f"{self.folder}: takes no part of its channels, {', '.join(own)}; leave out --channels."
+            )
         return names
 
     def notes(self, channels: Sequence[str]) -> list[str]:
         """What the owner of a cohort should know of a training with these of its channels."""
         absent = [name for name in self.spec.channels if name not in channels]
-        return [f"goes on without {', '.join(absent)}: the new model has {', '.join(channels)}."] if absent else []
+        return (
+            [f"goes on without {', '.join(absent)}: the new model has {', '.join(channels)}."]
+            if absent
+            else []
+        )
 
     def begin(self, network: nn.Module) -> None:
         """Give a network the weights; raises `AnomriError` if it is not of their shape."""
@@ -180,7 +204,9 @@ class Pretrained:
                 f"{self.folder} was trained on all of these patients; add one that it does not know, to validate on."
             )
         held_out = drawn_patients(new, seed)
-        return [replace(case, split="val") if case.patient in held_out else case for case in divided]
+        return [
+            replace(case, split="val") if case.patient in held_out else case for case in divided
+        ]
 
     def others(self, cases: Sequence[Case]) -> list[Case]:
         """The cases it knows that have no side among ``cases``.
@@ -203,7 +229,11 @@ class Pretrained:
     def licence(self, given: str | None) -> str:
         """The terms of a model that begins with it and goes on with scans under those ``given``."""
         terms = given or "unknown for the scans that it went on with"
-        return terms if terms == self.spec.data_licence else f"{terms}; began with weights of: {self.spec.data_licence}"
+        return (
+            terms
+            if terms == self.spec.data_licence
+            else f"{terms}; began with weights of: {self.spec.data_licence}"
+        )
 
 
 def planned(
@@ -232,11 +262,15 @@ def planned(
     check_once(names)
     if pretrained:
         if "network_channels" in settings:
-            raise AnomriError("network_channels are those of the model that a training begins with; leave them out.")
+            raise AnomriError(
+                "network_channels are those of the model that a training begins with; leave them out."
+            )
         names = pretrained.channels_for(cases, names)
     names = names or channels_of(cases)
     method = pretrained.spec.method if pretrained else method or "dae"
-    chosen = pretrained.preset(names) if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
+    chosen = (
+        pretrained.preset(names) if pretrained else methods.preset(method, preset or DEFAULT_PRESET)
+    )
     spec = ModelSpec(
         channels=names,
         method=method,
@@ -266,7 +300,9 @@ def planned(
 def _changed(schedule: Training | None, changes: dict[str, Any]) -> Training | None:
     if schedule is None:
         if changes:
-            raise AnomriError(f"this method is not trained; {', '.join(changes)} would change nothing.")
+            raise AnomriError(
+                f"this method is not trained; {', '.join(changes)} would change nothing."
+            )
         return None
     try:
         return replace(schedule, **changes)

@@ -32,7 +32,7 @@ class TrainingState:
     average: dict[str, Tensor] = field(default_factory=dict)
     """The weights' moving average, where the training keeps one."""
     optimizers: dict[str, Any] = field(default_factory=dict)
-    """By the name of the player whose parameters it moves."""
+    """By the name of the objective whose parameters it moves."""
     losses: list[Tensor] = field(default_factory=list)
     """Losses of the steps since the last validation."""
     task: dict[str, Any] = field(default_factory=dict)
@@ -42,14 +42,20 @@ class TrainingState:
         """Move the average towards the network's weights; it keeps ``share``, less in the first steps."""
         share = min(share, self.step / (self.step + 9))
         weights = network.state_dict()
-        moved = {name: value for name, value in weights.items() if value.is_floating_point() and name in self.average}
+        moved = {
+            name: value
+            for name, value in weights.items()
+            if value.is_floating_point() and name in self.average
+        }
         self.average = {
             name: self.average[name].to(value.device) if name in moved else value.clone()
             for name, value in weights.items()
         }
         if moved:
             # All at once: on a GPU one by one takes longer than the step.
-            get_ema_multi_avg_fn(share)([self.average[name] for name in moved], list(moved.values()), None)
+            get_ema_multi_avg_fn(share)(
+                [self.average[name] for name in moved], list(moved.values()), None
+            )
 
     @contextmanager
     def averaged(self, network: nn.Module) -> Iterator[None]:
@@ -85,7 +91,9 @@ class TrainingState:
                     raise ValueError(f"the checksum of {broken} does not fit")
             state = cls(**torch.load(path, map_location="cpu", weights_only=True))
         except (*LOADING_ERRORS, zipfile.BadZipFile) as error:
-            raise AnomriError(f"{path}: is damaged ({error}); delete it to train from the start.") from error
+            raise AnomriError(
+                f"{path}: is damaged ({error}); delete it to train from the start."
+            ) from error
         changed = [name for name in task if state.task.get(name) != task[name]]
         if changed:
             raise AnomriError(
@@ -107,7 +115,11 @@ class Log:
         rows = []
         if step and self._path.exists():
             with self._path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+                rows = [
+                    row
+                    for row in csv.reader(file)
+                    if row and row[0].isdigit() and int(row[0]) <= step
+                ]
         with whole_file(self._path) as partial, partial.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
         self.seconds = float(rows[-1][-1]) if rows else 0.0
@@ -122,12 +134,24 @@ class Log:
         except (OSError, ValueError):
             return False
 
-    def add(self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float) -> None:
+    def add(
+        self, step: int, loss: float, validation_loss: float, learning_rate: float, seconds: float
+    ) -> None:
         """Append one row."""
         with self._path.open("a", newline="") as file:
-            row = (step, f"{loss:.8g}", f"{validation_loss:.8g}", f"{learning_rate:.6g}", f"{seconds:.2f}")
+            row = (
+                step,
+                f"{loss:.8g}",
+                f"{validation_loss:.8g}",
+                f"{learning_rate:.6g}",
+                f"{seconds:.2f}",
+            )
             csv.writer(file, lineterminator="\n").writerow(row)
-        for name, value in (("loss", loss), ("validation_loss", validation_loss), ("learning_rate", learning_rate)):
+        for name, value in (
+            ("loss", loss),
+            ("validation_loss", validation_loss),
+            ("learning_rate", learning_rate),
+        ):
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from anomri.errors import first_line
-from anomri.methods import Player
+from anomri.methods import Objective
 from anomri.runtime.memory import free_memory
 from anomri.spec import Training
 from anomri.training.batches import Batch, Batches, Loss, Part
@@ -22,14 +22,16 @@ WARM_UP = 5
 """Steps before one is recorded, in which libraries choose their kernels and networks are compiled."""
 
 
-def optimizer_of(player: Player, training: Training, device: torch.device) -> torch.optim.Optimizer:
-    """The training's Adam for what a player moves."""
+def optimizer_of(
+    objective: Objective, training: Training, device: torch.device
+) -> torch.optim.Optimizer:
+    """The training's Adam for what a objective moves."""
     gpu = device.type == "cuda"
     return torch.optim.Adam(
-        player.module.parameters(),
+        objective.module.parameters(),
         # A recorded step reads its rate from the GPU.
         torch.tensor(training.learning_rate, device=device) if gpu else training.learning_rate,
-        player.betas,
+        objective.betas,
         weight_decay=training.weight_decay,
         amsgrad=training.amsgrad,
         fused=gpu or None,
@@ -39,7 +41,10 @@ def optimizer_of(player: Player, training: Training, device: torch.device) -> to
 
 def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
     """Give an optimiser the state of another, which may have been on another kind of device."""
-    here = [{name: group[name] for name in ("lr", "fused", "capturable")} for group in optimizer.param_groups]
+    here = [
+        {name: group[name] for name in ("lr", "fused", "capturable")}
+        for group in optimizer.param_groups
+    ]
     groups = [{**group, **mine} for group, mine in zip(saved["param_groups"], here, strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": groups})
     for parameter, state in optimizer.state.items():
@@ -51,7 +56,7 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
 
 @dataclass
 class Step:
-    """What a player does with a batch; calling it returns the loss.
+    """What a objective does with a batch; calling it returns the loss.
 
     Launching the kernels of a step one by one takes a processor longer than a GPU needs to run them. Where the model's
     method is ``capturable``, one process has the whole batch, and memory suffices, they are recorded into a CUDA graph.
@@ -75,14 +80,19 @@ class Step:
         self.capturable = one_gpu and bool(getattr(self.model, "capturable", False))
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Move the player's parameters at a learning rate."""
+        """Move the objective's parameters at a learning rate."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
         self.calls += 1
-        if self.capturable and self.graph is None and self.calls > WARM_UP and len(batch.parts) == 1:
+        if (
+            self.capturable
+            and self.graph is None
+            and self.calls > WARM_UP
+            and len(batch.parts) == 1
+        ):
             self._record(batch.parts[0])
         if self.graph is None or self.part is None or self.loss is None:
             loss = self.batches.gradient(self.model, self.optimizer, batch, self.loss_of)
@@ -94,12 +104,17 @@ class Step:
         return self.loss.clone()
 
     def _move(self) -> None:
-        self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
+        self.fabric.clip_gradients(
+            self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False
+        )
         self.optimizer.step()
 
     def _record(self, part: Part) -> None:
         # Of the very type that a graph takes; a process with the whole batch draws the same from either.
-        graph, part = torch.cuda.CUDAGraph(), replace(part, generator=torch.Generator(self.fabric.device))
+        graph, part = (
+            torch.cuda.CUDAGraph(),
+            replace(part, generator=torch.Generator(self.fabric.device)),
+        )
         graph.register_generator_state(part.generator)
         stream, problem = torch.cuda.current_stream(), ""
         # Gradients are to lie in the graph's own memory.

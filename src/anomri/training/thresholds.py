@@ -1,6 +1,6 @@
 """Thresholds without labels: scores that healthy tissue of patients not trained on rarely exceeds.
 
-The one of a score that was chosen on synthetic balls is chosen on them too; it then depends on what stands out as well.
+The one of a score that was chosen on synthetic spheres is chosen on them too; it then depends on what stands out as well.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from anomri.scoring.metrics import drop_small_components, precision_recall_of_so
 from anomri.slices import SliceStack, brain_box, foreground_of
 from anomri.spec import HealthyScores, Score, Thresholds
 from anomri.training.packing import PackedCase, spread_healthy
-from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Balls, planted
+from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 DEFAULT_RATE, SPARING_RATE = 0.01, 0.002
 """Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/experiments.md). Healthy
 tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked. The
 first is also the most for a score that was chosen, however little stands out on the channels at hand."""
-SPARING = ("positive", "mark")
+SPARING = ("positive", "probability", "anomaly_probability")
 """How the names of scores begin that take `SPARING_RATE`."""
 MAX_CASES = 64
 """More held-out cases than this do not move the quantiles; their scores are held in memory at once (5 MB a case)."""
@@ -34,9 +34,9 @@ TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
 BINS = 64
 STEPS = 2001
-"""Thresholds that are tried on balls: so many quantiles of the scores of their voxels."""
+"""Thresholds that are tried on spheres: so many quantiles of the scores of their voxels."""
 PLANTED, SUBSET_PLANTED = 48, 12
-"""Scans with balls, several of each of `MAX_SCANS` cases: with nine, another planting moves the threshold by a fifth. Of parts of
+"""Scans with spheres, several of each of `MAX_SCANS` cases: with nine, another planting moves the threshold by a fifth. Of parts of
 the channels there are 2^n, so fewer for each."""
 MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
 """Limits for thresholds of parts of the channels."""
@@ -55,7 +55,10 @@ class _Healthy:
 
     def false_positive_ml(self, threshold: float) -> float:
         """The volume above a threshold."""
-        return float(drop_small_components(self.scores > threshold, self.max_dropped).sum() * self.ml_per_pixel)
+        return float(
+            drop_small_components(self.scores > threshold, self.max_dropped).sum()
+            * self.ml_per_pixel
+        )
 
 
 def default_rate(score: Score) -> float:
@@ -64,20 +67,26 @@ def default_rate(score: Score) -> float:
 
 
 def healthy_thresholds(
-    detector: Detector, held_out: Sequence[PackedCase], progress: Callable[[int, int], None] = lambda done, total: None
+    detector: Detector,
+    held_out: Sequence[PackedCase],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Thresholds | None:
     """Quantiles of the scores of healthy slices' foreground voxels, pooled over ``held_out`` cases; `HealthyScores`.
 
-    The chosen one is at `default_rate`, or, of a score that was chosen on balls, has the highest geometric mean of the
-    Dice of large and of small balls, and is exceeded by at most `DEFAULT_RATE`. ``None`` if there is no healthy slice.
+    The chosen one is at `default_rate`, or, of a score that was chosen on spheres, has the highest geometric mean of the
+    Dice of large and of small spheres, and is exceeded by at most `DEFAULT_RATE`. ``None`` if there is no healthy slice.
     ``progress`` is told how many cases are done, and of how many.
     """
     usable = spread_healthy(held_out, MAX_CASES)
-    return _thresholds(detector, usable, detector.spec.channels, lambda done: progress(done, len(usable)))
+    return _thresholds(
+        detector, usable, detector.spec.channels, lambda done: progress(done, len(usable))
+    )
 
 
 def subset_thresholds(
-    detector: Detector, held_out: Sequence[PackedCase], progress: Callable[[int, int], None] = lambda done, total: None
+    detector: Detector,
+    held_out: Sequence[PackedCase],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Thresholds]:
     """The same for every part of the model's channels, of at most `MAX_SUBSET_CASES` cases.
 
@@ -112,12 +121,15 @@ def _thresholds(
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
     values = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
     chosen, why = default_rate(detector.spec.score), ""
-    if detector.spec.score.chosen_by and (best := _best_on_balls(detector, cases, channels)):
+    if detector.spec.score.chosen_by and (best := _best_on_spheres(detector, cases, channels)):
         threshold, why = best
         chosen = float((pooled > threshold).mean())
         if chosen > DEFAULT_RATE:
             # Where little is found, as on T1 alone, the best Dice has a mask that takes in much healthy tissue.
-            chosen, why = DEFAULT_RATE, f"{why}; raised to what {DEFAULT_RATE:.0%} of healthy voxels exceed"
+            chosen, why = (
+                DEFAULT_RATE,
+                f"{why}; raised to what {DEFAULT_RATE:.0%} of healthy voxels exceed",
+            )
         else:
             values[chosen] = threshold
     rates = sorted(values, reverse=True)
@@ -132,37 +144,42 @@ def _thresholds(
     )
 
 
-def _best_on_balls(
+def _best_on_spheres(
     detector: Detector, cases: Sequence[PackedCase], channels: Sequence[str]
 ) -> tuple[float, str] | None:
-    """The threshold with the highest geometric mean of the Dice of large and of small balls, and why in words.
+    """The threshold with the highest geometric mean of the Dice of large and of small spheres, and why in words.
 
     ``None`` if none of the cases that are taken shows one of the channels on its healthy slices.
     """
     count = PLANTED if tuple(channels) == detector.spec.channels else SUBSET_PLANTED
-    healthy = [_seen(detector, case, channels).take(case.healthy) for case in spread_healthy(cases, MAX_SCANS)]
+    healthy = [
+        _seen(detector, case, channels).take(case.healthy)
+        for case in spread_healthy(cases, MAX_SCANS)
+    ]
     healthy = [stack for stack in healthy if stack.foreground.any()]
     if not healthy:
         return None
-    # Of few scans a few balls would decide.
+    # Of few scans a few spheres would decide.
     stacks = (healthy * math.ceil(count / len(healthy)))[:count]
-    scored = [_score_balls(detector, stacks, balls) for balls in (LARGE, SMALL)]
-    steps = np.unique(np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS)))
+    scored = [_score_spheres(detector, stacks, spheres) for spheres in (LARGE, SMALL)]
+    steps = np.unique(
+        np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS))
+    )
     large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
     best = int(np.argmax(large * small))
     # A mask is what lies above its threshold, and a voxel at the step belongs to it.
     return float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf))), (
-        f"highest geometric mean of the Dice of synthetic balls, {large[best]:.3f}, and of those of 2 to 6 mm, "
+        f"highest geometric mean of the Dice of synthetic spheres, {large[best]:.3f}, and of those of 2 to 6 mm, "
         f"{small[best]:.3f}, in {sum(len(stack.x) for stack in healthy)} healthy slices of {len(healthy)} held-out cases"
     )
 
 
-def _score_balls(
-    detector: Detector, stacks: Sequence[SliceStack], balls: Balls
+def _score_spheres(
+    detector: Detector, stacks: Sequence[SliceStack], spheres: Spheres
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rising scores of the voxels of balls planted in healthy scans, and of the rest of their foreground."""
+    """Rising scores of the voxels of spheres planted in healthy scans, and of the rest of their foreground."""
     found, rest = list[NDArray[np.float32]](), list[NDArray[np.float32]]()
-    for stack, where in planted(stacks, detector.spec.channels, balls):
+    for stack, where in planted(stacks, detector.spec.channels, spheres):
         scores, _ = detector.score(stack)
         found.append(scores[where.numpy()])
         rest.append(scores[(stack.foreground & ~where).numpy()])
@@ -198,7 +215,9 @@ def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _He
 
 def _describe(scored: Sequence[_Healthy], pooled: NDArray[np.float32]) -> HealthyScores:
     peaks = sorted(float(one.scores.max()) for one in scored)
-    steps = np.unique([*np.quantile(pooled, 1 - TABLE_RATES).astype(np.float32), np.float32(peaks[-1])])
+    steps = np.unique(
+        [*np.quantile(pooled, 1 - TABLE_RATES).astype(np.float32), np.float32(peaks[-1])]
+    )
     steps = steps[steps > 0] if (steps > 0).any() else steps[-1:]
     volumes = [float(np.mean([one.false_positive_ml(step) for one in scored])) for step in steps]
     top = peaks[-1] or 1.0

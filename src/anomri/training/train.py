@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from anomri import methods
 from anomri.errors import AnomriError, Interrupted
-from anomri.methods import Player
+from anomri.methods import Objective
 from anomri.methods.networks.unet import compile_networks
 from anomri.model.detector import Detector
 from anomri.runtime.devices import can_compile, resolve_device
@@ -141,7 +141,9 @@ def train(
     with team.sole_use(folder):
         if team.once(lambda: finished(folder, spec, known, resume)):
             return Detector.load(folder, device)
-        return _train(cases, known, started, folder, spec, place, accumulate, team, device, progress)
+        return _train(
+            cases, known, started, folder, spec, place, accumulate, team, device, progress
+        )
 
 
 def _train(
@@ -158,14 +160,21 @@ def _train(
 ) -> Detector:
     schedule = spec.training
     keep_memory()
-    packed = pack_splits(cases, spec, cache, team, lambda done, total: progress(Progress("pack", done, total)))
+    packed = pack_splits(
+        cases, spec, cache, team, lambda done, total: progress(Progress("pack", done, total))
+    )
     spec = replace(
         spec,
         cohort=describe_cohort(packed, len(cases)),
-        crop=common_box(packed, methods.build(spec), spec) if schedule and schedule.crop_to_brain else None,
+        crop=common_box(packed, methods.build(spec), spec)
+        if schedule and schedule.crop_to_brain
+        else None,
     )
     state = TrainingState.load(folder, task_of(spec, packed))
-    team.agree(state.step, f"{folder}: is not the same folder for all processes; name one that all machines see.")
+    team.agree(
+        state.step,
+        f"{folder}: is not the same folder for all processes; name one that all machines see.",
+    )
     if team.first:
         write_splits(folder / "splits.csv", known)
     torch.manual_seed(schedule.seed if schedule else 0)
@@ -184,7 +193,9 @@ def _train(
         progress(Progress("score", done, total))
 
     scored(0, 1)
-    spec = replace(spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"])))
+    spec = replace(
+        spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"]))
+    )
     detector.spec = spec
     thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
     parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
@@ -216,18 +227,33 @@ def fit(
     if training.precision == "bf16-mixed" or fabric.device.type == "cuda":
         # What convolutions are computed in, in bfloat16 and on GPUs; any other layout is turned at every layer.
         network.to(memory_format=torch.channels_last)
-    players = methods.players(network)
-    batches = Batches(fabric, team, slices, training.batch_size, accumulate, divisible=not players[0].name)
-    model, *optimizers = fabric.setup(network, *(optimizer_of(player, training, fabric.device) for player in players))
-    if fabric.device.type == "cuda" and training.steps - state.step >= COMPILED_FROM and can_compile(fabric.device):
+    objectives = methods.objectives(network)
+    batches = Batches(
+        fabric, team, slices, training.batch_size, accumulate, divisible=not objectives[0].name
+    )
+    model, *optimizers = fabric.setup(
+        network, *(optimizer_of(objective, training, fabric.device) for objective in objectives)
+    )
+    if (
+        fabric.device.type == "cuda"
+        and training.steps - state.step >= COMPILED_FROM
+        and can_compile(fabric.device)
+    ):
         compile_networks(network)
     if state.step:
-        for player, optimizer in zip(players, optimizers, strict=True):
-            load_optimizer(optimizer, state.optimizers[player.name])
+        for objective, optimizer in zip(objectives, optimizers, strict=True):
+            load_optimizer(optimizer, state.optimizers[objective.name])
         state.losses = [loss.to(fabric.device) for loss in state.losses]
     steps = [
-        Step(fabric, batches, model, optimizer, partial(_loss, model, spec, player), training.gradient_clip)
-        for player, optimizer in zip(players, optimizers, strict=True)
+        Step(
+            fabric,
+            batches,
+            model,
+            optimizer,
+            partial(_loss, model, spec, objective),
+            training.gradient_clip,
+        )
+        for objective, optimizer in zip(objectives, optimizers, strict=True)
     ]
     log = Log(folder, state.step) if team.first else None
     start = time.monotonic() - (log.seconds if log else 0.0)
@@ -239,11 +265,13 @@ def fit(
     with StopRequest.listen() as stop:
         for step in range(state.step - unvalidated, training.steps):
             if step == state.step:
-                batch = batches.load(batch_numbers(len(slices), training, step), training.seed * 2**32 + step)
+                batch = batches.load(
+                    batch_numbers(len(slices), training, step), training.seed * 2**32 + step
+                )
                 losses = [
-                    move(batch, player.rate * learning_rate(training, step))
-                    for player, move in zip(players, steps, strict=True)
-                    if player.plays(step, training.steps)
+                    move(batch, objective.rate * learning_rate(training, step))
+                    for objective, move in zip(objectives, steps, strict=True)
+                    if objective.active(step, training.steps)
                 ]
                 state.step, state.losses = step + 1, [*state.losses, torch.stack(losses).sum()]
                 if training.average:
@@ -251,7 +279,9 @@ def fit(
 
             due = _validated(training, state.step)
             since = time.monotonic() - saved_at
-            late = team.first and (since > SAVE_EVERY_S or (due and took < QUICK_S + SAVING_SHARE * since))
+            late = team.first and (
+                since > SAVE_EVERY_S or (due and took < QUICK_S + SAVING_SHARE * since)
+            )
             stopping, saving = divmod(team.largest(2 * (stop.signal or 0) + late, fabric.device), 2)
             if due or stopping or saving:
                 state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
@@ -261,7 +291,10 @@ def fit(
                     loss = validation_loss(fabric, model, spec, held_out, team, stop)
                     if loss is not None and loss < state.best_loss:
                         state.best_loss = loss
-                        state.best = {name: value.cpu().clone() for name, value in network.state_dict().items()}
+                        state.best = {
+                            name: value.cpu().clone()
+                            for name, value in network.state_dict().items()
+                        }
                 if loss is None:
                     stopping = team.largest(stop.signal or 0, fabric.device)
                 else:
@@ -273,14 +306,21 @@ def fit(
             if stopping or saving or state.step == training.steps:
                 saved, begun = state.step, time.monotonic()
                 state.network = network.state_dict()
-                state.optimizers = {p.name: o.state_dict() for p, o in zip(players, optimizers, strict=True)}
+                state.optimizers = {
+                    p.name: o.state_dict() for p, o in zip(objectives, optimizers, strict=True)
+                }
                 if team.first:
                     state.save(folder)
                 saved_at, took = time.monotonic(), time.monotonic() - begun
-            progress(Progress("train", state.step, training.steps, loss_mean, loss_held_out, batches.told()))
+            progress(
+                Progress(
+                    "train", state.step, training.steps, loss_mean, loss_held_out, batches.told()
+                )
+            )
             if stopping:
                 raise Interrupted(
-                    f"stopped at step {state.step} of {training.steps}; continue with --resume.", stopping
+                    f"stopped at step {state.step} of {training.steps}; continue with --resume.",
+                    stopping,
                 )
     if log:
         log.close()
@@ -293,8 +333,12 @@ def fit(
     return state.best
 
 
-def _loss(model: Any, spec: ModelSpec, player: Player, x: Tensor, generator: Generator) -> Tensor:
-    loss: Tensor = model(x, foreground_of(x, spec.scaling), generator, spec.crop, **player.arguments)
+def _loss(
+    model: Any, spec: ModelSpec, objective: Objective, x: Tensor, generator: Generator
+) -> Tensor:
+    loss: Tensor = model(
+        x, foreground_of(x, spec.scaling), generator, spec.crop, **objective.arguments
+    )
     return loss
 
 
@@ -325,7 +369,9 @@ def validation_loss(
             for number in batches[turn + team.rank : turn + team.rank + 1]:
                 x = held_out.batch(chosen[number : number + training.batch_size].tolist())
                 generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
-                total += float(model(x, foreground_of(x, spec.scaling), generator, spec.crop)) * len(x)
+                total += float(
+                    model(x, foreground_of(x, spec.scaling), generator, spec.crop)
+                ) * len(x)
             if stop is not None and team.largest(stop.signal or 0, fabric.device):
                 break
         else:
@@ -335,7 +381,9 @@ def validation_loss(
     return None
 
 
-def _check_losses(state: TrainingState, saved: int, training: Training, slices: HealthySlices) -> None:
+def _check_losses(
+    state: TrainingState, saved: int, training: Training, slices: HealthySlices
+) -> None:
     """Raise `AnomriError` naming the first step whose loss is not finite, before anything of it is saved."""
     values = torch.stack(state.losses)
     if bool(values.isfinite().all()):

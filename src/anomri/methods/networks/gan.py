@@ -20,7 +20,9 @@ class SliceGenerator(nn.Module):
         widths = [width * multiple for multiple in reversed(MULTIPLES)]
         self.begin = nn.Linear(latent, widths[0] * COARSEST**2)
         self.blocks = nn.Sequential(*(ResidualBlock(a, b, up=True) for a, b in pairwise(widths)))
-        self.end = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.end = nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 3, padding=1)
+        )
 
     def forward(self, latent: Tensor) -> Tensor:
         """(n, latent) -> (n, channels, 128, 128)."""

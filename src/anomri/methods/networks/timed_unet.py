@@ -33,7 +33,9 @@ class Decoder(nn.Module):
     def __init__(self, channels: int, widths: Sequence[int]) -> None:
         super().__init__()
         pairs = list(pairwise(reversed(widths)))
-        self.upsample = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs
+        )
         self.blocks = nn.ModuleList(ConvBlock(fine, fine) for _, fine in pairs)
         self.head = nn.Conv2d(widths[0], channels, 1)
 
@@ -52,7 +54,11 @@ class TimedUNet(UNet):
     def __init__(self, channels: int, widths: Sequence[int], embedding: int = 128) -> None:
         super().__init__(channels, widths)
         half = embedding // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "frequencies",
+            torch.exp(-math.log(10_000) * torch.arange(half) / half),
+            persistent=False,
+        )
         self.embed = nn.Sequential(
             nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )

@@ -40,7 +40,9 @@ class WeightStandardisedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of (n, in, h, w)."""
         x = self._padded(x)
-        return functional.conv2d(x, self.weight if self.standardised else standardise_weight(self.weight), self.bias)
+        return functional.conv2d(
+            x, self.weight if self.standardised else standardise_weight(self.weight), self.bias
+        )
 
     def swish(self, x: Tensor) -> Tensor:
         """Swish of the convolution of (n, in, h, w)."""
@@ -50,7 +52,16 @@ class WeightStandardisedConv2d(nn.Conv2d):
         # One pass over the maps instead of two; autocast does not know the operator.
         x = self._padded(x.to(self.weight.dtype))
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, [0, 0], self.stride, self.dilation, self.groups, "swish", [1.0], ""
+            x,
+            self.weight,
+            self.bias,
+            [0, 0],
+            self.stride,
+            self.dilation,
+            self.groups,
+            "swish",
+            [1.0],
+            "",
         )
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -63,7 +74,9 @@ class WeightStandardisedConv2d(nn.Conv2d):
 def can_fuse_swish(dtype: torch.dtype) -> bool:
     """Whether torch has, for this processor, the operator that `torch.compile` makes of a convolution and a Swish."""
     # Elsewhere oneDNN may have no fast kernel for it.
-    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(
+        torch.ops.mkldnn, "_convolution_pointwise"
+    ):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -93,14 +106,19 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int, widths: Sequence[int] = (64, 128, 256, 512), out_channels: int | None = None
+        self,
+        channels: int,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
         self.encoder = nn.ModuleList(
             [ConvBlock(channels, widths[0])] + [ConvBlock(fine, coarse) for fine, coarse in pairs]
         )
-        self.upsample = nn.ModuleList([nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs])
+        self.upsample = nn.ModuleList(
+            [nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairs]
+        )
         self.decoder = nn.ModuleList([ConvBlock(2 * fine, fine) for fine, _ in pairs])
         self.head = nn.Conv2d(widths[0], out_channels or channels, 1)
 
@@ -118,7 +136,9 @@ class UNet(nn.Module):
             return self.head(x.float())
 
 
-def fold_weight_standardisation(network: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fold_weight_standardisation(
+    network: nn.Module, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Standardise the filters of ``network`` once, in place, for inference; its output does not change.
 
     ``dtype`` is what autocast would round them to at every call, or float32 without it. Parameters below `TINY`, which
@@ -154,7 +174,9 @@ def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises ``KeyError`` naming the parameter that is not one of that program's U-Net.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    levels = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("down_path.")), default=0)
+    levels = 1 + max(
+        (int(name.split(".")[1]) for name in state if name.startswith("down_path.")), default=0
+    )
     in_block = {"1": "conv1", "3": "norm1", "5": "conv2", "7": "norm2"}
     renamed = {}
     for name, value in state.items():

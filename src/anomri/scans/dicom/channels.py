@@ -23,7 +23,9 @@ _WITHOUT_AGENT = re.compile(
     rf"(?<![a-z])(?:(?:pre(?![a-z0-9]|[ _-]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
     rf"(?:non?|pre)[ _-]*{_AGENT})|(?<![a-z0-9])(?:-c\b|c-(?!\w))"
 )
-_EITHER = re.compile(r"(?<![a-z0-9])w(?:ith)?[ _]*(?:/|&|\+|and)?[ _]*w(?:/?o|ithout)(?![a-z])|t1-c\b")
+_EITHER = re.compile(
+    r"(?<![a-z0-9])w(?:ith)?[ _]*(?:/|&|\+|and)?[ _]*w(?:/?o|ithout)(?![a-z])|t1-c\b"
+)
 _NO_AGENT = {"no", "none", "n", "no contrast", "without", "nil", "0"}
 
 

@@ -18,8 +18,22 @@ REASONS = {
     "1.2.840.10008.1.3.10": "a DICOMDIR, an index only; the images it lists are looked for in this folder itself",
 }
 """Why an object of this SOP class is left out, where its name does not say it."""
-TAGS = ["SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription"]
-TAGS += ["ProtocolName", "ImageType", "ContrastBolusAgent", "EchoTime", "InversionTime", "ScanningSequence"]
+TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "Modality",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+]
+TAGS += [
+    "ProtocolName",
+    "ImageType",
+    "ContrastBolusAgent",
+    "EchoTime",
+    "InversionTime",
+    "ScanningSequence",
+]
 TAGS += ["FrameOfReferenceUID"]
 
 
@@ -40,7 +54,9 @@ def regular_files(folder: Path) -> Iterator[Path]:
     """The files in a folder and below it, less hidden ones and what is no plain file; `AnomriError` if it is none."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
-        raise AnomriError(f"{folder}: {what}; name the folder that holds the DICOM series (not a DICOMDIR).")
+        raise AnomriError(
+            f"{folder}: {what}; name the folder that holds the DICOM series (not a DICOMDIR)."
+        )
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
@@ -104,7 +120,9 @@ def reason_of(error: Exception) -> str:
 def cut_short(path: Path, error: Exception | str) -> AnomriError:
     """What to raise for a file that cannot be read."""
     reason = error if isinstance(error, str) else reason_of(error)
-    return AnomriError(f"{path}: cannot be read as DICOM, it is damaged or cut short ({reason}); copy it again.")
+    return AnomriError(
+        f"{path}: cannot be read as DICOM, it is damaged or cut short ({reason}); copy it again."
+    )
 
 
 def text_of(header: Any, keyword: str) -> str:

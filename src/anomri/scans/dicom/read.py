@@ -34,7 +34,7 @@ from anomri.scans.dicom.files import (
     text_of,
 )
 from anomri.scans.geometry import Geometry
-from anomri.scans.names import MARKS
+from anomri.scans.names import ANNOTATIONS
 from anomri.scans.nifti import read_image, write_image_file
 from anomri.scans.volume import image_of
 
@@ -45,7 +45,9 @@ STEP_TOLERANCE = 0.05
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 
 
-def find_series(folder: str | Path, skipped: Callable[[str], None] = lambda what: None) -> list[Series]:
+def find_series(
+    folder: str | Path, skipped: Callable[[str], None] = lambda what: None
+) -> list[Series]:
     """The MR series in ``folder`` and below it, sorted by description; headers are read, pixels are not.
 
     File names do not matter. Objects that are no MR image, localizers and files that are not DICOM are left out;
@@ -83,7 +85,9 @@ def find_series(folder: str | Path, skipped: Callable[[str], None] = lambda what
         skipped(what)
     if not found:
         holds = "; ".join(left_out) or "no file at all"
-        raise AnomriError(f"{folder}: no MR image series found. It holds: {holds}. Name a folder that holds MR series.")
+        raise AnomriError(
+            f"{folder}: no MR image series found. It holds: {holds}. Name a folder that holds MR series."
+        )
     return sorted(found, key=lambda series: (series.description, series.uid))
 
 
@@ -108,17 +112,25 @@ def choose_series(
             else:
                 chosen.setdefault(channel, []).append(series)
     for channel, name in (channels or {}).items():
-        if not re.fullmatch(r"[a-z0-9]+", channel) or channel in MARKS:
-            raise AnomriError(f"channel {channel!r}: name it in lower-case letters and digits, such as flair.")
+        if not re.fullmatch(r"[a-z0-9]+", channel) or channel in ANNOTATIONS:
+            raise AnomriError(
+                f"channel {channel!r}: name it in lower-case letters and digits, such as flair."
+            )
         same = [s for s in found if name == s.uid or name.strip().lower() == s.description.lower()]
         chosen[channel] = same
-    doubtful = [f"{channel} is {len(members)} series" for channel, members in chosen.items() if len(members) != 1]
+    doubtful = [
+        f"{channel} is {len(members)} series"
+        for channel, members in chosen.items()
+        if len(members) != 1
+    ]
     if not chosen:
         doubtful = ["no series is known by its description to be flair, t1, t1ce or t2"]
     elif not doubtful and len({members[0].study for members in chosen.values()}) > 1:
         doubtful = ["the series belong to several studies; name a folder, or series, of one"]
     if doubtful:
-        listing = "".join(f"\n  {series}: {guess_channel(series) or 'channel not known'}" for series in found)
+        listing = "".join(
+            f"\n  {series}: {guess_channel(series) or 'channel not known'}" for series in found
+        )
         raise AnomriError(
             f"{folder}: {', '.join(doubtful)}. Say which series is which channel by its description or UID, as in "
             f"flair={found[0].description or found[0].uid!r}. MR series found:{listing}"
@@ -143,16 +155,23 @@ def convert(
     Series are not registered to each other. Raises `AnomriError` naming the folder or file that is not MR, damaged
     or incomplete, and ``pip install 'anomri[dicom]'`` if the libraries are missing.
     """
-    return convert_series(choose_series(folder, channels, skipped), out, keep_identifiers=keep_identifiers)
+    return convert_series(
+        choose_series(folder, channels, skipped), out, keep_identifiers=keep_identifiers
+    )
 
 
-def convert_series(chosen: Mapping[str, Series], out: str | Path, *, keep_identifiers: bool = False) -> Case:
+def convert_series(
+    chosen: Mapping[str, Series], out: str | Path, *, keep_identifiers: bool = False
+) -> Case:
     """As `convert`, for series that are chosen already: channel -> series of one study."""
     first = next(iter(chosen.values()))
     name, subject = f"case{sha256(first.study.encode()).hexdigest()[:12]}", None
     if keep_identifiers:
         with quiet():
-            subject = text_of(optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]), "PatientID")
+            subject = text_of(
+                optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]),
+                "PatientID",
+            )
         # The hash stays: two visits of a patient are two cases, and one must not overwrite the other.
         name = f"{re.sub(r'[^A-Za-z0-9.-]+', '-', subject).strip('.-') or 'unnamed'}-{name[4:]}"
     images = {channel: read_series(series) for channel, series in chosen.items()}
@@ -162,7 +181,9 @@ def convert_series(chosen: Mapping[str, Series], out: str | Path, *, keep_identi
         data = np.asanyarray(image.dataobj)
         as_stored = np.array([[0, 1], [1, 1], [2, 1]])
         rows, columns, slices = data.shape
-        written = image_of(data, Geometry((rows, columns, slices), image.affine, as_stored, image.header))
+        written = image_of(
+            data, Geometry((rows, columns, slices), image.affine, as_stored, image.header)
+        )
         # One that is there already keeps its time, by which a run that goes on knows what it has done.
         if not _holds(files[channel], written):
             write_image_file(files[channel], written)
@@ -202,15 +223,23 @@ def read_series(series: Series) -> nib.Nifti1Image:
         try:
             # Not reoriented: `volume` does that, and the slices stay slices.
             image = library.dicom_array_to_nifti(ordered, None, reorient_nifti=False)["NII"]
-        except Exception as error:  # whatever a decoder or dicom2nifti raises; the first bad file is named
+        except (
+            Exception
+        ) as error:  # whatever a decoder or dicom2nifti raises; the first bad file is named
             for one in slices:
                 check_pixels(one)
-            raise AnomriError(f"{where}: dicom2nifti cannot convert it ({reason_of(error)}).") from error
+            raise AnomriError(
+                f"{where}: dicom2nifti cannot convert it ({reason_of(error)})."
+            ) from error
     data = np.asanyarray(image.dataobj)
     if data.shape != (ordered[0].Columns, ordered[0].Rows, len(ordered)):
-        raise AnomriError(f"{where}: an image of {data.shape} came out of {len(ordered)} grey slices; convert by hand.")
+        raise AnomriError(
+            f"{where}: an image of {data.shape} came out of {len(ordered)} grey slices; convert by hand."
+        )
     if not np.allclose(image.affine, affine, atol=1e-3):
-        raise AnomriError(f"{where}: dicom2nifti places it elsewhere than its headers say; convert it by hand.")
+        raise AnomriError(
+            f"{where}: dicom2nifti places it elsewhere than its headers say; convert it by hand."
+        )
     data = data.astype(np.float32) if data.dtype.kind == "f" else data
     clean = nib.Nifti1Image(data, affine)
     clean.header.set_xyzt_units("mm")
@@ -226,14 +255,23 @@ def stack(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np
     if orientation, pixel size or matrix differ, if a slice is missing or there twice, or is shifted sideways.
     """
     where = f"{series.files[0].parent}, series {series}"
-    no_place = "a file gives no usable position, orientation or pixel size; it is no slice of a scan"
+    no_place = (
+        "a file gives no usable position, orientation or pixel size; it is no slice of a scan"
+    )
     try:
-        planes = [(*one.ImageOrientationPatient, *one.PixelSpacing, one.Rows, one.Columns) for one in headers]
+        planes = [
+            (*one.ImageOrientationPatient, *one.PixelSpacing, one.Rows, one.Columns)
+            for one in headers
+        ]
         plane = np.array(planes, dtype=np.float64)
         position = np.array([one.ImagePositionPatient for one in headers], dtype=np.float64)
     except Exception as error:  # values are parsed when asked for, so anything can come out
         raise AnomriError(f"{where}: {no_place} ({reason_of(error)}).") from error
-    if plane.shape[1:] != (10,) or position.shape[1:] != (3,) or not np.isfinite(np.hstack([plane, position])).all():
+    if (
+        plane.shape[1:] != (10,)
+        or position.shape[1:] != (3,)
+        or not np.isfinite(np.hstack([plane, position])).all()
+    ):
         raise AnomriError(f"{where}: {no_place}.")
     odd = np.abs(plane - plane[0]).max(axis=1)
     if odd.max() > 1e-3:
@@ -242,7 +280,10 @@ def stack(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np
             f"and {series.files[0].name}); several scans are mixed in it. Hand in one of them in its own folder."
         )
     along, down = plane[0, :3], plane[0, 3:6]
-    if not np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-2) or plane[0, 6:8].min() <= 0:
+    if (
+        not np.allclose([along @ along, down @ down, along @ down], [1, 1, 0], atol=1e-2)
+        or plane[0, 6:8].min() <= 0
+    ):
         raise AnomriError(f"{where}: {no_place}.")
     order = np.argsort(position[:, np.abs(np.ptp(position, axis=0)).argmax()], kind="stable")
     position, files = position[order], [series.files[number] for number in order]
@@ -285,7 +326,9 @@ def _why_not(kind: str, series: Series, header: Any) -> str | None:
     return None
 
 
-def _check_steps(where: str, position: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]) -> None:
+def _check_steps(
+    where: str, position: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]
+) -> None:
     """See that slices sorted by ``position`` (n, 3) in mm follow each other at one distance along ``normal``."""
     steps = np.diff(position, axis=0)
     distance = np.abs(steps @ normal)
@@ -304,4 +347,6 @@ def _check_steps(where: str, position: NDArray[np.float64], normal: NDArray[np.f
         )
     sideways = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1)
     if sideways.max() > STEP_TOLERANCE * usual:
-        raise AnomriError(f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample it.")
+        raise AnomriError(
+            f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample it."
+        )

@@ -24,7 +24,13 @@ from anomri.scans.dicom.read import stack
 from anomri.scans.geometry import Geometry
 
 PATIENT_AND_STUDY = ["PatientName", "PatientID", "PatientBirthDate", "PatientSex"]
-PATIENT_AND_STUDY += ["AccessionNumber", "StudyDate", "StudyTime", "StudyID", "ReferringPhysicianName"]
+PATIENT_AND_STUDY += [
+    "AccessionNumber",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "ReferringPhysicianName",
+]
 OFFSET_TOLERANCE = 0.1
 """How far, in voxels, a voxel of the mask may lie from the pixel of the source series that it becomes."""
 
@@ -50,7 +56,9 @@ def write_segmentation(
         try:
             headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in source.files]
         except Exception as error:  # damaged bytes make pydicom raise about anything
-            raise AnomriError(f"{where}: cannot be read as DICOM ({reason_of(error)}); copy it again.") from error
+            raise AnomriError(
+                f"{where}: cannot be read as DICOM ({reason_of(error)}); copy it again."
+            ) from error
         ordered, affine = stack(source, headers)
         for one in ordered:
             # Where names were taken out the whole element may be gone; the standard wants it there, empty.
@@ -66,9 +74,13 @@ def write_segmentation(
                 _segmentation(highdicom, ordered, frames, parameters or {}).save_as(partial)
             except OSError:
                 raise
-            except Exception as error:  # highdicom raises what a missing or odd header value leads to
+            except (
+                Exception
+            ) as error:  # highdicom raises what a missing or odd header value leads to
                 reason = reason_of(error)
-                raise AnomriError(f"{where}: its headers do not do for a DICOM SEG ({reason}).") from error
+                raise AnomriError(
+                    f"{where}: its headers do not do for a DICOM SEG ({reason})."
+                ) from error
 
 
 def _onto(
@@ -83,8 +95,12 @@ def _onto(
     # The axes are taken from where voxels lie in mm: which way the mask's file was stored does not matter.
     turn = orientations.io_orientation(np.linalg.inv(affine) @ here)
     turned = orientations.apply_orientation(mask, turn)
-    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(shape) - 1)
-    there = apply_affine(np.linalg.inv(here @ orientations.inv_ornt_aff(turn, mask.shape)) @ affine, corners)
+    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (
+        np.array(shape) - 1
+    )
+    there = apply_affine(
+        np.linalg.inv(here @ orientations.inv_ornt_aff(turn, mask.shape)) @ affine, corners
+    )
     apart = float(np.abs(there - corners).max())
     if turned.shape != shape or apart > OFFSET_TOLERANCE:
         raise AnomriError(
