@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COHORT ?= ../shared/data/brats18
 
-.PHONY: demo test bench clean
+.PHONY: demo test docs bench clean
 
 demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about seven minutes
 	$(BIN)/anomri demo -o demo
@@ -15,6 +15,9 @@ test: $(VENV)/.ready  ## lint, types, layers, tests
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+docs: $(VENV)/.ready  ## the site, in site/; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.ready  ## speed as ratios to the plain program, on real scans
 	$(BIN)/python benchmarks/speed.py $(COHORT)
 
@@ -24,4 +27,4 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
