@@ -3,17 +3,15 @@ from pathlib import Path
 import pytest
 
 from anomri.errors import AnomriError
-from anomri.scans.case import (
-    Case,
+from anomri.scans.case import Case, case_from_files, common_channels
+from anomri.scans.find import find_cases
+from anomri.scans.splits import (
     assign_splits,
-    case_of_files,
-    channels_of,
     read_splits,
     split_cases,
-    splits_of,
+    splits_by_name,
     write_splits,
 )
-from anomri.scans.find import find_cases
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -79,9 +77,12 @@ def test_channels_are_those_that_most_cases_have() -> None:
     def case(*names: str) -> Case:
         return Case("c", dict.fromkeys(names, Path("x")))
 
-    assert channels_of([case("t2", "flair"), case("t1"), case("flair", "t2")]) == ("flair", "t2")
+    assert common_channels([case("t2", "flair"), case("t1"), case("flair", "t2")]) == (
+        "flair",
+        "t2",
+    )
     with pytest.raises(AnomriError, match="no case"):
-        channels_of([])
+        common_channels([])
 
 
 def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_missing_channel_is_named_with_what_was_found(tmp_path: Path) -> None:
         ("case\tflair\n../a\tx.nii.gz\n", "holds a '/'"),
         (
             "case\tflair\tsplit\na\tx.nii.gz\ttraining\n",
-            "split 'training' is none of train, val, test",
+            "split 'training' is not one of train, val, test",
         ),
         ("case\tflair\n", "no scans found"),
     ],
@@ -194,7 +195,7 @@ def test_channels_by_the_names_of_others(tmp_path: Path) -> None:
         find_cases(touch(tmp_path / "twice", "x_t1.nii.gz", "x_T1w.nii.gz"))
     file = tmp_path / "flat" / "a-b_T1w.nii.gz"
     with pytest.raises(AnomriError, match="two of the channels t1, T1w are the same"):
-        case_of_files({"t1": file, "T1w": file})
+        case_from_files({"t1": file, "T1w": file})
 
 
 def test_what_was_detected_is_no_scan(tmp_path: Path) -> None:
@@ -338,7 +339,7 @@ def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) 
     ]
     (annexed := tmp_path / "p3" / "FLAIR.nii.gz").parent.mkdir()
     annexed.symlink_to(tmp_path / "store" / "KEY.nii.gz")
-    assert [case_of_files({"flair": annexed}).name, find_cases(annexed)[0].name] == ["p3", "p3"]
+    assert [case_from_files({"flair": annexed}).name, find_cases(annexed)[0].name] == ["p3", "p3"]
 
 
 def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> None:
@@ -932,7 +933,7 @@ def test_a_patient_who_was_seen_once_was_seen() -> None:
         Case("P1_v3", {}, split="val"),
     ]
     for order in (cases, cases[::-1]):
-        assert splits_of(order) == {
+        assert splits_by_name(order) == {
             "P1": "train",
             "P1_v1": "test",
             "P1_v2": "train",

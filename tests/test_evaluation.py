@@ -22,8 +22,9 @@ from anomri.evaluation.evaluate import (
     merge_evaluations,
 )
 from anomri.model.detector import Detector
-from anomri.scans.case import Case, model_cases, splits_of, write_splits
+from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.splits import read_split_cases, splits_by_name, write_splits
 from anomri.scoring.metrics import count_lesions, dice, drop_small_components
 from anomri.spec import Grid
 from conftest import AFFINE, SHAPE, write
@@ -430,7 +431,7 @@ def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Pat
     write_splits(
         table, [Case("sub-01_ses-1", {}, split="train"), Case("a", {}, split="val", subject="P7")]
     )
-    seen = splits_of(model_cases(table))
+    seen = splits_by_name(read_split_cases(table))
     assert [case.name for case in choose_cases(cases, None, seen)[0]] == ["sub-02_ses-1", "b"]
     known = [*cases[1:2], replace(cases[2], subject="P7")]
     assert [case.name for case in choose_cases(known, None, seen)[0]] == ["sub-02_ses-1"]

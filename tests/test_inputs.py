@@ -15,7 +15,7 @@ from anomri.evaluation.evaluate import evaluate
 from anomri.model.detector import Detector
 from anomri.reporting.viewer import _scans
 from anomri.runs.detect import detect_cohort
-from anomri.scans.case import Case, case_of_files
+from anomri.scans.case import Case, case_from_files
 from anomri.scans.find import find_cases
 from anomri.scans.intake import holds_dicom
 from anomri.scans.nifti import read_image, values_of
@@ -233,13 +233,13 @@ def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
     for name in ("p7_flair.nii.gz", "other.nii", "T1.nii.gz"):
         (tmp_path / name).touch()
     assert (
-        case_of_files({"FLAIR": tmp_path / "p7_flair.nii.gz", "t1": tmp_path / "other.nii"}).name
+        case_from_files({"FLAIR": tmp_path / "p7_flair.nii.gz", "t1": tmp_path / "other.nii"}).name
         == "p7"
     )
-    assert case_of_files({"t1": str(tmp_path / "other.nii")}).name == "other"
-    assert case_of_files({"t1": tmp_path / "T1.nii.gz"}).name == tmp_path.name
+    assert case_from_files({"t1": str(tmp_path / "other.nii")}).name == "other"
+    assert case_from_files({"t1": tmp_path / "T1.nii.gz"}).name == tmp_path.name
     assert (
-        case_of_files({"t1": tmp_path / "T1.nii.gz", "mask": tmp_path / "other.nii"}).mask
+        case_from_files({"t1": tmp_path / "T1.nii.gz", "mask": tmp_path / "other.nii"}).mask
         == tmp_path / "other.nii"
     )
     for files, message in (
@@ -248,7 +248,7 @@ def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
         ({"t1": "gone.nii"}, "no such file"),
     ):
         with pytest.raises(AnomriError, match=message):
-            case_of_files(files)
+            case_from_files(files)
 
 
 @pytest.mark.parametrize(

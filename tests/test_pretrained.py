@@ -11,8 +11,9 @@ from anomri import methods
 from anomri.errors import AnomriError, Interrupted
 from anomri.model.detector import BUILT_IN, Detector
 from anomri.model.files import read_model, write_model
-from anomri.scans.case import Case, model_cases, splits_of, write_splits
+from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.splits import read_split_cases, splits_by_name, write_splits
 from anomri.spec import ModelSpec, Score
 from anomri.training.recipe import Pretrained
 from anomri.training.state import TrainingState
@@ -152,8 +153,8 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     assert (both.spec.channels, both.spec.score) == (spec.channels, spec.score)
     assert both.spec.data_licence == f"{spec.data_licence}; CC0" and both.takes_subsets
     # Of two sides the one that more was seen of.
-    sides = splits_of(Pretrained.read(marking).cases)
-    assert splits_of(both.cases) == sides | {"else": "train"} and sides["case0"] == "train"
+    sides = splits_by_name(Pretrained.read(marking).cases)
+    assert splits_by_name(both.cases) == sides | {"else": "train"} and sides["case0"] == "train"
     still = {"steps": 1, "learning_rate": 1e-12}
     trained = train(
         cohort,
@@ -229,7 +230,7 @@ def test_the_model_knows_the_cases_of_both_trainings(
         write_case(tmp_path / "others", f"new{number}", 20 + number, lesion=False)
     short = {"steps": 2, "validate_every": 2}
     train(tmp_path / "others", tmp_path / "model", pretrained=model, training=short, cache=cache)
-    splits = {case.name: case.split for case in model_cases(tmp_path / "model" / "splits.csv")}
+    splits = {case.name: case.split for case in read_split_cases(tmp_path / "model" / "splits.csv")}
     assert splits == {case.name: case.split for case in find_cases(cohort)} | {
         name: splits[name] for name in ("new0", "new1")
     }

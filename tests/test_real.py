@@ -8,7 +8,7 @@ import numpy as np
 
 import anomri
 from anomri.evaluation.evaluate import evaluate
-from anomri.scans.case import channels_of
+from anomri.scans.case import common_channels
 from anomri.scans.find import find_cases
 from anomri.scans.volume import read_volume
 from anomri.slices import slice_volume
@@ -16,7 +16,7 @@ from anomri.slices import slice_volume
 
 def test_the_cohort_is_found_with_its_splits(real_scans: Path) -> None:
     cases = find_cases(real_scans / "brats18")
-    assert channels_of(cases) == ("flair", "t1", "t1ce", "t2")
+    assert common_channels(cases) == ("flair", "t1", "t1ce", "t2")
     assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [
         20,
         3,
@@ -27,7 +27,7 @@ def test_the_cohort_is_found_with_its_splits(real_scans: Path) -> None:
 
 def test_a_real_scan_is_cut_as_published(real_scans: Path) -> None:
     case = find_cases(real_scans / "brats18" / "Brats18_2013_11_1")[0]
-    stack = slice_volume(read_volume(case, channels_of([case])))
+    stack = slice_volume(read_volume(case, common_channels([case])))
     assert stack.index == range(2, 144)
     assert stack.x.shape == (142, 4, 128, 128)
     # Every channel's 99th percentile is 1 before slices are shrunk.

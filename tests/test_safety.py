@@ -178,7 +178,7 @@ def test_weights_that_are_no_numbers_are_refused(stranger: Path) -> None:
 
 def test_a_split_that_is_none_is_refused(stranger: Path) -> None:
     (stranger / "splits.csv").write_text("case,split\ncase0,train\ncase1,tr")
-    refused(stranger, "splits.csv, line 3: split 'tr' is none of train, val, test")
+    refused(stranger, "splits.csv, line 3: split 'tr' is not one of train, val, test")
 
 
 def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:

@@ -18,8 +18,9 @@ from anomri.methods import Objective
 from anomri.methods.dae import DAE
 from anomri.model.detector import Detector
 from anomri.runtime.interruption import StopRequest
-from anomri.scans.case import Case, split_cases
+from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.splits import split_cases
 from anomri.spec import Grid, ModelSpec, Scaling, Training
 from anomri.training.cohort import notes_of, with_images
 from anomri.training.packing import HealthySlices, cohort_fingerprint, pack_cohort

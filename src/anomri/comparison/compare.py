@@ -19,8 +19,9 @@ from anomri.evaluation.evaluate import choose_cases
 from anomri.files import output_folder, read_json, sole_use, write_text
 from anomri.runs.records import files_of
 from anomri.runtime.launch import alone
-from anomri.scans.case import Case, channels_of, read_splits, split_cases
+from anomri.scans.case import Case, common_channels
 from anomri.scans.find import find_cases
+from anomri.scans.splits import read_splits, split_cases
 from anomri.spec import ModelSpec
 from anomri.training.train import Progress
 
@@ -86,7 +87,7 @@ def compare(
         test_cases=test_cases,
         preset=preset,
         training=training or {},
-        channels=tuple(channels or channels_of(cases)),
+        channels=tuple(channels or common_channels(cases)),
         cache=None if cache is None else Path(cache),
         device=device,
     )

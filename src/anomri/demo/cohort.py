@@ -26,8 +26,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from anomri.files import output_folder, write_text
-from anomri.scans.case import Case, write_splits
+from anomri.scans.case import Case
 from anomri.scans.nifti import write_image_file
+from anomri.scans.splits import write_splits
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -26,11 +26,12 @@ from anomri.model.lesions import Lesion, find_lesions
 from anomri.model.sensitivity import choose_threshold
 from anomri.model.views import averaged_output, check_score
 from anomri.runtime.devices import resolve_device
-from anomri.scans.case import Case, case_of_files, splits_of, write_splits
+from anomri.scans.case import Case, case_from_files
 from anomri.scans.find import find_cases
 from anomri.scans.names import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
 from anomri.scans.nifti import as_files
 from anomri.scans.prepare import Preparation, prepare
+from anomri.scans.splits import splits_by_name, write_splits
 from anomri.scans.volume import Volume
 from anomri.scoring.metrics import drop_small_components
 from anomri.scoring.scores import anomaly_score, check_scores, score_of
@@ -88,8 +89,8 @@ class Detector:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Which cases and patients the model was trained on and held out (`case.splits_of`)."""
-        return splits_of(self.cases)
+        """Which cases and patients the model was trained on and held out (`splits.splits_by_name`)."""
+        return splits_by_name(self.cases)
 
     @property
     def thresholds(self) -> Thresholds | None:
@@ -286,7 +287,7 @@ class Detector:
             scan = {self.channels[0] if len(self.channels) == 1 else "flair": scan}
         if isinstance(scan, Mapping):
             with as_files(scan) as files:
-                return self.read(case_of_files(files, name), preparation)
+                return self.read(case_from_files(files, name), preparation)
         if not isinstance(scan, Case):
             cases = self.find_cases(scan)
             if len(cases) > 1:

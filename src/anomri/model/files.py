@@ -18,8 +18,9 @@ from torch import Tensor
 from anomri import methods
 from anomri.errors import AnomriError
 from anomri.files import output_folder, whole_file, write_text
-from anomri.scans.case import Case, model_cases
+from anomri.scans.case import Case
 from anomri.scans.names import channel_name
+from anomri.scans.splits import read_split_cases
 from anomri.scoring.positions import unpacked_maps
 from anomri.spec import FORMAT_VERSION, ModelSpec
 
@@ -174,7 +175,7 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
 def cases_of_model(folder: Path) -> list[Case]:
     """The cases that a model was trained on and held out, without their files; none where its folder does not say."""
     splits = folder / "splits.csv"
-    return model_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else []
+    return read_split_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else []
 
 
 def plain_file(path: Path, limit: int) -> Path:

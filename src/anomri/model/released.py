@@ -14,7 +14,7 @@ from anomri.errors import AnomriError, first_line
 from anomri.methods.networks.unet import rename_released_parameters
 from anomri.model.detector import Detector
 from anomri.model.files import LOADING_ERRORS
-from anomri.scans.case import check_once
+from anomri.scans.case import check_unique
 from anomri.spec import ModelSpec
 
 RELEASED_CHANNELS = ("flair", "t1", "t1ce", "t2")
@@ -54,7 +54,7 @@ def import_checkpoint(
         raise AnomriError(
             f"{file}: is not of the released U-Net: {error.args[0] if error.args else error}."
         ) from error
-    check_once(channels)
+    check_unique(channels)
     if count != len(channels):
         raise AnomriError(
             f"{file}: has {count} channels, but {len(channels)} are named ({', '.join(channels)}); use --channels."

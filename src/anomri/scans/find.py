@@ -15,15 +15,7 @@ from pathlib import Path
 from anomri.errors import AnomriError
 from anomri.files import read_json
 from anomri.scans.bids import bids_cases, check_labels
-from anomri.scans.case import (
-    SPLITS,
-    Case,
-    assign_splits,
-    case_with,
-    read_splits,
-    several,
-    table_rows,
-)
+from anomri.scans.case import Case, case_from_kinds, note_choice
 from anomri.scans.names import (
     ANNOTATIONS,
     CHANNELS,
@@ -39,6 +31,8 @@ from anomri.scans.names import (
     split_name,
     split_names,
 )
+from anomri.scans.splits import SPLITS, assign_splits, read_splits
+from anomri.scans.tables import read_table
 
 VISIT = re.compile(
     r"ses(sion)?[-_]?[a-z0-9]+|(visit|v|m|tp|time(point)?|scan|exam|day|week|month|year|fu|follow[-_]?up)[-_]?\d+"
@@ -345,8 +339,8 @@ def _case(name: str, files: Mapping[str, Sequence[Path]]) -> Case:
         (path, kind) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths
     ]:
         chosen[labels[0][1]] = labels[0][0]
-    case = case_with(name, chosen)
-    notes = [*case.notes, *several(name, "label", [path for path, _ in labels])]
+    case = case_from_kinds(name, chosen)
+    notes = [*case.notes, *note_choice(name, "label", [path for path, _ in labels])]
     if (
         case.label
         and name not in case.label.name
@@ -421,7 +415,7 @@ def _contents(named: Mapping[Path, tuple[str, str]]) -> list[tuple[str, tuple[bo
 
 def _cases_in_table(path: Path) -> list[Case]:
     cases: dict[str, Case] = {}
-    for line, row in enumerate(table_rows(path, ("case",)), start=2):
+    for line, row in enumerate(read_table(path, ("case",)), start=2):
         name, split = row.pop("case"), row.pop("split", None) or None
         subject = row.pop("subject", None) or None
         if not name or name in cases or not may_name_files(name):
@@ -430,7 +424,7 @@ def _cases_in_table(path: Path) -> list[Case]:
             )
         if split not in (*SPLITS, None):
             raise AnomriError(
-                f"{path}, line {line}: split {split!r} is none of {', '.join(SPLITS)}."
+                f"{path}, line {line}: split {split!r} is not one of {', '.join(SPLITS)}."
             )
         given = {column: path.parent / value for column, value in row.items() if value}
         files = {channel_name(column): file for column, file in given.items()}
@@ -441,5 +435,5 @@ def _cases_in_table(path: Path) -> list[Case]:
         for column, file in files.items():
             if not file.is_file():
                 raise AnomriError(f"{path}, line {line}, column {column}: no such file: {file}")
-        cases[name] = replace(case_with(name, files), split=split, subject=subject)
+        cases[name] = replace(case_from_kinds(name, files), split=split, subject=subject)
     return list(cases.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anomri.errors import AnomriError
 from anomri.files import output_folder
-from anomri.scans.case import Case, case_of_files
+from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series
 from anomri.scans.dicom.read import choose_series, convert_series
 from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, split_name
@@ -89,7 +89,7 @@ def take_in(
         )
     if source is None:
         return _only_nifti(
-            Intake([case_of_files(files)]), bool(series) or keep_identifiers or dicom_seg
+            Intake([case_from_files(files)]), bool(series) or keep_identifiers or dicom_seg
         )
     if not source.is_dir() or not holds_dicom(source, out):
         return _only_nifti(

@@ -14,7 +14,9 @@ from anomri.errors import AnomriError
 from anomri.methods import Box
 from anomri.model.files import cases_of_model
 from anomri.runtime.processes import Processes
-from anomri.scans.case import Case, model_cases, splits_of, table_rows
+from anomri.scans.case import Case
+from anomri.scans.splits import read_split_cases, splits_by_name
+from anomri.scans.tables import read_table
 from anomri.slices import join_boxes
 from anomri.spec import Cohort, Grid, ModelSpec, Training
 from anomri.training.packing import PackedCase, cohort_fingerprint, pack_cohort
@@ -85,10 +87,10 @@ def _check_room(folder: Path, cases: Sequence[Case]) -> None:
 def _splits_alike(path: Path, cases: Sequence[Case]) -> bool:
     """Whether a table says of the cases what `case.write_splits` would, and nothing else."""
     try:
-        columns = {name for row in table_rows(path, ("case", "split")) for name in row}
-        return columns <= {"case", "split", "subject"} and splits_of(
-            model_cases(path)
-        ) == splits_of(cases)
+        columns = {name for row in read_table(path, ("case", "split")) for name in row}
+        return columns <= {"case", "split", "subject"} and splits_by_name(
+            read_split_cases(path)
+        ) == splits_by_name(cases)
     except AnomriError:
         return False
 
@@ -108,7 +110,7 @@ def _is_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
         same(found) == same(spec)
         and trained == wanted
         and scored == asked
-        and splits_of(cases_of_model(folder)) == splits_of(cases)
+        and splits_by_name(cases_of_model(folder)) == splits_by_name(cases)
     )
 
 

@@ -20,8 +20,9 @@ from anomri.model.detector import BUILT_IN
 from anomri.model.files import cases_of_model, check_readable, read_model
 from anomri.model.views import check_score
 from anomri.runtime.devices import resolve_device, resolve_precision
-from anomri.scans.case import SPLITS, Case, channels_of, check_once, drawn_patients, splits_of
+from anomri.scans.case import Case, check_unique, common_channels
 from anomri.scans.names import channel_name
+from anomri.scans.splits import SPLITS, draw_patients, splits_by_name
 from anomri.spec import ModelSpec, Scaling, Score, Training
 from anomri.training.cohort import CHOSEN, FOUND, check_grid
 
@@ -145,7 +146,7 @@ class Pretrained:
                 replace(case, channels={k: v for k, v in case.channels.items() if k in own})
                 for case in used
             ]
-            asked = channels_of(known if any(case.channels for case in known) else used)
+            asked = common_channels(known if any(case.channels for case in known) else used)
         names = tuple(name for name in own if name in asked)
         if not names or {*asked} != {*names}:
             raise AnomriError(
@@ -184,7 +185,7 @@ class Pretrained:
         Where then none is for validation, those that the model was validated on are, also if they are to be trained on; else a
         tenth, at least one, of the patients that it was not trained on. Raises `AnomriError` if it was trained on them all.
         """
-        sides, given = splits_of(self.cases), any(case.split for case in cases)
+        sides, given = splits_by_name(self.cases), any(case.split for case in cases)
         before = {case.name: sides.get(case.name) or sides.get(case.patient) for case in cases}
         if any(case.split == "val" for case in cases) or not any(before.values()):
             return list(cases)
@@ -203,7 +204,7 @@ class Pretrained:
             raise AnomriError(
                 f"{self.folder} was trained on all of these patients; add one that it does not know, to validate on."
             )
-        held_out = drawn_patients(new, seed)
+        held_out = draw_patients(new, seed)
         return [
             replace(case, split="val") if case.patient in held_out else case for case in divided
         ]
@@ -214,7 +215,7 @@ class Pretrained:
         Raises `AnomriError` if a patient that it was trained on is held out among these, or one that it was validated on
         is for testing.
         """
-        sides = splits_of(self.cases)
+        sides = splits_by_name(self.cases)
         for case in cases:
             known = {sides.get(case.name), sides.get(case.patient)}
             for side, verb in (("train", "trained"), ("val", "validated")):
@@ -259,14 +260,14 @@ def planned(
             f"a training that begins with {pretrained.folder} has its method and its recipe; leave out --method and --preset."
         )
     names = tuple(map(channel_name, channels or ()))
-    check_once(names)
+    check_unique(names)
     if pretrained:
         if "network_channels" in settings:
             raise AnomriError(
                 "network_channels are those of the model that a training begins with; leave them out."
             )
         names = pretrained.channels_for(cases, names)
-    names = names or channels_of(cases)
+    names = names or common_channels(cases)
     method = pretrained.spec.method if pretrained else method or "dae"
     chosen = (
         pretrained.preset(names) if pretrained else methods.preset(method, preset or DEFAULT_PRESET)

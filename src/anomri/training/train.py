@@ -24,8 +24,9 @@ from anomri.runtime.devices import can_compile, resolve_device
 from anomri.runtime.interruption import StopRequest
 from anomri.runtime.memory import keep_memory
 from anomri.runtime.processes import Processes, fabric_of, processes
-from anomri.scans.case import Case, assign_splits, read_splits, split_cases, write_splits
+from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.splits import assign_splits, read_splits, split_cases, write_splits
 from anomri.slices import foreground_of
 from anomri.spec import ModelSpec, Training
 from anomri.training.batches import Batches
