@@ -15,17 +15,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nilearn.datasets import (
-    load_mni152_brain_mask,
-    load_mni152_gm_template,
-    load_mni152_template,
-    load_mni152_wm_template,
-)
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from anomri.files import output_folder, write_text
+from anomri.optional import optional
 from anomri.scans.case import Case
 from anomri.scans.nifti import write_image_file
 from anomri.scans.splits import write_splits
@@ -187,11 +182,12 @@ def template_maps(blur_mm: float) -> Images:
     They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), what these leave unexplained
     of the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask (``brain``).
     """
+    datasets = optional("nilearn.datasets", "demo", "the synthetic cohort")
     loaders = (
-        load_mni152_template,
-        load_mni152_gm_template,
-        load_mni152_wm_template,
-        load_mni152_brain_mask,
+        datasets.load_mni152_template,
+        datasets.load_mni152_gm_template,
+        datasets.load_mni152_wm_template,
+        datasets.load_mni152_brain_mask,
     )
     t1, gm, wm, brain = (
         np.asarray(load(resolution=1).dataobj, np.float32)[TEMPLATE_BOX] for load in loaders

@@ -21,7 +21,7 @@ from anomri.runtime.devices import resolve_device
 from anomri.runtime.launch import launched
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 PATIENCE = timedelta(days=2)
 """How long a process waits for the others; a launcher ends those that wait for one that is dead."""
@@ -118,9 +118,9 @@ class Processes:
 def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
     """A Fabric on the processes that torchrun or srun started, one accelerator each, or on this process alone."""
     # Here, since it takes longer to import than torch, and detection by one process does without.
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins import environments
-    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import environments
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     place, accelerator = launched(), resolve_device(device).type
     kinds: Any = environments
@@ -132,7 +132,7 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
             precision=precision,
             plugins=[kinds.LightningEnvironment()],
         )
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if place.launcher == "srun":
         # Fabric insists on the option of this name; --ntasks alone says as much.
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place.local_count))

@@ -37,11 +37,10 @@ LPS = np.diag([-1.0, -1, 1, 1])
 @lru_cache(maxsize=1)
 def template() -> tuple[nib.Nifti1Image, Lattice]:
     """The brain of the MNI152 T1 template at 2 mm, and the model's grid placed around it."""
-    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
-
-    image = load_mni152_template(resolution=TEMPLATE_MM)
+    datasets = optional("nilearn.datasets", "register", "--register")
+    image = datasets.load_mni152_template(resolution=TEMPLATE_MM)
     # Resampled by nilearn, the template is a little above zero in all of its field.
-    brain = np.asanyarray(load_mni152_brain_mask(resolution=TEMPLATE_MM).dataobj) > 0
+    brain = np.asanyarray(datasets.load_mni152_brain_mask(resolution=TEMPLATE_MM).dataobj) > 0
     image = nib.Nifti1Image(np.asanyarray(image.dataobj, dtype=np.float32) * brain, image.affine)
     inside = np.argwhere(np.asanyarray(image.dataobj) > 0)
     middle = nib.affines.apply_affine(image.affine, (inside.min(axis=0) + inside.max(axis=0)) / 2)

@@ -104,13 +104,11 @@ class TrainingState:
 
 
 class Log:
-    """``log.csv`` of a training, and the same for TensorBoard; rows after the step resumed from are dropped."""
+    """``log.csv`` of a training, and the same for TensorBoard if that is installed; rows after the step resumed from are dropped."""
 
     COLUMNS = ("step", "loss", "validation_loss", "learning_rate", "seconds")
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self._path = folder / "log.csv"
         rows = []
         if step and self._path.exists():
@@ -124,7 +122,7 @@ class Log:
             csv.writer(file, lineterminator="\n").writerows([self.COLUMNS, *rows])
         self.seconds = float(rows[-1][-1]) if rows else 0.0
         """What the training had taken when it was last logged."""
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = _tensorboard(folder / "tensorboard", step)
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
@@ -147,6 +145,8 @@ class Log:
                 f"{seconds:.2f}",
             )
             csv.writer(file, lineterminator="\n").writerow(row)
+        if self._board is None:
+            return
         for name, value in (
             ("loss", loss),
             ("validation_loss", validation_loss),
@@ -155,5 +155,15 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what TensorBoard has not yet."""
-        self._board.close()
+        """Write the rest of the TensorBoard log."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer for TensorBoard, or ``None`` without the extra ``tensorboard``: ``log.csv`` has the same."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
