@@ -451,7 +451,7 @@ def test_nothing_of_others_is_overwritten(
     dataset: Path, detector: Detector, tmp_path: Path
 ) -> None:
     description = (dataset / "dataset_description.json").read_text()
-    with pytest.raises(AnomriError, match="anomri did not write"):
+    with pytest.raises(AnomriError, match="was not written by anomri"):
         run_participant(dataset, dataset, detector, skip_bids_validation=True)
     assert (dataset / "dataset_description.json").read_text() == description
     out = tmp_path / "out"

@@ -247,7 +247,7 @@ def test_a_table_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(AnomriError, match=f"{name}: is no result of anomri"):
+    with pytest.raises(AnomriError, match=f"{name}: was not written by anomri"):
         evaluate(cases, tmp_path / "out", maps=tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == [name]
 

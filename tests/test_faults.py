@@ -17,9 +17,10 @@ import torch
 import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
-from anomri.files import PARTIAL, sole_use
+from anomri.files import PARTIAL
 from anomri.methods.dae import DAE
 from anomri.model.detector import Detector
+from anomri.runtime.folders import sole_use
 from anomri.scans.find import find_cases
 from anomri.spec import Grid, Scaling
 from anomri.training.packing import HealthySlices, pack_cohort
@@ -187,7 +188,7 @@ def test_a_damaged_cache_without_its_scan_is_told(cohort: Path, tmp_path: Path) 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from anomri.files import sole_use
+from anomri.runtime.folders import sole_use
 with sole_use(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -13,11 +13,11 @@ import pytest
 import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
-from anomri.files import sole_use
 from anomri.model.detector import Detector
 from anomri.reporting.pages import read_tsv
 from anomri.runs.records import Shard
 from anomri.runs.tables import CaseResult, write_dicom_seg
+from anomri.runtime.folders import sole_use
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from conftest import write
@@ -41,7 +41,7 @@ def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name:
     (flat / name).write_text('{"EchoTime": 0.1}')
     with pytest.raises(
         AnomriError,
-        match=f"{name}: is no result of anomri, and those of the case p would replace it",
+        match=f"{name}: was not written by anomri and would be overwritten",
     ):
         anomri.detect_cohort([Case("p", dict(find_cases(flat)[0].channels))], flat, model)
     assert (flat / name).read_text() == '{"EchoTime": 0.1}' and not (
@@ -55,7 +55,7 @@ def test_a_table_that_no_run_wrote_is_not_replaced(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(AnomriError, match=f"{name}: is no result of anomri"):
+    with pytest.raises(AnomriError, match=f"{name}: was not written by anomri"):
         anomri.detect_cohort(flat, tmp_path / "out", model)
     assert (tmp_path / "out" / name).read_text() == "mine"
     (tmp_path / "out" / name).unlink()
@@ -67,7 +67,7 @@ def test_a_table_that_no_run_wrote_is_not_replaced(
 def test_a_converter_s_json_beside_a_map_is_not_replaced(flat: Path, model: Path) -> None:
     (flat / "p_anomaly.nii.gz").touch()
     (flat / "p.json").write_text('{"EchoTime": 0.1}')
-    with pytest.raises(AnomriError, match="p.json: is no result of anomri"):
+    with pytest.raises(AnomriError, match="p.json: was not written by anomri"):
         anomri.detect_cohort(flat, flat, model)
 
 
@@ -124,7 +124,7 @@ def test_without_a_threshold_nothing_was_looked_for(
 def test_shards_and_whole_runs_keep_each_other_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anomri.files.MOMENT_S", 0.1)
+    monkeypatch.setattr("anomri.runtime.folders.MOMENT_S", 0.1)
     first, second = Shard(1, 2), Shard(2, 2)
     with first.sole_use(tmp_path):
         (half := tmp_path / ".partial-0-x").touch()

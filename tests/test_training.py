@@ -388,7 +388,7 @@ def test_a_table_that_is_not_the_training_s_is_not_replaced(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(
-        AnomriError, match=f"{name}: is not of this training, which would replace it"
+        AnomriError, match=f"{name}: was not written by anomri and would be overwritten"
     ):
         train(cohort, tmp_path, preset="tiny", training={"steps": 1}, cache=cache)
     assert (tmp_path / name).read_text() == content

@@ -16,8 +16,9 @@ from anomri.comparison.jobs import Job, evaluate_job, result_of, run_in_process,
 from anomri.comparison.report import Row, write_comparison
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import choose_cases
-from anomri.files import output_folder, read_json, sole_use, write_text
+from anomri.files import output_folder, read_json, write_text
 from anomri.runs.records import files_of
+from anomri.runtime.folders import RUN_FACTS, refuse_foreign, refuse_foreign_tables, sole_use
 from anomri.runtime.launch import alone
 from anomri.scans.case import Case, common_channels
 from anomri.scans.find import find_cases
@@ -26,6 +27,8 @@ from anomri.spec import ModelSpec
 from anomri.training.train import Progress
 
 CURVES = ("noise_resolution", "noise_std")
+TABLES = ("table.tsv", "table.md", "cost.tsv", "examples.png", "report.html")
+"""What a comparison writes beside ``comparison.json`` and the picture of each curve."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,8 @@ def _is_done(job: Job) -> bool:
 def _same_comparison(folder: Path, first: Job) -> None:
     """Refuse to mix the models of two comparisons in one folder."""
     path = folder / "comparison.json"
+    refuse_foreign([path], lambda path: RUN_FACTS[path.name] in read_json(path))
+    refuse_foreign_tables(folder, TABLES)
     facts = {
         "preset": first.preset,
         "training": first.training,
@@ -205,10 +210,6 @@ def _same_comparison(folder: Path, first: Job) -> None:
     }
     if path.is_file():
         before = read_json(path)
-        if "version of anomri" not in before:
-            raise AnomriError(
-                f"{path}: is of no comparison, and this one would replace it; name another folder with -o."
-            )
         changed = [name for name, value in facts.items() if before.get(name, value) != value]
         if changed:
             raise AnomriError(

@@ -12,12 +12,13 @@ from typing import Any
 
 from anomri.errors import AnomriError
 from anomri.evaluation.pooling import Evaluation, Pool, Scored, spool
-from anomri.files import check_tables, output_folder, sole_use, write_text
+from anomri.files import output_folder, write_text
 from anomri.model.detector import Detector
 from anomri.reporting.pages import evaluation_report
 from anomri.reporting.previews import remove_preview, save_preview
 from anomri.runs.detect import LOGS, problem, read_ahead
 from anomri.runs.records import PLAN, Records, Shard, keys_of
+from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.processes import Processes, processes
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
@@ -90,7 +91,7 @@ def evaluate(
             return _pooled(records, None)
     folder = Path(out)
     with team.sole_use(folder):
-        team.once(lambda: check_tables(folder, TABLES, (LOGS, SCORES)))
+        team.once(lambda: refuse_foreign_tables(folder, TABLES))
         done = team.once(
             lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint)
         )
@@ -108,7 +109,7 @@ def evaluate_shard(
     part, folder = Shard.parse(shard), Path(out)
     assert part is not None
     with part.sole_use(folder):
-        check_tables(folder, TABLES, (LOGS, SCORES))
+        refuse_foreign_tables(folder, TABLES)
         records = Records.begin(folder / SCORES, plan.keys, plan.facts)
         mine = Processes(part.number - 1, part.count).part(plan.cases)
         _spool(plan, mine, records, progress)

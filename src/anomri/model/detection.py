@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.errors import AnomriError
-from anomri.files import output_folder, says, write_text
+from anomri.files import has_key, output_folder, write_text
 from anomri.model.lesions import Lesion
+from anomri.runtime.folders import refuse_foreign
 from anomri.scans.case import Case
 from anomri.scans.names import OUTPUTS
 from anomri.scans.nifti import write_image_file
@@ -28,54 +29,49 @@ BRIGHTEST_RATE = 0.0005
 """Colours end at twice the score that so many healthy voxels exceed, or as few as the model stores."""
 
 SUMMARY_KEY = "anomri"
-"""What the ``<case>.json`` of a run has, and that of a converter has not."""
+"""A key that ``<case>.json`` has if anomri wrote it, and not if a DICOM converter did."""
 
 Kind = Literal["anomaly", "mask", "reconstruction"]
 
 
-def check_room(folder: Path, cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` if the results of one of the ``cases`` would replace a file in ``folder`` that is none.
+def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise `AnomriError` if a result of one of the ``cases`` would overwrite a file that anomri did not write.
 
-    A mask there may be a brain's, and a ``.json`` a converter's. Beside a map or a summary, images are an earlier run's.
+    A ``_mask.nii.gz`` may be a brain mask, and a ``.json`` a converter's. Images count as anomri's where the
+    case's summary or anomaly map lies beside them, a summary by its content.
     """
     for case in cases:
-        *images, about = _paths(folder, case.name)
-        known = says(about, SUMMARY_KEY)
-        foreign = [about] if about.exists() and not known else []
-        if not known and not images[-1].exists():
-            foreign += [path for path in images if path.exists()]
-        if foreign:
-            raise AnomriError(
-                f"{foreign[0]}: is no result of anomri, and those of the case {case.name} would replace it; name another "
-                f"folder with -o."
-            )
+        *images, summary = _result_files(folder, case.name)
+        has_summary = has_key(summary, SUMMARY_KEY)
+        if has_summary:
+            continue
+        foreign = [summary] if images[-1].exists() else [summary, *images]
+        refuse_foreign(foreign, is_own=lambda path: False)
 
 
-def without_result(case: Case) -> Case:
-    """The case without a brain mask that is none but what an earlier run found in it, and left beside its images."""
+def without_own_mask(case: Case) -> Case:
+    """The case without its brain mask, where that is the lesion mask of an earlier run beside the scan."""
     mask = case.mask
     if (
         mask
         and mask.name == f"{case.name}_mask.nii.gz"
-        and says(mask.with_name(f"{case.name}.json"), SUMMARY_KEY)
+        and has_key(mask.with_name(f"{case.name}.json"), SUMMARY_KEY)
     ):
         return replace(case, mask=None)
     return case
 
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
-    """Remove the files of a case that a run before this one left, but those ``kept``: what stays is of one model."""
-    for path in _paths(folder, case):
+    """Remove the results of an earlier run of a case, but those ``kept``: all that stay are of one model."""
+    for path in _result_files(folder, case):
         if path not in kept:
             path.unlink(missing_ok=True)
 
 
-def _paths(folder: Path, case: str) -> list[Path]:
-    """What there may be of a case; the map and the summary, by which the others are known, last."""
-    return [
-        folder / f"{case}{end}"
-        for end in ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
-    ]
+def _result_files(folder: Path, case: str) -> list[Path]:
+    """All files that may hold results of a case; the anomaly map and the summary come last."""
+    endings = ("_mask.dcm", *(f"_{kind}.nii.gz" for kind in reversed(OUTPUTS)), ".json")
+    return [folder / f"{case}{ending}" for ending in endings]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from anomri.reporting.pages import detection_report
 from anomri.runs.detect import detect_each, finished
 from anomri.runs.records import Records, keys_of
 from anomri.runs.tables import CaseResult, run_facts, tsv, write_run, write_tables
+from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.launch import alone
 from anomri.scans.bids import CHANNELS, bids_cases, description, validate
 from anomri.scans.case import Case
@@ -225,6 +226,11 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     return saved
 
 
+def _is_derivative(path: Path) -> bool:
+    """Whether a ``dataset_description.json`` is that of derivatives that anomri made."""
+    return '"anomri"' in json.dumps(read_json(path).get("GeneratedBy"))
+
+
 def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
     """Make ``out`` a derivative data set, or see that it is one of the same input and model."""
     try:
@@ -234,11 +240,8 @@ def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
             f"{out}: lies on another drive than {root}; name a folder on the same one."
         ) from error
     path, source = out / "dataset_description.json", description(root)
+    refuse_foreign([path], _is_derivative)
     old = read_json(path) if path.is_file() else {}
-    if old and '"anomri"' not in json.dumps(old.get("GeneratedBy")):
-        raise AnomriError(
-            f"{path}: describes a data set that anomri did not write; name another output folder."
-        )
     if old.get("DatasetLinks", {"source": link}) != {"source": link}:
         raise AnomriError(
             f"{path}: holds results of {old['DatasetLinks']}, not of {link}; name another output folder."

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from anomri.errors import AnomriError
-from anomri.files import check_tables, sole_use
-from anomri.model.detection import Detection, check_room, remove_results, without_result
+from anomri.model.detection import (
+    Detection,
+    refuse_foreign_results,
+    remove_results,
+    without_own_mask,
+)
 from anomri.model.detector import Detector
 from anomri.reporting.previews import save_preview
 from anomri.runs.records import Records, Shard, check_same_scans, keys_of, origin_of
 from anomri.runs.tables import CaseResult, run_facts, write_run_tables
+from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.launch import processors
 from anomri.runtime.processes import Processes, processes
 from anomri.runtime.threads import threads_divided
@@ -65,7 +70,7 @@ def detect_cohort(
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    cases = [without_result(case) for case in listed]
+    cases = [without_own_mask(case) for case in listed]
     keys = keys_of(
         cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction
     )
@@ -76,8 +81,8 @@ def detect_cohort(
 
         def check() -> None:
             of_this_run = mine if part else cases
-            check_room(folder, of_this_run)
-            check_tables(folder, TABLES, (LOGS,))
+            refuse_foreign_results(folder, of_this_run)
+            refuse_foreign_tables(folder, TABLES)
             check_same_scans(folder / LOGS, of_this_run)
 
         check() if part else team.once(check)

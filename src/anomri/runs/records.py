@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from anomri.errors import AnomriError
-from anomri.files import LOCK, output_folder, sole_use, write_text
+from anomri.files import output_folder, write_text
+from anomri.runtime.folders import LOCK, sole_use
 from anomri.scans.case import Case
 from anomri.scans.names import may_name_files
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from anomri.errors import AnomriError
-from anomri.files import sole_use
 from anomri.runtime.devices import resolve_device
+from anomri.runtime.folders import sole_use
 from anomri.runtime.launch import launched
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Processes:
 
     @contextmanager
     def sole_use(self, folder: Path) -> Iterator[None]:
-        """`files.sole_use` for all processes together, held by process 0."""
+        """`folders.sole_use` for all processes together, held by process 0."""
         with ExitStack() as held:
             self.once(lambda: held.enter_context(sole_use(folder)))
             yield

@@ -13,6 +13,7 @@ from typing import Any
 from anomri.errors import AnomriError
 from anomri.methods import Box
 from anomri.model.files import cases_of_model
+from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.processes import Processes
 from anomri.scans.case import Case
 from anomri.scans.splits import read_split_cases, splits_by_name
@@ -72,16 +73,9 @@ def finished(folder: Path, spec: ModelSpec, cases: Sequence[Case], resume: bool)
 
 
 def _check_room(folder: Path, cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` for tables in ``folder`` that a training would replace and that are none of its own."""
-    for name, is_own in (
-        ("splits.csv", lambda path: _splits_alike(path, cases)),
-        ("log.csv", Log.is_one),
-    ):
-        path = folder / name
-        if path.exists() and not is_own(path):
-            raise AnomriError(
-                f"{path}: is not of this training, which would replace it; name another folder with -o, or move it away."
-            )
+    """Raise `AnomriError` for tables in ``folder`` that a training would overwrite and did not write."""
+    refuse_foreign([folder / "splits.csv"], lambda path: _splits_alike(path, cases))
+    refuse_foreign([folder / "log.csv"], Log.is_one)
 
 
 def _splits_alike(path: Path, cases: Sequence[Case]) -> bool:
