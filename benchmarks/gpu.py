@@ -27,7 +27,7 @@ import torch
 
 import anomri
 import plain
-from anomri import methods
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case

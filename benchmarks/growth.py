@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import plain
-from anomri import methods
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runs.detect import detect_cohort
 from anomri.scans.find import find_cases

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import anomri
-from anomri import methods
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runtime.processes import processes
 from anomri.scans.find import find_cases

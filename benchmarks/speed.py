@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 
 import plain
-from anomri import methods
 from anomri.comparison.jobs import peak_memory_mb
 from anomri.evaluation.pooling import Pool, Scored
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runs.detect import read_ahead
 from anomri.runtime.devices import resolve_precision

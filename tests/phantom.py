@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from anomri import methods
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.spec import ModelSpec, Thresholds
 

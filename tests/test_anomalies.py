@@ -249,7 +249,7 @@ def test_subpixels_are_channels_to_the_network_and_pixels_again_after_it() -> No
     x, foreground = slices(2)
     torch.manual_seed(0)
     method = DAE(CHANNELS, [4, 8], anomalies=True, segmentation_head=True, subpixels=2)
-    assert method.box_multiple == 4
+    assert method.side_multiple == 4
     assert method.reconstruct(x, (4, 60, 8, 64)).shape == (2, 5, *x.shape[2:])
     method(x, foreground, seeded(), (4, 60, 8, 64)).backward()
     assert all(

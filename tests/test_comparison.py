@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import anomri
-from anomri import methods
 from anomri.cli import main
 from anomri.cli.options import numbers_of, settings_of
 from anomri.comparison import jobs as comparison_jobs
@@ -23,7 +22,8 @@ from anomri.comparison.compare import compare, plan
 from anomri.comparison.jobs import Job, evaluate_job, run_in_process, train_job
 from anomri.comparison.report import Row
 from anomri.errors import AnomriError, Interrupted
-from anomri.methods import Preset
+from anomri.methods import registry as methods
+from anomri.methods.base import Preset
 from anomri.methods.vae import VAE, VAERestoration
 from anomri.scans.find import find_cases
 from anomri.training.state import TrainingState

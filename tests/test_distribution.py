@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import anomri
-from anomri import methods
 from anomri.cli import main
 from anomri.errors import AnomriError
+from anomri.methods import registry as methods
 from anomri.methods.draws import PartGenerator, integers, normal, uniform
 from anomri.methods.noise import coarse_noise
 from anomri.methods.simplex import simplex_noise

@@ -335,7 +335,7 @@ def test_a_method_whose_scores_are_no_scores_is_told(
 ) -> None:
     detector = Detector.load(model)
     monkeypatch.setattr(
-        type(detector.method), "raw_score", lambda self, x, *others: torch.full_like(x[:, 0], score)
+        type(detector.method), "residual", lambda self, x, *others: torch.full_like(x[:, 0], score)
     )
     detector.spec = replace(detector.spec, score=replace(detector.spec.score, kind="own"))
     with pytest.raises(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import plain
-from anomri import methods
 from anomri.errors import AnomriError
+from anomri.methods import registry as methods
 from anomri.methods.networks.unet import TINY, ConvBlock, UNet, fold_weight_standardisation
 from anomri.model.detector import Detector, load
 from anomri.runtime.devices import resolve_precision

@@ -1,6 +1,8 @@
 """Every method on the small cohort: it learns, it is saved and loaded, it goes on after a stop."""
 
 import csv
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
@@ -13,9 +15,10 @@ import torch
 from torch import Generator
 
 import anomri
-from anomri import methods
 from anomri.cli.options import settings_of
 from anomri.errors import AnomriError, Interrupted
+from anomri.methods import registry as methods
+from anomri.methods.base import Method
 from anomri.methods.dae import DAE
 from anomri.methods.diffusion import Diffusion, signal_share
 from anomri.methods.fanogan import FAnoGAN
@@ -142,8 +145,8 @@ def test_every_method_has_its_presets(recipe: str) -> None:
     assert spec.checked() == spec
     with torch.device("meta"):
         built = methods.build(spec)
-    assert isinstance(built, methods.Method)
-    assert {objective.name for objective in methods.objectives(built)} == (
+    assert isinstance(built, Method)
+    assert {objective.name for objective in built.objectives()} == (
         {"critic", "generator", "encoder"} if method == "fanogan" else {""}
     )
 
@@ -420,7 +423,7 @@ class Heavy(DAE):
 def test_what_could_not_be_read_again_is_not_trained(
     monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))
     methods.register("heavy", f"{__name__}:Heavy")
     given: dict[str, Any] = {
         "method": "heavy",
@@ -443,7 +446,7 @@ def test_what_could_not_be_read_again_is_not_trained(
 def test_methods_of_others(
     monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))
     with pytest.raises(AnomriError, match="there is no method 'mine'"):
         train(cohort, tmp_path, method="mine", cache=cache)
     methods.register("mine", f"{__name__}:Mine")
@@ -463,6 +466,39 @@ def test_methods_of_others(
     monkeypatch.setattr(methods, "entry_points", lambda group: points.select(group=group))
     assert (
         "theirs" in methods.names()
-        and methods._class("theirs") is Mine
-        and methods._class("dae") is DAE
+        and methods.load("theirs") is Mine
+        and methods.load("dae") is DAE
     )
+
+
+class NoMethod:
+    """A class that is not derived from `Method`."""
+
+
+class Unfinished(Method):
+    """A method that cannot reconstruct."""
+
+    PRESETS = DAE.PRESETS
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_a_class_that_is_not_a_complete_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))
+    for name, message in (
+        ("NoMethod", "is not a subclass of anomri.methods.base.Method"),
+        ("settings_of", "is not a subclass of anomri.methods.base.Method"),
+        ("Unfinished", r"the method 'Unfinished' \(.*:Unfinished\) lacks reconstruct"),
+    ):
+        methods.register(name, f"{__name__}:{name}")
+        with pytest.raises(AnomriError, match=message):
+            methods.build(ModelSpec(("flair",), name))
+
+
+def test_the_names_of_methods_are_known_without_torch() -> None:
+    program = "import sys; from anomri.methods import registry; print(registry.names(), 'torch' in sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed == f"{methods.names()} False\n"

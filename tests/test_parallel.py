@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import anomri.model.inference as module
-from anomri import methods
+from anomri.methods import registry as methods
 from anomri.model.inference import Inference
 from anomri.runtime.threads import side_by_side
 from anomri.spec import ModelSpec

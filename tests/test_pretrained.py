@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomri import methods
 from anomri.errors import AnomriError, Interrupted
+from anomri.methods import registry as methods
 from anomri.model.detector import BUILT_IN, Detector
 from anomri.model.files import read_model, write_model
 from anomri.scans.case import Case

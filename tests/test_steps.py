@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from anomri.methods import Objective
+from anomri.methods.base import Objective
 from anomri.runtime.processes import Processes, fabric_of
 from anomri.scans.find import find_cases
 from anomri.spec import Grid, Scaling, Training

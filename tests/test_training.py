@@ -14,7 +14,7 @@ import torch
 
 import anomri
 from anomri.errors import AnomriError, Interrupted
-from anomri.methods import Objective
+from anomri.methods.base import Objective
 from anomri.methods.dae import DAE
 from anomri.model.detector import Detector
 from anomri.runtime.interruption import StopRequest

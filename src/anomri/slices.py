@@ -19,6 +19,9 @@ from anomri.scans.geometry import copy_turned
 from anomri.scans.volume import Volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, Grid, Scaling
 
+Box = tuple[int, int, int, int]
+"""First row, last + 1, first column, last + 1."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -99,7 +102,7 @@ class Affine(NamedTuple):
 class Position(NamedTuple):
     """Where slices lie in a brain: the ``box`` around all of it, and each slice's height, from 0 (lowest) to 1 (n,)."""
 
-    box: tuple[int, int, int, int]
+    box: Box
     heights: Tensor
 
     @classmethod
@@ -299,7 +302,7 @@ def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:
     return slices.sum(dim=1) > scaling.foreground_sum
 
 
-def brain_box(foreground: Tensor, multiple: int) -> tuple[int, int, int, int]:
+def brain_box(foreground: Tensor, multiple: int) -> Box:
     """The smallest box (first row, last + 1, first column, last + 1) around (n, h, w) foreground.
 
     Its sides are rounded up to ``multiple`` (what the network's downsamplings divide by) within the grid.
@@ -314,21 +317,19 @@ def brain_box(foreground: Tensor, multiple: int) -> tuple[int, int, int, int]:
     )
 
 
-def cut_box(x: Tensor, box: tuple[int, int, int, int] | None) -> Tensor:
+def cut_box(x: Tensor, box: Box | None) -> Tensor:
     """The part of (..., h, w) in a box; all of it without one."""
     return x if box is None else x[..., box[0] : box[1], box[2] : box[3]]
 
 
-def paste_box(part: Tensor, size: tuple[int, int], box: tuple[int, int, int, int] | None) -> Tensor:
+def paste_box(part: Tensor, size: tuple[int, int], box: Box | None) -> Tensor:
     """Zeros of (..., *size) with ``part`` in the box it was cut from; ``part`` itself without one."""
     if box is None:
         return part
     return functional.pad(part, (box[2], size[1] - box[3], box[0], size[0] - box[1]))
 
 
-def join_boxes(
-    a: tuple[int, int, int, int], b: tuple[int, int, int, int], multiple: int, size: tuple[int, int]
-) -> tuple[int, int, int, int]:
+def join_boxes(a: Box, b: Box, multiple: int, size: tuple[int, int]) -> Box:
     """The smallest box around two boxes, its sides rounded up to ``multiple`` within a grid of ``size``."""
     return (
         *_rounded(min(a[0], b[0]), max(a[1], b[1]), multiple, size[0]),

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anomri import methods
 from anomri.comparison.jobs import Job, evaluate_job, result_of, run_in_process, train_job
 from anomri.comparison.report import Row, write_comparison
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import choose_cases
 from anomri.files import output_folder, read_json, write_text
+from anomri.methods import registry as methods
 from anomri.runs.records import files_of
 from anomri.runtime.folders import RUN_FACTS, refuse_foreign, refuse_foreign_tables, sole_use
 from anomri.runtime.launch import alone

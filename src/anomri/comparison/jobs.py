@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from anomri import methods
 from anomri.errors import AnomriError, Interrupted
 from anomri.evaluation.pooling import Evaluation, Pool, Scored
 from anomri.files import output_folder, read_json, whole_file, write_text
+from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runs.detect import problem, read_ahead
 from anomri.runs.records import files_of

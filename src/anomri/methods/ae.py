@@ -8,16 +8,15 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-from anomri.methods import LAPTOP, Box, Preset
+from anomri.methods.base import LAPTOP, Method, Preset
 from anomri.methods.networks.timed_unet import Decoder, Encoder
-from anomri.scoring.scores import mean_absolute_residual
-from anomri.slices import cut_box, paste_box
+from anomri.slices import Box, cut_box, paste_box
 from anomri.spec import Training
 
 SMALL = replace(LAPTOP, steps=900)
 
 
-class AE(nn.Module):
+class AE(Method):
     """The network of the denoising autoencoder without skip connections, and without noise.
 
     ``bottleneck`` is the number of channels of the coarsest map (16 x 16 of a whole slice): few, or the network
@@ -43,7 +42,7 @@ class AE(nn.Module):
         self.squeeze = nn.Conv2d(widths[-1], bottleneck, 1)
         self.expand = nn.Conv2d(bottleneck, widths[-1], 1)
         self.decoder = Decoder(len(channels), widths)
-        self.box_multiple = 2 ** (len(widths) - 1)
+        self.side_multiple = 2 ** (len(widths) - 1)
 
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
@@ -56,7 +55,3 @@ class AE(nn.Module):
         """What comes through the bottleneck; zero outside ``box``."""
         code = self.squeeze(self.encoder(cut_box(x, box)))
         return paste_box(self.decoder(self.expand(code)).float(), (x.shape[-2], x.shape[-1]), box)
-
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """Mean over the channels of the absolute residual."""
-        return mean_absolute_residual(x, reconstruction)

@@ -7,18 +7,17 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from anomri.errors import AnomriError
-from anomri.methods import LAPTOP, Box, Preset
 from anomri.methods.anomalies import PLAQUE_SHARE, plant_anomalies, segmentation_loss
 from anomri.methods.augmentation import Augmentation, augment
+from anomri.methods.base import LAPTOP, Method, Preset
 from anomri.methods.draws import constants, for_all, uniform
 from anomri.methods.networks.unet import UNet
 from anomri.methods.noise import Noise, add_on_foreground
-from anomri.scoring.scores import mean_absolute_residual
-from anomri.slices import cut_box, paste_box, rescale
+from anomri.slices import Box, cut_box, paste_box, rescale
 from anomri.spec import Grid, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
@@ -62,7 +61,7 @@ SEGMENTATION_WEIGHT = 0.025
 """Weight of the segmentation head's loss beside the squared error: each is about half of a trained network's loss."""
 
 
-class DAE(nn.Module):
+class DAE(Method):
     """A U-Net that learns to remove coarse noise from healthy slices, and then removes lesions.
 
     ``widths`` are the network's channels per level; the noise is N(0, ``noise_std``^2) drawn at
@@ -149,7 +148,7 @@ class DAE(nn.Module):
                 f"{subpixels}, {scales}, {channel_dropout} and {plaques}."
             )
         self.channels = tuple(channels)
-        self.extra_maps = int(segmentation_head)
+        self.segmentation_head = segmentation_head
         self.mirror = mirror
         self.subpixels = subpixels
         whole = tuple(network_channels) or self.channels
@@ -160,10 +159,10 @@ class DAE(nn.Module):
         # No buffers: processes would wait for each other at every call to make them equal.
         self.places = tuple(whole.index(name) for name in channels)
         self.network_maps = len(whole)
-        maps = len(whole) * (1 + mirror), len(whole) + self.extra_maps
+        maps = len(whole) * (1 + mirror), len(whole) + self.segmentation_head
         self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
-        self.box_multiple = subpixels * 2 ** (len(widths) - 1)
-        self.values_per_pixel = widths[0] / subpixels**2
+        self.side_multiple = subpixels * 2 ** (len(widths) - 1)
+        self.finest_width = widths[0] // subpixels**2
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
         self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
         self.anomalies, self.plaques = anomalies, plaques
@@ -171,16 +170,8 @@ class DAE(nn.Module):
         self.channel_dropout = channel_dropout
         self.alone = tuple(number for number, name in enumerate(channels) if name in alone)
         self.scales = tuple(scales)
-
-    @property
-    def capturable(self) -> bool:
-        """Whether every step launches the same kernels on arrays of the same shape."""
-        return len(self.scales) == 1 and self.noise.kind == "coarse"
-
-    @property
-    def takes_subsets(self) -> bool:
-        """Whether a scan may lack some of the channels; they are zero then."""
-        return self.channel_dropout > 0
+        self.takes_subsets = channel_dropout > 0
+        self.capturable = len(self.scales) == 1 and noise_kind == "coarse"
 
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
@@ -203,7 +194,7 @@ class DAE(nn.Module):
         output = self._output(seen * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
-        if self.extra_maps:
+        if self.segmentation_head:
             loss = loss + SEGMENTATION_WEIGHT * segmentation_loss(
                 output[:, c], where, foreground, pixel
             )
@@ -221,7 +212,7 @@ class DAE(nn.Module):
         if scale == 1:
             return x, foreground
         x, inside = (
-            rescale(one, scale, self.box_multiple) for one in (x, foreground[:, None].float())
+            rescale(one, scale, self.side_multiple) for one in (x, foreground[:, None].float())
         )
         return x, inside[:, 0] > 0.5
 
@@ -244,7 +235,7 @@ class DAE(nn.Module):
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
         """``x`` without what the network takes for noise, then the anomaly probability (0 to 1), with a segmentation head; zero outside ``box``."""
         output = self._output(cut_box(x, box))
-        if self.extra_maps:
+        if self.segmentation_head:
             c = len(self.channels)
             output = torch.cat([output[:, :c], output[:, c:].sigmoid()], 1)
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
@@ -260,7 +251,7 @@ class DAE(nn.Module):
             output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
             output = functional.pixel_shuffle(output, self.subpixels)
         if part:
-            own = self.places + (self.network_maps,) * self.extra_maps
+            own = self.places + (self.network_maps,) * self.segmentation_head
             output = output.index_select(1, constants(own, output.device, torch.int64))
         return output.float()
 
@@ -273,10 +264,6 @@ class DAE(nn.Module):
         return whole.contiguous(
             memory_format=torch.channels_last if last else torch.contiguous_format
         )
-
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """Mean over the channels of the absolute residual."""
-        return mean_absolute_residual(x, reconstruction)
 
 
 def mirrored(x: Tensor) -> Tensor:

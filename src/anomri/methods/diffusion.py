@@ -8,23 +8,22 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from anomri.errors import AnomriError
-from anomri.methods import LAPTOP, Box, Preset
+from anomri.methods.base import LAPTOP, Method, Preset
 from anomri.methods.draws import integers, normal
 from anomri.methods.networks.timed_unet import TimedUNet
 from anomri.methods.noise import coarse_noise
 from anomri.methods.simplex import simplex_noise
-from anomri.scoring.scores import mean_absolute_residual
-from anomri.slices import cut_box, paste_box
+from anomri.slices import Box, cut_box, paste_box
 from anomri.spec import Training
 
 SMALL = replace(LAPTOP, steps=1200)
 TEST_SEED = 2022
 
 
-class Diffusion(nn.Module):
+class Diffusion(Method):
     """The U-Net, told the time, learns the noise in a slice noised to a random step of ``steps``.
 
     A slice is noised to step ``start`` (a quarter of the way, as AnoDDPM) and denoised back in ``strides`` jumps
@@ -69,7 +68,7 @@ class Diffusion(nn.Module):
                 f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and {strides}."
             )
         self.network = TimedUNet(len(channels), widths)
-        self.box_multiple = 2 ** (len(widths) - 1)
+        self.side_multiple = 2 ** (len(widths) - 1)
         self.noise, self.eta = noise, eta
         self.register_buffer("signal", signal_share(steps, schedule), persistent=False)
         jumps = max(min(strides, start), 1)
@@ -122,10 +121,6 @@ class Diffusion(nn.Module):
             return simplex_noise((n, c, h, w), generator=generator)
         # Enlarged, four ninths of the variance are left on average.
         return coarse_noise((n, c, h, w), 16, 1.5, generator)
-
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """Mean over the channels of the absolute residual."""
-        return mean_absolute_residual(x, reconstruction)
 
 
 def signal_share(steps: int, schedule: str) -> Tensor:

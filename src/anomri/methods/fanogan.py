@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from anomri.methods import Box, Objective, Preset
+from anomri.methods.base import Method, Objective, Preset
 from anomri.methods.networks.gan import GRID, Downward, SliceGenerator
-from anomri.scoring.scores import mean_absolute_residual
+from anomri.slices import Box
 from anomri.spec import Training
 
 CRITIC_TURNS = 5
@@ -27,7 +27,7 @@ FULL = Training(
 SMALL = replace(FULL, steps=600, batch_size=8, validate_every=50, validation_slices=128)
 
 
-class FAnoGAN(nn.Module):
+class FAnoGAN(Method):
     """A Wasserstein GAN with gradient penalty (Gulrajani et al. 2017) and, after it, an encoder (``izi_f``).
 
     The critic has a turn at each step of the first ``gan_share`` of the training, the generator at every fifth; then
@@ -38,7 +38,7 @@ class FAnoGAN(nn.Module):
     the feature residual is one number a slice, and at kappa 1e-8 moves no voxel.
     """
 
-    whole_grid = True
+    fixed_size = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({}, FULL),
         "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),
@@ -46,7 +46,7 @@ class FAnoGAN(nn.Module):
             {"width": 8, "encoder_rate": 1.0}, replace(SMALL, steps=150, validate_every=25)
         ),
     }
-    box_multiple = GRID
+    side_multiple = GRID
     encoder_begun: Tensor
 
     def __init__(
@@ -133,10 +133,6 @@ class FAnoGAN(nn.Module):
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
         """The slice that the generator makes at the place the encoder finds; always of the whole grid."""
         return self.generator(self.encoder(x)).float()
-
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """Mean over the channels of the absolute residual."""
-        return mean_absolute_residual(x, reconstruction)
 
     def _draw(self, count: int, generator: Generator, device: torch.device) -> Tensor:
         return torch.randn((count, self.latent), generator=generator, device=device)

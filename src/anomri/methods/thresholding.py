@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from anomri.errors import AnomriError
-from anomri.methods import Box, Preset
+from anomri.methods.base import Method, Preset
+from anomri.slices import Box
 
 
-class Thresholding(nn.Module):
+class Thresholding(Method):
     """Histogram-equalised FLAIR inside the foreground: how much of the brain is darker than a voxel.
 
     ``channel`` names another channel in which lesions are bright; FLAIR is taken if there is one, else the first.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset(), "demo": Preset()}
-
-    box_multiple = 1
 
     def __init__(self, channels: Sequence[str], channel: str | None = None) -> None:
         super().__init__()
@@ -41,7 +40,7 @@ class Thresholding(nn.Module):
         """The channels as they are: this method has no idea of what is healthy."""
         return x
 
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+    def residual(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """The share of the scan's foreground that is at most as bright (exact histogram equalisation)."""
         image = x[:, self.channel].contiguous()
         inside = image[foreground]

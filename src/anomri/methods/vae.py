@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from anomri.methods import LAPTOP, Box, Preset
+from anomri.methods.base import LAPTOP, Method, Preset
 from anomri.methods.draws import normal
 from anomri.methods.networks.timed_unet import Decoder, Encoder
-from anomri.scoring.scores import mean_absolute_residual
+from anomri.slices import Box
 from anomri.spec import Training
 
 GRID = 128
@@ -20,7 +20,7 @@ SMALL = replace(LAPTOP, steps=600, crop_to_brain=False)
 PAPER_WIDTHS, SMALL_WIDTHS = [64, 128, 256, 512], [16, 32, 64, 128]
 
 
-class VAE(nn.Module):
+class VAE(Method):
     """The network of the denoising autoencoder without skip connections, squeezed into one vector a slice.
 
     A convolution as large as the coarsest map (16 x 16 of a slice of 128 x 128: the grid is fixed) gives 2 x
@@ -36,7 +36,7 @@ class VAE(nn.Module):
     healthy tissue, while of a region only the rim is held back.
     """
 
-    whole_grid = True
+    fixed_size = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": PAPER_WIDTHS}, Training()),
         "small": Preset({"widths": SMALL_WIDTHS}, SMALL),
@@ -59,7 +59,7 @@ class VAE(nn.Module):
         self.to_latent = nn.Conv2d(widths[-1], 2 * latent, coarsest)
         self.from_latent = nn.ConvTranspose2d(latent, widths[-1], coarsest)
         self.decoder = Decoder(len(channels), widths)
-        self.box_multiple = GRID
+        self.side_multiple = GRID
         self.kl_weight = kl_weight
         self.restoration_steps = restoration_steps
         self.restoration_rate = restoration_rate
@@ -122,10 +122,6 @@ class VAE(nn.Module):
         objective = error + self.kl_weight * kl_divergence(mean, log_variance).mean(dim=(1, 2, 3))
         # Times the pixels of a slice: a step then moves a pixel in proportion to its own error.
         return x[0].numel() * objective + self.restoration_weight * total_variation(restored - x)
-
-    def raw_score(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """Mean over the channels of the absolute residual."""
-        return mean_absolute_residual(x, reconstruction)
 
 
 class VAERestoration(VAE):

@@ -14,11 +14,12 @@ import torch
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from anomri import methods
 from anomri.errors import AnomriError
 from anomri.files import output_folder
+from anomri.methods import registry as methods
+from anomri.methods.base import Method
 from anomri.model.detection import Detection
 from anomri.model.files import cases_of_model, read_model, write_model
 from anomri.model.inference import Inference
@@ -52,7 +53,7 @@ class Detector:
     def __init__(
         self,
         spec: ModelSpec,
-        method: nn.Module,
+        method: Method,
         device: str | torch.device = "cpu",
         precision: str = "auto",
         cases: Sequence[Case] = (),
@@ -75,7 +76,7 @@ class Detector:
         return self.inference.device
 
     @property
-    def method(self) -> Any:
+    def method(self) -> Method:
         """The method with its weights, `unet.fold_weight_standardisation` done."""
         return self.inference.method
 
@@ -100,7 +101,7 @@ class Detector:
     @property
     def takes_subsets(self) -> bool:
         """Whether a scan may lack some of the channels."""
-        return bool(getattr(self.method, "takes_subsets", False))
+        return self.method.takes_subsets
 
     @classmethod
     def load(
@@ -347,7 +348,7 @@ class Detector:
         c = stack.x.shape[1]
         if self.spec.score.kind in ("own", "auto"):
             with torch.no_grad():
-                raw = self.method.raw_score(stack.x, output[:, :c], stack.foreground)
+                raw = self.method.residual(stack.x, output[:, :c], stack.foreground)
             check_scores(raw, stack.foreground, self.spec.method)
         else:
             raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
@@ -383,7 +384,7 @@ class Detector:
         return join_boxes(
             self.spec.crop,
             brain_box(stack.foreground, 1),
-            self.method.box_multiple,
+            self.method.side_multiple,
             self.spec.grid.size,
         )
 

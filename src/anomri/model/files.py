@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +14,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from anomri import methods
 from anomri.errors import AnomriError
 from anomri.files import output_folder, whole_file, write_text
+from anomri.methods import registry as methods
+from anomri.methods.base import Method
 from anomri.scans.case import Case
 from anomri.scans.names import channel_name
 from anomri.scans.splits import read_split_cases
@@ -44,7 +44,7 @@ MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
 """How large a setting, how long a list of them, and how wide a working grid may be."""
 
 
-def read_model(folder: Path) -> tuple[ModelSpec, Any, dict[str, Tensor]]:
+def read_model(folder: Path) -> tuple[ModelSpec, Method, dict[str, Tensor]]:
     """The specification of a model folder, its method without weights, and the weights; nothing in it is executed.
 
     Before anything is built it is seen, without memory, how large it would be: a description that asks for more than
@@ -119,18 +119,18 @@ def check_readable(spec: ModelSpec) -> None:
         ) from error
 
 
-def _outline(spec: ModelSpec, description: Path) -> Any:
+def _outline(spec: ModelSpec, description: Path) -> Method:
     """The method without memory for its values, to see how large it would be."""
     _modest(spec)
     with torch.device("meta"):
         return _built(spec, description)
 
 
-def _bytes(method: Any) -> int:
+def _bytes(method: Method) -> int:
     return sum(value.nbytes for value in [*method.parameters(), *method.buffers()])
 
 
-def _built(spec: ModelSpec, description: Path) -> Any:
+def _built(spec: ModelSpec, description: Path) -> Method:
     try:
         return methods.build(spec)
     except AnomriError as error:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from threading import Lock
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anomri.methods import Box
+from anomri.methods.base import Method
 from anomri.methods.networks.unet import fold_weight_standardisation
 from anomri.runtime.devices import resolve_precision
 from anomri.runtime.memory import keep_memory, smaller_until_it_fits
 from anomri.runtime.threads import side_by_side
-from anomri.slices import cut_box
+from anomri.slices import Box, cut_box
 
 CACHED = 2**21
 """Values of the finest maps that a processor has at once: four times as many take it a sixth longer (docs/performance.md)."""
@@ -31,15 +30,16 @@ class Inference:
     """
 
     def __init__(
-        self, method: nn.Module, device: str | torch.device = "cpu", precision: str = "auto"
+        self, method: Method, device: str | torch.device = "cpu", precision: str = "auto"
     ) -> None:
         self.device = torch.device(device)
         self.precision = precision
         found = resolve_precision(precision, self.device.type)
-        self.half = found == "bf16-mixed" and bool(getattr(method, "half_precision", False))
+        self.half = found == "bf16-mixed" and method.half_precision
         dtype = torch.bfloat16 if self.half else torch.float32
-        folded: Any = fold_weight_standardisation(method, dtype).eval().to(self.device)
-        self.method = folded.to(memory_format=torch.channels_last) if self.half else folded
+        self.method = fold_weight_standardisation(method, dtype).eval().to(self.device)
+        if self.half:
+            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         keep_memory()
         self.batch = 64 if self.device.type != "cpu" else 8
 
@@ -82,7 +82,7 @@ class Inference:
 
     def _fast(self, x: Tensor, box: Box | None) -> int:
         """How many slices keep a network's finest maps near what a processor's cache holds, if the method knows their size."""
-        values = getattr(self.method, "values_per_pixel", None)
+        values = self.method.finest_width
         if self.device.type != "cpu" or values is None:
             return self.batch
         slices = CACHED / (values * cut_box(x, box)[0, 0].numel())

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anomri import methods
 from anomri.errors import AnomriError, first_line
+from anomri.methods import registry as methods
 from anomri.methods.networks.unet import rename_released_parameters
 from anomri.model.detector import Detector
 from anomri.model.files import LOADING_ERRORS

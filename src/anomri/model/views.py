@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from anomri.errors import AnomriError
-from anomri.methods import Box
+from anomri.methods.base import Method
 from anomri.model.inference import Inference
 from anomri.scoring.scores import MEDIANS, SCORES
-from anomri.slices import SliceStack, cut_box, paste_box, present_channels, rescale, resize
+from anomri.slices import Box, SliceStack, cut_box, paste_box, present_channels, rescale, resize
 from anomri.spec import Score
 
 TEST_SEED = 2022
@@ -53,13 +53,13 @@ def _views(
                     yield shown, _look(inference, seen, box, mirrored, scale)
 
 
-def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
+def check_score(method: Method, score: Score, channels: Sequence[str]) -> None:
     """Raise `AnomriError` if there is no such score, or it asks for what a model of ``channels`` does not make."""
     if score.kind not in ("own", "auto", *SCORES):
         raise AnomriError(
             f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}."
         )
-    if "probability" in score.kind and not getattr(method, "extra_maps", 0):
+    if "probability" in score.kind and not method.segmentation_head:
         raise AnomriError(
             f"the score {score.kind} needs a segmentation head, which the model does not have; train with the settings "
             f"anomalies and segmentation_head (preset quick or accurate)."
@@ -83,7 +83,7 @@ def check_score(method: object, score: Score, channels: Sequence[str]) -> None:
         raise AnomriError(
             f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}."
         )
-    if score.parts and not getattr(method, "takes_subsets", False):
+    if score.parts and not method.takes_subsets:
         raise AnomriError(
             f"the score looks at {', '.join(score.parts)} alone too, but the model needs all of its channels; train it "
             f"with channel_dropout, or take parts out of the score's settings."
@@ -117,7 +117,7 @@ def _look(inference: Inference, x: Tensor, box: Box | None, mirrored: bool, scal
         return inference(x, box, mirrored)
     inside = cut_box(x, box)
     size, c = (inside.shape[2], inside.shape[3]), x.shape[1]
-    coarse = rescale(inside, scale, inference.method.box_multiple)
+    coarse = rescale(inside, scale, inference.method.side_multiple)
     output = inference(coarse, mirrored=mirrored)
     # Subtracted while both are coarse: what is lost on the way there and back is no residual.
     output[:, :c] = coarse - output[:, :c]

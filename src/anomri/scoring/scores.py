@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from anomri.errors import AnomriError
 from anomri.scoring.positions import spread_over, unpacked_maps
-from anomri.slices import Position, brain_box, cut_box, paste_box, present_channels
+from anomri.slices import Box, Position, brain_box, cut_box, paste_box, present_channels
 from anomri.spec import Score
 
 BRIGHT = ("flair", "t2")
@@ -218,9 +218,7 @@ def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int])
     )
 
 
-def _wider(
-    box: tuple[int, int, int, int], margin: int, size: tuple[int, int]
-) -> tuple[int, int, int, int]:
+def _wider(box: Box, margin: int, size: tuple[int, int]) -> Box:
     """A box with so many pixels more on every side, as far as the grid has them."""
     top, bottom, left, right = box
     return (

@@ -64,7 +64,7 @@ def choose_score(
         case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_SCANS)
     ]
     mean, spread = _residual_statistics(detector, healthy)
-    head, maps = bool(getattr(detector.method, "extra_maps", 0)), ""
+    head, maps = detector.method.segmentation_head, ""
     if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and head):
         seen = [*spread_healthy(held_out, MAX_SCANS), *spread_healthy(training, MAX_TRAINING_CASES)]
         maps = _maps_by_position(detector, seen, mean)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from anomri.errors import AnomriError
-from anomri.methods import Box
+from anomri.methods.base import Method
 from anomri.model.files import cases_of_model
 from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.processes import Processes
 from anomri.scans.case import Case
 from anomri.scans.splits import read_split_cases, splits_by_name
 from anomri.scans.tables import read_table
-from anomri.slices import join_boxes
+from anomri.slices import Box, join_boxes
 from anomri.spec import Cohort, Grid, ModelSpec, Training
 from anomri.training.packing import PackedCase, cohort_fingerprint, pack_cohort
 from anomri.training.state import Log, TrainingState
@@ -35,20 +35,20 @@ CHOSEN = {"kind", "channels", "median", "smoothing_mm"}
 """Those that it chooses, of the score ``auto``."""
 
 
-def check_grid(network: Any, grid: Grid) -> None:
+def check_grid(network: Method, grid: Grid) -> None:
     """Raise `AnomriError` if a method cannot work on slices of this size."""
-    if getattr(network, "whole_grid", False) and grid.size != (
-        network.box_multiple,
-        network.box_multiple,
+    if network.fixed_size and grid.size != (
+        network.side_multiple,
+        network.side_multiple,
     ):
         raise AnomriError(
-            f"the method sees slices of {network.box_multiple} x {network.box_multiple} alone, not of {grid.size[0]} x "
+            f"the method sees slices of {network.side_multiple} x {network.side_multiple} alone, not of {grid.size[0]} x "
             f"{grid.size[1]}; leave out --grid."
         )
-    if any(side % network.box_multiple for side in grid.size):
+    if any(side % network.side_multiple for side in grid.size):
         raise AnomriError(
             f"a grid of {grid.size[0]} x {grid.size[1]} does not fit the method, which needs sides that are multiples "
-            f"of {network.box_multiple}; choose another --grid."
+            f"of {network.side_multiple}; choose another --grid."
         )
 
 
@@ -191,11 +191,11 @@ def describe_cohort(packed: Packed, cases: int) -> Cohort:
     )
 
 
-def common_box(packed: Packed, network: Any, spec: ModelSpec) -> Box:
+def common_box(packed: Packed, network: Method, spec: ModelSpec) -> Box:
     """The part of the grid that holds every brain, as the network needs its sides."""
     boxes = [case.box for side in packed.values() for case in side]
     return functools.reduce(
-        lambda a, b: join_boxes(a, b, network.box_multiple, spec.grid.size), boxes
+        lambda a, b: join_boxes(a, b, network.side_multiple, spec.grid.size), boxes
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from anomri import methods
 from anomri.errors import AnomriError, first_line
-from anomri.methods import Preset
+from anomri.methods import registry as methods
+from anomri.methods.base import Preset
 from anomri.model.detector import BUILT_IN
 from anomri.model.files import cases_of_model, check_readable, read_model
 from anomri.model.views import check_score
@@ -57,7 +57,7 @@ class Pretrained:
             spec,
             weights,
             cases_of_model(folder),
-            bool(getattr(method, "takes_subsets", False)),
+            method.takes_subsets,
         )
 
     @classmethod

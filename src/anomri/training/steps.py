@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from anomri.errors import first_line
-from anomri.methods import Objective
+from anomri.methods.base import Objective
 from anomri.runtime.memory import free_memory
 from anomri.spec import Training
 from anomri.training.batches import Batch, Batches, Loss, Part
@@ -77,7 +77,7 @@ class Step:
 
     def __post_init__(self) -> None:
         one_gpu = self.fabric.device.type == "cuda" and self.batches.processes.count == 1
-        self.capturable = one_gpu and bool(getattr(self.model, "capturable", False))
+        self.capturable = one_gpu and self.model.capturable
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Move the objective's parameters at a learning rate."""

@@ -15,9 +15,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Generator, Tensor
 
-from anomri import methods
 from anomri.errors import AnomriError, Interrupted
-from anomri.methods import Objective
+from anomri.methods import registry as methods
+from anomri.methods.base import Objective
 from anomri.methods.networks.unet import compile_networks
 from anomri.model.detector import Detector
 from anomri.runtime.devices import can_compile, resolve_device
@@ -228,7 +228,7 @@ def fit(
     if training.precision == "bf16-mixed" or fabric.device.type == "cuda":
         # What convolutions are computed in, in bfloat16 and on GPUs; any other layout is turned at every layer.
         network.to(memory_format=torch.channels_last)
-    objectives = methods.objectives(network)
+    objectives = network.objectives()
     batches = Batches(
         fabric, team, slices, training.batch_size, accumulate, divisible=not objectives[0].name
     )

@@ -6,11 +6,13 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Network = TypeVar("Network", bound=nn.Module)
 TINY = 1e-12
 """Nothing of a network's output depends on smaller parameters."""
 
@@ -136,9 +138,7 @@ class UNet(nn.Module):
             return self.head(x.float())
 
 
-def fold_weight_standardisation(
-    network: nn.Module, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+def fold_weight_standardisation(network: Network, dtype: torch.dtype = torch.float32) -> Network:
     """Standardise the filters of ``network`` once, in place, for inference; its output does not change.
 
     ``dtype`` is what autocast would round them to at every call, or float32 without it. Parameters below `TINY`, which
