@@ -27,7 +27,7 @@ import torch
 import anomri
 from anomri.methods import registry as methods
 from anomri.model.detector import Detector
-from anomri.runtime.processes import processes
+from anomri.runtime.processes import join_processes
 from anomri.scans.find import find_cases
 from anomri.spec import Grid, ModelSpec, Scaling
 from anomri.training.packing import PackedCase, pack_cohort
@@ -51,7 +51,7 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
     work()
     return {
         "wall": time.monotonic() - wall,
-        "busy": sum(processes("cpu").each(lambda: processor_seconds() - busy)),
+        "busy": sum(join_processes("cpu").run_on_all(lambda: processor_seconds() - busy)),
     }
 
 
@@ -82,7 +82,7 @@ def steps_of(cohort: Any, place: Path, preset: str, steps: int) -> dict[str, flo
             progress=told,
         )
     (first, last), count = (marks[SKIPPED_STEPS], marks[-1]), len(marks) - SKIPPED_STEPS - 1
-    busy = sum(processes("cpu").each(lambda: (last[1] - first[1]) / count))
+    busy = sum(join_processes("cpu").run_on_all(lambda: (last[1] - first[1]) / count))
     return {"wall": (last[0] - first[0]) / count, "busy": busy}
 
 
@@ -100,14 +100,14 @@ def network_seconds(preset: str, slices: int) -> float:
 
 def worker(cohort: Path, place: Path, scans: int, steps: int) -> dict[str, Any]:
     """All measurements, by each of the processes that share them."""
-    team = processes("cpu")
+    team = join_processes("cpu")
     cases = find_cases(cohort)[:scans]
-    facts: dict[str, Any] = {"processes": team.count, "scans": len(cases)}
+    facts: dict[str, Any] = {"processes": team.world_size, "scans": len(cases)}
     packed: list[PackedCase] = []
     pack = functools.partial(
         pack_cohort, channels=CHANNELS, grid=Grid(), scaling=Scaling(), folder=place / "cache"
     )
-    facts["pack"] = timed(lambda: packed.extend(pack(team.part(cases))))
+    facts["pack"] = timed(lambda: packed.extend(pack(team.share(cases))))
     split = [
         replace(case, split="val" if number == 0 else "train") for number, case in enumerate(cases)
     ]
@@ -122,7 +122,7 @@ def worker(cohort: Path, place: Path, scans: int, steps: int) -> dict[str, Any]:
         lambda: anomri.evaluate(cases, place / "figures", model=place / "model", split="train")
     )
     slices = sum(case.slices for case in packed) / len(packed)
-    if team.count == 1:
+    if team.world_size == 1:
         facts["network"] = {
             preset: network_seconds(preset, round(slices)) for preset in ("small", "paper")
         }
@@ -149,7 +149,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker:
         facts = worker(given.cohort, given.worker, given.scans, given.steps)
-        if processes("cpu").first:
+        if join_processes("cpu").is_main:
             (given.worker / "facts.json").write_text(json.dumps(facts))
         return
     for count in (1, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.model.detector import Detector
 from anomri.model.lesions import lesion_labels
+from anomri.optional import install_command
 from anomri.reporting.pages import read_tsv
 from anomri.runs.bids import run_group, run_participant
 from anomri.scans.bids import bids_cases, validate
@@ -443,7 +445,7 @@ def test_errors_say_what_to_do(
     with pytest.raises(AnomriError, match=r"cannot be read as a JSON object"):
         bids_cases(prep)
     monkeypatch.setitem(sys.modules, "ancpbids", None)
-    with pytest.raises(AnomriError, match=r"pip install 'anomri\[bids\]'"):
+    with pytest.raises(AnomriError, match=re.escape(install_command("bids"))):
         bids_cases(dataset)
 
 

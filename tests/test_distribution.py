@@ -26,8 +26,8 @@ from anomri.methods.noise import coarse_noise
 from anomri.methods.simplex import simplex_noise
 from anomri.runs.records import Shard
 from anomri.runtime import launch
-from anomri.runtime.launch import Launch, launched
-from anomri.runtime.processes import Processes, ToldElsewhere
+from anomri.runtime.launch import Launch, read_launch
+from anomri.runtime.processes import ProcessGroup, ReportedElsewhere
 from anomri.scans.find import find_cases
 from anomri.spec import ModelSpec
 from anomri.training.state import TrainingState
@@ -243,13 +243,13 @@ def test_a_shard_that_is_none_is_refused(text: str) -> None:
         Shard.parse(text)
 
 
-def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_is_distinguished_from_a_batch_script(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(launch.os.environ):
         if name.startswith(("SLURM_", "TORCHELASTIC")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "8")  # a batch script that calls anomri without srun
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert launched() == Launch()
+    assert read_launch() == Launch()
     for name, value in {
         "STEP_NUM_TASKS": 8,
         "STEP_NUM_NODES": 2,
@@ -257,32 +257,37 @@ def test_a_launcher_is_told_from_a_batch_script(monkeypatch: pytest.MonkeyPatch)
         "LOCALID": 1,
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert launched() == Launch(5, 8, 1, 4, "srun")
+    assert read_launch() == Launch(5, 8, 1, 4, "srun")
     with pytest.raises(
-        AnomriError, match="a comparison is done by one process; start it without torchrun or srun"
+        AnomriError, match="a comparison runs in one process; start it without torchrun or srun"
     ):
         anomri.compare("anything", "out")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
     with pytest.raises(AnomriError, match="8 tasks on 3 machines"):
-        launched()
+        read_launch()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun may itself be started by srun
-    assert launched() == Launch(3, 4, 1, 2, "torchrun")
+    assert read_launch() == Launch(3, 4, 1, 2, "torchrun")
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(AnomriError, match="not complete .*LOCAL_RANK"):
-        launched()
+        read_launch()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_are_all_there_is_once(count: int) -> None:
-    team = [Processes(rank, count) for rank in range(count)]
-    assert sorted(item for one in team for item in one.part(range(16))) == list(range(16))
-    assert [row for one in team for row in one.rows(16)] == list(range(16))
-    assert max(len(one.rows(16)) for one in team) - min(len(one.rows(16)) for one in team) <= 1
+def test_shares_cover_every_item_once(count: int) -> None:
+    team = [ProcessGroup(rank, count) for rank in range(count)]
+    assert sorted(item for one in team for item in one.share(range(16))) == list(range(16))
+    assert [row for one in team for row in one.batch_rows(16)] == list(range(16))
+    assert (
+        max(len(one.batch_rows(16)) for one in team) - min(len(one.batch_rows(16)) for one in team)
+        <= 1
+    )
 
 
-def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_process_is_raised_in_all_and_reported_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def gather(answers: list[object], own: object) -> None:
         answers[:] = [("fine", None), own]
 
@@ -297,15 +302,15 @@ def test_an_error_of_one_is_raised_by_all_and_told_once(monkeypatch: pytest.Monk
             [(6, None), own] if own[0] == 7 else [(None, "out: is not the same folder"), own]
         )  # type: ignore[index]
 
-    with pytest.raises(ToldElsewhere, match="case7: is empty"):
-        Processes(1, 2).each(fail)
+    with pytest.raises(ReportedElsewhere, match="case7: is empty"):
+        ProcessGroup(1, 2).run_on_all(fail)
     with pytest.raises(AnomriError, match="case7: is empty") as caught:
-        Processes(0, 2).each(fail)
-    assert not isinstance(caught.value, ToldElsewhere)
-    assert Processes(1, 2).once(lambda: "never called") == "fine"
+        ProcessGroup(0, 2).run_on_all(fail)
+    assert not isinstance(caught.value, ReportedElsewhere)
+    assert ProcessGroup(1, 2).run_on_main(lambda: "never called") == "fine"
     monkeypatch.setattr(torch.distributed, "all_gather_object", different)
-    with pytest.raises(ToldElsewhere, match="is not the same folder"):
-        Processes(1, 2).agree(7, "out: is not the same folder for all processes")
+    with pytest.raises(ReportedElsewhere, match="is not the same folder"):
+        ProcessGroup(1, 2).check_same(7, "out: is not the same folder for all processes")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,6 @@ def test_a_stop_is_no_error_that_a_guard_could_take_for_one() -> None:
         with stoppable():
             guarded()
 
-    with pytest.raises(Interrupted, match="stopped by SIGUSR1; the same command goes on"):
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1; rerun the same command to resume"):
         run()
     assert signal.getsignal(signal.SIGUSR1) == before

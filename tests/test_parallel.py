@@ -10,7 +10,7 @@ import torch
 import anomri.model.inference as module
 from anomri.methods import registry as methods
 from anomri.model.inference import Inference
-from anomri.runtime.threads import side_by_side
+from anomri.runtime.threads import worker_threads
 from anomri.spec import ModelSpec
 
 
@@ -18,12 +18,12 @@ def test_threads_are_divided_and_given_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with side_by_side(2) as outer:
+        with worker_threads(2) as outer:
             assert list(outer.map(lambda _: torch.get_num_threads(), range(4))) == [2] * 4
-            with side_by_side(4) as inner:
+            with worker_threads(4) as inner:
                 assert inner.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 4
-        with pytest.raises(ValueError, match="wrong"), side_by_side(8) as pool:
+        with pytest.raises(ValueError, match="wrong"), worker_threads(8) as pool:
             pool.submit(int, "wrong").result()
         assert torch.get_num_threads() == 4
     finally:
@@ -32,7 +32,7 @@ def test_threads_are_divided_and_given_back() -> None:
 
 def test_threads_side_by_side_take_subnormal_numbers_for_zero() -> None:
     half = torch.full((64,), 2.0**-126)  # the smallest normal number
-    with side_by_side(2) as pool:
+    with worker_threads(2) as pool:
         assert not pool.submit(lambda: (half / 2).any()).result()
     assert bool((half / 2).all())
 

@@ -1,6 +1,7 @@
 """What is done to a scan before a model sees it: brain mask, skull, shading, space; and scaling that holds."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from anomri.cli import main
 from anomri.errors import AnomriError
+from anomri.optional import install_command
 from anomri.scans.find import find_cases
 from anomri.scans.nifti import read_image
 from anomri.scans.prepare import CEILING, Preparation, prepare
@@ -154,7 +156,7 @@ def test_without_a_tool_the_error_says_how_to_get_one(
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(AnomriError, match=rf"pip install 'anomri\[{extra}\]'"):
+            with pytest.raises(AnomriError, match=re.escape(install_command(extra))):
                 thresholding().read(path, Preparation(**option))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from anomri.methods.base import Objective
-from anomri.runtime.processes import Processes, fabric_of
+from anomri.runtime.processes import ProcessGroup, make_fabric
 from anomri.scans.find import find_cases
 from anomri.spec import Grid, Scaling, Training
 from anomri.training import steps
@@ -33,12 +33,12 @@ def forbidden(graph: NoGraph) -> Iterator[None]:
 def trained(slices: HealthySlices, capturable: bool) -> tuple[list[Tensor], list[Tensor], str]:
     """Losses and weights after some steps of a small network, and what the user is told."""
     torch.manual_seed(0)
-    fabric = fabric_of("cpu")
+    fabric = make_fabric("cpu")
     objective = Objective(torch.nn.Conv2d(2, 2, 3, padding=1))
     model, optimizer = fabric.setup(
         objective.module, steps.optimizer_of(objective, Training(), fabric.device)
     )
-    batches = Batches(fabric, Processes(), slices, 4)
+    batches = Batches(fabric, ProcessGroup(), slices, 4)
 
     def loss_of(x: Tensor, generator: Generator) -> Tensor:
         loss: Tensor = (model(x) - x + torch.rand((), generator=generator)).square().mean()

@@ -13,7 +13,7 @@ from anomri.cli import training, detection, evaluation  # noqa: F401  # they reg
 from anomri.cli.options import app, err, out
 from anomri.errors import AnomriError, Interrupted
 from anomri.runtime.interruption import StopRequest, stoppable
-from anomri.runtime.launch import launched
+from anomri.runtime.launch import read_launch
 
 
 def main(args: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None, stop: StopRequest) -> int:
     try:
         # One of several processes speaks for all; the others only tell what went wrong with them alone.
-        out.quiet = err.quiet = launched().rank > 0
+        out.quiet = err.quiet = read_launch().rank > 0
         try:
             return int(app(args=args, standalone_mode=False) or 0)
         except Exception as error:
@@ -44,7 +44,7 @@ def _run(args: list[str] | None, stop: StopRequest) -> int:
                 f"stopped ({error}); the same command goes on.", stop.signal
             ) from error
     except AnomriError as error:
-        err.quiet = err.quiet and getattr(error, "told", False)
+        err.quiet = err.quiet and getattr(error, "reported", False)
         err.print(f"error: {error}", style="red", soft_wrap=True)
         return 2
     except OSError as error:

@@ -65,10 +65,10 @@ def detect(
     """
     from anomri.cli.progress import case_progress
     from anomri.model.detector import BUILT_IN
-    from anomri.optional import optional
+    from anomri.optional import import_extra
     from anomri.runs.detect import detect_cohort
     from anomri.runs.tables import CaseResult, cases_before, write_dicom_seg
-    from anomri.runtime.processes import processes
+    from anomri.runtime.processes import join_processes
     from anomri.scans.intake import named, take_in
     from anomri.scans.prepare import Preparation
 
@@ -77,21 +77,21 @@ def detect(
     files = named(
         [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel"
     )
-    team = processes(device)
+    team = join_processes(device)
     detector = detector_of(
         model, device, precision, sensitivity, false_positive_ml, min_volume, channels
     )
-    if model is None and team.first:
+    if model is None and team.is_main:
         _note(
             f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
         )
     if dicom_seg:
-        optional("highdicom", "dicom", "--dicom-seg")
+        import_extra("highdicom", "dicom", "--dicom-seg")
         if detector.thresholds is None:
             raise AnomriError(
                 "--dicom-seg: this model has no threshold, so there is no mask to write."
             )
-    intake = team.once(
+    intake = team.run_on_main(
         lambda: take_in(
             input,
             files,
@@ -108,7 +108,7 @@ def detect(
             f"--brain-mask is the mask of one scan, but there are {len(intake.cases)}; name masks in a TSV."
         )
     if (
-        team.first
+        team.is_main
         and not shard
         and (before := cases_before(output, [case.name for case in intake.cases]))
     ):
@@ -133,13 +133,13 @@ def detect(
             shard=shard,
             progress=told,
         )
-    if dicom_seg and team.first:
+    if dicom_seg and team.is_main:
         results = [write_dicom_seg(output, result, intake.series) for result in results]
         for result in results:
             if result.error and result.summary:
                 err.print(f"failed: {result.error}", style="red", soft_wrap=True)
     failed = sum(result.error is not None for result in results)
-    if format == "json" and team.first:
+    if format == "json" and team.is_main:
         report = None if shard else str((output / "report.html").resolve())
         facts = {"report": report, "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))

@@ -72,10 +72,10 @@ def evaluate(
     from anomri.evaluation.evaluate import evaluate as run
     from anomri.evaluation.evaluate import evaluate_shard, make_plan
     from anomri.model.detector import Detector
-    from anomri.runtime.processes import processes
+    from anomri.runtime.processes import join_processes
     from anomri.spec import Score
 
-    processes(device)
+    join_processes(device)
     if maps is not None and not model and (channels or score or min_volume is not None):
         raise AnomriError(
             "--channels, --score and --min-volume are a model's; maps are measured as they are."

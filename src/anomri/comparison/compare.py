@@ -19,7 +19,7 @@ from anomri.files import output_folder, read_json, write_text
 from anomri.methods import registry as methods
 from anomri.runs.records import files_of
 from anomri.runtime.folders import RUN_FACTS, refuse_foreign, refuse_foreign_tables, sole_use
-from anomri.runtime.launch import alone
+from anomri.runtime.launch import require_single_process
 from anomri.scans.case import Case, common_channels
 from anomri.scans.find import find_cases
 from anomri.scans.splits import read_splits, split_cases
@@ -69,7 +69,7 @@ def compare(
     A job that fails is named in the result, and the others go on. Raises `AnomriError` for what does not fit
     from the start, and `errors.Interrupted` at Ctrl-C or SIGTERM.
     """
-    alone("a comparison")
+    require_single_process("a comparison")
     folder = output_folder(Path(out))
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
     # Split once, so that the seed changes the training alone.

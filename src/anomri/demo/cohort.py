@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from anomri.files import output_folder, write_text
-from anomri.optional import optional
+from anomri.optional import import_extra
 from anomri.scans.case import Case
 from anomri.scans.nifti import write_image_file
 from anomri.scans.splits import write_splits
@@ -182,7 +182,7 @@ def template_maps(blur_mm: float) -> Images:
     They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), what these leave unexplained
     of the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask (``brain``).
     """
-    datasets = optional("nilearn.datasets", "demo", "the synthetic cohort")
+    datasets = import_extra("nilearn.datasets", "demo", "the synthetic cohort")
     loaders = (
         datasets.load_mni152_template,
         datasets.load_mni152_gm_template,

@@ -17,7 +17,7 @@ from anomri.files import output_folder, write_text
 from anomri.reporting.pages import Page, Table, case_views, write_page
 from anomri.reporting.plots import curves_plot
 from anomri.runs.detect import detect_cohort
-from anomri.runtime.launch import alone
+from anomri.runtime.launch import require_single_process
 from anomri.scans.find import find_cases
 from anomri.training.train import Progress, train
 
@@ -78,7 +78,7 @@ def run_demo(
     ``keep`` leaves the cohort as NIfTI in ``out/cohort``. What an earlier demo left in ``out`` is replaced;
     raises `AnomriError` if anything else lies there.
     """
-    alone("the demo")
+    require_single_process("the demo")
     folder = output_folder(Path(out))
     _clear(folder)
     cohort = folder / "cohort"

@@ -19,7 +19,7 @@ from anomri.reporting.previews import remove_preview, save_preview
 from anomri.runs.detect import LOGS, problem, read_ahead
 from anomri.runs.records import PLAN, Records, Shard, keys_of
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
-from anomri.runtime.processes import Processes, processes
+from anomri.runtime.processes import ProcessGroup, join_processes
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.names import SUFFIXES
@@ -79,9 +79,9 @@ def evaluate(
     plan = make_plan(
         cohort, out, model, maps, grid, split, threshold, sensitivity, false_positive_ml
     )
-    team = processes(plan.device)
+    team = join_processes(plan.device)
     if out is None:
-        if team.count > 1:
+        if team.world_size > 1:
             raise AnomriError(
                 "several processes need a folder that all of them see; name one for the results."
             )
@@ -91,15 +91,15 @@ def evaluate(
             return _pooled(records, None)
     folder = Path(out)
     with team.sole_use(folder):
-        team.once(lambda: refuse_foreign_tables(folder, TABLES))
-        done = team.once(
+        team.run_on_main(lambda: refuse_foreign_tables(folder, TABLES))
+        done = team.run_on_main(
             lambda: _evaluated(folder, Records(folder, plan.keys, plan.facts).fingerprint)
         )
         if done is not None and not done.failed:
             return done
-        records = team.once(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
-        team.each(lambda: _spool(plan, team.part(plan.cases), records, progress))
-        return team.once(lambda: _pooled(records, folder))
+        records = team.run_on_main(lambda: Records.begin(folder / SCORES, plan.keys, plan.facts))
+        team.run_on_all(lambda: _spool(plan, team.share(plan.cases), records, progress))
+        return team.run_on_main(lambda: _pooled(records, folder))
 
 
 def evaluate_shard(
@@ -111,7 +111,7 @@ def evaluate_shard(
     with part.sole_use(folder):
         refuse_foreign_tables(folder, TABLES)
         records = Records.begin(folder / SCORES, plan.keys, plan.facts)
-        mine = Processes(part.number - 1, part.count).part(plan.cases)
+        mine = ProcessGroup(part.number - 1, part.count).share(plan.cases)
         _spool(plan, mine, records, progress)
         return sum(bool((records.load(case.name) or {}).get("error")) for case in mine)
 

@@ -12,7 +12,7 @@ from anomri.methods.base import Method
 from anomri.methods.networks.unet import fold_weight_standardisation
 from anomri.runtime.devices import resolve_precision
 from anomri.runtime.memory import keep_memory, smaller_until_it_fits
-from anomri.runtime.threads import side_by_side
+from anomri.runtime.threads import worker_threads
 from anomri.slices import Box, cut_box
 
 CACHED = 2**21
@@ -69,7 +69,7 @@ class Inference:
             if workers == 1:
                 list(map(place, parts))
                 return
-            with side_by_side(workers) as pool:
+            with worker_threads(workers) as pool:
                 list(pool.map(place, parts))
 
         size = min(self.batch, self._fast(x, box))

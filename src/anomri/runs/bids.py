@@ -27,7 +27,7 @@ from anomri.runs.detect import detect_each, finished
 from anomri.runs.records import Records, keys_of
 from anomri.runs.tables import CaseResult, run_facts, tsv, write_run, write_tables
 from anomri.runtime.folders import refuse_foreign
-from anomri.runtime.launch import alone
+from anomri.runtime.launch import require_single_process
 from anomri.scans.bids import CHANNELS, bids_cases, description, validate
 from anomri.scans.case import Case
 from anomri.scans.names import bare_name
@@ -81,7 +81,7 @@ def run_participant(
     the same time, and a run that was stopped goes on. Raises `AnomriError` if `bids_cases` does, the data set is not
     valid, or ``out_dir`` belongs to something else.
     """
-    alone("a run over BIDS (split it by --participant-label)")
+    require_single_process("a run over BIDS (split it by --participant-label)")
     root, out = Path(bids_dir), Path(out_dir)
     detector = model if isinstance(model, Detector) else Detector.load(model)
     channels = detector.channels

@@ -24,9 +24,9 @@ from anomri.reporting.previews import save_preview
 from anomri.runs.records import Records, Shard, check_same_scans, keys_of, origin_of
 from anomri.runs.tables import CaseResult, run_facts, write_run_tables
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
-from anomri.runtime.launch import processors
-from anomri.runtime.processes import Processes, processes
-from anomri.runtime.threads import threads_divided
+from anomri.runtime.launch import usable_processors
+from anomri.runtime.processes import ProcessGroup, join_processes
+from anomri.runtime.threads import divide_torch_threads
 from anomri.scans.case import Case
 from anomri.scans.prepare import Preparation
 from anomri.scans.volume import Volume
@@ -66,7 +66,7 @@ def detect_cohort(
     results of another scan of the same name, that results would replace, or another run is writing to it.
     """
     folder, part = Path(out), Shard.parse(shard)
-    team = Processes(part.number - 1, part.count) if part else processes(_device_of(model))
+    team = ProcessGroup(part.number - 1, part.count) if part else join_processes(_device_of(model))
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
@@ -77,7 +77,7 @@ def detect_cohort(
     with part.sole_use(folder) if part else team.sole_use(folder):
         facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
         begin = partial(Records.begin, folder / LOGS, keys, facts)
-        mine = team.part(cases)
+        mine = team.share(cases)
 
         def check() -> None:
             of_this_run = mine if part else cases
@@ -85,8 +85,8 @@ def detect_cohort(
             refuse_foreign_tables(folder, TABLES)
             check_same_scans(folder / LOGS, of_this_run)
 
-        check() if part else team.once(check)
-        records = begin() if part else team.once(begin)
+        check() if part else team.run_on_main(check)
+        records = begin() if part else team.run_on_main(begin)
         results = {
             case.name: result for case in mine if (result := finished(records, case.name, folder))
         }
@@ -113,13 +113,13 @@ def detect_cohort(
             detect()
             return [results[case.name] for case in mine]
         try:
-            team.each(detect)
+            team.run_on_all(detect)
         except BaseException:
             # Also after Ctrl-C: what is done is listed.
-            if team.count == 1:
+            if team.world_size == 1:
                 write_run_tables(folder, records, list(results.values()))
             raise
-        return team.once(lambda: _collected(folder, records))
+        return team.run_on_main(lambda: _collected(folder, records))
 
 
 def merge_detections(folder: Path) -> list[CaseResult]:
@@ -166,7 +166,9 @@ def detect_each(
     another, each read while the network works on the one before.
     """
     workers = (
-        min(processors() // 2, MOST_SCANS, len(cases)) if detector.device.type == "cuda" else 1
+        min(usable_processors() // 2, MOST_SCANS, len(cases))
+        if detector.device.type == "cuda"
+        else 1
     )
     if workers < 2:
         for case, volume, begun in read_ahead(cases, read):
@@ -176,7 +178,7 @@ def detect_each(
     def work(case: Case) -> CaseResult:
         return _detect_case(detector, *_attempt(case, read), save, folder)
 
-    with threads_divided(workers):
+    with divide_torch_threads(workers):
         yield from _ahead((partial(work, case) for case in cases), workers - 1)
 
 

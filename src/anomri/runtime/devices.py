@@ -1,4 +1,4 @@
-"""What this machine computes with: a device, and a precision that it is fast in."""
+"""The device that computes, and the precision that it is fast in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from anomri.spec import Precision
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of that name, ``auto`` being the fastest one here; raises `AnomriError` if it is not here."""
+    """The device of this name; ``auto`` is the fastest one of this machine.
+
+    Raises `AnomriError` if this machine does not have it.
+    """
     if device == "auto":
-        return torch.device(
-            torch.accelerator.current_accelerator() or "cpu"
-            if torch.accelerator.is_available()
-            else "cpu"
-        )
+        fastest = torch.accelerator.current_accelerator()
+        return fastest if fastest and torch.accelerator.is_available() else torch.device("cpu")
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -30,22 +30,23 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: str = "cpu") -> Any:
-    """``auto`` as the precision that a kind of device computes fastest in: bfloat16 where the hardware has it.
+    """The precision of this name; ``auto`` is bfloat16 where the hardware computes it fast.
 
-    Raises `AnomriError` if there is no such precision.
+    ``device`` is the type of a device, such as ``cuda``. Raises `AnomriError` for an unknown name.
     """
-    if precision not in get_args(Precision):
-        raise AnomriError(
-            f"there is no precision {precision!r}; there are {', '.join(get_args(Precision))}."
-        )
+    known = get_args(Precision)
+    if precision not in known:
+        raise AnomriError(f"unknown precision {precision!r}; choose one of {', '.join(known)}.")
     if precision != "auto":
         return precision
+    return "bf16-mixed" if _has_fast_bfloat16(device) else "32-true"
+
+
+def _has_fast_bfloat16(device: str) -> bool:
     if device == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    if device != "cpu":
-        return "32-true"
-    # Without such instructions bfloat16 is emulated, several times slower than float32.
-    return "bf16-mixed" if _processor_flags() & {"avx512_bf16", "amx_bf16"} else "32-true"
+        return torch.cuda.is_bf16_supported()
+    # Without these instructions a processor emulates bfloat16, several times slower than float32.
+    return device == "cpu" and bool(_processor_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @cache
@@ -56,9 +57,9 @@ def _processor_flags() -> frozenset[str]:
 
 @cache
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` works here for a device: Triton and a C compiler may be missing, or not fit."""
+    """Whether `torch.compile` works on this machine, which needs Triton and a C compiler."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
         return True
-    except Exception:  # whatever a part that is missing raises
+    except Exception:  # each missing part raises its own error
         return False

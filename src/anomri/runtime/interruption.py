@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, by SIGTERM, or by a scheduler that needs the machine (SIGUSR1, then SIGTERM)."""
+"""Requests to stop: Ctrl-C, SIGTERM, or a scheduler that needs the machine (SIGUSR1, then SIGTERM)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from anomri.errors import Interrupted
 SCHEDULER_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # Windows has no SIGUSR1
-"""SLURM's ``--signal=USR1@60`` and pre-emption; the SIGCONT that comes before the latter needs no answer."""
+"""SLURM's ``--signal=USR1@60`` and pre-emption. The SIGCONT before pre-emption needs no answer."""
 
 
 class StopRequest:
-    """Whether a signal asked to stop; a second Ctrl-C stops at once."""
+    """The ``signal`` that asked to stop, if any; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -25,11 +25,11 @@ class StopRequest:
     @classmethod
     @contextmanager
     def listen(cls) -> Iterator[StopRequest]:
-        """Listen while the block runs (signals reach the main thread only; elsewhere nothing is caught)."""
+        """Note signals while the block runs (in the main thread only, which alone gets them)."""
         request = cls()
 
         def stop(number: int, frame: FrameType | None) -> None:
-            # A scheduler may say it twice, and must not hurt what is being saved.
+            # A scheduler may repeat its signal; that must not disturb what is being saved.
             if request.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             request.signal = number
@@ -40,7 +40,10 @@ class StopRequest:
 
 @contextmanager
 def stoppable() -> Iterator[StopRequest]:
-    """Raise `errors.Interrupted` in the block when a scheduler asks to stop: every file is whole, and the rest can go on."""
+    """Raise `errors.Interrupted` in the block when a scheduler asks to stop.
+
+    Files are written atomically, so the same command can resume the work.
+    """
     request = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -48,7 +51,8 @@ def stoppable() -> Iterator[StopRequest]:
             request.signal = number
             name = signal.Signals(number).name
             raise Interrupted(
-                f"stopped by {name}; the same command goes on (a training: with --resume).", number
+                f"stopped by {name}; rerun the same command to resume (a training: with --resume).",
+                number,
             )
 
     with _handled(SCHEDULER_SIGNALS, stop):

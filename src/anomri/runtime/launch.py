@@ -1,4 +1,4 @@
-"""Which of several processes this one is, by what torchrun or SLURM's srun say; one process where nobody says anything."""
+"""Which of several processes this one is, according to torchrun or SLURM's srun."""
 
 from __future__ import annotations
 
@@ -11,57 +11,67 @@ from anomri.errors import AnomriError
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of a process among all (``rank`` of ``count``) and among those of its machine."""
+    """The place of this process among all processes of the job, and among those on its machine."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_count: int = 1
+    local_world_size: int = 1
     launcher: Literal["torchrun", "srun"] | None = None
 
 
-def launched() -> Launch:
-    """What the launcher's environment says; raises `AnomriError` if it does not fit together."""
+def read_launch() -> Launch:
+    """The launcher's environment variables; without a launcher, a single process.
+
+    Raises `AnomriError` if the variables are incomplete or contradict each other.
+    """
     try:
-        return _launched()
+        launch = _read_environment()
     except (KeyError, ValueError) as error:
         raise AnomriError(
-            f"the environment of torchrun or srun is not complete ({type(error).__name__}: {error}); start all processes "
-            f"with torchrun or srun, or clear RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS."
+            f"the environment of torchrun or srun is not complete ({type(error).__name__}: {error}); "
+            f"start all processes with torchrun or srun, or unset RANK, WORLD_SIZE and "
+            f"SLURM_STEP_NUM_TASKS."
         ) from error
+    return launch if launch.world_size > 1 else Launch()
 
 
-def processors() -> int:
-    """How many processors this process may use: its share of those that it is allowed, among the processes of a machine."""
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(allowed // launched().local_count, 1)
-
-
-def alone(what: str) -> None:
-    """Raise `AnomriError` if this is one of several processes, for ``what`` does not share its work."""
-    if launched().count > 1:
-        raise AnomriError(f"{what} is done by one process; start it without torchrun or srun.")
-
-
-def _launched() -> Launch:
+def _read_environment() -> Launch:
     env = os.environ
+    # torchrun first: srun may have started it.
     if "TORCHELASTIC_RUN_ID" in env:
-        rank, count = int(env["RANK"]), int(env["WORLD_SIZE"])
-        place = Launch(
-            rank, count, int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"]), "torchrun"
+        return Launch(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            local_world_size=int(env["LOCAL_WORLD_SIZE"]),
+            launcher="torchrun",
         )
-    # Not SLURM_NTASKS: a batch script without srun has that as well, and is one process.
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        count, machines = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
-        if count % machines:
-            raise ValueError(
-                f"{count} tasks on {machines} machines are not the same number on each"
-            )
-        place = Launch(
-            int(env["SLURM_PROCID"]), count, int(env["SLURM_LOCALID"]), count // machines, "srun"
-        )
-    else:
+    # Not SLURM_NTASKS: a batch script without srun has it too, and is one process.
+    tasks, machines = (int(env.get(f"SLURM_STEP_NUM_{name}", 1)) for name in ("TASKS", "NODES"))
+    if tasks == 1:
         return Launch()
-    return place if place.count > 1 else Launch()
+    if tasks % machines:
+        raise ValueError(f"{tasks} tasks on {machines} machines are not the same number on each")
+    return Launch(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=tasks,
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_world_size=tasks // machines,
+        launcher="srun",
+    )
+
+
+def usable_processors() -> int:
+    """How many processors this process may use: its share of those the job has on this machine."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    return max(allowed // read_launch().local_world_size, 1)
+
+
+def require_single_process(what: str) -> None:
+    """Raise `AnomriError` if this is one of several processes, because they cannot share ``what``."""
+    if read_launch().world_size > 1:
+        raise AnomriError(f"{what} runs in one process; start it without torchrun or srun.")

@@ -1,4 +1,4 @@
-"""Memory kept from one layer or scan to the next, and what to do when it does not suffice: the same work in smaller parts."""
+"""Memory: kept between the layers of a network, and what to do when it runs out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's ``mallopt``."""
 LARGEST_KEPT_BLOCK, MOST_KEPT = 2**27, 2**30
-"""Bytes: blocks larger than the one, and what is free at the end of the heap beyond the other, are given back."""
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+"""Bytes. Larger freed blocks, and free memory at the end of the heap beyond that, are given back."""
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @cache
 def keep_memory() -> None:
-    """Have this process keep freed memory, where the C library is glibc, instead of giving it back to the kernel.
+    """Make this process keep freed memory instead of returning it to the kernel (glibc only).
 
-    By itself glibc gives large blocks back, and gets each one again as pages that the kernel finds and zeroes one by one:
-    for every layer of a network and every channel of a scan, a quarter of the time on a virtual machine. All threads take
-    from one heap, so that what one of them has freed serves the others.
+    By default glibc returns large blocks and asks for new ones, whose pages the kernel has to find
+    and zero, for every layer of a network and every channel of a scan. On a virtual machine this
+    takes a quarter of the time. All threads share one heap, so that each can reuse what another
+    has freed.
     """
     setter = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if setter is not None:
@@ -33,23 +34,30 @@ def keep_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the processor or of an accelerator, does not suffice."""
+    """Whether an error says that the memory of the processor or of an accelerator ran out.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    True
+    >>> is_out_of_memory(RuntimeError("shapes do not match"))
+    False
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY_TEXTS)
 
 
 def free_memory() -> None:
-    """Give back what an attempt that failed still holds."""
+    """Free what a failed attempt still holds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def smaller_until_it_fits(work: Callable[[int], None], size: int) -> int:
-    """Call ``work(size)`` with half the size whenever memory does not suffice; returns the size that was enough.
+    """Call ``work(size)``, with half the size each time memory runs out; returns the size that fits.
 
-    Raises what ``work`` does when one at a time is too much.
+    Raises the error of ``work`` if even a size of 1 is too much.
     """
     while True:
         try:
@@ -58,6 +66,6 @@ def smaller_until_it_fits(work: Callable[[int], None], size: int) -> int:
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-        # Out of the handler: the error holds on to the attempt's tensors.
+        # Outside the handler, because the error keeps the tensors of the attempt alive.
         size //= 2
         free_memory()

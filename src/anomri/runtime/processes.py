@@ -1,4 +1,7 @@
-"""Work shared by any number of processes on any number of machines, through Lightning Fabric; nothing where there is one."""
+"""One job shared by several processes, on any number of machines, through Lightning Fabric.
+
+With one process every call below does its work at once and communicates with nobody.
+"""
 
 from __future__ import annotations
 
@@ -18,114 +21,145 @@ import torch
 from anomri.errors import AnomriError
 from anomri.runtime.devices import resolve_device
 from anomri.runtime.folders import sole_use
-from anomri.runtime.launch import launched
+from anomri.runtime.launch import read_launch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-PATIENCE = timedelta(days=2)
-"""How long a process waits for the others; a launcher ends those that wait for one that is dead."""
+TIMEOUT = timedelta(days=2)
+"""How long a process waits for the others. The launcher ends those that wait for a dead one."""
 T = TypeVar("T")
 
 
-class ToldElsewhere(AnomriError):
-    """An error that process 0 tells the user; the others only have to end."""
+class ReportedElsewhere(AnomriError):
+    """An error that the main process reports to the user; this process only has to end."""
 
-    told = True
+    reported = True
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process (``rank``, from 0) among ``count`` that do one job; their calls have to be the same and in order."""
+class ProcessGroup:
+    """The processes of one job, seen from one of them: ``rank`` (from 0) of ``world_size``.
+
+    `share` and `batch_rows` divide work. All other methods are collective: every process must call
+    them, in the same order.
+    """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes what there is once."""
+    def is_main(self) -> bool:
+        """Whether this process writes the files and prints the messages of the job."""
         return self.rank == 0
 
-    def part(self, items: Sequence[T]) -> list[T]:
-        """This process's share of a list: every ``count``-th, so that neighbours of like size are spread."""
-        return list(items[self.rank :: self.count])
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's items: every ``world_size``-th, because neighbours are often of like size.
 
-    def rows(self, total: int) -> range:
-        """This process's share of a batch of ``total``, in one piece."""
-        return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+        >>> ProcessGroup(rank=1, world_size=3).share("abcdefg")
+        ['b', 'e']
+        """
+        return list(items[self.rank :: self.world_size])
 
-    def each(self, work: Callable[[], T]) -> list[T]:
-        """Every process does its ``work``; all get all results, or all raise the `AnomriError` of those that failed."""
+    def batch_rows(self, batch_size: int) -> range:
+        """This process's rows of a batch, in one piece.
+
+        >>> [ProcessGroup(rank, 3).batch_rows(7) for rank in range(3)]
+        [range(0, 2), range(2, 4), range(4, 7)]
+        """
+        first = batch_size * self.rank // self.world_size
+        last = batch_size * (self.rank + 1) // self.world_size
+        return range(first, last)
+
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` in every process; each gets the results of all, in the order of their ranks.
+
+        If some raise `AnomriError`, all processes raise it.
+        """
+        if self.world_size == 1:
+            return [work()]
         result: T | None = None
         problem: str | None = None
         try:
             result = work()
         except AnomriError as error:
-            if self.count == 1:
-                raise
             problem = str(error)
-        if self.count == 1:
-            return [result]  # type: ignore[list-item]
-        answers: list[Any] = [None] * self.count
+        answers: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(answers, (result, problem))
         problems = list(dict.fromkeys(text for _, text in answers if text is not None))
         if problems:
-            raise (AnomriError if self.first else ToldElsewhere)("\n".join(problems))
+            raise (AnomriError if self.is_main else ReportedElsewhere)("\n".join(problems))
         return [answer for answer, _ in answers]
 
-    def once(self, work: Callable[[], T]) -> T:
-        """Process 0 does the ``work``; all get its result or raise its `AnomriError`."""
-        return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Run ``work`` in the main process alone; all get its result, or raise its `AnomriError`."""
+        return self.run_on_all(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
     @contextmanager
     def sole_use(self, folder: Path) -> Iterator[None]:
-        """`folders.sole_use` for all processes together, held by process 0."""
+        """`folders.sole_use` for the whole job; the main process holds the lock."""
         with ExitStack() as held:
-            self.once(lambda: held.enter_context(sole_use(folder)))
+            self.run_on_main(lambda: held.enter_context(sole_use(folder)))
             yield
 
-    def agree(self, value: object, problem: str) -> None:
-        """Raise `AnomriError` saying ``problem``, in all processes, if ``value`` is not the same in all."""
-        values = self.each(lambda: value)
+    def check_same(self, value: object, problem: str) -> None:
+        """Raise `AnomriError` with the text ``problem`` if ``value`` differs between processes."""
+        values = self.run_on_all(lambda: value)
 
         def compare() -> None:
-            if any(one != value for one in values):
+            if any(other != value for other in values):
                 raise AnomriError(problem)
 
-        self.once(compare)
+        self.run_on_main(compare)
 
-    def mean(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def all_reduce_mean(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The elementwise mean of a tensor over the processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return values
         values = values.to(device)
         torch.distributed.all_reduce(values)
-        return values / self.count
+        return values / self.world_size
 
-    def largest(self, number: int, device: torch.device) -> int:
+    def all_reduce_max(self, number: int, device: torch.device) -> int:
         """The largest of a whole number over the processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return number
         largest = torch.tensor(number, device=device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return int(largest)
 
-    def unsynchronised(self, fabric: Fabric, model: Any) -> Any:
-        """A context in which gradients stay with their process, to be summed up with those of a later part."""
-        return fabric.no_backward_sync(model) if self.count > 1 else nullcontext()
+    def no_gradient_sync(self, fabric: Fabric, model: Any) -> Any:
+        """A context in which gradients stay in this process, to be added to those of later parts."""
+        return fabric.no_backward_sync(model) if self.world_size > 1 else nullcontext()
 
 
-def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
-    """A Fabric on the processes that torchrun or srun started, one accelerator each, or on this process alone."""
-    # Here, since it takes longer to import than torch, and detection by one process does without.
+def join_processes(device: str = "auto") -> ProcessGroup:
+    """Connect this process with the others that torchrun or srun started; one device each.
+
+    Only the first call connects. Without a launcher the group is this process alone.
+    """
+    place = read_launch()
+    if place.launcher is not None:
+        _connect(resolve_device(device).type)
+    return ProcessGroup(place.rank, place.world_size)
+
+
+@cache
+def _connect(device: str) -> None:
+    make_fabric(device)
+
+
+def make_fabric(device: str = "auto", precision: Any = "32-true") -> Fabric:
+    """A Fabric on the processes that torchrun or srun started, one accelerator each, or on this one."""
+    # Imported here: it takes longer than torch, and detection in one process does without it.
     from lightning_fabric import Fabric
     from lightning_fabric.plugins import environments
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    place, accelerator = launched(), resolve_device(device).type
+    place, accelerator = read_launch(), resolve_device(device).type
     kinds: Any = environments
     if place.launcher is None:
-        # Named, since Fabric by itself takes a batch script of SLURM for one of many processes.
+        # Named, because Fabric takes a SLURM batch script for one of many processes.
         return Fabric(
             accelerator=accelerator,
             devices=1,
@@ -134,38 +168,26 @@ def fabric_of(device: str = "auto", precision: Any = "32-true") -> Fabric:
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if place.launcher == "srun":
-        # Fabric insists on the option of this name; --ntasks alone says as much.
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place.local_count))
+        # Fabric insists on this variable, though --ntasks alone is enough.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place.local_world_size))
         environment = kinds.SLURMEnvironment(auto_requeue=False)
     else:
         environment = kinds.TorchElasticEnvironment()
     fabric = Fabric(
         accelerator=accelerator,
-        devices=place.local_count,
-        num_nodes=place.count // place.local_count,
-        strategy=DDPStrategy(timeout=PATIENCE),
+        devices=place.local_world_size,
+        num_nodes=place.world_size // place.local_world_size,
+        strategy=DDPStrategy(timeout=TIMEOUT),
         precision=precision,
         plugins=[environment],
     )
     fabric.launch()
-    atexit.register(_leave)
+    atexit.register(_leave_gloo)
     return fabric
 
 
-def _leave() -> None:
-    # A thread of gloo that lets go of a tensor while the interpreter ends aborts the process; for NCCL Fabric does this.
+def _leave_gloo() -> None:
+    # A gloo thread that frees a tensor while the interpreter ends aborts the process.
+    # Fabric itself does this for NCCL.
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
-
-
-def processes(device: str = "auto") -> Processes:
-    """The processes of this job, connected with each other when first asked for; each takes a device of its own."""
-    place = launched()
-    if place.launcher is not None:
-        _connect(resolve_device(device).type)
-    return Processes(place.rank, place.count)
-
-
-@cache
-def _connect(device: str) -> None:
-    fabric_of(device)

@@ -1,4 +1,4 @@
-"""Parts of some work side by side on the processors of one machine."""
+"""Threads for parts of some work, and torch's own threads divided among them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from contextlib import contextmanager
 
 import torch
 
-_guard = threading.Lock()
-_open = 0
-_undivided = 1
+_lock = threading.Lock()
+_open_blocks = 0
+_threads_before = 1
 
 
 @contextmanager
-def threads_divided(workers: int) -> Iterator[None]:
-    """Torch's threads for each operation divided among so many that work at the same time.
+def divide_torch_threads(workers: int) -> Iterator[None]:
+    """Divide torch's threads for each operation among ``workers`` that work at the same time.
 
-    Threads that share every operation wait, busily, for the slowest of them at its end; that is lost wherever something
-    else takes a processor for a moment. Threads that have a part each do not wait.
+    Threads that share an operation wait, busily, for the slowest of them. That time is lost
+    whenever another program takes a processor for a moment. Threads with work of their own do not
+    wait.
     """
-    global _open, _undivided
-    with _guard:
-        # Torch's number is the whole process's: the last to leave gives back what the first has found.
-        _undivided = _undivided if _open else torch.get_num_threads()
-        _open += 1
-        torch.set_num_threads(max(_undivided // workers, 1))
+    global _open_blocks, _threads_before
+    with _lock:
+        # Torch's number is that of the process: the last block to end restores what the first found.
+        if not _open_blocks:
+            _threads_before = torch.get_num_threads()
+        _open_blocks += 1
+        torch.set_num_threads(max(_threads_before // workers, 1))
     try:
         yield
     finally:
-        with _guard:
-            _open -= 1
-            if not _open:
-                torch.set_num_threads(_undivided)
+        with _lock:
+            _open_blocks -= 1
+            if not _open_blocks:
+                torch.set_num_threads(_threads_before)
 
 
 @contextmanager
-def side_by_side(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads for parts of some work, among which those of torch are divided.
+def worker_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads for parts of some work; torch's threads are divided among them.
 
-    They take subnormal numbers, for which processors need many times as long, for zero; the caller's thread does not.
+    The pool's threads treat subnormal numbers, which slow a processor down, as zero; the caller's
+    thread does not.
     """
     pool = ThreadPoolExecutor(workers, initializer=torch.set_flush_denormal, initargs=(True,))
-    with threads_divided(workers), pool:
+    with divide_torch_threads(workers), pool:
         yield pool

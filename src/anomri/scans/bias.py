@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.optional import optional
+from anomri.optional import import_extra
 
 WORKING_MM = 6.0
 """The field is fitted to the image shrunk to about this size of voxel; it varies over centimetres."""
@@ -20,7 +20,7 @@ def correct_bias(
 
     Raises `AnomriError` naming the channel if SimpleITK is not installed or finds no field.
     """
-    sitk = optional("SimpleITK", "register", "--bias-correction")
+    sitk = import_extra("SimpleITK", "register", "--bias-correction")
     inside = data > 0
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
     image.SetSpacing(spacing_mm)

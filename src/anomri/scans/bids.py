@@ -15,6 +15,7 @@ from typing import Any
 
 from anomri.errors import AnomriError
 from anomri.files import read_json
+from anomri.optional import import_extra
 from anomri.scans.case import Case
 
 CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
@@ -181,13 +182,10 @@ def _chosen(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | 
 
 
 def _anatomical_files(root: Path) -> list[_File]:
-    try:
-        from ancpbids import DatasetOptions, load_dataset
-    except ImportError as error:
-        raise AnomriError(f"BIDS needs ancpbids ({error}); pip install 'anomri[bids]'") from error
+    ancpbids = import_extra("ancpbids", "bids", "BIDS")
     # A pickle in the data set would be loaded, and so run, if it were not ignored.
-    options = DatasetOptions(ignore=[".*", "sourcedata", "code"], ignore_pickle_file=True)
-    dataset: Any = load_dataset(str(root), options)
+    options = ancpbids.DatasetOptions(ignore=[".*", "sourcedata", "code"], ignore_pickle_file=True)
+    dataset: Any = ancpbids.load_dataset(str(root), options)
     files: list[_File] = []
     for artifact in dataset.query(suffix=[*SUFFIXES, "mask"], extension=[".nii", ".nii.gz"]):
         path = Path(artifact.get_relative_path())

@@ -16,7 +16,7 @@ from nibabel.affines import from_matvec
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.optional import optional
+from anomri.optional import import_extra
 from anomri.scans.resample import Lattice, resample
 from anomri.scans.volume import Volume
 
@@ -37,7 +37,7 @@ LPS = np.diag([-1.0, -1, 1, 1])
 @lru_cache(maxsize=1)
 def template() -> tuple[nib.Nifti1Image, Lattice]:
     """The brain of the MNI152 T1 template at 2 mm, and the model's grid placed around it."""
-    datasets = optional("nilearn.datasets", "register", "--register")
+    datasets = import_extra("nilearn.datasets", "register", "--register")
     image = datasets.load_mni152_template(resolution=TEMPLATE_MM)
     # Resampled by nilearn, the template is a little above zero in all of its field.
     brain = np.asanyarray(datasets.load_mni152_brain_mask(resolution=TEMPLATE_MM).dataobj) > 0
@@ -73,7 +73,7 @@ def _rigid(
     fixed: nib.Nifti1Image, moving: NDArray[np.float32], lattice: Lattice, name: str
 ) -> NDArray[np.float64]:
     """Template mm -> scan mm, found by SimpleITK."""
-    sitk = optional("SimpleITK", "register", "--register")
+    sitk = import_extra("SimpleITK", "register", "--register")
     target = _image(sitk, np.asanyarray(fixed.dataobj, dtype=np.float32), fixed.affine)
     source = _image(sitk, moving, lattice.affine)
     step = [max(1, round(TEMPLATE_MM / mm)) for mm in lattice.spacing_mm]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError, first_line
-from anomri.optional import optional
+from anomri.optional import import_extra, install_command
 from anomri.scans.case import Case
 from anomri.scans.geometry import Geometry
 from anomri.scans.masks import MIN_BRAIN_ML
@@ -74,7 +74,7 @@ def refusal(name: str, path: Path, found: str) -> AnomriError:
     head, brain, mask = map(shlex.quote, (path.name, f"{stem}_brain.nii.gz", f"{stem}_mask.nii.gz"))
     return AnomriError(
         f"{path}: {name} still has its skull ({found}); a model of brains would mark all of it. Give the brain alone, by "
-        f"one of\n  anomri detect ... --skull-strip          (deepbet: pip install 'anomri[bet]')"
+        f"one of\n  anomri detect ... --skull-strip          (deepbet: {install_command('bet')})"
         f"\n  hd-bet -i {head} -o {brain}"
         f"\n  mri_synthstrip -i {head} -o {brain} -m {mask}"
         f"\nor name the mask of its brain with --brain-mask, or lay it beside the scan as <case>_mask.nii.gz "
@@ -102,7 +102,7 @@ def brain_mask(volume: Volume) -> tuple[NDArray[np.bool_], str]:
 
 
 def _by_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
-    library = optional("deepbet.bet", "bet", "--skull-strip")
+    library = import_extra("deepbet.bet", "bet", "--skull-strip")
     try:
         with warnings.catch_warnings():
             # torch calls the format of its weights deprecated.

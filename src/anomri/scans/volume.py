@@ -15,7 +15,7 @@ from nibabel import orientations
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.runtime.launch import processors
+from anomri.runtime.launch import usable_processors
 from anomri.scans.boxes import box_around, is_empty, join
 from anomri.scans.case import Case
 from anomri.scans.geometry import Geometry, check_grid, copy_turned, geometry_of, says_where
@@ -151,7 +151,7 @@ def read_volume(
         raise AnomriError(f"{case.name}: no channel is asked for.")
     first: Geometry | None = None
     # Unpacking leaves other threads alone, so that channels are read side by side.
-    with ThreadPoolExecutor(min(len(files), processors())) as pool:
+    with ThreadPoolExecutor(min(len(files), usable_processors())) as pool:
         for path, (image, values, slope, found) in zip(
             files, pool.map(_read_positive, files), strict=True
         ):

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from anomri.errors import AnomriError, first_line
 from anomri.methods.draws import PartGenerator
 from anomri.runtime.memory import free_memory, is_out_of_memory
-from anomri.runtime.processes import Processes
+from anomri.runtime.processes import ProcessGroup
 from anomri.training.packing import HealthySlices
 
 Loss = Callable[[Tensor, Generator], Tensor]
@@ -48,20 +48,20 @@ class Batches:
     def __init__(
         self,
         fabric: Fabric,
-        processes: Processes,
+        processes: ProcessGroup,
         slices: HealthySlices,
         batch_size: int,
         accumulate: int = 1,
         divisible: bool = True,
     ) -> None:
-        if (processes.count > 1 or accumulate > 1) and not divisible:
+        if (processes.world_size > 1 or accumulate > 1) and not divisible:
             raise AnomriError(
                 "networks that take turns are trained by one process, with the whole batch at once; start one "
                 "process, without --accumulate."
             )
-        if processes.count > batch_size:
+        if processes.world_size > batch_size:
             raise AnomriError(
-                f"a batch of {batch_size} slices cannot be shared by {processes.count} processes; start fewer, or raise "
+                f"a batch of {batch_size} slices cannot be shared by {processes.world_size} processes; start fewer, or raise "
                 f"--batch-size."
             )
         self.fabric, self.processes, self.slices, self.divisible = (
@@ -70,7 +70,7 @@ class Batches:
             slices,
             divisible,
         )
-        self.count = min(max(accumulate, 1), len(processes.rows(batch_size)))
+        self.count = min(max(accumulate, 1), len(processes.batch_rows(batch_size)))
         self._note = ""
 
     def tell(self, note: str) -> None:
@@ -84,7 +84,7 @@ class Batches:
 
     def load(self, numbers: Sequence[int], seed: int) -> Batch:
         """Read this process's slices of the batch ``numbers``; ``seed`` decides all that is random in the step."""
-        rows, parts = self.processes.rows(len(numbers)), []
+        rows, parts = self.processes.batch_rows(len(numbers)), []
         for part in range(self.count):
             chosen = rows[len(rows) * part // self.count : len(rows) * (part + 1) // self.count]
             x = self.slices.batch([numbers[row] for row in chosen])
@@ -92,7 +92,7 @@ class Batches:
                 seed
             )
             # Processes' gradients are averaged, parts' are added.
-            parts.append(Part(x, generator, len(chosen) * self.processes.count / len(numbers)))
+            parts.append(Part(x, generator, len(chosen) * self.processes.world_size / len(numbers)))
         return Batch(numbers, seed, parts)
 
     def gradient(
@@ -110,7 +110,7 @@ class Batches:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._divide(len(self.processes.rows(len(batch.numbers))), error)
+                self._divide(len(self.processes.batch_rows(len(batch.numbers))), error)
             # Out of the handler: the error holds on to the attempt's tensors.
             batch.parts = []
             free_memory()
@@ -120,7 +120,7 @@ class Batches:
         """Add the gradient of ``parts`` to what the parameters have; returns their loss."""
         losses = []
         for part in parts[:-1]:
-            with self.processes.unsynchronised(self.fabric, model):
+            with self.processes.no_gradient_sync(self.fabric, model):
                 losses.append(self._backward(part, loss_of))
         return torch.stack([*losses, self._backward(parts[-1], loss_of)]).sum()
 
@@ -137,7 +137,7 @@ class Batches:
             if self.divisible and 2 * self.count <= rows
             else "a smaller --batch-size"
         )
-        if self.processes.count > 1 or "accumulate" not in advice:
+        if self.processes.world_size > 1 or "accumulate" not in advice:
             # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
             raise AnomriError(
                 f"memory does not hold a batch ({first_line(error):.200}); continue with --resume and {advice}."

@@ -14,7 +14,7 @@ from anomri.errors import AnomriError
 from anomri.methods.base import Method
 from anomri.model.files import cases_of_model
 from anomri.runtime.folders import refuse_foreign
-from anomri.runtime.processes import Processes
+from anomri.runtime.processes import ProcessGroup
 from anomri.scans.case import Case
 from anomri.scans.splits import read_split_cases, splits_by_name
 from anomri.scans.tables import read_table
@@ -147,7 +147,7 @@ def pack_splits(
     cases: Sequence[Case],
     spec: ModelSpec,
     cache: Path,
-    team: Processes,
+    team: ProcessGroup,
     progress: Callable[[int, int], None],
 ) -> Packed:
     """The packed cases for training and validation; ``progress`` is told how many are done, and of how many.
@@ -161,9 +161,11 @@ def pack_splits(
     ) -> list[PackedCase]:
         return pack_cohort(chosen, spec.channels, spec.grid, spec.scaling, cache, tell)
 
-    mine, done, packed = team.part(used), itertools.count(1), list[PackedCase]()
-    team.each(lambda: packed.extend(packed_of(mine, lambda case: progress(next(done), len(mine)))))
-    if team.count > 1:
+    mine, done, packed = team.share(used), itertools.count(1), list[PackedCase]()
+    team.run_on_all(
+        lambda: packed.extend(packed_of(mine, lambda case: progress(next(done), len(mine))))
+    )
+    if team.world_size > 1:
         # What the others packed is found; only a cache that machines do not share is packed once a machine.
         packed = packed_of(used)
     sides: Packed = {"train": [], "val": []}

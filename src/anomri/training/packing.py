@@ -20,8 +20,8 @@ from torch import Tensor
 
 from anomri.errors import AnomriError
 from anomri.files import output_folder, remove_abandoned, whole_file, write_text
-from anomri.runtime.launch import processors
-from anomri.runtime.threads import side_by_side
+from anomri.runtime.launch import usable_processors
+from anomri.runtime.threads import worker_threads
 from anomri.scans.case import Case
 from anomri.scans.prepare import prepare
 from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_volume
@@ -173,7 +173,7 @@ def pack_cohort(
         finally:
             progress(case)
 
-    with side_by_side(max(min(len(cases), processors(), 8), 1)) as pool:
+    with worker_threads(max(min(len(cases), usable_processors(), 8), 1)) as pool:
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(

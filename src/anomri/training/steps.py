@@ -76,7 +76,7 @@ class Step:
     loss: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        one_gpu = self.fabric.device.type == "cuda" and self.batches.processes.count == 1
+        one_gpu = self.fabric.device.type == "cuda" and self.batches.processes.world_size == 1
         self.capturable = one_gpu and self.model.capturable
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:

@@ -23,7 +23,7 @@ from anomri.model.detector import Detector
 from anomri.runtime.devices import can_compile, resolve_device
 from anomri.runtime.interruption import StopRequest
 from anomri.runtime.memory import keep_memory
-from anomri.runtime.processes import Processes, fabric_of, processes
+from anomri.runtime.processes import ProcessGroup, join_processes, make_fabric
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.splits import assign_splits, read_splits, split_cases, write_splits
@@ -114,7 +114,7 @@ def train(
     Raises `AnomriError` for what the user can put right, and `errors.Interrupted`, with all saved, when Ctrl-C or
     SIGTERM asks to stop.
     """
-    folder, team = Path(model), processes(device)
+    folder, team = Path(model), join_processes(device)
     cases, notes = with_images(find_cases(cohort) if isinstance(cohort, str | Path) else cohort)
     started = Pretrained.read_all(pretrained) if pretrained else None
     spec = planned(
@@ -140,7 +140,7 @@ def train(
         progress(Progress("pack", 0, len(cases), note=note))
     place = Path(cache) if cache else default_cache()
     with team.sole_use(folder):
-        if team.once(lambda: finished(folder, spec, known, resume)):
+        if team.run_on_main(lambda: finished(folder, spec, known, resume)):
             return Detector.load(folder, device)
         return _train(
             cases, known, started, folder, spec, place, accumulate, team, device, progress
@@ -155,7 +155,7 @@ def _train(
     spec: ModelSpec,
     cache: Path,
     accumulate: int,
-    team: Processes,
+    team: ProcessGroup,
     device: str,
     progress: Report,
 ) -> Detector:
@@ -172,18 +172,18 @@ def _train(
         else None,
     )
     state = TrainingState.load(folder, task_of(spec, packed))
-    team.agree(
+    team.check_same(
         state.step,
         f"{folder}: is not the same folder for all processes; name one that all machines see.",
     )
-    if team.first:
+    if team.is_main:
         write_splits(folder / "splits.csv", known)
     torch.manual_seed(schedule.seed if schedule else 0)
     network = methods.build(spec)
     if started:
         started.begin(network)
     if schedule:
-        fabric = fabric_of(device, schedule.precision)
+        fabric = make_fabric(device, schedule.precision)
         best = fit(fabric, network, spec, packed, state, folder, progress, team, accumulate)
         # Anew: the one that was trained may be compiled, for batches of its size.
         network = methods.build(spec)
@@ -195,13 +195,13 @@ def _train(
 
     scored(0, 1)
     spec = replace(
-        spec, score=team.once(lambda: choose_score(detector, packed["val"], packed["train"]))
+        spec, score=team.run_on_main(lambda: choose_score(detector, packed["val"], packed["train"]))
     )
     detector.spec = spec
-    thresholds = team.once(lambda: healthy_thresholds(detector, packed["val"], scored))
-    parts = team.once(lambda: subset_thresholds(detector, packed["val"], scored))
+    thresholds = team.run_on_main(lambda: healthy_thresholds(detector, packed["val"], scored))
+    parts = team.run_on_main(lambda: subset_thresholds(detector, packed["val"], scored))
     detector.spec = replace(spec, thresholds=thresholds, subset_thresholds=parts)
-    if team.first:
+    if team.is_main:
         detector.save(folder)
         (folder / TrainingState.NAME).unlink(missing_ok=True)
     progress(Progress("score", 1, 1))
@@ -216,7 +216,7 @@ def fit(
     state: TrainingState,
     folder: Path,
     progress: Report,
-    team: Processes = Processes(),
+    team: ProcessGroup = ProcessGroup(),
     accumulate: int = 1,
 ) -> dict[str, Tensor]:
     """The training loop; returns the weights with the lowest validation loss. What is random follows the step."""
@@ -256,7 +256,7 @@ def fit(
         )
         for objective, optimizer in zip(objectives, optimizers, strict=True)
     ]
-    log = Log(folder, state.step) if team.first else None
+    log = Log(folder, state.step) if team.is_main else None
     start = time.monotonic() - (log.seconds if log else 0.0)
     loss_mean = loss_held_out = math.nan
     saved, saved_at, took = state.step, time.monotonic(), 0.0
@@ -280,12 +280,14 @@ def fit(
 
             due = _validated(training, state.step)
             since = time.monotonic() - saved_at
-            late = team.first and (
+            late = team.is_main and (
                 since > SAVE_EVERY_S or (due and took < QUICK_S + SAVING_SHARE * since)
             )
-            stopping, saving = divmod(team.largest(2 * (stop.signal or 0) + late, fabric.device), 2)
+            stopping, saving = divmod(
+                team.all_reduce_max(2 * (stop.signal or 0) + late, fabric.device), 2
+            )
             if due or stopping or saving:
-                state.losses = list(team.mean(torch.stack(state.losses), fabric.device))
+                state.losses = list(team.all_reduce_mean(torch.stack(state.losses), fabric.device))
                 _check_losses(state, saved, training, slices)
             if due and not stopping:
                 with state.averaged(network):
@@ -297,7 +299,7 @@ def fit(
                             for name, value in network.state_dict().items()
                         }
                 if loss is None:
-                    stopping = team.largest(stop.signal or 0, fabric.device)
+                    stopping = team.all_reduce_max(stop.signal or 0, fabric.device)
                 else:
                     loss_mean, loss_held_out = float(torch.stack(state.losses).mean()), loss
                     if log:
@@ -310,7 +312,7 @@ def fit(
                 state.optimizers = {
                     p.name: o.state_dict() for p, o in zip(objectives, optimizers, strict=True)
                 }
-                if team.first:
+                if team.is_main:
                     state.save(folder)
                 saved_at, took = time.monotonic(), time.monotonic() - begun
             progress(
@@ -352,7 +354,7 @@ def validation_loss(
     model: Any,
     spec: ModelSpec,
     held_out: HealthySlices,
-    team: Processes = Processes(),
+    team: ProcessGroup = ProcessGroup(),
     stop: StopRequest | None = None,
 ) -> float | None:
     """Loss on fixed slices with fixed noise, so that every call sets the same task; ``None`` if asked to stop."""
@@ -366,18 +368,18 @@ def validation_loss(
     # Other sizes and no gradients would be compiled anew, for less than that takes.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         # As many rounds for every process, so that all of them hear of a stop in the same one.
-        for turn in range(0, len(batches), team.count):
+        for turn in range(0, len(batches), team.world_size):
             for number in batches[turn + team.rank : turn + team.rank + 1]:
                 x = held_out.batch(chosen[number : number + training.batch_size].tolist())
                 generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + number)
                 total += float(
                     model(x, foreground_of(x, spec.scaling), generator, spec.crop)
                 ) * len(x)
-            if stop is not None and team.largest(stop.signal or 0, fabric.device):
+            if stop is not None and team.all_reduce_max(stop.signal or 0, fabric.device):
                 break
         else:
             model.train()
-            return float(team.mean(total, fabric.device)) * team.count / count
+            return float(team.all_reduce_mean(total, fabric.device)) * team.world_size / count
     model.train()
     return None
 

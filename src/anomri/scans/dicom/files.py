@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anomri import optional as extras
 from anomri.errors import AnomriError, first_line
+from anomri.optional import import_extra
 
 REASONS = {
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
@@ -37,9 +37,9 @@ TAGS += [
 TAGS += ["FrameOfReferenceUID"]
 
 
-def optional(module: str) -> Any:
-    """Import a library of the ``dicom`` extra; raises `AnomriError` that says how to install it."""
-    return extras.optional(module, "dicom", "DICOM")
+def import_dicom(module: str) -> Any:
+    """Import a library of the ``dicom`` extra; raises `AnomriError` with the command to install it."""
+    return import_extra(module, "dicom", "DICOM")
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def regular_files(folder: Path) -> Iterator[Path]:
 
 def read_header(path: Path) -> Any:
     """The tags of `TAGS` in a file; ``None`` if it is not DICOM."""
-    pydicom = optional("pydicom")
+    pydicom = import_dicom("pydicom")
     if not path.stat().st_size:
         raise AnomriError(f"{path}: the file is empty; copy it again, or delete it.")
     try:
@@ -87,7 +87,7 @@ def read_header(path: Path) -> Any:
 def read_whole(path: Path) -> Any:
     """A file with its pixels, not decoded; raises `AnomriError` naming it if it is damaged or has none."""
     try:
-        one = optional("pydicom").dcmread(path)
+        one = import_dicom("pydicom").dcmread(path)
     except Exception as error:  # damaged bytes make pydicom raise about anything
         raise cut_short(path, error) from error
     if "PixelData" not in one:

@@ -24,8 +24,8 @@ from anomri.scans.dicom.channels import Series, guess_channel
 from anomri.scans.dicom.files import (
     REASONS,
     check_pixels,
+    import_dicom,
     number_of,
-    optional,
     quiet,
     read_header,
     read_whole,
@@ -169,7 +169,7 @@ def convert_series(
     if keep_identifiers:
         with quiet():
             subject = text_of(
-                optional("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]),
+                import_dicom("pydicom").dcmread(first.files[0], specific_tags=["PatientID"]),
                 "PatientID",
             )
         # The hash stays: two visits of a patient are two cases, and one must not overwrite the other.
@@ -208,7 +208,7 @@ def read_series(series: Series) -> nib.Nifti1Image:
     Integers stay as they are, values rescaled by the headers are float32. Raises `AnomriError` naming the file or
     the series' folder that cannot be decoded or does not fit.
     """
-    library = optional("dicom2nifti.convert_dicom")
+    library = import_dicom("dicom2nifti.convert_dicom")
     where = f"{series.files[0].parent}, series {series}"
     with quiet():
         slices = [read_whole(path) for path in series.files]
@@ -317,7 +317,7 @@ def _why_not(kind: str, series: Series, header: Any) -> str | None:
     if kind in REASONS:
         return REASONS[kind]
     if kind != MR_IMAGE or series.modality != "MR":
-        name = optional("pydicom").uid.UID(kind).name
+        name = import_dicom("pydicom").uid.UID(kind).name
         return f"{series.slices} files of {name} (modality {series.modality or 'not given'}), no MR images"
     if not series.uid or not series.study:
         return f"{series.slices} files without SeriesInstanceUID or StudyInstanceUID"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.files import whole_file
 from anomri.scans.dicom.channels import Series
-from anomri.scans.dicom.files import optional, quiet, reason_of
+from anomri.scans.dicom.files import import_dicom, quiet, reason_of
 from anomri.scans.dicom.read import stack
 from anomri.scans.geometry import Geometry
 
@@ -50,7 +50,7 @@ def write_segmentation(
     those of the algorithm. Slices without a finding are left out; of an empty mask all are written, all empty.
     Raises `AnomriError` naming the file, or the series if the mask lies on another grid or its headers do not do.
     """
-    pydicom, highdicom = optional("pydicom"), optional("highdicom")
+    pydicom, highdicom = import_dicom("pydicom"), import_dicom("highdicom")
     where = f"{source.files[0].parent}, series {source}"
     with quiet():
         try:
