@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +24,19 @@ from anomri.errors import AnomriError
 from anomri.model.detector import Detector
 from anomri.scans.find import find_cases
 from anomri.scans.volume import read_volume
+from anomri.scoring import registry
 from anomri.scoring.metrics import dice
 from anomri.scoring.positions import CELLS, packed_maps
+from anomri.scoring.registry import SCORES
 from anomri.scoring.scores import (
-    SCORES,
-    WITH_PROBABILITY,
     anomaly_score,
     erode_foreground,
     score_of,
     structural_similarity,
 )
 from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
-from anomri.spec import FLOOR, LEVEL, SPREAD, Scaling, Score
-from anomri.training.choose_score import choose_score
+from anomri.spec import FLOOR, LEVEL, SPREAD, ModelSpec, Scaling, Score
+from anomri.training.choose_score import candidates, choose_score
 from anomri.training.packing import PackedCase, pack_cohort
 from anomri.training.spheres import LARGE, SEED, SMALL, plant_spheres
 from anomri.training.thresholds import PLANTED, healthy_thresholds
@@ -42,6 +44,7 @@ from anomri.training.train import train
 
 CHANNELS = ("flair", "t1")
 STANDARD = Scaling("standard")
+FORMULAS = [kind for kind in SCORES if SCORES[kind].place]
 
 
 def case_of(cohort: Path, name: str) -> Any:
@@ -105,7 +108,7 @@ def test_each_score_is_its_formula() -> None:
         at("standardised")
 
 
-@pytest.mark.parametrize("kind", sorted(SCORES))
+@pytest.mark.parametrize("kind", FORMULAS)
 def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, output = (
@@ -130,7 +133,7 @@ def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
     assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
 
 
-@pytest.mark.parametrize("kind", WITH_PROBABILITY)
+@pytest.mark.parametrize("kind", [kind for kind in FORMULAS if SCORES[kind].without_flair])
 @pytest.mark.parametrize("looked_at", [(), ("flair", "t2")])
 def test_without_flair_where_it_would_count_the_marks_count_alone(
     kind: str, looked_at: tuple[str, ...]
@@ -150,6 +153,40 @@ def test_without_flair_where_it_would_count_the_marks_count_alone(
     other = ("t1", "t2")
     score = replace(score, channels=tuple(name for name in looked_at if name in other))
     assert not torch.equal(score_of(x, output, other, score), score_of(x, output, other, marks))
+
+
+def test_the_names_of_scores_are_known_without_torch() -> None:
+    program = "import sys; from anomri.scoring import registry; print(len(registry.names()), 'torch' in sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed == f"{len(SCORES)} False\n"
+
+
+def test_every_score_has_a_function_and_auto_tries_what_the_table_says() -> None:
+    assert all(registry.load(name).__name__ == name for name in FORMULAS)
+    for name in ("own", "auto"):
+        with pytest.raises(AnomriError, match=f"the score '{name}' stands for another one"):
+            registry.load(name)
+    spec = ModelSpec(("t1", "flair", "t2"))
+    tried = [(score.kind, score.channels) for score in candidates(spec, True)]
+    assert tried[: len(tried) // 2] == [
+        ("absolute", ()),
+        ("positive", ()),
+        ("standardised", ()),
+        ("ssim", ()),
+        ("positive", ("flair",)),
+        ("positive", ("t2",)),
+        ("positive", ("flair", "t2")),
+        ("probability_with_residual", ("flair", "t2")),
+        ("probability_with_residual_by_position", ("flair", "t2")),
+    ]
+    without = candidates(replace(spec, channels=("t1", "flair")), False)
+    assert [(score.kind, score.channels) for score in without[:5]] == [
+        *tried[:4],
+        ("positive", ("flair",)),
+    ]
+    assert len(without) == 10
 
 
 def test_structural_similarity_is_that_of_torchmetrics() -> None:
@@ -213,7 +250,7 @@ def test_standard_scaling_is_not_moved_by_a_lesion_and_is_undone() -> None:
 
 def test_the_score_is_chosen_on_healthy_slices_and_says_why(marking: Path, cohort: Path) -> None:
     spec = anomri.load(marking).spec
-    assert spec.score.kind in SCORES
+    assert spec.score.kind in FORMULAS
     assert "held-out cases, no lesion label used" in spec.score.chosen_by
     assert spec.score.chosen_by.count("smoothed") >= 6
     assert spec.thresholds is not None and set(spec.subset_thresholds) == {"flair", "t1"}

@@ -60,7 +60,7 @@ class Scaling:
 class Score:
     """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped.
 
-    The defaults are the paper's; ``scores.SCORES`` says what each ``kind`` is, ``own`` being the method's own.
+    The defaults are the paper's; `scoring.registry.SCORES` says what each ``kind`` is, ``own`` being the method's own.
     """
 
     kind: str = "own"

@@ -26,9 +26,12 @@ from anomri.cli.options import (
     numbers_of,
     out,
 )
+from anomri.scoring import registry as scores
 
 if TYPE_CHECKING:
     from anomri.evaluation.pooling import Evaluation
+
+SCORES = [name for name in scores.names() if name != "auto"]
 
 
 @app.command()
@@ -55,9 +58,7 @@ def evaluate(
     channels: SomeChannels = None,
     score: Annotated[
         Optional[str],
-        typer.Option(
-            help="Instead of the model's: paper, absolute, positive, ssim, anomaly_probability, ..."
-        ),
+        typer.Option(help=f"Instead of the model's: paper, {', '.join(SCORES)}."),
     ] = None,
     shard: Shard = None,
     device: Device = "auto",

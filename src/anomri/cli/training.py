@@ -19,6 +19,8 @@ from anomri.cli.options import (
     out,
     settings_of,
 )
+from anomri.methods import registry as methods
+from anomri.scoring import registry as scores
 
 
 @app.command()
@@ -34,9 +36,7 @@ def train(
     ] = None,
     method: Annotated[
         Optional[str],
-        typer.Option(
-            help="dae (default), thresholding, ae, vae, vae-restoration, fanogan or diffusion."
-        ),
+        typer.Option(help=f"One of {', '.join(methods.names())} (default: dae)."),
     ] = None,
     pretrained: Annotated[
         Optional[list[Path]],
@@ -86,7 +86,7 @@ def train(
     score: Annotated[
         Optional[str],
         typer.Option(
-            help="How residuals become a map: own, auto, absolute, positive, ssim, anomaly_probability, ..."
+            help=f"How residuals become a map: {', '.join(scores.names())} (default: the preset's)."
         ),
     ] = None,
     passes: Annotated[

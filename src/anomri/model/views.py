@@ -11,7 +11,8 @@ from torch import Generator, Tensor
 from anomri.errors import AnomriError
 from anomri.methods.base import Method
 from anomri.model.inference import Inference
-from anomri.scoring.scores import MEDIANS, SCORES
+from anomri.scoring.registry import find
+from anomri.scoring.scores import MEDIANS
 from anomri.slices import Box, SliceStack, cut_box, paste_box, present_channels, rescale, resize
 from anomri.spec import Score
 
@@ -55,11 +56,7 @@ def _views(
 
 def check_score(method: Method, score: Score, channels: Sequence[str]) -> None:
     """Raise `AnomriError` if there is no such score, or it asks for what a model of ``channels`` does not make."""
-    if score.kind not in ("own", "auto", *SCORES):
-        raise AnomriError(
-            f"there is no score {score.kind!r}; there are own, auto, {', '.join(SCORES)}."
-        )
-    if "probability" in score.kind and not method.segmentation_head:
+    if find(score.kind).needs_segmentation_head and not method.segmentation_head:
         raise AnomriError(
             f"the score {score.kind} needs a segmentation head, which the model does not have; train with the settings "
             f"anomalies and segmentation_head (preset quick or accurate)."

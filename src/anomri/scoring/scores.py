@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomri.errors import AnomriError
+from anomri.scoring import registry
 from anomri.scoring.positions import spread_over, unpacked_maps
 from anomri.slices import Box, Position, brain_box, cut_box, paste_box, present_channels
 from anomri.spec import Score
@@ -129,35 +130,6 @@ def probability_with_residual_by_position(seen: Evidence) -> Tensor:
     return anomaly_probability(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
-BY_POSITION: dict[str, Callable[[Evidence], Tensor]] = {
-    function.__name__: function
-    for function in (
-        standardised_by_position,
-        positive_by_position,
-        probability_with_residual_by_position,
-    )
-}
-"""Scores that need `Score.healthy_maps`."""
-SCORES: dict[str, Callable[[Evidence], Tensor]] = BY_POSITION | {
-    function.__name__: function
-    for function in (
-        absolute,
-        positive,
-        negative,
-        standardised,
-        ssim,
-        anomaly_probability,
-        probability_with_residual,
-    )
-}
-
-WITH_PROBABILITY = (
-    probability_with_residual.__name__,
-    probability_with_residual_by_position.__name__,
-)
-"""Scores that combine the probability with a residual."""
-
-
 def describe(score: Score) -> str:
     """A score in a few words."""
     words = score.kind + (f" of {'+'.join(score.channels)}" if score.channels else "")
@@ -177,8 +149,6 @@ def score_of(
     that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
     of its; the score is zero beyond the brain's box and a margin. Raises `AnomriError` if there is no such score.
     """
-    if score.kind not in SCORES:
-        raise AnomriError(f"there is no score {score.kind!r}; there are own, {', '.join(SCORES)}.")
     c = x.shape[1]
     present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
     asked = [k for k in present if channels[k] in score.channels]
@@ -191,6 +161,7 @@ def score_of(
     place = place._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
 
     score = _for_channels(score, channels, present)
+    formula = registry.load(score.kind)
 
     def of(some: slice) -> Tensor:
         here = place._replace(heights=place.heights[some])
@@ -198,7 +169,7 @@ def score_of(
         probability = output[some, c] if output.shape[1] > c else None
         bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
         seen = Evidence(x[some, chosen], output[some, chosen], probability, mean, spread, bright)
-        return paste_box(SCORES[score.kind](seen), size, box)
+        return paste_box(formula(seen), size, box)
 
     # What lies between a scan and its score is several times as large as either.
     return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
@@ -211,11 +182,8 @@ def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int])
     """
     first = BRIGHT[0]
     lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
-    return (
-        replace(score, kind="anomaly_probability")
-        if lacks and score.kind in WITH_PROBABILITY
-        else score
-    )
+    substitute = registry.find(score.kind).without_flair
+    return replace(score, kind=substitute) if lacks and substitute else score
 
 
 def _wider(box: Box, margin: int, size: tuple[int, int]) -> Box:
@@ -233,13 +201,14 @@ def _healthy_residual(
     shape: torch.Size, score: Score, position: Position, chosen: list[int]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Mean and spread of the ``chosen`` channels' absolute residual in healthy tissue, as far as the score knows them."""
-    if score.kind in BY_POSITION and score.healthy_maps:
+    kind = registry.find(score.kind)
+    if kind.needs_healthy_maps and score.healthy_maps:
         maps = unpacked_maps(score.healthy_maps, shape[1])
         mean, spread = (
             spread_over(cells[chosen], position, (shape[2], shape[3])) for cells in maps
         )
         return mean, spread.clamp_min(1e-4)
-    if score.kind == "standardised" and score.healthy_mean and score.healthy_spread:
+    if kind.needs_healthy_residual and score.healthy_mean and score.healthy_spread:
         known = (score.healthy_mean, score.healthy_spread)
         mean, spread = (torch.tensor(values)[chosen, None, None] for values in known)
         return mean, spread

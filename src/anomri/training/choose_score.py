@@ -13,7 +13,8 @@ from torch import Tensor
 from anomri.model.detector import Detector
 from anomri.scoring.metrics import precision_recall
 from anomri.scoring.positions import packed_maps, statistics_by_position
-from anomri.scoring.scores import BRIGHT, BY_POSITION, anomaly_score, describe, score_of
+from anomri.scoring.registry import SCORES, AutoChannels, find
+from anomri.scoring.scores import BRIGHT, anomaly_score, describe, score_of
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 from anomri.training.packing import PackedCase, spread_healthy
@@ -21,31 +22,27 @@ from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 
 MAX_TRAINING_CASES = 8
 """Beside the held-out ones, to tell how residuals differ from one part of the brain to another."""
-WHOLE = ("absolute", "positive", "standardised", "ssim")
-"""Scores that are tried for all channels together."""
-STANDARDISED = ("standardised", *BY_POSITION)
-"""Scores that need to know the residual of healthy tissue."""
 SMOOTHING_MM = 1.7
 FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
 """Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""
 
 
 def candidates(spec: ModelSpec, segmentation_head: bool) -> list[Score]:
-    """The scores that are tried for a model: the paper's, signed ones, and with a segmentation head those that use it.
-
-    Neither the probability alone nor a residual by position alone: each wins on synthetic spheres at times, but both together are
-    better on tumours of patients not seen (docs/experiments.md).
-    """
+    """The scores that are tried for a model, as the table of scores says, each with and without smoothing."""
     bright = tuple(name for name in BRIGHT if name in spec.channels)
-    scores = [replace(spec.score, kind=kind) for kind in WHOLE]
-    scores += [replace(spec.score, kind="positive", channels=(name,)) for name in bright]
-    if len(bright) > 1:
-        scores.append(replace(spec.score, kind="positive", channels=bright))
-    if segmentation_head:
-        scores += [
-            replace(spec.score, kind=kind, channels=bright)
-            for kind in ("probability_with_residual", "probability_with_residual_by_position")
-        ]
+    looks: list[tuple[AutoChannels, tuple[str, ...]]] = [
+        ("all", spec.score.channels),
+        *(("each bright", (name,)) for name in bright),
+        ("bright", bright),
+    ]
+    scores = [
+        replace(spec.score, kind=name, channels=channels)
+        for look, channels in looks
+        for name, kind in SCORES.items()
+        if look in kind.auto and (segmentation_head or not kind.needs_segmentation_head)
+    ]
+    # With one bright channel, or none, some of them are the same.
+    scores = list(dict.fromkeys(scores))
     return [*scores, *(replace(score, smoothing_mm=SMOOTHING_MM) for score in scores)]
 
 
@@ -58,18 +55,19 @@ def choose_score(
     how they differ over the brain is seen on ``training`` cases too, since held-out ones are few.
     """
     spec = detector.spec
-    if spec.score.kind not in ("auto", *STANDARDISED):
+    kind, auto = find(spec.score.kind), spec.score.kind == "auto"
+    if not auto and not kind.needs_healthy_slices:
         return spec.score
     healthy = [
         case.stack(spec.scaling).take(case.healthy) for case in spread_healthy(held_out, MAX_SCANS)
     ]
     mean, spread = _residual_statistics(detector, healthy)
     head, maps = detector.method.segmentation_head, ""
-    if spec.score.kind in BY_POSITION or (spec.score.kind == "auto" and head):
+    if kind.needs_healthy_maps or (auto and head):
         seen = [*spread_healthy(held_out, MAX_SCANS), *spread_healthy(training, MAX_TRAINING_CASES)]
         maps = _maps_by_position(detector, seen, mean)
     base = replace(spec.score, healthy_mean=mean, healthy_spread=spread, healthy_maps=maps)
-    if spec.score.kind in STANDARDISED:
+    if not auto:
         return base
     large = _Planted.of(detector, healthy, LARGE)
     found = {
@@ -94,9 +92,9 @@ def choose_score(
             for score, value in both.items()
         }
         why += f"; then the filters, geometric mean of that and the same on spheres of 2 to 6 mm: {_ranked(names)}"
-    if best.kind != "standardised":
+    if not find(best.kind).needs_healthy_residual:
         best = replace(best, healthy_mean=(), healthy_spread=())
-    if best.kind not in BY_POSITION:
+    if not find(best.kind).needs_healthy_maps:
         best = replace(best, healthy_maps="")
     return replace(best, chosen_by=why)
 

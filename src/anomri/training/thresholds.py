@@ -16,18 +16,13 @@ from numpy.typing import NDArray
 
 from anomri.model.detector import Detector
 from anomri.scoring.metrics import drop_small_components, precision_recall_of_sorted
+from anomri.scoring.registry import DEFAULT_RATE, find
 from anomri.slices import SliceStack, brain_box, foreground_of
 from anomri.spec import HealthyScores, Score, Thresholds
 from anomri.training.packing import PackedCase, spread_healthy
 from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
-DEFAULT_RATE, SPARING_RATE = 0.01, 0.002
-"""Of a score that was not chosen: whose masks had the best Dice on 23 cross-validated patients (docs/experiments.md). Healthy
-tissue differs a little from its reconstruction nearly everywhere, but is seldom much brighter, and seldom marked. The
-first is also the most for a score that was chosen, however little stands out on the channels at hand."""
-SPARING = ("positive", "probability", "anomaly_probability")
-"""How the names of scores begin that take `SPARING_RATE`."""
 MAX_CASES = 64
 """More held-out cases than this do not move the quantiles; their scores are held in memory at once (5 MB a case)."""
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
@@ -63,7 +58,7 @@ class _Healthy:
 
 def default_rate(score: Score) -> float:
     """The share of healthy voxels above a score's threshold unless another is asked for."""
-    return SPARING_RATE if score.kind.startswith(SPARING) else DEFAULT_RATE
+    return find(score.kind).false_positive_rate
 
 
 def healthy_thresholds(
