@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,13 @@ def write(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, affine), path)
     return path
+
+
+def read_tsv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of a table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        columns, *rows = csv.reader(file, delimiter="\t")
+    return columns, rows
 
 
 def write_case(folder: Path, name: str, seed: int, *, lesion: bool) -> None:

@@ -21,11 +21,10 @@ from anomri.errors import AnomriError
 from anomri.model.detector import Detector
 from anomri.model.lesions import lesion_labels
 from anomri.optional import install_command
-from anomri.reporting.pages import read_tsv
 from anomri.runs.bids import run_group, run_participant
 from anomri.scans.bids import bids_cases, validate
 from anomri.scans.find import find_cases
-from conftest import AFFINE, SHAPE, brain
+from conftest import AFFINE, SHAPE, brain, read_tsv
 
 VALIDATOR = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
 

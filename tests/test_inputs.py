@@ -13,7 +13,7 @@ from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
 from anomri.model.detector import Detector
-from anomri.reporting.viewer import _scans
+from anomri.reporting.viewer import find_scans, named_scans
 from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.find import find_cases
@@ -349,8 +349,8 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
         written.append({path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")})
     assert written[0] == written[1] == written[2] and len(written[0]) == 4
     (name,) = (path.name.removesuffix("_mask.dcm") for path in out.glob("*_mask.dcm"))
-    for scans in (None, folder):
-        assert _scans(out, scans)[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
+    for scans in (find_scans(out), named_scans(out, folder)):
+        assert scans[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
 
 
 def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> None:
@@ -363,14 +363,14 @@ def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> N
     (tmp_path / "s_flair.nii.gz").touch()
     assert not holds_dicom(tmp_path, tmp_path)
     (tmp_path / "out" / "nifti").mkdir(parents=True)
-    assert _scans(tmp_path / "out", None) == {}
+    assert find_scans(tmp_path / "out") == {}
 
 
 def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None:
     (file := tmp_path / "scan_01.nii.gz").touch()
     detected = Detector.load(None).find_cases(file)
     (tmp_path / "scan_01_anomaly.nii.gz").touch()
-    assert detected[0].name == "scan_01" and _scans(tmp_path, file)["scan_01"].channels == {
+    assert detected[0].name == "scan_01" and named_scans(tmp_path, file)["scan_01"].channels == {
         "01": file
     }
 
@@ -577,7 +577,8 @@ def test_cases_of_a_run_before_are_told(
         in said
     )
     report = (tmp_path / "report.html").read_text()
-    assert "Scans with fewer channels have thresholds of their own" in report
+    own = Detector.load(marking).spec.subset_thresholds["flair"].threshold
+    assert f"Channels: flair. Threshold: {own:.4g} (" in report
 
 
 @pytest.mark.parametrize("mm", [1e-3, 1e3])

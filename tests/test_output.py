@@ -14,13 +14,12 @@ import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.model.detector import Detector
-from anomri.reporting.pages import read_tsv
 from anomri.runs.records import Shard
 from anomri.runs.tables import CaseResult, write_dicom_seg
 from anomri.runtime.folders import sole_use
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
-from conftest import write
+from conftest import read_tsv, write
 from phantom import scan, thresholding
 
 

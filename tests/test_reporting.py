@@ -12,8 +12,9 @@ import pytest
 
 import anomri
 from anomri.errors import AnomriError
+from anomri.evaluation.report import report
 from anomri.model.detection import Detection
-from anomri.reporting.pages import CaseView, Page, Table, report, write_page
+from anomri.reporting.pages import CaseView, Page, Table, write_page
 from anomri.reporting.pictures import MASK_COLOUR, TRUTH_COLOUR, closeups, lightbox, overlay, planes
 from anomri.reporting.plots import curves_plot, histogram, patients_plot
 from anomri.reporting.previews import Picture, Preview, read_preview, save_preview
@@ -45,7 +46,12 @@ def run(cohort: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def evil_page() -> Page:
     columns = (EVIL, "n", "mixed")
     table = Table(
-        EVIL, columns, [(EVIL, 10, "b"), ("x", 9, ""), ("y", "", "a")], EVIL, {EVIL: "case-1"}
+        EVIL,
+        columns,
+        [(EVIL, 10, "b"), ("x", 9, ""), ("y", "", "a")],
+        EVIL,
+        {EVIL: "case-1"},
+        columns,
     )
     preview = Preview(
         EVIL, (Picture(EVIL, "AAAA", (EVIL,)),), histogram([1], [2], (1.0, 1.0), 0.5), True, EVIL
@@ -54,8 +60,11 @@ def evil_page() -> Page:
         curves_plot({EVIL: [(0.1, 0.2, 0.3, 0.4)]}, {EVIL: 0.1}),
         patients_plot({EVIL: [0.1, 0.2]}),
     ]
-    view = CaseView("case-1", preview, EVIL, table)
-    return Page(EVIL, EVIL, EVIL, [(EVIL, EVIL)], [table], plots, [view], EVIL, [table], EVIL)
+    view = CaseView("case-1", preview, EVIL, [EVIL], table)
+    pair = (EVIL, EVIL)
+    return Page(
+        EVIL, EVIL, EVIL, [pair], [pair], [table], plots, [view], EVIL, [table], [pair], EVIL
+    )
 
 
 def test_pages_escape_what_comes_from_files_and_need_no_network(tmp_path: Path) -> None:
@@ -146,12 +155,12 @@ def test_the_report_of_a_run_is_made_again_from_its_files(run: Path) -> None:
     for name in ("case7", "case8"):
         sizes = [path.stat().st_size for path in (run / "previews").glob(f"{name}.*")]
         assert len(sizes) == 5 and sum(sizes) < 200_000
-    # An older run's tables and a lost picture are no reason to fail.
+    # An older run's records and a lost picture are no reason to fail.
     (run / "previews" / "case7.row.jpg").unlink()
-    lines = (run / "lesions.tsv").read_text().splitlines()
-    (run / "lesions.tsv").write_text(
-        "\n".join("\t".join(line.split("\t")[:8]) for line in lines) + "\n"
-    )
+    record = json.loads((run / "logs" / "case8.json").read_text())
+    for lesion in record["summary"]["lesions"]:
+        del lesion["confidence"], lesion["edge_distance_mm"]
+    (run / "logs" / "case8.json").write_text(json.dumps(record))
     assert report(run).read_text().count('<section class="case"') == 1
 
 
@@ -170,7 +179,7 @@ def test_a_large_cohort_stays_small_enough_to_open(
 
     monkeypatch.setattr(module, "MAX_PICTURES", 1)
     assert (
-        "1 of 2, largest volumes first; pictures of the others lie in the folder previews"
+        "1 of 2, largest volumes first; pictures of the others are in the folder previews"
         in report(run).read_text()
     )
     monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 10)

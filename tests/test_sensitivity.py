@@ -11,7 +11,7 @@ import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.model.lesions import smallest_edge_distances
-from anomri.model.sensitivity import choose_threshold, confidence, describe
+from anomri.model.sensitivity import choose_threshold, confidence, false_positive_words
 from anomri.spec import HealthyScores, ModelSpec, Thresholds
 
 HEALTHY = HealthyScores((0.1, 0.2, 0.3), (9.0, 1.5, 0.0), (0.25, 0.3, 0.3), (5, 1), 0.3)
@@ -40,7 +40,7 @@ def test_a_rate_is_understood_as_it_is_printed_and_steps_lead_somewhere() -> Non
     own = replace(THRESHOLDS, false_positive_rate=(0.01, 0.005, 0.0012345, 0.001), chosen=0.0012345)
     for asked in ("0.12%", "0.0012", 0.0012345):
         assert choose_threshold(own, asked).threshold == 3.0  # type: ignore[union-attr]
-    assert "0.12% of healthy" in describe(own)
+    assert "0.12 % of healthy" in false_positive_words(own.voxel_rate, own.chosen_ml)
     assert choose_threshold(own, "high").threshold == 2.0  # type: ignore[union-attr]
     with pytest.raises(AnomriError, match="the default is the least sensitive"):
         choose_threshold(own, "low")  # 0.001 is nearly the same

@@ -20,7 +20,8 @@ import pytest
 
 from anomri.errors import AnomriError
 from anomri.reporting import viewer as module
-from anomri.reporting.viewer import Page, Viewer, serve, view
+from anomri.reporting.server import Page, Viewer
+from anomri.reporting.viewer import serve, view
 from conftest import CHROMIUM, CHROMIUM_FLAGS
 
 NAME = "b<i>&'2"  # a name that is markup
@@ -110,7 +111,12 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
         assert (
             first["threshold"] == 0.2 and first["volume_mm3"] == 1999 and len(first["lesions"]) == 2
         )
-        assert first["lesions"][0]["mean"] is None  # not a number, which JSON does not know
+        place = ", ".join(
+            f"{mm:.0f}" for mm in nib.affines.apply_affine(AFFINE, CENTRES[0])
+        ).replace("-", "\u2212")
+        # The mean is not a number, which JSON does not know; a confidence and a distance are not there.
+        assert first["lesions"][0]["cells"] == ["1", "1.00", place, "0.40", "-", "-", "-"]
+        assert [one["heading"] for one in listing["columns"]][:2] == ["#", "ml"]
         labels = [background["label"] for background in first["backgrounds"]]
         assert labels == ["flair", "t1", "reconstruction flair", "reconstruction t1", "anomaly map"]
         assert [background["frame"] for background in first["backgrounds"]] == [0, 0, 0, 1, 0]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from anomri.evaluation.evaluate import evaluate
     from anomri.evaluation.merge import merge
     from anomri.evaluation.pooling import Evaluation
+    from anomri.evaluation.report import report
     from anomri.model.detection import Detection
     from anomri.model.detector import Detector
-    from anomri.reporting.pages import report
     from anomri.runs.detect import detect_cohort
     from anomri.scans.case import Case
     from anomri.scans.find import find_cases
@@ -40,7 +40,7 @@ _HOMES = {
     "find_cases": "scans.find",
     "load": "model.detector",
     "merge": "evaluation.merge",
-    "report": "reporting.pages",
+    "report": "evaluation.report",
     "train": "training.train",
 }
 __all__ = sorted(_HOMES)

@@ -18,7 +18,7 @@ from anomri.files import whole_file, write_text
 from anomri.reporting.pages import Page, Table, write_page
 from anomri.reporting.pictures import TRUTH_COLOUR, grey, heat, outline
 from anomri.reporting.previews import Picture
-from anomri.runs.tables import tsv
+from anomri.runs.tables import write_tsv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,7 @@ COST_COLUMNS = (
     "threads",
     "device",
 )
+LONG_COLUMNS = ("variant", "median", "figure", "seeds", "mean", "sd", "low", "high", "values")
 CURVES = {"noise_resolution": "noise resolution (pixels)", "noise_std": "noise standard deviation"}
 HOW = (
     "Mean ± standard deviation over seeds; 95 % bootstrap intervals over test patients, their bounds averaged over seeds. "
@@ -131,9 +132,9 @@ def write_comparison(
     )
     rows = _rows(done)
     costs = _costs(done)
-    write_text(folder / "table.tsv", _long_table(rows))
+    write_tsv(folder / "table.tsv", LONG_COLUMNS, _long_table(rows))
     write_text(folder / "table.md", _markdown(COLUMNS, [row.cells() for row in rows]))
-    write_text(folder / "cost.tsv", tsv(COST_COLUMNS, costs))
+    write_tsv(folder / "cost.tsv", COST_COLUMNS, costs)
     pictures = []
     for setting, label in CURVES.items():
         figure = _curve(setting, label, done)
@@ -218,9 +219,9 @@ def _log(model: Path) -> tuple[int, float] | None:
     return int(last["step"]), float(last["seconds"])
 
 
-def _long_table(rows: Sequence[Row]) -> str:
-    columns = ("variant", "median", "figure", "seeds", "mean", "sd", "low", "high", "values")
-    lines = []
+def _long_table(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    """A line for each figure of each row, by `LONG_COLUMNS`."""
+    lines: list[tuple[object, ...]] = []
     for row in rows:
         for figure in row.figures:
             values = row.values(figure)
@@ -238,7 +239,7 @@ def _long_table(rows: Sequence[Row]) -> str:
                 each,
             )
             lines.append((row.variant, *cells))
-    return tsv(columns, lines)
+    return lines
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

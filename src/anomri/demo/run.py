@@ -14,7 +14,7 @@ from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
 from anomri.evaluation.pooling import Evaluation
 from anomri.files import output_folder, write_text
-from anomri.reporting.pages import Page, Table, case_views, write_page
+from anomri.reporting.pages import CaseView, Page, Table, case_views, write_page
 from anomri.reporting.plots import curves_plot
 from anomri.runs.detect import detect_cohort
 from anomri.runtime.launch import require_single_process
@@ -133,9 +133,12 @@ def _page(folder: Path, evaluations: dict[str, Evaluation]) -> Page:
             f"synthetic brains. Below is what it finds in {len(dae.patients)} others with lesions."
         ),
         note=NOTE,
-        cases=case_views(
-            folder / "evaluation-dae", [patient.case for patient in dae.patients], captions
-        ),
+        cases=[
+            CaseView(place, preview, captions.get(patient.case, ""))
+            for place, preview, patient in case_views(
+                folder / "evaluation-dae", {patient.case: patient for patient in dae.patients}
+            )
+        ],
         tables=[
             Table(
                 "Against thresholding of FLAIR",

@@ -12,12 +12,13 @@ from typing import Any
 
 from anomri.errors import AnomriError
 from anomri.evaluation.pooling import Evaluation, Pool, Scored, spool
+from anomri.evaluation.report import EVALUATION, evaluation_report
 from anomri.files import output_folder, write_text
 from anomri.model.detector import Detector
-from anomri.reporting.pages import evaluation_report
 from anomri.reporting.previews import remove_preview, save_preview
-from anomri.runs.detect import LOGS, problem, read_ahead
+from anomri.runs.detect import problem, read_ahead
 from anomri.runs.records import PLAN, Records, Shard, keys_of
+from anomri.runs.tables import LOGS
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.processes import ProcessGroup, join_processes
 from anomri.scans.case import Case
@@ -33,8 +34,6 @@ PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
 """Voxels of the paper's working grid on BraTS: slices, rows and columns."""
 SCORES = ".scores"
 TABLES = ("metrics.json", "patients.tsv", "curve.tsv", "report.html")
-EVALUATION = "evaluation"
-"""In ``logs``, where the records of cases end in ``.json``."""
 GRIDS = {
     "model": "every pixel of the slices with brain, on the model's working grid (of a finer one: on 128 x 128)",
     "input": "every voxel of the scan's own grid",
@@ -236,7 +235,7 @@ def _evaluated(folder: Path, run: str | None) -> Evaluation | None:
     if run not in (None, result["run"]):
         return None
     evaluation.save(folder)
-    evaluation_report(folder)
+    evaluation_report(folder, evaluation)
     if not evaluation.failed:  # else the same command tries those again, and they alone
         shutil.rmtree(folder / SCORES, ignore_errors=True)
     return evaluation

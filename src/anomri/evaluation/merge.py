@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from anomri.errors import AnomriError
-from anomri.evaluation.evaluate import EVALUATION, SCORES, merge_evaluations
-from anomri.runs.detect import LOGS, merge_detections
+from anomri.evaluation.evaluate import SCORES, merge_evaluations
+from anomri.evaluation.report import EVALUATION
+from anomri.runs.detect import merge_detections
 from anomri.runs.records import PLAN
+from anomri.runs.tables import LOGS
 
 
 def merge(folder: str | Path) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.files import output_folder, whole_file, write_text
-from anomri.runs.tables import tsv
+from anomri.runs.tables import write_tsv
 from anomri.scans.boxes import box_around
 from anomri.scoring.metrics import (
     Counts,
@@ -114,12 +114,8 @@ class Evaluation:
         """Write ``metrics.json``, ``patients.tsv`` and ``curve.tsv``."""
         folder = output_folder(Path(folder))
         rows = [patient.row() for patient in self.patients]
-        write_text(
-            folder / "patients.tsv", tsv(list(rows[0]), [list(row.values()) for row in rows])
-        )
-        write_text(
-            folder / "curve.tsv", tsv(("threshold", "recall", "precision", "dice"), self.curve)
-        )
+        write_tsv(folder / "patients.tsv", list(rows[0]), [list(row.values()) for row in rows])
+        write_tsv(folder / "curve.tsv", ("threshold", "recall", "precision", "dice"), self.curve)
         facts = {
             "protocol": self.protocol,
             "figures": [asdict(figure) for figure in self.figures],

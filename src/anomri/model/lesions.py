@@ -1,8 +1,10 @@
-"""The components of a mask, and what a table says of each."""
+"""The lesions of a mask: what is known of each, and how tables and pages show it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import cc3d
@@ -16,20 +18,174 @@ from anomri.scans.boxes import box_around
 from anomri.scans.geometry import Geometry
 from anomri.spec import HealthyScores
 
+Show = Callable[[Any, "int | None"], str]
+"""A value as a page shows it; the second argument is the number of healthy scans of the model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How tables, sidecars and pages show one field of a `Lesion`."""
+
+    description: str
+    heading: str
+    """The column's name on a page."""
+    show: Show
+    unit: str = ""
+    """In the words of BIDS."""
+    format: str = ""
+    """Of a value in a table."""
+    names: tuple[str, ...] = ()
+    """Columns of a table, for a field that holds several values; by default the field's own name."""
+
+
+def column(
+    description: str,
+    heading: str,
+    show: Show,
+    *,
+    default: Any = MISSING,
+    unit: str = "",
+    format: str = "",
+    names: tuple[str, ...] = (),
+) -> Any:
+    """A field of a `Lesion` with its `Column`."""
+    shown = Column(description, heading, show, unit, format, names)
+    return field(default=default, metadata={"column": shown})
+
+
+def show_number(digits: int, scale: float = 1) -> Show:
+    """Show a number, multiplied by ``scale``, with so many digits after the point.
+
+    >>> show_number(2, scale=0.001)(4842.0, None)
+    '4.84'
+    """
+    return lambda value, _: f"{value * scale:.{digits}f}"
+
+
+def show_place(place: tuple[float, ...], _: int | None) -> str:
+    """Show coordinates as whole numbers.
+
+    >>> show_place((-24.13, 51.84, 26.29), None)
+    '\u221224, 52, 26'
+    """
+    return ", ".join(f"{value:.0f}" for value in place).replace("-", "\N{MINUS SIGN}")
+
+
+def show_healthy_below(share: float, healthy_scans: int | None) -> str:
+    """Show a confidence k / (n + 1) as "k of n"; as a number if it is not of so many scans.
+
+    >>> show_healthy_below(0.75, 3)
+    '3 of 3'
+    >>> show_healthy_below(0.75, None)
+    '0.75'
+    """
+    below = share * ((healthy_scans or 0) + 1)
+    if healthy_scans is None or abs(below - round(below)) > 1e-6:
+        return f"{share:.2f}"
+    return f"{round(below)} of {healthy_scans}"
+
 
 @dataclass(frozen=True)
 class Lesion:
-    """One 26-connected component of a mask; the centroid is in scanner mm (RAS+), the scores are the map's."""
+    """One 26-connected component of a mask.
 
-    lesion: int
-    volume_mm3: float
-    centroid_mm: tuple[float, float, float]
-    peak: float
-    mean: float
-    confidence: float | None = None
-    """Share of healthy held-out scans whose peak lies below this one; see `sensitivity.confidence`."""
-    edge_distance_mm: float | None = None
-    """The smallest distance of a voxel of the lesion from a voxel outside the brain, between their centres."""
+    A field is all that a new column needs: ``lesions.tsv``, the JSON of a case, BIDS sidecars, the report and the
+    viewer show what is here.
+    """
+
+    lesion: int = column("Number; the largest lesion is 1.", "#", show_number(0))
+    volume_mm3: float = column("Volume.", "ml", show_number(2, scale=0.001), unit="mm^3")
+    centroid_mm: tuple[float, float, float] = column(
+        "Centroid in scanner coordinates (RAS+): x to the right, y to the front, z up.",
+        "x, y, z (mm)",
+        show_place,
+        unit="mm",
+        names=("x_mm", "y_mm", "z_mm"),
+    )
+    peak: float = column("Highest anomaly score.", "peak", show_number(2), format=".5g")
+    mean: float = column("Mean anomaly score.", "mean", show_number(2), format=".5g")
+    confidence: float | None = column(
+        "k / (n + 1), where the highest score of k of n held-out healthy scans lies below the peak.",
+        "above healthy scans",
+        show_healthy_below,
+        default=None,
+        format=".4g",
+    )
+    edge_distance_mm: float | None = column(
+        "Smallest distance from a voxel of the lesion to a voxel outside the brain, between centres.",
+        "from edge (mm)",
+        show_number(1),
+        default=None,
+        unit="mm",
+        format=".4g",
+    )
+
+
+def lesion_columns() -> dict[str, Column]:
+    """The `Column` of each field of a `Lesion`."""
+    return {one.name: one.metadata["column"] for one in fields(Lesion)}
+
+
+def table_columns() -> dict[str, dict[str, str]]:
+    """The columns of a table of lesions, each with its description and unit in the words of BIDS."""
+    described: dict[str, dict[str, str]] = {}
+    for name, one in lesion_columns().items():
+        unit = {"Units": one.unit} if one.unit else {}
+        described |= {part: {"Description": one.description} | unit for part in one.names or [name]}
+    return described
+
+
+def table_row(lesion: Lesion, missing: str = "") -> list[str]:
+    """A lesion as texts by `table_columns`; ``missing`` stands for values that are not known."""
+    row = []
+    for name, one in lesion_columns().items():
+        value = getattr(lesion, name)
+        values = value if one.names else [value]
+        row += [missing if part is None else format(part, one.format) for part in values]
+    return row
+
+
+def healthy_scans(run: Mapping[str, Any]) -> int | None:
+    """How many healthy scans the peaks of lesions were compared with, if ``run.json`` says so."""
+    thresholds = run.get("thresholds")
+    return thresholds.get("healthy_cases") if isinstance(thresholds, dict) else None
+
+
+def page_row(lesion: Lesion, healthy_scans: int | None, missing: str = "-") -> list[str]:
+    """A lesion as a page shows it, by the headings of `lesion_columns`."""
+    row = []
+    for name, one in lesion_columns().items():
+        value = getattr(lesion, name)
+        is_known = _is_known(*value) if one.names else _is_known(value)
+        row.append(one.show(value, healthy_scans) if is_known else missing)
+    return row
+
+
+def read_lesion(facts: Mapping[str, Any]) -> Lesion:
+    """Read back the lesion that ``asdict`` and JSON gave.
+
+    What is missing or not a finite number becomes the field's default, or NaN.
+    """
+    values: dict[str, Any] = {}
+    for one in fields(Lesion):
+        parts = one.metadata["column"].names
+        value: Any = facts.get(one.name)
+        if parts:
+            is_sound = isinstance(value, list) and len(value) == len(parts) and _is_known(*value)
+            values[one.name] = tuple(value) if is_sound else (math.nan,) * len(parts)
+        elif _is_known(value):
+            values[one.name] = value
+        else:
+            values[one.name] = math.nan if one.default is MISSING else one.default
+    return Lesion(**values)
+
+
+def _is_known(*values: object) -> bool:
+    """Whether these are finite numbers."""
+    try:
+        return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    except OverflowError:
+        return False
 
 
 def find_lesions(

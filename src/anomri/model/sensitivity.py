@@ -56,11 +56,17 @@ def confidence(peak: float, healthy: HealthyScores | None) -> float | None:
     return bisect_left(healthy.scan_peaks, peak) / (len(healthy.scan_peaks) + 1)
 
 
-def describe(thresholds: Thresholds) -> str:
-    """In words, how often the threshold is wrong in healthy held-out tissue."""
-    if thresholds.chosen_ml is not None:
-        return f"{thresholds.chosen_ml:.2g} ml of a mean healthy held-out scan score above it"
-    return f"{100 * thresholds.chosen:.2g}% of healthy held-out voxels score above it"
+def false_positive_words(voxel_rate: float | None, false_positive_ml: float | None) -> str:
+    """In words, how much of healthy tissue scores above a threshold; empty if neither figure is known.
+
+    >>> false_positive_words(0.00104, None)
+    '0.1 % of healthy voxels score above it'
+    """
+    if false_positive_ml is not None:
+        return f"{false_positive_ml:.2g} ml of a mean healthy scan score above it"
+    if voxel_rate is not None:
+        return f"{100 * voxel_rate:.2g} % of healthy voxels score above it"
+    return ""
 
 
 def _rate(thresholds: Thresholds, asked: str) -> float:

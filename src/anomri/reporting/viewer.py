@@ -1,113 +1,29 @@
-"""`anomri view`: a page on this machine for scrolling through scans, anomaly maps and masks with NiiVue.
-
-Only what stands in a table made at the start is served; no path is ever made from a request.
-"""
+"""`anomri view`: a page on this machine for scrolling through scans, anomaly maps and masks with NiiVue."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import socketserver
-import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from anomri.errors import AnomriError
+from anomri.files import read_json
+from anomri.model.lesions import healthy_scans, lesion_columns, page_row, read_lesion
+from anomri.reporting.server import Image, Page, Table, Viewer
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.intake import CONVERTED, holds_dicom
 from anomri.scans.names import SUFFIXES, bare_name
 
-HOST = "127.0.0.1"
 MAP_ENDING = "_anomaly.nii.gz"
-CONTENT_SECURITY_POLICY = (
-    # NiiVue draws its letters from an image in a data: URL; it needs no worker, WebAssembly or inline style.
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
-
-
-@dataclass(frozen=True)
-class Page:
-    """Something made here: its bytes and their type."""
-
-    content: bytes
-    type: str
-
-
-@dataclass(frozen=True)
-class Image:
-    """A NIfTI file on disk; if ``inside`` is given, only as long as it lies in that folder, links followed."""
-
-    path: Path
-    inside: Path | None = None
-
-    def resolve(self) -> Path | None:
-        """The file itself, or ``None`` if it is gone, no NIfTI file by name, or led out of its folder."""
-        try:
-            path = self.path.resolve(strict=True)
-        except (OSError, RuntimeError):
-            return None
-        if self.inside is not None and not path.is_relative_to(self.inside):
-            return None
-        return path if path.is_file() and path.name.lower().endswith(SUFFIXES) else None
-
-
-Table = dict[str, Page | Image]
-
-
-class Viewer:
-    """The running server: ``url`` is the page, `close` ends it. Also a context manager."""
-
-    def __init__(self, table: Table, port: int = 0) -> None:
-        try:
-            self._server = _Server((HOST, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise AnomriError(
-                f"port {port}: cannot listen on it ({error}); name another with --port, or leave it out."
-            ) from error
-        self._server.table = table
-        self.url = f"http://{HOST}:{self._server.server_address[1]}/"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def __enter__(self) -> Viewer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def serve(
@@ -119,14 +35,16 @@ def serve(
 ) -> Viewer:
     """Serve the results in ``folder`` on 127.0.0.1 until the returned `Viewer` is closed.
 
-    ``folder`` is what `detect_cohort` wrote; ``scans`` is what it was made from (default: what it converted from DICOM),
-    shown behind the maps. Port 0 takes a free one. What is served is listed once, now. Links in ``folder`` that
-    lead out of it are left out; those among ``scans``, which the user named, are followed. Every user of this
-    machine can open the page.
+    ``folder`` is what `detect_cohort` wrote. ``scans`` are shown behind the maps; by default those that the run noted
+    in ``logs``, or converted from DICOM. Port 0 takes a free one. What is served is listed once, now. Links in
+    ``folder`` that lead out of it are left out; those among ``scans``, which the user named, are followed. Every user
+    of this machine can open the page.
 
     Raises `AnomriError` if ``folder`` holds no maps, ``scans`` none of their cases, or the port is taken.
     """
-    viewer = Viewer(_table(Path(folder), _scans(Path(folder), scans)), port)
+    folder = Path(folder)
+    cases = find_scans(folder) if scans is None else named_scans(folder, scans)
+    viewer = Viewer(_table(folder, cases), port)
     if open_browser:
         _open_browser(viewer.url)
     return viewer
@@ -152,26 +70,34 @@ def view(
             return
 
 
-def _scans(folder: Path, scans: str | Path | Sequence[Case] | None) -> dict[str, Case]:
-    """The cases whose scans are shown, by name."""
-    converted = folder / CONVERTED
-    if scans is None:
-        with suppress(AnomriError):  # a folder of that name may hold anything
-            cases = find_cases(converted)
-            return {
-                case.name: case for case in cases if (folder / f"{case.name}{MAP_ENDING}").is_file()
-            }
-        return {}
+def find_scans(folder: Path) -> dict[str, Case]:
+    """The scans that the results in ``folder`` were made from, by case, as far as they are still there."""
+    maps = [path.name.removesuffix(MAP_ENDING) for path in folder.glob(f"*{MAP_ENDING}")]
+    found: dict[str, Case] = {}
+    with suppress(AnomriError):  # a folder of that name may hold anything
+        found = {case.name: case for case in find_cases(folder / CONVERTED)}
+    for name in maps:
+        with suppress(AnomriError):  # no record, or a damaged one
+            scans = read_json(folder / "logs" / f"{name}.json").get("scans")
+            if isinstance(scans, dict):
+                channels = {str(name): folder.resolve() / str(path) for name, path in scans.items()}
+                found[name] = Case(name, channels)
+    return {name: found[name] for name in maps if name in found}
+
+
+def named_scans(folder: Path, scans: str | Path | Sequence[Case]) -> dict[str, Case]:
+    """The cases among ``scans``, which the user named, by their names in the results in ``folder``."""
     if not isinstance(scans, str | Path):
         return {case.name: case for case in scans}
     path = Path(scans)
-    path = converted if converted.is_dir() and path.is_dir() and holds_dicom(path, folder) else path
+    converted = folder / CONVERTED
+    if converted.is_dir() and path.is_dir() and holds_dicom(path, folder):
+        path = converted
     cases = find_cases(path)
-    if (
-        path.name.lower().endswith(SUFFIXES)
-        and (folder / f"{bare_name(path)}{MAP_ENDING}").is_file()
-    ):
-        return {bare_name(path): cases[0]}  # one file, of which `detect` took all for its name
+    is_file = path.name.lower().endswith(SUFFIXES)
+    if is_file and (folder / f"{bare_name(path)}{MAP_ENDING}").is_file():
+        # `detect` called the case by all of the file's name.
+        return {bare_name(path): cases[0]}
     return {case.name: case for case in cases}
 
 
@@ -194,12 +120,22 @@ def _table(folder: Path, scans: dict[str, Case]) -> Table:
             f"none of the scans is of a case in {folder} (scans: {_some(scans)}; cases: {_some(names)}); "
             f"name the scans that the maps were made from."
         )
+    with_run: Mapping[str, Any] = {}
+    with suppress(AnomriError):
+        with_run = read_json(root / "run.json")
+    compared_with = healthy_scans(with_run)
     table: Table = {}
     cases = [
-        _list_case(table, number, root, name, scans.get(name)) for number, name in enumerate(names)
+        _list_case(table, number, root, name, scans.get(name), compared_with)
+        for number, name in enumerate(names)
     ]
     cases.sort(key=lambda case: (-(case["volume_mm3"] or 0), case["name"]))
-    listing = json.dumps({"folder": root.name, "cases": cases}, allow_nan=False)
+    columns = [
+        {"heading": one.heading, "description": one.description}
+        for one in lesion_columns().values()
+    ]
+    facts = {"folder": root.name, "columns": columns, "cases": cases}
+    listing = json.dumps(facts, allow_nan=False)
     static = files("anomri") / "static" / "niivue"
     script = "text/javascript; charset=utf-8"
     return {
@@ -213,7 +149,7 @@ def _table(folder: Path, scans: dict[str, Case]) -> Table:
 
 
 def _list_case(
-    table: Table, number: int, root: Path, name: str, scan: Case | None
+    table: Table, number: int, root: Path, name: str, scan: Case | None, compared_with: int | None
 ) -> dict[str, Any]:
     """Add the images of one case to ``table``; returns its entry in the listing."""
 
@@ -226,7 +162,7 @@ def _list_case(
         table[url] = image
         return url
 
-    summary = _summary(root / f"{name}.json", root)
+    summary = _summary(root / f"{name}.json", root, compared_with)
     anomaly = offer(Image(root / f"{name}{MAP_ENDING}", root), "anomaly")
     mask = offer(Image(root / f"{name}_mask.nii.gz", root), "mask")
     reconstruction = offer(Image(root / f"{name}_reconstruction.nii.gz", root), "reconstruction")
@@ -245,40 +181,35 @@ def _list_case(
     return {"name": name, **summary, "anomaly": anomaly, "mask": mask, "backgrounds": backgrounds}
 
 
-def _summary(path: Path, root: Path) -> dict[str, Any]:
-    """What the page shows of ``<case>.json``; ``None`` for what is not there or is not what it should be."""
-    try:
-        resolved = path.resolve(strict=True)
-        facts = (
-            json.loads(resolved.read_text(encoding="utf-8"))
-            if resolved.is_relative_to(root)
-            else {}
-        )
-    except (OSError, RuntimeError, ValueError):
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
-    lesions = facts.get("lesions")
-    channels = facts.get("channels")
+def _summary(path: Path, root: Path, compared_with: int | None) -> dict[str, Any]:
+    """What the page shows of ``<case>.json``; ``None`` for what is missing or damaged."""
+    facts: dict[str, Any] = {}
+    with suppress(AnomriError, OSError, RuntimeError):
+        if path.resolve(strict=True).is_relative_to(root):
+            facts = read_json(path)
+    lesions, channels = facts.get("lesions"), facts.get("channels")
     return {
         "threshold": _number(facts.get("threshold")),
         "volume_mm3": _number(facts.get("lesion_volume_mm3")),
         "channels": [str(channel) for channel in channels] if isinstance(channels, list) else [],
-        "lesions": [_lesion(one) for one in lesions if isinstance(one, dict)]
-        if isinstance(lesions, list)
-        else None,
+        "lesions": _lesions(lesions, compared_with) if isinstance(lesions, list) else None,
     }
 
 
-def _lesion(lesion: dict[str, Any]) -> dict[str, Any]:
-    centroid = lesion.get("centroid_mm")
-    place = [_number(value) for value in centroid] if isinstance(centroid, list) else []
-    return {
-        **{
-            key: _number(lesion.get(key))
-            for key in ("lesion", "volume_mm3", "peak", "mean", "confidence")
-        },
-        "centroid_mm": place if len(place) == 3 and None not in place else None,
-    }
+def _lesions(lesions: Iterable[object], compared_with: int | None) -> list[dict[str, Any]]:
+    """The cells of the table of lesions, line by line, and where each lesion is."""
+    listed = []
+    for facts in lesions:
+        if isinstance(facts, dict):
+            lesion = read_lesion(facts)
+            place = lesion.centroid_mm
+            listed.append(
+                {
+                    "cells": page_row(lesion, compared_with),
+                    "centroid_mm": None if math.isnan(place[0]) else place,
+                }
+            )
+    return listed
 
 
 def _number(value: object) -> float | None:
@@ -301,81 +232,3 @@ def _page(title: str) -> str:
         loader=PackageLoader("anomri"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("view.html.j2").render(title=title, version=version("anomri"))
-
-
-class _Server(ThreadingHTTPServer):
-    table: Table
-    daemon_threads = True
-
-    def server_bind(self) -> None:
-        # Not HTTPServer's, which asks the name service for this machine's name.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = HOST, self.server_address[1]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A browser that leaves in the middle of a file is no error.
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = 60  # seconds until a silent connection is given up
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def _refuse_method(self) -> None:
-        self._reply(405, b"only GET and HEAD\n", {"Allow": "GET, HEAD"})
-
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _refuse_method  # noqa: N815
-
-    def _answer(self) -> None:
-        host = self.headers.get("Host", "").rsplit(":", 1)[0].lower()
-        if host not in (HOST, "localhost"):
-            # A foreign name that points here is a page elsewhere trying to read the scans (DNS rebinding).
-            return self._reply(403, b"ask for 127.0.0.1 or localhost\n")
-        found = self.server.table.get(self.path.partition("?")[0])
-        if isinstance(found, Page):
-            return self._reply(200, found.content, {"Content-Type": found.type})
-        path = found.resolve() if found else None
-        if path is None:
-            return self._reply(404, b"not found\n")
-        try:
-            file = path.open("rb")
-        except OSError:
-            return self._reply(404, b"cannot be read\n")
-        with file:
-            size = path.stat().st_size
-            self._reply(
-                200, None, {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-            )
-            if self.command != "HEAD":
-                shutil.copyfileobj(file, self.wfile, 1 << 20)
-
-    def _reply(
-        self, status: int, content: bytes | None, headers: dict[str, str] | None = None
-    ) -> None:
-        headers = {"Content-Type": "text/plain; charset=utf-8", **(headers or {})}
-        if content is not None:
-            headers["Content-Length"] = str(len(content))
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if content is not None and self.command != "HEAD":
-            self.wfile.write(content)
-
-    def end_headers(self) -> None:
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def version_string(self) -> str:
-        return "anomri"
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not logged: their count says nothing to a user."""

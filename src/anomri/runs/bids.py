@@ -21,11 +21,18 @@ from anomri.errors import AnomriError
 from anomri.files import output_folder, read_json, remove_abandoned, write_text
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
-from anomri.model.lesions import lesion_labels
-from anomri.reporting.pages import detection_report
+from anomri.model.lesions import lesion_labels, table_columns, table_row
 from anomri.runs.detect import detect_each, finished
 from anomri.runs.records import Records, keys_of
-from anomri.runs.tables import CaseResult, run_facts, tsv, write_run, write_tables
+from anomri.runs.report import detection_report
+from anomri.runs.tables import (
+    CaseResult,
+    read_results,
+    run_facts,
+    write_run,
+    write_tables,
+    write_tsv,
+)
 from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.launch import require_single_process
 from anomri.scans.bids import CHANNELS, bids_cases, description, validate
@@ -37,17 +44,6 @@ from anomri.spec import CITATION
 
 # Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by validator 3.0.
 IGNORED = ("report.html", "cases.tsv", "lesions.tsv", "run.json", "logs", "previews")
-LESION_FIELDS = {
-    "volume_mm3": "Volume in mm^3.",
-    **{
-        f"{axis}_mm": f"Centroid in scanner coordinates (RAS+) in mm, axis {axis}."
-        for axis in "xyz"
-    },
-    "peak": "Highest anomaly score.",
-    "mean": "Mean anomaly score.",
-    "confidence": "k / (n + 1), where the highest score of k of n held-out healthy scans lies below the peak.",
-    "edge_distance_mm": "Smallest distance of a voxel from the brain's edge in mm.",
-}
 SCORE = "Anomaly score: 0 outside the brain, higher the less a scan looks like healthy ones; one scale for all; no probability."
 MASK = "1 where the anomaly score exceeds Threshold, as little of healthy brains does."
 README = f"""# Anomalies in brain MRI, found by anomri
@@ -135,16 +131,13 @@ def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
 def run_group(out_dir: str | Path) -> Path:
     """Collect what `run_participant` left in ``out_dir`` in tables and ``report.html``; returns the report's path."""
     out = Path(out_dir)
-    results = [
-        CaseResult.from_record(read_json(path), out)
-        for path in sorted((out / "logs").glob("sub-*.json"))
-    ]
+    results = read_results(out)
     if not results:
         raise AnomriError(
             f"{out}: holds no participant's results (logs/sub-*.json); run the level participant first."
         )
     write_tables(out, results)
-    return detection_report(out)
+    return detection_report(out, results, read_json(out / "run.json"))
 
 
 def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) -> Volume:
@@ -211,18 +204,19 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     else:
         about["FalsePositiveVolume"] = f"{thresholds.chosen_ml} ml in a mean healthy scan"
     made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
-    about = {name: {"Description": text} for name, text in LESION_FIELDS.items()}
+    about = {name: text for name, text in table_columns().items() if name != "lesion"}
     about |= {
         "Description": "The connected components of the mask, numbered from the largest down.",
         "Manual": False,
     }
     write("dseg", lesion_labels(detection.mask), max(1, len(detection.lesions)), made, about)
+    # In BIDS, the number of a label is called its index.
+    _, *columns = table_columns()
     rows = []
-    for one in detection.lesions:
-        scores = (one.peak, one.mean, one.confidence, one.edge_distance_mm)
-        known = ("n/a" if score is None else f"{score:.5g}" for score in scores)
-        rows.append((one.lesion, f"lesion {one.lesion}", one.volume_mm3, *one.centroid_mm, *known))
-    write_text(folder / f"{stem}_dseg.tsv", tsv(("index", "name", *LESION_FIELDS), rows))
+    for lesion in detection.lesions:
+        number, *values = table_row(lesion, missing="n/a")
+        rows.append([number, f"lesion {number}", *values])
+    write_tsv(folder / f"{stem}_dseg.tsv", ("index", "name", *columns), rows)
     return saved
 
 

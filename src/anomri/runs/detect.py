@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anomri.errors import AnomriError
 from anomri.model.detection import (
@@ -22,7 +23,8 @@ from anomri.model.detection import (
 from anomri.model.detector import Detector
 from anomri.reporting.previews import save_preview
 from anomri.runs.records import Records, Shard, check_same_scans, keys_of, origin_of
-from anomri.runs.tables import CaseResult, run_facts, write_run_tables
+from anomri.runs.report import write_run_tables
+from anomri.runs.tables import LOGS, CaseResult, run_facts
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.launch import usable_processors
 from anomri.runtime.processes import ProcessGroup, join_processes
@@ -31,7 +33,6 @@ from anomri.scans.case import Case
 from anomri.scans.prepare import Preparation
 from anomri.scans.volume import Volume
 
-LOGS = "logs"
 TABLES = ("cases.tsv", "lesions.tsv", "run.json", "report.html")
 MOST_SCANS = 8
 """How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
@@ -105,7 +106,9 @@ def detect_cohort(
             for case, result in zip(waiting, found, strict=True):
                 results[result.case] = result
                 remove_results(folder, result.case, result.files)
-                origin = {} if result.error else {"origin": origin_of(case)}
+                origin: dict[str, Any] = {}
+                if not result.error:
+                    origin = {"origin": origin_of(case), "scans": scans_from(folder, case)}
                 records.save(result.case, result.to_record(folder) | origin)
                 progress(result, len(mine))
 
@@ -136,6 +139,16 @@ def _collected(folder: Path, records: Records) -> list[CaseResult]:
 
 def _device_of(model: Detector | str | Path) -> str:
     return model.device.type if isinstance(model, Detector) else "auto"
+
+
+def scans_from(folder: Path, case: Case) -> dict[str, str]:
+    """The files of a case by channel, as paths from ``folder``, for `anomri view`."""
+    # Links of files are not followed: their contents may be stored under other names.
+    files = {name: path.parent.resolve() / path.name for name, path in case.channels.items()}
+    try:
+        return {name: os.path.relpath(path, folder.resolve()) for name, path in files.items()}
+    except ValueError:  # on another drive
+        return {name: str(path) for name, path in files.items()}
 
 
 def _settings(preparation: Preparation) -> list[object]:

@@ -6,7 +6,7 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import StringIO
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from anomri.errors import AnomriError
-from anomri.files import write_text
+from anomri.files import read_json, write_text
 from anomri.model.detector import Detector
-from anomri.reporting.pages import detection_report
+from anomri.model.lesions import Lesion, read_lesion, table_columns, table_row
 from anomri.runs.records import Records
 from anomri.scans.case import Case
 from anomri.scans.dicom.channels import Series
@@ -24,6 +24,8 @@ from anomri.scans.dicom.seg import write_segmentation
 from anomri.scans.prepare import Preparation
 from anomri.scans.volume import read_label
 
+LOGS = "logs"
+"""The folder in a run's output that holds a record of each case."""
 CASE_COLUMNS = (
     "case",
     "status",
@@ -35,18 +37,6 @@ CASE_COLUMNS = (
     "seconds",
     "error",
     "notes",
-)
-LESION_COLUMNS = (
-    "case",
-    "lesion",
-    "volume_mm3",
-    "x_mm",
-    "y_mm",
-    "z_mm",
-    "peak",
-    "mean",
-    "confidence",
-    "edge_distance_mm",
 )
 
 
@@ -60,6 +50,12 @@ class CaseResult:
     error: str | None = None
     files: tuple[Path, ...] = ()
     """What was written of it: by `Detection.save`, `write_dicom_seg`."""
+
+    @property
+    def lesions(self) -> tuple[Lesion, ...]:
+        """The lesions of the mask, the largest first; empty if the case failed or has no mask."""
+        facts: Any = (self.summary or {}).get("lesions", ())
+        return tuple(read_lesion(one) for one in facts)
 
     def to_json(self) -> dict[str, object]:
         """Status, summary and absolute paths of the files, as plain numbers and strings."""
@@ -108,12 +104,22 @@ def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Serie
     return replace(result, files=(*result.files, path))
 
 
-def tsv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as tab-separated text."""
+def write_tsv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as tab-separated text."""
     text = StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerows([columns, *rows])
-    return text.getvalue()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
+def read_results(folder: Path) -> list[CaseResult]:
+    """What a run noted of each case in ``logs``; in the order of its plan, if there is one."""
+    logs = folder / LOGS
+    try:
+        names = list(Records.open(logs).keys)
+    except AnomriError:
+        names = sorted(path.stem for path in logs.glob("*.json"))
+    records = [read_json(path) for name in names if (path := logs / f"{name}.json").is_file()]
+    return [CaseResult.from_record(record, folder) for record in records]
 
 
 def cases_before(folder: Path, cases: Sequence[str]) -> str:
@@ -126,56 +132,34 @@ def cases_before(folder: Path, cases: Sequence[str]) -> str:
 
 
 def write_tables(folder: Path, results: Sequence[CaseResult]) -> None:
-    """Write ``case.tsv`` and ``lesions.tsv``."""
-    case_rows: list[tuple[object, ...]] = []
-    lesion_rows: list[tuple[object, ...]] = []
-    for result in results:
-        seconds = f"{result.seconds:.2f}"
-        if result.summary is None:
-            case_rows.append(
-                (
-                    result.case,
-                    "failed",
-                    "",
-                    "",
-                    "",
-                    "",
-                    "",
-                    seconds,
-                    " ".join((result.error or "").split()),
-                    "",
-                )
-            )
-            continue
-        summary = result.summary
-        lesions: list[dict[str, object]] = summary["lesions"]  # type: ignore[assignment]
-        notes: list[str] = summary["notes"]  # type: ignore[assignment]
-        volume, peak = f"{summary['lesion_volume_mm3']:.1f}", f"{summary['peak']:.5g}"
-        threshold = "" if summary["threshold"] is None else f"{summary['threshold']:.5g}"
-        channels = ",".join(summary["channels"])  # type: ignore[arg-type]
-        # Without a threshold nothing was looked for: that is not the same as nothing found.
-        counted = ("", "") if summary["threshold"] is None else (len(lesions), volume)
-        found = (*counted, peak, seconds, "", " ".join(notes))
-        case_rows.append((result.case, "done", channels, threshold, *found))
-        for lesion in lesions:
-            centroid: tuple[float, ...] = lesion["centroid_mm"]  # type: ignore[assignment]
-            scores = (f"{lesion['peak']:.5g}", f"{lesion['mean']:.5g}")
-            known = (
-                "" if lesion.get(name) is None else f"{lesion[name]:.4g}"
-                for name in ("confidence", "edge_distance_mm")
-            )
-            lesion_rows.append(
-                (result.case, lesion["lesion"], lesion["volume_mm3"], *centroid, *scores, *known)
-            )
-    write_text(folder / "cases.tsv", tsv(CASE_COLUMNS, case_rows))
-    write_text(folder / "lesions.tsv", tsv(LESION_COLUMNS, lesion_rows))
+    """Write ``cases.tsv`` and ``lesions.tsv``."""
+    cases = [_case_row(result) for result in results]
+    lesions = [[result.case, *table_row(lesion)] for result in results for lesion in result.lesions]
+    rows = [[row.get(column, "") for column in CASE_COLUMNS] for row in cases]
+    write_tsv(folder / "cases.tsv", CASE_COLUMNS, rows)
+    write_tsv(folder / "lesions.tsv", ["case", *table_columns()], lesions)
 
 
-def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResult]) -> None:
-    """Write the tables, ``run.json`` and the report of a run."""
-    write_tables(folder, results)
-    write_run(folder, records.facts["run"], records.facts["started"])
-    detection_report(folder)
+def _case_row(result: CaseResult) -> dict[str, object]:
+    """One case by `CASE_COLUMNS`, which stay empty where nothing is known."""
+    row: dict[str, object] = {"case": result.case, "seconds": f"{result.seconds:.2f}"}
+    if result.summary is None:
+        return row | {"status": "failed", "error": " ".join((result.error or "").split())}
+    summary: Mapping[str, Any] = result.summary
+    row |= {
+        "status": "done",
+        "channels": ",".join(summary["channels"]),
+        "peak": f"{summary['peak']:.5g}",
+        "notes": " ".join(summary["notes"]),
+    }
+    if summary["threshold"] is not None:
+        # Without a threshold nothing was looked for, which is not the same as nothing found.
+        row |= {
+            "threshold": f"{summary['threshold']:.5g}",
+            "lesions": len(summary["lesions"]),
+            "lesion_volume_mm3": f"{summary['lesion_volume_mm3']:.1f}",
+        }
+    return row
 
 
 def run_facts(

@@ -148,13 +148,12 @@ function listDetails(item) {
   body.replaceChildren()
   const lesions = item.lesions ?? []
   lesions.forEach((lesion, index) => {
+    const [number, ...cells] = lesion.cells
     const row = element('tr', '', body)
-    const button = element('button', fixed(lesion.lesion, 0), element('td', '', row))
+    const button = element('button', number, element('td', '', row))
     button.type = 'button'
     button.title = 'Move the crosshair there'
-    const centroid = (lesion.centroid_mm ?? []).map((mm) => mm.toFixed(0).replace('-', '\u2212')).join(', ') || '-'
-    const values = [ml(lesion.volume_mm3), centroid, fixed(lesion.peak, 3), fixed(lesion.mean, 3), fixed(lesion.confidence, 2)]
-    for (const value of values) element('td', value, row)
+    for (const cell of cells) element('td', cell, row)
     row.addEventListener('click', () => chooseLesion(index))
   })
   byId('lesions').hidden = lesions.length === 0
@@ -293,7 +292,11 @@ async function start() {
     viewer.setDrawColormap(MASK_COLOUR)
     viewer.setCustomSliceShader(SLICE_SHADER)
     viewer.onLocationChange = showPlace
-    cases = (await (await fetch('/cases.json')).json()).cases
+    const listing = await (await fetch('/cases.json')).json()
+    cases = listing.cases
+    for (const { heading, description } of listing.columns) {
+      element('th', heading, byId('lesions').tHead.rows[0]).title = description
+    }
   } catch (error) {
     say('failed', `The pictures cannot be shown: ${error.message ?? error}`)
     return

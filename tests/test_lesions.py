@@ -1,0 +1,84 @@
+"""The schema of a lesion: one field is all that tables, sidecars, the report and the viewer need."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+from anomri.evaluation.report import report
+from anomri.model import lesions
+from anomri.model.detector import Detector
+from anomri.model.lesions import Lesion, column, page_row, read_lesion, show_number, table_row
+from anomri.reporting.viewer import serve
+from anomri.runs.bids import run_participant
+from anomri.runs.detect import detect_cohort
+from conftest import read_tsv
+from test_bids import add, describe
+from test_viewer import ask
+
+LESION = Lesion(2, 1234.5, (-1.5, 2.25, 30.0), 5.123456, 4.0, 0.75, 16.58)
+
+
+@dataclass(frozen=True)
+class WiderLesion(Lesion):
+    """A lesion with one more field."""
+
+    roundness: float = column(
+        "How like a sphere.", "round", show_number(1), default=0.625, unit="1", format=".3g"
+    )
+
+
+def test_a_new_field_is_a_column_of_all_tables_and_pages(
+    model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lesions, "Lesion", WiderLesion)
+    out, detector = tmp_path / "out", Detector.load(model, "cpu")
+    shutil.copytree(cohort / "case7", tmp_path / "case7")
+    detect_cohort(tmp_path / "case7", out, detector)
+    columns, rows = read_tsv(out / "lesions.tsv")
+    assert columns[-1] == "roundness" and rows[0][-1] == "0.625"
+    assert json.loads((out / "case7.json").read_text())["lesions"][0]["roundness"] == 0.625
+    for page in (out / "report.html", report(out)):
+        text = page.read_text()
+        assert 'title="How like a sphere."' in text and ">round<" in text and ">0.6<" in text
+    with serve(out, open_browser=False) as server:
+        listing = json.loads(ask(server, "/cases.json")[2])
+    assert listing["columns"][-1] == {"heading": "round", "description": "How like a sphere."}
+    assert listing["cases"][0]["lesions"][0]["cells"][-1] == "0.6"
+
+    dataset = describe(tmp_path / "in")
+    add(dataset, "sub-01", 1)
+    run_participant(dataset, tmp_path / "bids", detector, skip_bids_validation=True)
+    stem = tmp_path / "bids" / "sub-01" / "anat" / "sub-01_desc-anomaly_dseg"
+    columns, rows = read_tsv(stem.with_suffix(".tsv"))
+    assert columns[-1] == "roundness" and rows[0][-1] == "0.625"
+    described = json.loads(stem.with_suffix(".json").read_text())
+    assert described["roundness"] == {"Description": "How like a sphere.", "Units": "1"}
+
+
+def test_a_row_of_a_table_and_of_a_page() -> None:
+    assert table_row(LESION) == ["2", "1234.5", "-1.5", "2.25", "30.0", "5.1235", "4", "0.75", "16.58"]  # fmt: skip
+    assert page_row(LESION, 3) == ["2", "1.23", "−2, 2, 30", "5.12", "4.00", "3 of 3", "16.6"]  # noqa: RUF001
+    without = Lesion(1, 8.0, (0.0, 0.0, 0.0), 1.0, 1.0)
+    assert table_row(without, missing="n/a")[-2:] == ["n/a", "n/a"]
+    assert page_row(without, 3)[-2:] == ["-", "-"]
+
+
+def test_a_confidence_is_shown_as_a_count_only_if_it_is_one() -> None:
+    shown = [lesions.show_healthy_below(share, scans) for share, scans in ((0.5, 3), (0.6, 3))]
+    assert shown == ["2 of 3", "0.60"]
+
+
+def test_a_lesion_is_read_back_from_json_as_far_as_that_is_sound() -> None:
+    facts = json.loads(json.dumps(asdict(LESION)))
+    assert read_lesion(facts) == LESION
+    for broken in (None, "x", float("nan"), 10**400, [1.0]):
+        read = read_lesion({**facts, "peak": broken, "confidence": broken, "centroid_mm": broken})
+        assert math.isnan(read.peak) and read.confidence is None
+        assert all(map(math.isnan, read.centroid_mm)) and len(read.centroid_mm) == 3
+    assert page_row(read_lesion({}), 3) == ["-"] * 7
