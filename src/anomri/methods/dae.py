@@ -93,7 +93,7 @@ class DAE(Method):
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
             {"widths": SMALL_WIDTHS, "noise_std": 0.25, "augmentation": VARIETY},
-            # So small a network gains little time by bfloat16, and may lose by it (docs/experiments.md).
+            # So small a network gains little time by bfloat16, and may lose by it (docs/notes).
             replace(SCHEDULE, steps=2400, precision="32-true"),
             scaling=Scaling("standard"),
         ),

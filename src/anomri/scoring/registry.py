@@ -24,7 +24,7 @@ DEFAULT_RATE = 0.01
 SPARING_RATE = 0.002
 """The same for scores by sign or probability: healthy tissue is seldom much brighter, and seldom segmented.
 
-Both had the best Dice on 23 cross-validated patients (docs/experiments.md).
+Both had the best Dice on 23 cross-validated patients (docs/notes).
 """
 AutoChannels = Literal["all", "each bright", "bright"]
 """Channels that ``auto`` tries a score on: all, FLAIR and T2 one by one, or FLAIR and T2 together."""
@@ -94,7 +94,7 @@ SCORES = {
         needs_segmentation_head=True,
     ),
     # Neither the probability alone nor a residual by position alone is tried by ``auto``: each wins on synthetic
-    # spheres at times, but both together are better on tumours of patients not seen (docs/experiments.md).
+    # spheres at times, but both together are better on tumours of patients not seen (docs/notes).
     "probability_with_residual": ScoreKind(
         "probability and positive residual together",
         f"{_SCORES}:probability_with_residual",

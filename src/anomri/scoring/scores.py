@@ -178,7 +178,7 @@ def score_of(
 def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
     """The score, but by the probability alone for a scan that lacks FLAIR where it would count.
 
-    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/experiments.md).
+    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/notes).
     """
     first = BRIGHT[0]
     lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
