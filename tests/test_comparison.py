@@ -15,7 +15,7 @@ import pytest
 
 import anomri
 from anomri.cli import main
-from anomri.cli.options import numbers_of, settings_of
+from anomri.cli.options import parse_numbers, parse_settings
 from anomri.comparison import jobs as comparison_jobs
 from anomri.comparison import report as comparison_report
 from anomri.comparison.compare import compare, plan
@@ -282,10 +282,10 @@ def test_rows_say_mean_deviation_and_interval() -> None:
 
 
 def test_lists_of_numbers() -> None:
-    assert numbers_of(["1,2, 4", "8"], int) == [1, 2, 4, 8]
-    assert numbers_of(None, float) == []
+    assert parse_numbers(["1,2, 4", "8"], int) == [1, 2, 4, 8]
+    assert parse_numbers(None, float) == []
     with pytest.raises(AnomriError, match="1,x: not a list of numbers|1, x: not a list of numbers"):
-        numbers_of(["1,x"], float)
+        parse_numbers(["1,x"], float)
 
 
 def test_a_scan_that_fails_does_not_stop_the_others(
@@ -339,13 +339,13 @@ def test_scans_that_failed_are_told_and_evaluated_again_when_they_are_mended(
 
 
 def test_settings_by_name() -> None:
-    assert settings_of(["noise=coarse", "start=100", "widths=[2,4]"]) == {
+    assert parse_settings(["noise=coarse", "start=100", "widths=[2,4]"]) == {
         "noise": "coarse",
         "start": 100,
         "widths": [2, 4],
     }
     with pytest.raises(AnomriError, match="noise: not a setting"):
-        settings_of(["noise"])
+        parse_settings(["noise"])
 
 
 def test_a_preset_of_varied_noise_is_no_point_of_a_curve(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Generator
 
 import anomri
-from anomri.cli.options import settings_of
+from anomri.cli.options import parse_settings
 from anomri.errors import AnomriError, Interrupted
 from anomri.methods import registry as methods
 from anomri.methods.base import Method
@@ -402,7 +402,7 @@ def test_a_setting_of_another_type_is_refused(settings: dict[str, object], messa
 
 
 def test_true_and_false_are_not_text() -> None:
-    assert settings_of(["a=False", "b=True", "c=false", "d=no"]) == {
+    assert parse_settings(["a=False", "b=True", "c=false", "d=no"]) == {
         "a": False,
         "b": True,
         "c": False,

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 import anomri
 from anomri.cli import main
-from anomri.cli.options import names_of
+from anomri.cli.options import parse_channels
 from anomri.errors import AnomriError
 from anomri.model.detector import Detector
 from anomri.scans.find import find_cases
@@ -659,7 +659,7 @@ def test_a_model_that_knows_channels_by_other_names(
     (tmp_path / "m" / "model.json").write_text(text.replace('"t1"', '"t1w"'))
     old, new = anomri.load(tmp_path / "m"), anomri.load(marking)
     assert old.spec == new.spec
-    assert old.with_channels(["T1w"]).channels == ("t1",) == names_of("T1w")
+    assert old.with_channels(["T1w"]).channels == ("t1",) == parse_channels("T1w")
 
 
 def test_parts_without_thresholds_have_no_mask(marking: Path, cohort: Path, tmp_path: Path) -> None:

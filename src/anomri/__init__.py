@@ -1,4 +1,4 @@
-"""anomri: find what does not look healthy in a brain MRI, after seeing healthy brains only.
+"""Find lesions in brain MRI without lesion labels: anomri learns from healthy brains.
 
 >>> import anomri
 >>> detector = anomri.train("cohort", "model")                  # doctest: +SKIP
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from anomri.training.train import train
 
     load = Detector.load
+    __version__: str
 
-_HOMES = {
+_HOMES = {  # the module of each public name
     "AnomriError": "errors",
     "Case": "scans.case",
     "Detection": "model.detection",
@@ -47,7 +48,9 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torch takes seconds, and ``--help`` needs none of it."""
+    """Import a name when it is first used: torch takes seconds, and ``--help`` does not need it."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("anomri")
     if name not in _HOMES:
         raise AttributeError(f"module 'anomri' has no attribute {name!r}")
     value = getattr(import_module(f"anomri.{_HOMES[name]}"), name)

@@ -1,4 +1,7 @@
-"""The command line: parse, one call, exit code. Torch is imported inside a command only."""
+"""The command line: each command parses its options, makes one call, and gives an exit code.
+
+Torch is imported inside commands only, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import signal
 import typer
 
 # isort: off
-from anomri.cli import training, detection, evaluation  # noqa: F401  # they register their commands, in the order of --help
+# Imported to register their commands, in the order of --help.
+from anomri.cli import detection, training, evaluation, demo, info  # noqa: F401
 
 # isort: on
 from anomri.cli.options import app, err, out
@@ -17,14 +21,15 @@ from anomri.runtime.launch import read_launch
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line with ``args`` (default: the process's); returns the exit code.
+    """Run the command line with ``args`` (default: those of the process); returns the exit code.
 
-    0: all done, or stopped by a scheduler with all saved. 1: some case failed, the others are written. 2: the input or
-    the command does not fit.
+    0: all is done, or a scheduler stopped the run and all is saved. 1: some case failed, the
+    others are written. 2: the input or the command does not fit.
     """
     try:
         with stoppable() as stop:
-            # The answer too is given in there: a scheduler says it twice, and the second must not end the process.
+            # The answer is printed inside too: a scheduler may signal twice, and the second
+            # signal must not end the process.
             return _run(args, stop)
     except Interrupted as stopped:
         return _stopped(stopped)
@@ -32,38 +37,42 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(args: list[str] | None, stop: StopRequest) -> int:
     try:
-        # One of several processes speaks for all; the others only tell what went wrong with them alone.
+        # One of several processes prints for all; the others print only their own errors.
         out.quiet = err.quiet = read_launch().rank > 0
         try:
             return int(app(args=args, standalone_mode=False) or 0)
         except Exception as error:
             if stop.signal is None or isinstance(error, AnomriError):
                 raise
-            # What fails because another process has stopped already.
-            raise Interrupted(
-                f"stopped ({error}); the same command goes on.", stop.signal
-            ) from error
+            # It failed because another process has stopped already.
+            raise _interrupted(error, stop.signal) from error
     except AnomriError as error:
         err.quiet = err.quiet and getattr(error, "reported", False)
-        err.print(f"error: {error}", style="red", soft_wrap=True)
-        return 2
+        return _wrong(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        err.print(f"error: {where}{error.strerror or error}", style="red", soft_wrap=True)
-        return 2
+        return _wrong(f"{where}{error.strerror or error}")
     except Interrupted as stopped:
         return _stopped(stopped)
     except typer.Exit as leaving:
         return int(leaving.exit_code)
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's own: a wrong option
-            err.print(f"error: {error.format_message()}", style="red", soft_wrap=True)
-            return 2
+        if hasattr(error, "format_message"):  # typer's own: a wrong option
+            return _wrong(error.format_message())
         if stop.signal is not None:
-            # A stop that came at the very end of the work, and that a library made something else of.
-            err.print(f"stopped ({error}); the same command goes on.", soft_wrap=True)
+            # A stop at the very end of the work, which a library turned into another error.
+            err.print(str(_interrupted(error, stop.signal)), soft_wrap=True)
             return 0
         raise
+
+
+def _wrong(message: str) -> int:
+    err.print(f"error: {message}", style="red", soft_wrap=True)
+    return 2
+
+
+def _interrupted(error: Exception, signal: int) -> Interrupted:
+    return Interrupted(f"stopped ({error}); rerun the same command to resume.", signal)
 
 
 def _stopped(stopped: Interrupted) -> int:

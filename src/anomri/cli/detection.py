@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
 from anomri.cli import inputs
 from anomri.cli.options import (
+    FIND,
+    INPUT,
+    OUTPUT,
+    Command,
     Device,
     FalsePositiveMl,
     MinVolume,
@@ -19,52 +24,104 @@ from anomri.cli.options import (
     Sensitivity,
     Shard,
     SomeChannels,
-    app,
-    detector_of,
+    Threads,
+    command,
     err,
+    flag,
+    load_detector,
     out,
 )
 from anomri.errors import AnomriError
 
+LEVELS = ("participant", "group")
+LABEL_LISTS = ("--participant-label", "--session-label")
 
-@app.command()
+
+class BidsCommand(Command):
+    """A command line as BIDS Apps have it: lists separated by spaces, underscores in options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Rewrite the arguments for typer, then parse them."""
+        return super().parse_args(ctx, split_lists(args))
+
+
+def split_lists(args: Sequence[str]) -> list[str]:
+    """Repeat the option of a list before each of its values, and spell options with hyphens.
+
+    A list may have several values once the level has been named: before that, the next word may
+    be a folder.
+
+    >>> split_lists(["in", "out", "participant", "--participant_label", "01", "02"])[3:]
+    ['--participant-label', '01', '--participant-label', '02']
+    """
+    words: list[str] = []
+    listing = ""
+    for word in args:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+            listing = word if word in LABEL_LISTS else ""
+        elif word.startswith("-"):
+            listing = ""
+        elif listing and words[-1] != listing:
+            # Not the first value of the list.
+            if any(level in words for level in LEVELS):
+                words.append(listing)
+            else:
+                listing = ""
+        words.append(word)
+    return words
+
+
+@command(
+    FIND,
+    "anomri detect -i scans -o out",
+    "anomri detect --flair flair.nii.gz --t1 t1.nii.gz -o out --skull-strip",
+)
 def detect(
     output: OutFolder,
-    model: Model = None,
     input: inputs.Scans = None,
+    model: Model = None,
     flair: inputs.Channel = None,
     t1: inputs.Channel = None,
     t1ce: inputs.Channel = None,
     t2: inputs.Channel = None,
     channel: inputs.Channels = None,
+    channels: SomeChannels = None,
     brain_mask: inputs.BrainMask = None,
-    skull_strip: inputs.SkullStrip = False,
-    bias_correction: inputs.BiasCorrection = False,
-    register: inputs.Register = False,
     series: inputs.Series = None,
     keep_identifiers: inputs.KeepIdentifiers = False,
     dicom_seg: inputs.DicomSeg = False,
-    reconstruction: Annotated[
-        bool, typer.Option("--reconstruction", help="Also write the reconstruction.")
-    ] = False,
+    skull_strip: inputs.SkullStrip = False,
+    bias_correction: inputs.BiasCorrection = False,
+    register: inputs.Register = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
     min_volume: MinVolume = None,
-    channels: SomeChannels = None,
-    shard: Shard = None,
+    reconstruction: Annotated[
+        bool,
+        flag("--reconstruction", "Also write the scan as the model thinks it healthy.", OUTPUT),
+    ] = False,
     format: Annotated[
         Literal["text", "json"],
-        typer.Option(help="json: one document with all results and paths, on stdout."),
+        typer.Option(
+            help="json: print all results and paths as one document.", rich_help_panel=OUTPUT
+        ),
     ] = "text",
     device: Device = "auto",
     precision: Precision = "auto",
+    threads: Threads = None,
+    shard: Shard = None,
 ) -> None:
-    """Write an anomaly map, a mask and a lesion table for every scan, on its own grid; and a report.
+    """Find lesions: write an anomaly map, a mask and a lesion table for every scan, and a report.
 
-    Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
+    Maps and masks lie on the scan's own grid. A scan that fails is named,
+    and the others go on. Rerun the same command to resume.
+
+    On several GPUs or machines, start it with torchrun or srun.
     """
     from anomri.cli.progress import case_progress
-    from anomri.model.detector import BUILT_IN
+    from anomri.model.detector import BUILT_IN, model_folder
     from anomri.optional import import_extra
     from anomri.runs.detect import detect_cohort
     from anomri.runs.tables import CaseResult, cases_before, write_dicom_seg
@@ -78,13 +135,11 @@ def detect(
         [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel"
     )
     team = join_processes(device)
-    detector = detector_of(
+    detector = load_detector(
         model, device, precision, sensitivity, false_positive_ml, min_volume, channels
     )
-    if model is None and team.is_main:
-        _note(
-            f"the model that comes with anomri is used, for research only; {BUILT_IN / 'MODEL_CARD.md'} says what it is."
-        )
+    if model_folder(model) == BUILT_IN and team.is_main:
+        _note(f"using the model in the package, for research only; see {BUILT_IN / 'MODEL_CARD.md'}")
     if dicom_seg:
         import_extra("highdicom", "dicom", "--dicom-seg")
         if detector.thresholds is None:
@@ -157,61 +212,78 @@ def _note(text: str) -> None:
     err.print(f"note: {text}", soft_wrap=True)
 
 
-@app.command()
+@command(
+    FIND,
+    "anomri bids BIDS OUT participant --participant-label 01 02",
+    "anomri bids BIDS OUT group",
+    cls=BidsCommand,
+)
 def bids(
     context: typer.Context,
-    bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS data set.")],
+    bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="BIDS dataset.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for the derivatives.")],
     level: Annotated[
         str,
-        typer.Argument(metavar="participant|group", help="Detect, or collect tables and a report."),
+        typer.Argument(
+            metavar="LEVEL",
+            help="participant: find lesions. group: collect tables and a report of all that is "
+            "done.",
+        ),
     ],
     model: Model = None,
     participant_label: Annotated[
-        Optional[list[str]], typer.Option(help="Only this one; may be given again.")
+        Optional[list[str]],
+        typer.Option(
+            metavar="LABELS",
+            help="Only these participants, as 01 02 or sub-01 sub-02.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     session_label: Annotated[
-        Optional[list[str]], typer.Option(help="Only this one; may be given again.")
+        Optional[list[str]],
+        typer.Option(
+            metavar="LABELS",
+            help="Only these sessions, as 1 2 or ses-1 ses-2.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     skip_bids_validation: Annotated[
-        bool, typer.Option("--skip-bids-validation", help="Take the data set as it is.")
+        bool,
+        flag("--skip-bids-validation", "Do not check that the dataset is valid BIDS.", INPUT),
     ] = False,
+    channels: SomeChannels = None,
     skull_strip: inputs.SkullStrip = False,
     bias_correction: inputs.BiasCorrection = False,
     register: inputs.Register = False,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
     min_volume: MinVolume = None,
-    channels: SomeChannels = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    threads: Threads = None,
 ) -> None:
-    """Detect in a BIDS data set and write BIDS derivatives."""
+    """Find lesions in a BIDS dataset, as a BIDS App, and write BIDS derivatives.
+
+    Options may be spelled with underscores too, as --participant_label.
+    Rerun the same command to resume.
+    """
     from anomri.cli.progress import case_progress
     from anomri.runs.bids import run_group, run_participant
     from anomri.scans.prepare import Preparation
 
+    if level not in LEVELS:
+        raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
     if level == "group":
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [
-            name for name, source in sources.items() if source and source.name == "COMMANDLINE"
-        ]
-        options = [
-            f"--{name.replace('_', '-')}"
-            for name in given
-            if name not in ("bids_dir", "out_dir", "level")
-        ]
-        if options:
+        unused = _options_given(context)
+        if unused:
             _note(
-                f"{', '.join(options)}: of no use at the level group, which collects what there is."
+                f"{', '.join(unused)}: not used at the level group, which only collects results."
             )
         if not bids_dir.is_dir():
             raise AnomriError(f"{bids_dir}: no such folder.")
         out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)
         return
-    if level != "participant":
-        raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")
-    detector = detector_of(
+    detector = load_detector(
         model, device, precision, sensitivity, false_positive_ml, min_volume, channels
     )
     with case_progress(err) as advance:
@@ -226,13 +298,28 @@ def bids(
             warn=_note,
             progress=lambda result, total: advance(result.case, total),
         )
-    for result in results:
-        if result.error:
-            err.print(f"failed: {result.error}", style="red", soft_wrap=True)
-    raise typer.Exit(1 if any(result.error for result in results) else 0)
+    failed = [result.error for result in results if result.error]
+    for error in failed:
+        err.print(f"failed: {error}", style="red", soft_wrap=True)
+    out.print(
+        f"{len(results) - len(failed)} scans done, {len(failed)} failed. After the last "
+        f"participant: anomri bids {bids_dir} {out_dir} group",
+        soft_wrap=True,
+    )
+    raise typer.Exit(1 if failed else 0)
 
 
-@app.command()
+def _options_given(context: typer.Context) -> list[str]:
+    """The options that stand on the command line, without the arguments."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.param_type_name == "option" and source and source.name == "COMMANDLINE":
+            given.append(parameter.opts[0])
+    return given
+
+
+@command(FIND, "anomri view out --scans scans", "anomri view out --port 8080 --no-browser")
 def view(
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder that `anomri detect` wrote.")
@@ -240,18 +327,23 @@ def view(
     scans: Annotated[
         Optional[Path],
         typer.Option(
-            metavar="COHORT",
-            help="The scans the maps were made from, to show behind them; default: those converted from DICOM.",
+            metavar="SCANS",
+            help="The scans to show behind the maps (default: those converted from DICOM).",
         ),
     ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1 (0: a free one).")
+        int,
+        typer.Option(metavar="N", min=0, max=65535, help="Port on this machine (0: a free one)."),
     ] = 0,
     browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")
+        bool,
+        typer.Option("--browser/--no-browser", metavar="", help="Open the page in a browser."),
     ] = True,
 ) -> None:
-    """Show maps, masks and scans in a page on this machine, to scroll through; Ctrl-C ends it."""
+    """Scroll through scans, maps and masks in the browser; only this machine can see the page.
+
+    Press Ctrl-C to stop.
+    """
     from anomri.reporting.viewer import view as run
 
     run(

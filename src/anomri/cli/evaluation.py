@@ -1,4 +1,4 @@
-"""Commands that compare maps with labels: `evaluate`, `compare`."""
+"""Commands that compare maps with lesion labels: `evaluate`, `merge`, `compare`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from anomri.cli.options import (
+    FIND,
+    INPUT,
+    MEASURE,
+    THRESHOLD,
+    TRAINING,
+    Cache,
     Channels,
     Cohort,
     Device,
@@ -20,53 +26,86 @@ from anomri.cli.options import (
     Sensitivity,
     Shard,
     SomeChannels,
-    app,
+    Splits,
+    Threads,
+    command,
     err,
-    names_of,
-    numbers_of,
     out,
+    parse_channels,
+    parse_numbers,
 )
 from anomri.scoring import registry as scores
 
 if TYPE_CHECKING:
     from anomri.evaluation.pooling import Evaluation
 
-SCORES = [name for name in scores.names() if name != "auto"]
+Split = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NAME",
+        help="Which cases: train, val or test (default: test, where there are splits).",
+        rich_help_panel=INPUT,
+    ),
+]
+SCORES = ("paper", *(name for name in scores.names() if name != "auto"))
 
 
-@app.command()
+@command(
+    MEASURE,
+    "anomri evaluate -i labelled -o result -m model",
+    "anomri evaluate -i labelled -o result --maps maps_of_another_method",
+)
 def evaluate(
     input: Cohort,
     output: OutFolder,
     model: Model = None,
     maps: Annotated[
         Optional[Path],
-        typer.Option(help="Folder of maps <case>_anomaly.nii.gz, whoever made them."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Evaluate these maps (<case>_anomaly.nii.gz), by whatever method, instead of a "
+            "model's.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
+    split: Split = None,
+    channels: SomeChannels = None,
     grid: Annotated[
-        str, typer.Option(help="model: the working grid, as in the paper; input: the scan's own.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="model: compare on the working grid, as in the paper. input: on the scan's own.",
+            rich_help_panel=INPUT,
+        ),
     ] = "model",
-    split: Annotated[
-        Optional[str], typer.Option(help="Which cases (default: test, where there are splits).")
-    ] = None,
     threshold: Annotated[
-        Optional[float], typer.Option(help="Instead of the model's label-free one.")
+        Optional[float],
+        typer.Option(
+            metavar="SCORE",
+            help="Make masks at this score instead of the model's threshold.",
+            rich_help_panel=THRESHOLD,
+        ),
     ] = None,
     sensitivity: Sensitivity = None,
     false_positive_ml: FalsePositiveMl = None,
     min_volume: MinVolume = None,
-    channels: SomeChannels = None,
     score: Annotated[
         Optional[str],
-        typer.Option(help=f"Instead of the model's: paper, {', '.join(SCORES)}."),
+        typer.Option(
+            metavar="NAME",
+            help=f"Compute maps by this score instead of the model's: {', '.join(SCORES)}.",
+            rich_help_panel=THRESHOLD,
+        ),
     ] = None,
-    shard: Shard = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    threads: Threads = None,
+    shard: Shard = None,
 ) -> None:
-    """Compare the maps of a model, or anyone's, with lesion labels: the paper's table, and more.
+    """Compare anomaly maps with lesion labels: AUPRC, Dice and lesion counts, with intervals.
 
-    Stop it when you like: the same command goes on. On several GPUs or machines: torchrun or srun before it.
+    The maps are a model's, or those of any method. Rerun the same command
+    to resume. On several GPUs or machines, start it with torchrun or srun.
     """
     from anomri.cli.progress import case_progress
     from anomri.errors import AnomriError
@@ -88,7 +127,7 @@ def evaluate(
     if detector:
         detector = detector.with_min_volume(min_volume)
     if detector and channels:
-        detector = detector.with_channels(names_of(channels) or ())
+        detector = detector.with_channels(parse_channels(channels) or ())
     arguments = {
         "model": detector,
         "maps": maps,
@@ -117,11 +156,13 @@ def evaluate(
     raise typer.Exit(1 if evaluation.failed else 0)
 
 
-@app.command()
+@command(FIND, "anomri merge out", "anomri merge result")
 def merge(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that all shards wrote to.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder that all parts wrote to.")
+    ],
 ) -> None:
-    """Join what `detect --shard` or `evaluate --shard` left in a folder: one set of tables, figures, one report."""
+    """Join the parts that `detect --shard` or `evaluate --shard` wrote: tables and a report."""
     from anomri.evaluation.merge import merge as run
 
     failed = run(folder)
@@ -132,41 +173,74 @@ def merge(
     raise typer.Exit(1 if failed else 0)
 
 
-@app.command()
+@command(
+    MEASURE,
+    "anomri compare -i labelled -o result --methods dae,vae,thresholding --seeds 3",
+    "anomri compare -i labelled -o result --methods dae --noise-std 0.1,0.2,0.4",
+)
 def compare(
     input: Cohort,
     output: OutFolder,
+    channels: Channels = None,
+    splits: Splits = None,
+    split: Split = None,
     methods: Annotated[
-        str, typer.Option(metavar="all|LIST", help="Methods, as dae,vae,thresholding.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Methods to compare, as dae,vae,thresholding, or all.",
+            rich_help_panel=TRAINING,
+        ),
     ] = "all",
     noise_resolution: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="LIST", help="Also the dae with these, as 1,2,4; may be given again."),
+        typer.Option(
+            metavar="LIST",
+            help="Train the dae with these noise resolutions too, in pixels: 1,2,4.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     noise_std: Annotated[
         Optional[list[str]],
         typer.Option(
-            metavar="LIST", help="Also the dae with these, as .05,.1; may be given again."
+            metavar="LIST",
+            help="Train the dae with these noise standard deviations too: 0.1,0.2.",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each (the paper: 3).")] = 1,
-    preset: Annotated[str, typer.Option(help="Of every method: paper, small or demo.")] = "small",
-    channels: Channels = None,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Train each method so many times, from different seeds (the paper: 3).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 1,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Recipe of every method: paper, small or demo; dae also has quick and accurate.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "small",
     steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Training steps instead of the presets'.")
-    ] = None,
-    splits: Annotated[
-        Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")
-    ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Which cases (default: test).")] = None,
-    cache: Annotated[
-        Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Training steps (default: the preset's).",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
+    cache: Cache = None,
 ) -> None:
-    """Train and evaluate several methods, noise settings and seeds: one table, curves, pictures.
+    """Train and evaluate several methods on one cohort: one table, curves and pictures.
 
-    Stop it when you like: the same command continues, and reuses what is finished.
+    Rerun the same command to resume; what is finished is reused.
     """
     from anomri.cli.progress import comparison_progress
     from anomri.comparison.compare import compare as run
@@ -176,11 +250,11 @@ def compare(
             input,
             output,
             methods=methods,
-            noise_resolution=numbers_of(noise_resolution, int),
-            noise_std=numbers_of(noise_std, float),
+            noise_resolution=parse_numbers(noise_resolution, int),
+            noise_std=parse_numbers(noise_std, float),
             seeds=seeds,
             preset=preset,
-            channels=names_of(channels),
+            channels=parse_channels(channels),
             training={"steps": steps} if steps else None,
             splits=splits,
             split=split,

@@ -1,4 +1,4 @@
-"""Options of `detect` that say which files a scan is and what is done to it before."""
+"""Options that say which files make up a scan, and how it is prepared."""
 
 from __future__ import annotations
 
@@ -7,60 +7,70 @@ from typing import Annotated, Optional
 
 import typer
 
+from anomri.cli.options import DICOM, INPUT, PREPARATION, flag
+
 Scans = Annotated[
     Optional[Path],
     typer.Option(
         "-i",
         "--input",
-        metavar="SCAN|FOLDER|TSV",
-        help="One scan, a folder (also DICOM), or a .tsv.",
+        metavar="SCANS",
+        help="One scan, a folder of scans (NIfTI, BIDS or DICOM), or a .tsv that lists them.",
     ),
 ]
 Channel = Annotated[
-    Optional[Path], typer.Option(metavar="FILE", help="This channel of one scan, instead of -i.")
+    Optional[Path],
+    typer.Option(
+        metavar="FILE", help="This channel of one scan, instead of -i.", rich_help_panel=INPUT
+    ),
 ]
 Channels = Annotated[
     Optional[list[str]],
     typer.Option(
-        "--channel", metavar="NAME=FILE", help="A channel of another name; may be repeated."
+        "--channel",
+        metavar="NAME=FILE",
+        help="Another channel of one scan; repeat it for more.",
+        rich_help_panel=INPUT,
+    ),
+]
+BrainMask = Annotated[
+    Optional[Path],
+    typer.Option(
+        metavar="FILE",
+        help="Brain mask of one scan (default: voxels above zero are brain).",
+        rich_help_panel=INPUT,
     ),
 ]
 Series = Annotated[
     Optional[list[str]],
     typer.Option(
         "--series",
-        metavar="CHANNEL=DESCRIPTION",
-        help="DICOM: which series is which channel; repeated.",
+        metavar="NAME=TEXT",
+        help="Channel of a series, by its description: flair='Ax FLAIR'; repeat it for more.",
+        rich_help_panel=DICOM,
     ),
 ]
 KeepIdentifiers = Annotated[
     bool,
-    typer.Option(
-        "--keep-identifiers", help="DICOM: name the case by its PatientID, not by a hash."
-    ),
+    flag("--keep-identifiers", "Name the case by its PatientID, not by a hash of it.", DICOM),
 ]
-DicomSeg = Annotated[
-    bool, typer.Option("--dicom-seg", help="DICOM: also write the mask as DICOM SEG.")
-]
-BrainMask = Annotated[
-    Optional[Path],
-    typer.Option(
-        metavar="FILE", help="Voxels above zero are brain (one scan); default: voxels above zero."
-    ),
-]
+DicomSeg = Annotated[bool, flag("--dicom-seg", "Also write the mask as DICOM SEG.", DICOM)]
 SkullStrip = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--skull-strip",
-        help="Take the skull off: mri_synthstrip or hd-bet if installed, else deepbet.",
+        "Remove the skull, by mri_synthstrip or hd-bet if installed, else by deepbet.",
+        PREPARATION,
     ),
 ]
 BiasCorrection = Annotated[
-    bool, typer.Option("--bias-correction", help="Correct the coil's shading (N4).")
+    bool, flag("--bias-correction", "Correct uneven brightness of the coil (N4).", PREPARATION)
 ]
 Register = Annotated[
     bool,
-    typer.Option(
-        "--register", help="Turn the scan into the model's space (rigid), and its map back."
+    flag(
+        "--register",
+        "Align the scan rigidly with the model's space; maps return to the scan's own grid.",
+        PREPARATION,
     ),
 ]

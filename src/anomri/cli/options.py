@@ -1,28 +1,111 @@
-"""What the commands share: their application, the two consoles, and options that several of them have."""
+"""What the commands share: the application, its two consoles, and the options of several commands."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 from anomri.errors import AnomriError
+from anomri.runtime.launch import THREADS
 from anomri.scans.names import channel_name
 
 if TYPE_CHECKING:
     from anomri.model.detector import Detector
 
+FIND, TRAIN, MEASURE, MORE = "Find lesions", "Train a model", "Measure", "Look around"
+"""Panels of the commands, in `anomri --help`."""
+INPUT, DICOM, PREPARATION, THRESHOLD = "Input", "DICOM", "Preparation", "Model and threshold"
+TRAINING, OUTPUT, MACHINE = "Training", "Output", "Machine"
+"""Panels of a command's options, in its `--help`."""
+
+
+class Command(TyperCommand):
+    """A command whose ``--help`` line does not show the type of that option."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help`` itself."""
+        return _without_type(super().get_help_option(ctx))
+
+
+class Group(TyperGroup):
+    """All commands together; see `Command`."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help`` itself."""
+        return _without_type(super().get_help_option(ctx))
+
+
+def _without_type(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
+
+
+def flag(name: str, help: str, panel: str | None = None) -> Any:
+    """A switch, shown in ``--help`` without a type."""
+    return typer.Option(name, help=help, metavar="", rich_help_panel=panel)
+
+
 app = typer.Typer(
-    help="Find what does not look healthy in a brain MRI, after seeing healthy brains only. Research use; not a medical device.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Group,
+    help="Find lesions in brain MRI without lesion labels: anomri learns from healthy brains and "
+    "shows what it cannot explain. For research; not a medical device.",
+    epilog="Start with: anomri demo (no data needed), or anomri detect -i SCANS -o OUT.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-out, err = (Console(stderr=stderr, markup=False, highlight=False) for stderr in (False, True))
+
+
+@app.callback(invoke_without_command=True)
+def _bare(
+    context: typer.Context,
+    version: Annotated[bool, flag("--version", "Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from anomri import __version__
+
+        typer.echo(f"anomri {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+
+
+def command(
+    panel: str, *shown: str, name: str | None = None, cls: type[Command] = Command
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command, with examples of it below its ``--help``."""
+    return app.command(name, cls=cls, rich_help_panel=panel, epilog=examples(*shown))
+
+
+def examples(*commands: str) -> str:
+    """Commands to show below ``--help``, each on a line of its own.
+
+    >>> examples("anomri demo", "anomri demo --keep").splitlines()
+    ['Examples:', '', 'anomri demo', '', 'anomri demo --keep']
+    """
+    return "\n\n".join(("Examples:", *commands))
+
+
+def _set_threads(count: int | None) -> int | None:
+    if count is not None:
+        # Read by torch when it is imported, and by processes that this one starts.
+        os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(count)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(count)
+    return count
+
 
 Cohort = Annotated[
     Path,
@@ -30,7 +113,7 @@ Cohort = Annotated[
         "-i",
         "--input",
         metavar="COHORT",
-        help="Folder of scans, BIDS data set, or .tsv that lists them.",
+        help="Folder of scans, BIDS dataset, or a .tsv that lists the scans.",
     ),
 ]
 NewModel = Annotated[
@@ -42,47 +125,99 @@ Model = Annotated[
         "-m",
         "--model",
         metavar="MODEL",
-        help="Folder of a trained model (default: the one in the package).",
+        help="Folder of a trained model, or built-in: the model in the package.",
     ),
 ]
 OutFolder = Annotated[
     Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write to.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto (a GPU if there is one), cpu, cuda, cuda:1 (the second GPU) or mps (Apple).",
+        rich_help_panel=MACHINE,
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(
-        help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed; maps differ slightly."
+        metavar="NAME",
+        help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed. The choice changes "
+        "maps slightly.",
+        rich_help_panel=MACHINE,
     ),
 ]
-Channels = Annotated[
-    Optional[str],
-    typer.Option(help="Channels and their order, as flair,t1,t1ce,t2 (default: those found)."),
-]
-SomeChannels = Annotated[
-    Optional[str],
-    typer.Option("--channels", help="Look at these of the model's channels only, as flair,t2."),
-]
-Sensitivity = Annotated[
-    Optional[str],
+Threads = Annotated[
+    Optional[int],
     typer.Option(
-        metavar="RATE|NAME",
-        help="Voxel false positive rate of the mask in healthy tissue, one that the model stores (as 0.005 or 0.5%), "
-        "or highest, high, default, low, lowest.",
+        metavar="N",
+        min=1,
+        callback=_set_threads,
+        help="Use at most N processor threads (default: all that this process may use).",
+        rich_help_panel=MACHINE,
+    ),
+]
+Cache = Annotated[
+    Optional[Path],
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for the prepared slices (default: the user's cache folder).",
+        rich_help_panel=MACHINE,
     ),
 ]
 Shard = Annotated[
     Optional[str],
     typer.Option(
-        metavar="K/N", help="Do only the K-th of N shares of the cases; `anomri merge` joins them."
+        metavar="K/N",
+        help="Process only part K of N of the cases, as 3/40 in a job array. After the last part, "
+        "`anomri merge` joins the results.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Channels = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="LIST",
+        help="Train on these channels, in this order: flair,t1,t1ce,t2 (default: those found).",
+        rich_help_panel=INPUT,
+    ),
+]
+SomeChannels = Annotated[
+    Optional[str],
+    typer.Option(
+        "--channels",
+        metavar="LIST",
+        help="Use only these of the model's channels: flair,t2 (default: all that a scan has).",
+        rich_help_panel=INPUT,
+    ),
+]
+Splits = Annotated[
+    Optional[Path],
+    typer.Option(
+        metavar="FILE",
+        help="Table with the columns case and split (train, val or test).",
+        rich_help_panel=INPUT,
+    ),
+]
+Sensitivity = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="RATE",
+        help="Choose another threshold: the share of healthy voxels above it (0.005 or 0.5%), or "
+        "highest, high, default, low, lowest. `anomri info` lists the rates of a model.",
+        rich_help_panel=THRESHOLD,
     ),
 ]
 FalsePositiveMl = Annotated[
     Optional[float],
     typer.Option(
         "--false-positive-ml",
+        metavar="ML",
         min=0.0,
-        help="Instead: the volume above the threshold in a mean healthy scan.",
+        help="Choose the threshold by volume instead: at most this many ml above it in a healthy "
+        "scan, on average.",
+        rich_help_panel=THRESHOLD,
     ),
 ]
 MinVolume = Annotated[
@@ -90,12 +225,13 @@ MinVolume = Annotated[
     typer.Option(
         metavar="MM3",
         min=0.0,
-        help="Keep components of at least this volume (default: some 70, as --false-positive-ml reckons).",
+        help="Drop findings below this volume, in mm3 (default: about 70).",
+        rich_help_panel=THRESHOLD,
     ),
 ]
 
 
-def detector_of(
+def load_detector(
     model: Path | None,
     device: str,
     precision: str,
@@ -104,45 +240,57 @@ def detector_of(
     min_volume: float | None,
     channels: str | None,
 ) -> Detector:
-    """The model of a command, as the options of these names ask for it; raises `AnomriError`."""
+    """The model that a command's options ask for; raises `AnomriError`."""
     from anomri.model.detector import Detector
 
     detector = Detector.load(model, device, precision)
     if channels:
-        detector = detector.with_channels(names_of(channels) or ())
+        detector = detector.with_channels(parse_channels(channels) or ())
     return detector.with_threshold(sensitivity, false_positive_ml).with_min_volume(min_volume)
 
 
-def names_of(channels: str | None) -> tuple[str, ...] | None:
-    """The channels in a list with commas, by their names here; ``None`` if nothing is given."""
-    return (
-        tuple(channel_name(name) for name in channels.split(",") if name.strip())
-        if channels
-        else None
-    )
+def parse_channels(text: str | None) -> tuple[str, ...] | None:
+    """The channels in a comma-separated list, by their canonical names; ``None`` without a list.
+
+    >>> parse_channels("T1w,flair")
+    ('t1', 'flair')
+    """
+    if not text:
+        return None
+    return tuple(channel_name(name) for name in text.split(",") if name.strip())
 
 
 Number = TypeVar("Number", int, float)
 
 
-def numbers_of(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> list[Number]:
-    """The numbers in lists with commas; raises `AnomriError` naming what is none."""
+def parse_numbers(texts: Sequence[str] | None, kind: Callable[[str], Number]) -> list[Number]:
+    """The numbers in comma-separated lists; raises `AnomriError` naming what is not a number.
+
+    >>> parse_numbers(["1,2", "4"], int)
+    [1, 2, 4]
+    """
     parts = [part.strip() for text in texts or () for part in text.split(",") if part.strip()]
     try:
         return [kind(part) for part in parts]
     except ValueError as error:
         raise AnomriError(
-            f"{', '.join(parts)}: not a list of numbers as 1,2,4 ({error})."
+            f"{', '.join(parts)}: not a list of numbers ({error}); write it as 1,2,4."
         ) from error
 
 
-def settings_of(texts: Sequence[str] | None) -> dict[str, Any]:
-    """Settings from NAME=VALUE, the value as JSON (or True, False) if it is that, else as text; `AnomriError` without a ``=``."""
+def parse_settings(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Settings given as NAME=VALUE; raises `AnomriError` without a ``=``.
+
+    A value is read as JSON, or as True or False, and else as text.
+
+    >>> parse_settings(["noise_std=0.25", "noise=coarse"])
+    {'noise_std': 0.25, 'noise': 'coarse'}
+    """
     settings: dict[str, Any] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals:
-            raise AnomriError(f"{text}: not a setting as NAME=VALUE.")
+            raise AnomriError(f"{text}: not a setting; write it as NAME=VALUE.")
         try:
             settings[name.strip()] = json.loads(value)
         except ValueError:

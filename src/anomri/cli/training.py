@@ -1,133 +1,219 @@
-"""Commands that make a model: `train`, `import-checkpoint`, `demo`."""
+"""Commands that make a model: `train`, `import-checkpoint`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from anomri.cli.options import (
+    MACHINE,
+    OUTPUT,
+    TRAIN,
+    TRAINING,
+    Cache,
     Channels,
     Cohort,
     Device,
     NewModel,
-    OutFolder,
-    app,
+    Splits,
+    Threads,
+    command,
     err,
-    names_of,
+    flag,
     out,
-    settings_of,
+    parse_channels,
+    parse_settings,
 )
 from anomri.methods import registry as methods
 from anomri.scoring import registry as scores
 
+METHOD = "Method"
+"""Panel of the options that change the method and its score."""
 
-@app.command()
+
+@command(
+    TRAIN,
+    "anomri train -i cohort -o model --preset quick",
+    "anomri train -i cohort -o model --pretrained built-in --steps 2000",
+)
 def train(
     input: Cohort,
     output: NewModel,
+    channels: Channels = None,
+    splits: Splits = None,
     preset: Annotated[
         Optional[str],
         typer.Option(
-            help="paper: as published; small (default): the same in a quarter of an hour on two cores; quick: better, half "
-            "an hour; accurate: best, two hours."
+            metavar="NAME",
+            help="Recipe. small (default): the paper's method, 15 minutes on two cores. quick: "
+            "better, 30 minutes. accurate: best, 2 hours. paper: as published, needs a GPU.",
+            rich_help_panel=TRAINING,
         ),
-    ] = None,
-    method: Annotated[
-        Optional[str],
-        typer.Option(help=f"One of {', '.join(methods.names())} (default: dae)."),
     ] = None,
     pretrained: Annotated[
         Optional[list[Path]],
         typer.Option(
             metavar="MODEL",
-            help="Go on from a trained model, by its own recipe; built-in: the one in the package. Given again: from the "
-            "mean of their weights.",
+            help="Start from this trained model, with its recipe; built-in: the model in the "
+            "package. Repeat it to start from the mean of several models' weights.",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
-    channels: Channels = None,
-    splits: Annotated[
-        Optional[Path], typer.Option(help="Table with columns case, split (train, val, test).")
-    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted training.")
+        bool, flag("--resume", "Continue an interrupted training.", TRAINING)
     ] = False,
     steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Training steps instead of the preset's.")
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Training steps (default: the preset's).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Slices per step (default: the preset's).",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     accumulate: Annotated[
         int,
         typer.Option(
+            metavar="N",
             min=1,
-            help="Take each process's share of a batch in so many parts: less memory, same model.",
+            help="Gradient accumulation: process each batch in N parts. Needs less memory and "
+            "gives the same model.",
+            rich_help_panel=TRAINING,
         ),
     ] = 1,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Slices a step.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(min=0.0)] = None,
+    learning_rate: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="RATE",
+            min=0.0,
+            help="Learning rate at its highest (default: the preset's).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     validate_every: Annotated[
         Optional[int],
-        typer.Option(min=1, help="Steps between validations; the weights of the best are kept."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Steps between validations; the weights with the lowest validation loss are kept.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    precision: Annotated[Optional[str], typer.Option(help="auto, 32-true or bf16-mixed.")] = None,
     seed: Annotated[
         Optional[int],
-        typer.Option(min=0, max=2**31 - 1, help="Of weights, order, noise and random split."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**31 - 1,
+            help="Seed of all that is random: weights, order, noise and the split.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME",
+            help=f"One of {', '.join(methods.names())} (default: dae).",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     noise_resolution: Annotated[
-        Optional[int], typer.Option(min=1, help="Of the coarse noise, in pixels.")
+        Optional[int],
+        typer.Option(
+            metavar="PIXELS",
+            min=1,
+            help="Resolution of the coarse noise that the dae learns to remove.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     noise_std: Annotated[
-        Optional[float], typer.Option(min=0.0, help="Of the coarse noise.")
+        Optional[float],
+        typer.Option(
+            metavar="STD",
+            min=0.0,
+            help="Standard deviation of that noise.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     grid: Annotated[
-        Optional[int], typer.Option(min=16, help="Pixels of a side of the working grid, as 192.")
+        Optional[int],
+        typer.Option(
+            metavar="PIXELS",
+            min=16,
+            help="Width and height of the slices that the network sees, as 192.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     score: Annotated[
         Optional[str],
         typer.Option(
-            help=f"How residuals become a map: {', '.join(scores.names())} (default: the preset's)."
+            metavar="NAME",
+            help=f"How residuals become an anomaly map: {', '.join(scores.names())} (default: the "
+            "preset's).",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     passes: Annotated[
         Optional[int],
-        typer.Option(min=0, help="Average so many reconstructions of the noised scan."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Average the maps of N noisy copies of a scan (0: the scan as it is).",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     set_: Annotated[
         Optional[list[str]],
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="A setting of the method, as noise_std=0.25; may be given again.",
+            help="Another setting of the method, as noise_std=0.25; repeat it for more.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
-    cache: Annotated[
-        Optional[Path], typer.Option(help="Folder for packed slices (default: the user's cache).")
-    ] = None,
     data_licence: Annotated[
-        Optional[str], typer.Option(help="Terms of the scans, to stand in model.json.")
+        Optional[str],
+        typer.Option(
+            metavar="TEXT",
+            help="Terms of use of the scans, to store in model.json.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME",
+            help="auto (bfloat16 where the hardware has it), 32-true or bf16-mixed (default: the "
+            "preset's).",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    threads: Threads = None,
+    cache: Cache = None,
 ) -> None:
-    """Train on the healthy slices of a cohort; slices with a labelled lesion are left out.
+    """Train a model on a cohort of healthy scans, or of scans with lesion labels.
 
-    On several GPUs or machines: torchrun --nproc-per-node N -m anomri train ..., or srun anomri train ...
+    Slices with a labelled lesion are left out. A scan without a label counts
+    as healthy. Continue an interrupted training with --resume.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m anomri train
+    ..., or srun anomri train ...
     """
     from anomri.cli.progress import training_progress
     from anomri.training.train import train as run
 
-    changed = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "validate_every": validate_every,
-        "precision": precision,
-        "seed": seed,
-    }
-    settings = {
-        "noise_resolution": noise_resolution,
-        "noise_std": noise_std,
-    }
     with training_progress(err) as progress:
         detector = run(
             input,
@@ -135,15 +221,18 @@ def train(
             method=method,
             preset=preset,
             pretrained=pretrained,
-            channels=names_of(channels),
-            settings={name: value for name, value in settings.items() if value is not None}
-            | settings_of(set_),
-            training={name: value for name, value in changed.items() if value is not None},
-            score={
-                name: value
-                for name, value in {"kind": score, "passes": passes}.items()
-                if value is not None
-            },
+            channels=parse_channels(channels),
+            settings=_given(noise_resolution=noise_resolution, noise_std=noise_std)
+            | parse_settings(set_),
+            training=_given(
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                validate_every=validate_every,
+                precision=precision,
+                seed=seed,
+            ),
+            score=_given(kind=score, passes=passes),
             grid=grid,
             splits=splits,
             cache=cache,
@@ -154,56 +243,45 @@ def train(
             progress=progress,
         )
     cohort = detector.spec.cohort
-    if cohort:
-        out.print(
-            f"Trained on {cohort.training_slices:,} healthy slices of {cohort.training_cases} cases "
-            f"({cohort.left_out_slices:,} slices with a labelled lesion were left out), "
-            f"{cohort.validation_cases} cases held out"
-            + (
-                f", {cohort.unused_cases} unused (test, or in no split)"
-                if cohort.unused_cases
-                else ""
-            )
-            + f". Model: {output}",
-            soft_wrap=True,
-        )
+    if cohort is None:
+        return
+    unused = f", {cohort.unused_cases} unused (test, or in no split)" if cohort.unused_cases else ""
+    out.print(
+        f"Trained on {cohort.training_slices:,} healthy slices of {cohort.training_cases} cases "
+        f"({cohort.left_out_slices:,} slices with a labelled lesion were left out), "
+        f"{cohort.validation_cases} cases held out{unused}. Model: {output}",
+        soft_wrap=True,
+    )
 
 
-@app.command()
-def demo(
-    output: OutFolder = Path("anomri-demo"),
-    keep: Annotated[
-        bool,
-        typer.Option("--keep", help="Keep the synthetic cohort, to try the other commands on."),
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Make a synthetic cohort, train on its healthy brains, detect, compare with thresholding, write a report."""
-    from anomri.cli.progress import training_progress
-    from anomri.demo.run import run_demo
-
-    with training_progress(err) as progress:
-        result = run_demo(output, keep=keep, seed=seed, progress=progress)
-    out.print(result.table())
-    out.print(f"Look at {result.report}", soft_wrap=True)
-    if keep:
-        out.print(
-            f"The cohort is in {result.cohort}; try: anomri detect -i {result.cohort} -o out -m {result.model}",
-            soft_wrap=True,
-        )
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
-@app.command("import-checkpoint")
+@command(
+    TRAIN,
+    "anomri import-checkpoint checkpoint.pt -o model",
+    "anomri import-checkpoint checkpoint.pt -o model --channels flair,t1,t2",
+    name="import-checkpoint",
+)
 def import_checkpoint(
     file: Annotated[
-        Path, typer.Argument(help="Checkpoint of the program released with the paper.")
+        Path,
+        typer.Argument(metavar="FILE", help="Checkpoint of the program released with the paper."),
     ],
     output: NewModel,
-    channels: Channels = None,
+    channels: Annotated[
+        Optional[str],
+        typer.Option(metavar="LIST", help="Its channels in order (default: flair,t1,t1ce,t2)."),
+    ] = None,
 ) -> None:
-    """Turn a checkpoint of the released program into a model folder; no code in it is run."""
+    """Turn a checkpoint of the paper's program into a model folder; no code in it is run.
+
+    Such a model has no threshold: it writes maps, but no masks.
+    """
     from anomri.model.released import RELEASED_CHANNELS
     from anomri.model.released import import_checkpoint as run
 
-    detector = run(file, output, names_of(channels) or RELEASED_CHANNELS)
+    detector = run(file, output, parse_channels(channels) or RELEASED_CHANNELS)
     out.print(f"Model: {output} (channels {', '.join(detector.spec.channels)})", soft_wrap=True)

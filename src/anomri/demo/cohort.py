@@ -109,11 +109,8 @@ def make_cohort(
     is called with that name once it is written.
     """
     output_folder(folder)
-    plan = [
-        (kind, k + 1)
-        for kind, count in (("healthy", healthy), ("lesion", lesioned))
-        for k in range(count)
-    ]
+    plan = [("healthy", number) for number in range(1, healthy + 1)]
+    plan += [("lesion", number) for number in range(1, lesioned + 1)]
     names = []
     template_maps(BLUR * spacing_mm)  # once, before the threads ask for it
     # Two at a time: interpolation and compression release the interpreter's lock, memory stays below 1 GB.
@@ -129,6 +126,11 @@ def make_cohort(
     )
     write_text(folder / "README.txt", README)
     return names
+
+
+def make_one(folder: Path, *, seed: int = 0, spacing_mm: float = 1.875) -> Path:
+    """Write one case with a lesion, the same as in `make_cohort`; returns its folder."""
+    return folder / _write_case(output_folder(folder), seed, spacing_mm, ("lesion", 1))
 
 
 def make_subject(

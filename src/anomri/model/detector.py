@@ -41,7 +41,14 @@ from anomri.spec import ModelSpec, Thresholds
 
 BUILT_IN = Path(__file__).parents[1] / "pretrained" / "brats18"
 """The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
+BUILT_IN_NAME = "built-in"
+"""What `BUILT_IN` may be called in place of its folder."""
 Source = str | Path | SpatialImage
+
+
+def model_folder(model: str | Path | None) -> Path:
+    """The folder of a model: `BUILT_IN` for ``None`` and ``built-in``."""
+    return BUILT_IN if model is None or str(model) == BUILT_IN_NAME else Path(model)
 
 
 class Detector:
@@ -109,13 +116,14 @@ class Detector:
     ) -> Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
-        ``folder`` is by default `BUILT_IN`, the model that comes with the package (research use).
-        ``device`` is ``cpu``, ``cuda``, ``mps`` or ``auto``, which takes a GPU where there is one. ``precision`` is
+        ``folder`` is by default, or as ``built-in``, the model that comes with the package
+        (`BUILT_IN`, research use). ``device`` is ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or ``auto``,
+        which takes a GPU where there is one. ``precision`` is
         ``auto``, which computes in bfloat16 where the hardware has it, ``32-true`` or ``bf16-mixed``.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
-        folder = BUILT_IN if folder is None else Path(folder)
+        folder = model_folder(folder)
         spec, method, state = read_model(folder)
         try:
             method.load_state_dict(state)

@@ -46,11 +46,12 @@ def _has_fast_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     # Without these instructions a processor emulates bfloat16, several times slower than float32.
-    return device == "cpu" and bool(_processor_flags() & {"avx512_bf16", "amx_bf16"})
+    return device == "cpu" and bool(processor_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @cache
-def _processor_flags() -> frozenset[str]:
+def processor_flags() -> frozenset[str]:
+    """The words of ``/proc/cpuinfo``, among them the processor's features; empty elsewhere."""
     facts = Path("/proc/cpuinfo")
     return frozenset(facts.read_text().split()) if facts.exists() else frozenset()
 

@@ -8,6 +8,9 @@ from typing import Literal
 
 from anomri.errors import AnomriError
 
+THREADS = "ANOMRI_THREADS"
+"""Environment variable that ``--threads`` sets: how many threads a process may use."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -63,7 +66,9 @@ def _read_environment() -> Launch:
 
 
 def usable_processors() -> int:
-    """How many processors this process may use: its share of those the job has on this machine."""
+    """How many processors this process may use: `THREADS`, or its share of those the job has."""
+    if os.environ.get(THREADS, "").isdecimal():
+        return max(int(os.environ[THREADS]), 1)
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:

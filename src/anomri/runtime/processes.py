@@ -156,13 +156,15 @@ def make_fabric(device: str = "auto", precision: Any = "32-true") -> Fabric:
     from lightning_fabric.plugins import environments
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    place, accelerator = read_launch(), resolve_device(device).type
+    place, found = read_launch(), resolve_device(device)
+    accelerator = found.type
     kinds: Any = environments
     if place.launcher is None:
         # Named, because Fabric takes a SLURM batch script for one of many processes.
         return Fabric(
             accelerator=accelerator,
-            devices=1,
+            # A list of one: that very GPU. Named cuda alone, it is the first.
+            devices=1 if found.index is None else [found.index],
             precision=precision,
             plugins=[kinds.LightningEnvironment()],
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anomri.errors import AnomriError, first_line
 from anomri.methods import registry as methods
 from anomri.methods.base import Preset
-from anomri.model.detector import BUILT_IN
+from anomri.model.detector import model_folder
 from anomri.model.files import cases_of_model, check_readable, read_model
 from anomri.model.views import check_score
 from anomri.runtime.devices import resolve_device, resolve_precision
@@ -27,8 +27,6 @@ from anomri.spec import ModelSpec, Scaling, Score, Training
 from anomri.training.cohort import CHOSEN, FOUND, check_grid
 
 DEFAULT_PRESET = "small"
-IN_THE_PACKAGE = "built-in"
-"""What the model that comes with the package is called in place of its folder."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Pretrained:
 
     @classmethod
     def read(cls, model: str | Path) -> Pretrained:
-        """Read a model folder, or `IN_THE_PACKAGE`; raises `AnomriError` if there is none, or nothing in it was trained."""
-        folder = BUILT_IN if str(model) == IN_THE_PACKAGE else Path(model)
+        """Read a model folder, or ``built-in``; raises `AnomriError` if there is none, or nothing in it was trained."""
+        folder = model_folder(model)
         spec, method, weights = read_model(folder)
         if not weights:
             raise AnomriError(
