@@ -1,18 +1,28 @@
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer.main
+from rich.console import Console
 
 import anomri
+from anomri import methods
 from anomri.cli import main
+from anomri.cli.info import extras, libraries_of_extra
+from anomri.cli.options import app
+from anomri.cli.progress import Stage, _bars
 from anomri.errors import AnomriError
 from anomri.methods.dae import DAE
 from anomri.model.released import import_checkpoint
+from anomri.runtime.devices import resolve_precision
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,24 +36,168 @@ def test_neither_the_import_nor_help_need_torch(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_of_every_command_fits_in_80_columns(
+    command: str,
+    option: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*command.split(), option]) == 0
+    shown = capsys.readouterr()
+    assert "Usage" in shown.out and not shown.err
+    assert max(map(len, shown.out.splitlines())) <= 80
+    # Flags take no value, so no type stands beside them.
+    assert "<bool>" not in re.sub("--(install|show)-completion.*", "", shown.out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_two_examples_that_parse(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = typer.main.get_command(app)
+    one = group.commands[command]  # type: ignore[attr-defined]
+    _, *shown = (one.epilog or "").split("\n\n")
+    assert len(shown) == 2
+    for line in shown:
+        words = shlex.split(line)
+        assert words[:2] == ["anomri", command]
+        assert len(line) <= 78  # one line of a terminal of 80 columns
+        # Raises for an option that the command does not have; nothing is run.
+        one.make_context(command, words[2:])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_and_argument_has_help(command: str) -> None:
+    one = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    for parameter in one.params:
+        if parameter.name != "help":
+            about = parameter.help or ""
+            assert about and about[0].isupper() | about.startswith(NAMES), parameter.name
+            assert about.endswith("."), parameter.name
+
+
+NAMES = ("auto ", "dae ", "json:", "model:", "participant:")
+"""Help that begins with the first of the values to choose from."""
+
+
+def test_help_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    presets = set(DAE.PRESETS) - {"demo", "tiny"}
+    for name in (*methods.names(), *presets):
+        assert re.search(rf"\b{name}\b", shown), name
+    assert main(["compare", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (*presets, "demo"):
+        assert re.search(rf"\b{name}\b", shown), name
+
+
+def test_anomri_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert "Usage" in shown.out and "detect" in shown.out and not shown.err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"anomri {version('anomri')}\n"
+    assert anomri.__version__ == version("anomri")
+
+
+def test_info_shows_the_machine_and_the_model(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"torch           {version('torch')}" in shown
+    assert "device          cpu\n" in shown
+    assert f"precision       {resolve_precision('auto', 'cpu')}\n" in shown
+    assert "channels        flair, t1, t1ce, t2 (or some of them)" in shown
+    assert "1,467 healthy slices of 20 cases; 3 cases held out" in shown
+    assert "BraTS 2018 training set" in shown and "Kascenas" in shown
+    assert main(["info", str(model), "--device", "cpu"]) == 0
+    assert "channels        flair, t1\n" in capsys.readouterr().out
+    assert main(["info", "nothing-here"]) == 2
+    assert main(["info", "--device", "cuda:77"]) == 2
+
+
+def test_info_names_the_libraries_that_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sorted(libraries_of_extra("dicom")) == ["dicom2nifti", "highdicom", "pydicom"]
+    assert dict(extras())["bids"] == "found: BIDS datasets"
+    monkeypatch.setattr("anomri.cli.info._is_installed", lambda name: name != "highdicom")
+    assert dict(extras())["dicom"] == "missing (highdicom): DICOM in and out"
+
+
+def test_threads_limit_torch_and_the_threads_beside_it() -> None:
+    code = (
+        "from anomri.cli import main; main(['info', '--threads', '3', '--device', 'cpu']);"
+        "import torch; from anomri.runtime.launch import processors;"
+        "print(torch.get_num_threads(), processors())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "3 3"
+    assert main(["info", "--threads", "0"]) == 2
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("given", "parsed"),
     [
-        "",
-        "train",
-        "detect",
-        "evaluate",
-        "merge",
-        "compare",
-        "bids",
-        "view",
-        "demo",
-        "import-checkpoint",
+        ("in out participant --participant-label 01 02", "01 02"),
+        ("in out participant --participant_label 01 sub-02 --skip_bids_validation", "01 sub-02"),
+        ("in out participant --participant-label 01 --participant-label 02", "01 02"),
+        # Before the level, what follows the first label may be a folder.
+        ("--participant-label 01 in out participant", "01"),
+        ("in out participant --participant-label=01 -m built-in", "01"),
     ],
 )
-def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command.split(), "--help"]) == 0
-    assert "Usage" in capsys.readouterr().out
+def test_labels_of_participants_as_bids_apps_take_them(given: str, parsed: str) -> None:
+    command = typer.main.get_command(app).commands["bids"]  # type: ignore[attr-defined]
+    values = command.make_context("bids", given.split()).params
+    assert values["participant_label"] == parsed.split()
+    assert (str(values["bids_dir"]), str(values["out_dir"])) == ("in", "out")
+    assert values["level"] == "participant"
+    assert values["skip_bids_validation"] == ("skip" in given)
+
+
+def shown_by(console: Console, *updates: tuple[float, int, int]) -> list[str]:
+    """The lines that a stage prints for updates (seconds, done, total)."""
+    now = 0.0
+    with _bars(console) as bars:
+        stage = Stage("cases", bars, lambda: now)
+        for now, done, total in updates:  # noqa: B007  # the clock
+            stage.show(done, total)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_progress_in_a_file_is_a_line_for_each_case_with_an_honest_estimate() -> None:
+    lines = shown_by(Console(file=StringIO()), (0, 0, 0), (10, 1, 4), (20, 2, 4), (30, 4, 4))
+    assert lines == [
+        "cases ...",
+        "cases 1/4 (about 30 s left)",
+        "cases 2/4 (about 20 s left)",
+        "cases 4/4",
+    ]
+
+
+def test_cases_of_an_earlier_run_do_not_count_for_the_estimate() -> None:
+    finished = [(0.0, done, 100) for done in range(1, 91)]
+    lines = shown_by(Console(file=StringIO()), *finished, (60, 91, 100), (60, 92, 101))
+    assert lines[-3:] == ["cases 90/100", "cases 91/100 (about 9 min left)", "cases 92/101"]
+
+
+def test_a_terminal_shows_no_time_left_before_it_is_known() -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    shown = "\n".join(shown_by(console, (0, 0, 0)))
+    assert "elapsed" in shown and "left" not in shown and "?" not in shown
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    assert "2/4" in (shown := "\n".join(shown_by(console, (0, 0, 0), (100, 2, 4))))
+    assert "elapsed, about 2 min left" in shown
 
 
 def test_every_public_name_has_help() -> None:
@@ -313,6 +467,9 @@ def test_the_demo_runs_end_to_end(
     out = tmp_path / "demo"
     assert main(["demo", "-o", str(out), "--keep"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
+    picture = out / "first-look" / "previews" / "synthetic_lesion_001.planes.jpg"
+    assert "The model in the package looked at a synthetic scan" in printed
+    assert str(picture) in printed and picture.is_file()
     assert "Synthetic cohort" in printed
     assert "thresholding" in printed
     page = (out / "report.html").read_text()

@@ -315,7 +315,7 @@ def _options_given(context: typer.Context) -> list[str]:
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.param_type_name == "option" and source and source.name == "COMMANDLINE":
-            given.append(parameter.opts[0])
+            given.append(next(name for name in parameter.opts if name.startswith("--")))
     return given
 
 
