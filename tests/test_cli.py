@@ -14,12 +14,12 @@ import typer.main
 from rich.console import Console
 
 import anomri
-from anomri import methods
 from anomri.cli import main
 from anomri.cli.info import extras, libraries_of_extra
 from anomri.cli.options import app
 from anomri.cli.progress import Stage, _bars
 from anomri.errors import AnomriError
+from anomri.methods import registry as methods
 from anomri.methods.dae import DAE
 from anomri.model.released import import_checkpoint
 from anomri.runtime.devices import resolve_precision
@@ -129,19 +129,20 @@ def test_info_shows_the_machine_and_the_model(
 
 def test_info_names_the_libraries_that_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(libraries_of_extra("dicom")) == ["dicom2nifti", "highdicom", "pydicom"]
-    assert dict(extras())["bids"] == "found: BIDS datasets"
+    assert dict(extras())["bids"] == "BIDS datasets: found"
     monkeypatch.setattr("anomri.cli.info._is_installed", lambda name: name != "highdicom")
-    assert dict(extras())["dicom"] == "missing (highdicom): DICOM in and out"
+    found = dict(extras())["dicom"]
+    assert found.startswith("DICOM in and out: no highdicom; pip install ") and "[dicom]" in found
 
 
 def test_threads_limit_torch_and_the_threads_beside_it() -> None:
     code = (
-        "from anomri.cli import main; main(['info', '--threads', '3', '--device', 'cpu']);"
-        "import torch; from anomri.runtime.launch import processors;"
-        "print(torch.get_num_threads(), processors())"
+        "from anomri.cli import main; main(['info', '--threads', '1', '--device', 'cpu']);"
+        "import torch; from anomri.runtime.launch import usable_processors;"
+        "print(torch.get_num_threads(), usable_processors())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "3 3"
+    assert done.stdout.splitlines()[-1] == "1 1"
     assert main(["info", "--threads", "0"]) == 2
 
 

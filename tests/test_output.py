@@ -184,8 +184,7 @@ def test_channels_given_twice_and_options_of_another_level(
         == 2
     )
     assert (
-        "note: --model, --participant-label: not used at the level group"
-        in capsys.readouterr().err
+        "note: --model, --participant-label: not used at the level group" in capsys.readouterr().err
     )
     assert main(["bids", str(tmp_path / "none"), str(tmp_path), "group"]) == 2
     assert "none: no such folder" in capsys.readouterr().err

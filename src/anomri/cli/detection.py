@@ -139,7 +139,9 @@ def detect(
         model, device, precision, sensitivity, false_positive_ml, min_volume, channels
     )
     if model_folder(model) == BUILT_IN and team.is_main:
-        _note(f"using the model in the package, for research only; see {BUILT_IN / 'MODEL_CARD.md'}")
+        _note(
+            f"using the model in the package, for research only; see {BUILT_IN / 'MODEL_CARD.md'}"
+        )
     if dicom_seg:
         import_extra("highdicom", "dicom", "--dicom-seg")
         if detector.thresholds is None:
@@ -276,9 +278,7 @@ def bids(
     if level == "group":
         unused = _options_given(context)
         if unused:
-            _note(
-                f"{', '.join(unused)}: not used at the level group, which only collects results."
-            )
+            _note(f"{', '.join(unused)}: not used at the level group, which only collects results.")
         if not bids_dir.is_dir():
             raise AnomriError(f"{bids_dir}: no such folder.")
         out.print(f"Look at {run_group(out_dir)}", soft_wrap=True)

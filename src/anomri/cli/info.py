@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anomri.cli.options import MORE, Device, Threads, command, out
+from anomri.optional import install_command
 
 if TYPE_CHECKING:
     from anomri.model.detector import Detector
 
 Facts = list[tuple[str, str]]
-LIBRARIES = ("torch", "numpy", "nibabel", "lightning", "scipy")
+LIBRARIES = ("torch", "numpy", "nibabel", "scipy")
 EXTRAS = {
     "bet": "--skull-strip",
     "bids": "BIDS datasets",
+    "demo": "anomri demo",
     "dicom": "DICOM in and out",
     "register": "--register, --bias-correction",
+    "tensorboard": "training curves in TensorBoard",
 }
 """The extras a user may want, and what for; `pyproject.toml` says which libraries they are."""
 SKULL_STRIPPERS = ("mri_synthstrip", "hd-bet")
@@ -101,8 +104,10 @@ def extras() -> Facts:
     facts = []
     for extra, purpose in EXTRAS.items():
         missing = [name for name in libraries_of_extra(extra) if not _is_installed(name)]
-        state = f"missing ({', '.join(missing)})" if missing else "found"
-        facts.append((extra, f"{state}: {purpose}"))
+        state = f"{purpose}: found"
+        if missing:
+            state = f"{purpose}: no {', '.join(missing)}; {install_command(extra)}"
+        facts.append((extra, state))
     programs = [name for name in SKULL_STRIPPERS if shutil.which(name)]
     facts.append(("skull strippers", ", ".join(programs) or f"no {' or '.join(SKULL_STRIPPERS)}"))
     return facts

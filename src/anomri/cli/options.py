@@ -80,8 +80,6 @@ def _bare(
         typer.echo(context.get_help())
 
 
-
-
 def command(
     panel: str, *shown: str, name: str | None = None, cls: type[Command] = Command
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -66,14 +66,14 @@ def _read_environment() -> Launch:
 
 
 def usable_processors() -> int:
-    """How many processors this process may use: `THREADS`, or its share of those the job has."""
-    if os.environ.get(THREADS, "").isdecimal():
-        return max(int(os.environ[THREADS]), 1)
+    """How many processors this process may use: its share of the job's, and at most `THREADS`."""
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    return max(allowed // read_launch().local_world_size, 1)
+    share = max(allowed // read_launch().local_world_size, 1)
+    limit = os.environ.get(THREADS, "")
+    return min(share, max(int(limit), 1)) if limit.isdecimal() else share
 
 
 def require_single_process(what: str) -> None:
