@@ -23,6 +23,7 @@ from anomri.methods import registry as methods
 from anomri.methods.dae import DAE
 from anomri.model.released import import_checkpoint
 from anomri.runtime.devices import resolve_precision
+from anomri.scoring import registry as scores
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -86,11 +87,14 @@ NAMES = ("auto ", "dae ", "json:", "model:", "participant:")
 """Help that begins with the first of the values to choose from."""
 
 
-def test_help_lists_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_what_is_registered(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # so that no name is broken in two
     assert main(["train", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     presets = set(DAE.PRESETS) - {"demo", "tiny"}
-    for name in (*methods.names(), *presets):
+    for name in (*methods.names(), *scores.names(), *presets):
         assert re.search(rf"\b{name}\b", shown), name
     assert main(["compare", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -114,15 +118,16 @@ def test_info_shows_the_machine_and_the_model(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info", "--device", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    assert f"torch           {version('torch')}" in shown
-    assert "device          cpu\n" in shown
-    assert f"precision       {resolve_precision('auto', 'cpu')}\n" in shown
-    assert "channels        flair, t1, t1ce, t2 (or some of them)" in shown
+    shown = re.sub("  +", " ", capsys.readouterr().out)
+    assert f" torch {version('torch')}\n" in shown
+    assert " device cpu\n" in shown
+    assert f" precision {resolve_precision('auto', 'cpu')}\n" in shown
+    assert " channels flair, t1, t1ce, t2 (or some of them)\n" in shown
+    assert all(name in shown for name in scores.names())
     assert "1,467 healthy slices of 20 cases; 3 cases held out" in shown
     assert "BraTS 2018 training set" in shown and "Kascenas" in shown
     assert main(["info", str(model), "--device", "cpu"]) == 0
-    assert "channels        flair, t1\n" in capsys.readouterr().out
+    assert " channels flair, t1\n" in re.sub("  +", " ", capsys.readouterr().out)
     assert main(["info", "nothing-here"]) == 2
     assert main(["info", "--device", "cuda:77"]) == 2
 
@@ -194,11 +199,15 @@ def test_cases_of_an_earlier_run_do_not_count_for_the_estimate() -> None:
 
 def test_a_terminal_shows_no_time_left_before_it_is_known() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=100)
-    shown = "\n".join(shown_by(console, (0, 0, 0)))
+    shown = ANSI.sub("", "\n".join(shown_by(console, (0, 0, 0))))
     assert "elapsed" in shown and "left" not in shown and "?" not in shown
     console = Console(file=StringIO(), force_terminal=True, width=100)
-    assert "2/4" in (shown := "\n".join(shown_by(console, (0, 0, 0), (100, 2, 4))))
-    assert "elapsed, about 2 min left" in shown
+    shown = ANSI.sub("", "\n".join(shown_by(console, (0, 0, 0), (100, 2, 4))))
+    assert "2/4" in shown and "elapsed, about 2 min left" in shown
+
+
+ANSI = re.compile(r"\x1b\[[?\d;]*[a-zA-Z]")
+"""What colours and moves the cursor of a terminal."""
 
 
 def test_every_public_name_has_help() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 import shutil
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,23 +48,27 @@ def info(
     model's.
     """
     from anomri.model.detector import Detector
+    from anomri.scoring.registry import SCORES
 
     out.print(as_text("Installation", installation()), soft_wrap=True)
     out.print(as_text("Machine", machine(device)), soft_wrap=True)
     out.print(as_text("Extras", extras()), soft_wrap=True)
     detector = Detector.load(model, device)
     out.print(as_text(f"Model {model}", describe_model(detector)), soft_wrap=True)
+    scores = [(name, kind.help) for name, kind in SCORES.items()]
+    out.print(as_text("Scores (--score)", scores), soft_wrap=True)
 
 
-def as_text(title: str, facts: Iterable[tuple[str, str]]) -> str:
-    """A heading and a line for each fact.
+def as_text(title: str, facts: Facts) -> str:
+    """A heading and a line for each fact, the names as wide as the longest.
 
     >>> print(as_text("Machine", [("device", "cpu")]))
     Machine
-      device          cpu
+      device  cpu
     <BLANKLINE>
     """
-    return "\n".join([title, *(f"  {name:15s} {value}" for name, value in facts), ""])
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([title, *(f"  {name:{width}s}  {value}" for name, value in facts), ""])
 
 
 def installation() -> Facts:
@@ -125,7 +128,7 @@ def libraries_of_extra(extra: str) -> list[str]:
 
 def describe_model(detector: Detector) -> Facts:
     """A model's card in short: what it sees, what it learned from, its thresholds and its terms."""
-    from anomri.scoring.scores import SCORES, describe
+    from anomri.scoring.scores import describe
 
     spec = detector.spec
     subsets = " (or some of them)" if detector.takes_subsets else ""
@@ -142,7 +145,6 @@ def describe_model(detector: Detector) -> Facts:
             )
         )
     facts.append(("score", describe(spec.score)))
-    facts.append(("other scores", ", ".join(name for name in SCORES if name != spec.score.kind)))
     if spec.thresholds:
         default = f"{100 * spec.thresholds.chosen:.2g}%"
         rates = [f"{100 * rate:.2g}%" for rate in spec.thresholds.false_positive_rate]
