@@ -35,7 +35,7 @@ from anomri.runs.tables import (
 )
 from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.launch import require_single_process
-from anomri.scans.bids import CHANNELS, bids_cases, description, validate
+from anomri.scans.bids import CHANNELS, bids_cases, read_description, validate
 from anomri.scans.case import Case
 from anomri.scans.names import bare_name
 from anomri.scans.prepare import Preparation
@@ -233,7 +233,7 @@ def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
         raise AnomriError(
             f"{out}: lies on another drive than {root}; name a folder on the same one."
         ) from error
-    path, source = out / "dataset_description.json", description(root)
+    path, source = out / "dataset_description.json", read_description(root)
     refuse_foreign([path], _is_derivative)
     old = read_json(path) if path.is_file() else {}
     if old.get("DatasetLinks", {"source": link}) != {"source": link}:

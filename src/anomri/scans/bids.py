@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from anomri.errors import AnomriError
 from anomri.files import read_json
 from anomri.optional import import_extra
 from anomri.scans.case import Case
+from anomri.scans.cohort import LeftOut
 
 CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
 """How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
@@ -33,7 +34,13 @@ class _File:
     path: Path
     suffix: str
     entities: dict[str, Any]
-    derived: bool  # it lies in ``derivatives`` of the data set
+    derived: bool
+    """Whether it lies in ``derivatives`` of the data set."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image of the data set itself."""
+        return self.suffix in SUFFIXES and not self.derived
 
     @property
     def case(self) -> str:
@@ -67,52 +74,74 @@ def bids_cases(
     participant_labels: Sequence[str] | None = None,
     session_labels: Sequence[str] | None = None,
     channels: Sequence[str] | None = None,
-    warn: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Case]:
     """The cases ``sub-XX[_ses-YY]`` of a BIDS data set, raw or derivative, sorted by name.
 
-    Images come from ``sub-*/[ses-*/]anat`` of ``bids_dir`` itself; brain masks (``desc-brain``) and lesion labels
-    (``label-lesion`` or ``desc-lesion``) also from its ``derivatives``. All files of a case lie in one space: that
-    which offers most of ``channels`` (default: all of `CHANNELS`). Of several images of a channel the first by run
-    and acquisition is taken, and ``warn`` told. A participant without any image is a case without channels.
-    Raises `AnomriError` if this is no BIDS data set, or a label or all images are missing.
+    Images come from ``sub-*/[ses-*/]anat`` of ``bids_dir`` itself; brain masks (``desc-brain``) and
+    lesion labels (``label-lesion`` or ``desc-lesion``) also from its ``derivatives``. All files of
+    a case lie in one space: the one with most of ``channels`` (default: all of `CHANNELS`). If a
+    channel has several images, the first by run and acquisition is taken, and ``warn`` is called.
+    A participant without any image is a case without channels. Raises `AnomriError` if this is not
+    a BIDS data set, or if a label or all images are missing.
     """
+    cases, _ = read_bids(
+        bids_dir,
+        participant_labels=participant_labels,
+        session_labels=session_labels,
+        channels=channels,
+    )
+    if warn:
+        for note in [note for case in cases for note in case.notes]:
+            warn(note)
+    return [replace(case, notes=()) for case in cases]
+
+
+def read_bids(
+    bids_dir: str | Path,
+    *,
+    participant_labels: Sequence[str] | None = None,
+    session_labels: Sequence[str] | None = None,
+    channels: Sequence[str] | None = None,
+) -> tuple[list[Case], list[LeftOut]]:
+    """`bids_cases`, with the warnings as the cases' notes, and the files that no case takes."""
     root = Path(bids_dir)
-    description(root)
+    read_description(root)
     participants = {path.name[4:] for path in root.glob("sub-*") if path.is_dir()}
-    wanted = _chosen("participant", root, sorted(participants), participant_labels)
+    wanted = _select("participant", root, sorted(participants), participant_labels)
     files = [file for file in _anatomical_files(root) if str(file.entities["sub"]) in wanted]
     sessions = sorted({str(file.entities["ses"]) for file in files if "ses" in file.entities})
-    asked = (
-        _chosen("session", root, sessions, session_labels)
-        if session_labels
-        else [*sessions, "None"]
-    )
+    asked = [*sessions, "None"]
+    if session_labels:
+        asked = _select("session", root, sessions, session_labels)
     by_case = defaultdict[str, list[_File]](list)
     for file in files:
         if str(file.entities.get("ses")) in asked:
             by_case[file.case].append(file)
-    names = [
-        name
-        for name, group in by_case.items()
-        if any(not f.derived and f.suffix in SUFFIXES for f in group)
-    ]
+    names = [name for name, group in by_case.items() if any(file.is_image for file in group)]
     if not names:
-        who = (
-            ", ".join(f"sub-{label}" for label in wanted)
-            if participant_labels
-            else "any participant"
-        )
-        elsewhere = next((file.path for file in files if file.suffix in SUFFIXES), None)
-        hint = f" There is {elsewhere}: name that data set's folder instead." if elsewhere else ""
-        raise AnomriError(
-            f"{root}: no image of {who} in sub-*/[ses-*/]anat (*_{', *_'.join(SUFFIXES)}.nii.gz).{hint}"
-        )
-    cases = [_case(name, by_case[name], channels or tuple(CHANNELS), warn) for name in names]
+        raise _no_image(root, files, wanted if participant_labels else None)
+    cases: list[Case] = []
+    left_out: list[LeftOut] = []
+    for name in names:
+        case, others = _choose_files(name, by_case[name], channels or tuple(CHANNELS))
+        cases.append(case)
+        left_out += others
     if participant_labels or not session_labels:
-        without = {f"sub-{label}" for label in wanted} - {name.split("_")[0] for name in names}
-        cases += [Case(name, {}) for name in without]
-    return sorted(cases, key=lambda case: case.name)
+        without_image = {f"sub-{label}" for label in wanted} - {
+            name.split("_")[0] for name in names
+        }
+        cases += [Case(name, {}) for name in without_image]
+    return sorted(cases, key=lambda case: case.name), left_out
+
+
+def _no_image(root: Path, files: Sequence[_File], labels: Sequence[str] | None) -> AnomriError:
+    who = ", ".join(f"sub-{label}" for label in labels or ()) or "any participant"
+    elsewhere = next((file.path for file in files if file.suffix in SUFFIXES), None)
+    hint = f" There is {elsewhere}: name that data set's folder instead." if elsewhere else ""
+    return AnomriError(
+        f"{root}: no image of {who} in sub-*/[ses-*/]anat (*_{', *_'.join(SUFFIXES)}.nii.gz).{hint}"
+    )
 
 
 def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
@@ -160,7 +189,7 @@ def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) ->
         )
 
 
-def description(root: Path) -> dict[str, Any]:
+def read_description(root: Path) -> dict[str, Any]:
     """The ``dataset_description.json`` of a data set; raises `AnomriError` if there is none."""
     if not (path := root / "dataset_description.json").is_file():
         found = ", ".join(sorted(entry.name for entry in root.glob("*"))[:5]) or "nothing"
@@ -170,7 +199,7 @@ def description(root: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _chosen(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+def _select(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
     labels = [label.strip().removeprefix("sub-").removeprefix("ses-") for label in asked or found]
     unknown = [label for label in labels if label not in found]
     if unknown:
@@ -211,35 +240,48 @@ def _anatomical_files(root: Path) -> list[_File]:
     )
 
 
-def _case(
-    name: str, files: Sequence[_File], channels: Sequence[str], warn: Callable[[str], None]
-) -> Case:
-    def showing(what: str, grid: tuple[str, str]) -> list[Path]:
-        return [file.path for file in files if grid in file.grids and file.shows(what)]
-
-    def offers(grid: tuple[str, str], wanted: Sequence[str]) -> int:
-        return sum(bool(showing(channel, grid)) for channel in wanted)
-
-    grids = {
-        grid
-        for file in files
-        if file.suffix in SUFFIXES and not file.derived
-        for grid in file.grids
-    }
-    # FLAIR shows most lesions best: a space that has it comes before one with more of the others.
-    bright = [channel for channel in channels if channel == "flair"]
-    chosen = min(grids, key=lambda grid: (-offers(grid, bright), -offers(grid, channels), grid))
+def _choose_files(
+    name: str, files: Sequence[_File], channels: Sequence[str]
+) -> tuple[Case, list[LeftOut]]:
+    """The files of one case, all on one grid, and those that it does not take."""
+    grid = _choose_grid(files, channels)
     paths: dict[str, Path] = {}
+    notes: list[str] = []
+    reasons: dict[Path, str] = {}
     for what in (*channels, "brain", "lesion"):
-        found = showing(what, chosen)
+        found = _showing(what, grid, files)
         first = CHANNELS.get(next(iter(paths), ""))
-        if not found and what not in CHANNELS and not chosen[0] and first in SUFFIXES:
-            # Where images name no space, what lies on the grid of the first of them is named after that.
-            found = showing(what, (first, chosen[1]))
-        if found:
-            paths[what] = found[0]
+        if not found and what not in CHANNELS and not grid[0] and first in SUFFIXES:
+            # The images name no space: masks on their grid may be named after the first of them.
+            found = _showing(what, (first, grid[1]), files)
+        if not found:
+            continue
+        paths[what] = found[0]
+        for path in found[1:]:
+            reasons[path] = f"{found[0].name} is taken for {what}"
         if len(found) > 1:
             others = ", ".join(path.name for path in found[1:])
-            warn(f"{name}: {len(found)} files for {what}; {found[0].name} is taken, not {others}.")
+            notes.append(
+                f"{name}: {len(found)} files for {what}; {found[0].name} is taken, not {others}."
+            )
+    left_out = [
+        LeftOut(file.path, reasons.get(file.path, "lies in another space, or is not known"))
+        for file in files
+        if file.path not in paths.values()
+    ]
     mask, label = paths.pop("brain", None), paths.pop("lesion", None)
-    return Case(name, paths, label, mask)
+    return Case(name, paths, label, mask, notes=tuple(notes)), left_out
+
+
+def _choose_grid(files: Sequence[_File], channels: Sequence[str]) -> tuple[str, str]:
+    """The grid with most channels; FLAIR, which shows most lesions best, counts before others."""
+
+    def order(grid: tuple[str, str]) -> tuple[int, int, tuple[str, str]]:
+        offered = [channel for channel in channels if _showing(channel, grid, files)]
+        return -offered.count("flair"), -len(offered), grid
+
+    return min({grid for file in files if file.is_image for grid in file.grids}, key=order)
+
+
+def _showing(what: str, grid: tuple[str, str], files: Sequence[_File]) -> list[Path]:
+    return [file.path for file in files if grid in file.grids and file.shows(what)]

@@ -16,7 +16,7 @@ from anomri.scans.names import (
     bare_name,
     channel_name,
     folder_name,
-    split_name,
+    parse_name,
 )
 
 PATIENT = re.compile(
@@ -90,7 +90,7 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
 
 
 def _name_from_file(path: Path, channel: str) -> str:
-    stem, kind = split_name(path)
+    stem, kind = parse_name(path)
     if kind != channel:
         return bare_name(path)
     # A name such as FLAIR.nii.gz says nothing about the case; its folder may.

@@ -11,7 +11,7 @@ from anomri.files import output_folder
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series
 from anomri.scans.dicom.read import choose_series, convert_series
-from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, split_name
+from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, parse_name
 
 CONVERTED = "nifti"
 """The folder in the output where converted scans are kept."""
@@ -58,7 +58,7 @@ def holds_dicom(folder: Path, out: Path | None = None) -> bool:
 
 
 def _is_result(path: Path, out: Path) -> bool:
-    stem, kind = split_name(path)
+    stem, kind = parse_name(path)
     map_of_it = out / f"{stem}_{OUTPUTS[0]}.nii.gz"
     place = path.parent.resolve()
     return place == (out / CONVERTED).resolve() or (

@@ -1,0 +1,199 @@
+"""From groups of images to cases: whose each file is, and which of several is taken."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from anomri.errors import AnomriError
+from anomri.scans.case import Case, case_from_kinds, note_choice
+from anomri.scans.cohort import Cohort, LeftOut
+from anomri.scans.names import (
+    ANNOTATIONS,
+    IMAGES,
+    LABEL_NAMES,
+    STEPS,
+    FileName,
+    channel_name,
+    folder_name,
+    preference,
+)
+from anomri.scans.owners import Named, name_files
+
+Files = dict[str, list[Path]]
+"""The files of one case by kind: channel, kind of label or kind of mask."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that lie together: in one folder or, after steps of processing, below it."""
+
+    folder: Path
+    images: Sequence[Path]
+    case: str | None = None
+    """The case of all of them; if None, their names say whose they are, or the folder's name."""
+    subject: str | None = None
+    note: str = ""
+    """What the user should know about the choice of these images."""
+    left_out: Sequence[LeftOut] = field(default=())
+
+
+def cases_from_groups(layout: str, folder: Path, groups: Iterable[Group]) -> Cohort:
+    """The cases of the cohort ``folder`` from the groups that its layout found.
+
+    Raises `AnomriError` if two images are the same channel of one case.
+    """
+    ordered = sorted(groups, key=lambda group: group.folder)
+    named = name_files({group.folder: group.images for group in ordered})
+    unnamed = [group.folder for group in ordered if group.case is None]
+    patients = _patient_folders(folder, {place: named[place].files for place in unnamed})
+    files: dict[str, Files] = {}
+    for group in ordered:
+        for path, (stem, kind) in named[group.folder].files.items():
+            name = group.case or stem
+            if not name or (group.case is None and group.folder in patients):
+                name = folder_name(group.folder)
+            files.setdefault(name, {}).setdefault(kind, []).append(path)
+    subjects = {group.case: group.subject for group in ordered if group.case}
+    notes = {path: group.note for group in ordered if group.note for path in group.images}
+    left_out = [one for group in ordered for one in _left_out(group, named[group.folder])]
+    cases: list[Case] = []
+    for name, found in files.items():
+        case, others = _choose(name, found)
+        left_out += others
+        told = {f"{name}: {notes[path]}" for path in case.channels.values() if path in notes}
+        all_notes = (*case.notes, *sorted(told))
+        cases.append(replace(case, subject=subjects.get(name), notes=all_notes))
+    return Cohort(layout, cases, left_out)
+
+
+def _left_out(group: Group, named: Named) -> list[LeftOut]:
+    known = {*named.files, *named.left_out}
+    written = [path for path in group.images if path not in known]
+    return [
+        *group.left_out,
+        *(LeftOut(path, "was written by anomri detect") for path in written),
+        *(LeftOut(path, reason) for path, reason in named.left_out.items()),
+    ]
+
+
+def _patient_folders(cohort: Path, folders: Mapping[Path, Mapping[Path, FileName]]) -> set[Path]:
+    """The folders that hold one patient each, though their files are called alike.
+
+    ``p1/scan_flair`` and ``p2/scan_flair`` are of two patients. Folders may also be of the same
+    patients: one for each channel (``flair/anna_flair``, ``t1/anna_t1``), step, or for labels.
+    """
+    taken = {name.stem for name in folders[cohort].values()} | {folder_name(cohort)}
+    by_stem: dict[str, list[Path]] = {}
+    for folder, names in folders.items():
+        stems = {name.stem for name in names.values()}
+        if len(stems) != 1 or _is_for_kind(folder, {name.kind for name in names.values()}):
+            continue
+        (stem,) = stems
+        # A stem with a number may be a patient's, who has a folder for each step of processing.
+        if stem not in {folder.name, *taken} and not re.search(r"\d", stem):
+            by_stem.setdefault(stem, []).append(folder)
+    return {
+        folder
+        for alike in by_stem.values()
+        if _same_content([folders[folder] for folder in alike])
+        for folder in alike
+    }
+
+
+def _is_for_kind(folder: Path, kinds: set[str]) -> bool:
+    """Whether a folder's name says that it is for a channel, for annotations, or for a step."""
+    words = {channel_name(word) for word in re.split(r"[^A-Za-z0-9]+", folder.name)}
+    return bool(words & kinds) or kinds <= ANNOTATIONS or folder.name.lower() in STEPS
+
+
+def _same_content(folders: Sequence[Mapping[Path, FileName]]) -> bool:
+    """Whether two images of the same kind and the same processing lie in these folders."""
+    counts = Counter(
+        (name.kind, preference(path)) for names in folders for path, name in names.items()
+    )
+    return max(counts.values()) > 1
+
+
+def _choose(name: str, files: Files) -> tuple[Case, list[LeftOut]]:
+    """A case with one file of each kind, its label and mask, and the files that it does not take.
+
+    Raises `AnomriError` if there is no reason to prefer one of two images.
+    """
+    files, step_note, left_out = _one_step(name, files)
+    chosen: dict[str, Path] = {}
+    for kind, paths in files.items():
+        if kind not in LABEL_NAMES:
+            chosen[kind] = _preferred(name, kind, paths)
+            left_out += [
+                LeftOut(path, f"{chosen[kind].name} is taken for {kind}")
+                for path in paths
+                if path != chosen[kind]
+            ]
+    labels = [
+        (kind, path) for kind, paths in files.items() if kind in LABEL_NAMES for path in paths
+    ]
+    chosen.update(labels[:1])
+    case = case_from_kinds(name, chosen)
+    notes = [*case.notes, *note_choice(name, "label", [path for _, path in labels])]
+    if _is_label_of_folder(case):
+        label = case.label.name if case.label else ""
+        notes.append(f"{name}: {label} is taken for its label, as it is in its folder.")
+    left_out += [
+        LeftOut(path, f"{case.label.name} is taken for the label")
+        for _, path in labels
+        if case.label and path != case.label
+    ]
+    left_out += [
+        LeftOut(path, f"{case.mask.name} is taken for the brain mask")
+        for kind, path in chosen.items()
+        if case.mask and kind in ANNOTATIONS and path not in (case.label, case.mask)
+    ]
+    return replace(case, notes=(*notes, *step_note)), left_out
+
+
+def _one_step(name: str, files: Files) -> tuple[Files, list[str], list[LeftOut]]:
+    """The files of the first of the `STEPS` whose folders hold the case's images."""
+    folders = {path.parent for kind, paths in files.items() if kind in IMAGES for path in paths}
+    steps = sorted((one for one in folders if one.name.lower() in STEPS), key=step_order)
+    if len(steps) < 2:
+        return files, [], []
+    first, unread = steps[0], steps[1:]
+    kept: Files = {}
+    left_out: list[LeftOut] = []
+    told = [step.name for step in unread]
+    for kind, paths in files.items():
+        for path in paths:
+            if path.parent not in unread:
+                kept.setdefault(kind, []).append(path)
+                continue
+            left_out.append(LeftOut(path, f"the images are read from {first.name}"))
+            if kind in ANNOTATIONS:
+                told.append(f"{path.parent.name}/{path.name}")
+    note = f"{name}: its images are those in {first.name}; not read: {', '.join(told)}."
+    return kept, [note], left_out
+
+
+def step_order(folder: Path) -> tuple[int, Path]:
+    """A sort key for folders that are called after one of the `STEPS`."""
+    return STEPS.index(folder.name.lower()), folder
+
+
+def _preferred(name: str, kind: str, paths: Sequence[Path]) -> Path:
+    first, *others = sorted(paths, key=preference)
+    if others and preference(first) == preference(others[0]):
+        raise AnomriError(
+            f"{first} and {others[0]} are both {kind} of case {name}; keep one of them or, if they"
+            " are of two scans, call these differently or name them in a TSV."
+        )
+    return first
+
+
+def _is_label_of_folder(case: Case) -> bool:
+    """Whether the label is not called after the case, though the images are."""
+    if case.label is None or case.name in case.label.name:
+        return False
+    return all(case.name in path.name for path in case.channels.values())
