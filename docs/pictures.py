@@ -81,7 +81,8 @@ def draw_thresholds(detector: Detector, detection: Detection, height: int) -> pl
 def draw_false_positives(detector: Detector) -> plt.Figure:
     """Scores of held-out healthy voxels, and the volume of a healthy scan above each threshold."""
     stored = detector.thresholds
-    assert stored is not None and stored.healthy is not None
+    assert stored is not None
+    assert stored.healthy is not None
     healthy = stored.healthy
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     counts = np.array(healthy.histogram)
@@ -104,7 +105,8 @@ def draw_false_positives(detector: Detector) -> plt.Figure:
 def draw_confidence(detector: Detector, found: dict[str, Detection]) -> plt.Figure:
     """Peaks of the held-out healthy scans and of all findings on one axis."""
     stored = detector.thresholds
-    assert stored is not None and stored.healthy is not None
+    assert stored is not None
+    assert stored.healthy is not None
     peaks = stored.healthy.scan_peaks
     lesions = [lesion for detection in found.values() for lesion in detection.lesions]
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
