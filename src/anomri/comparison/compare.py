@@ -1,22 +1,31 @@
-"""Several methods, noise settings and seeds on one cohort by one command: the paper's Table 1 and Figure 4."""
+"""Compare methods, noise settings and seeds on one cohort: the paper's Table 1 and Figure 4."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anomri.comparison.jobs import Job, evaluate_job, result_of, run_in_process, train_job
-from anomri.comparison.report import Row, write_comparison
+from anomri.comparison.jobs import (
+    Job,
+    OnProgress,
+    evaluate_job,
+    read_result,
+    run_in_process,
+    train_job,
+)
+from anomri.comparison.report import write_comparison
+from anomri.comparison.tables import Row
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import choose_cases
 from anomri.files import output_folder, read_json, write_text
-from anomri.methods import registry as methods
+from anomri.methods import registry
+from anomri.methods.base import Method
 from anomri.runs.records import files_of
 from anomri.runtime.folders import RUN_FACTS, refuse_foreign, refuse_foreign_tables, sole_use
 from anomri.runtime.launch import require_single_process
@@ -27,13 +36,14 @@ from anomri.spec import ModelSpec
 from anomri.training.train import Progress
 
 CURVES = ("noise_resolution", "noise_std")
+"""Settings of the denoising autoencoder that a comparison varies, one at a time."""
 TABLES = ("table.tsv", "table.md", "cost.tsv", "examples.png", "report.html")
 """What a comparison writes beside ``comparison.json`` and the picture of each curve."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found: a row per method, setting and filter, and the jobs that failed, with why."""
+    """What `compare` found: a row per method, setting and filter, and why jobs failed."""
 
     rows: tuple[Row, ...]
     report: Path
@@ -57,17 +67,20 @@ def compare(
     device: str = "auto",
     progress: Callable[[str, Progress], None] = lambda job, state: None,
 ) -> Comparison:
-    """Train and evaluate methods on one cohort and write tables, curves, pictures and ``report.html`` into ``out``.
+    """Train and evaluate methods on one cohort and write tables, curves, pictures and a report.
 
-    ``methods`` are names or ``all``; ``noise_resolution`` and ``noise_std`` vary the denoising autoencoder's noise one at
-    a time; each is trained with the seeds 0 to ``seeds`` - 1. Every test scan is reconstructed once a model, and
-    scored without and with median filter, without and with component filter. Test cases are those of the split
-    ``test``, or of ``split``. What is finished in ``out`` is reused and what was interrupted goes on, so the same
-    command, or one with more methods, settings or seeds, may be given again. ``training`` replaces fields of every
-    preset's training.
+    ``methods`` are names or ``all``. ``noise_resolution`` and ``noise_std`` vary the noise of the
+    denoising autoencoder, one at a time. Each is trained with the seeds 0 to ``seeds`` - 1. Each
+    model reconstructs a test scan once; its map is scored without and with the median filter, and
+    its mask without and with the component filter. Test cases are those of ``split``, by default
+    ``test``. ``training`` replaces fields of every preset's training.
 
-    A job that fails is named in the result, and the others go on. Raises `AnomriError` for what does not fit
-    from the start, and `errors.Interrupted` at Ctrl-C or SIGTERM.
+    The same command resumes an interrupted comparison and reuses what is finished in ``out``; more
+    methods, settings or seeds may be added. A job that fails is named in the result, and the
+    others go on.
+
+    Raises `AnomriError` if the arguments do not fit, and `errors.Interrupted` at Ctrl-C or
+    SIGTERM.
     """
     require_single_process("a comparison")
     folder = output_folder(Path(out))
@@ -76,11 +89,11 @@ def compare(
     cases = split_cases(cases, read_splits(Path(splits)) if splits else {}, seed=0)
     if split is None and not any(case.split == "test" for case in cases):
         raise AnomriError(
-            "no case is in the split test; write a splits.csv (case,split) into the cohort, or name one with --splits, so "
-            "that methods are compared on cases that none was trained on."
+            "no case is in the split test, so there is none that no method was trained on; write "
+            "a splits.csv (case,split) into the cohort, or name one with --splits."
         )
     test_cases, chosen = choose_cases(cases, split or "test")
-    first = Job(
+    template = Job(
         variant="",
         method="",
         seed=0,
@@ -94,99 +107,119 @@ def compare(
         cache=None if cache is None else Path(cache),
         device=device,
     )
-    jobs = plan(first, methods, noise_resolution, noise_std, seeds)
+    jobs = plan(template, methods, noise_resolution, noise_std, seeds)
+    changed = [f"{name} {value}" for name, value in (training or {}).items()]
+    protocol = {
+        "cases": f"{len(test_cases)} ({chosen})",
+        "preset": ", ".join([preset, *changed]),
+    }
     with sole_use(folder):
-        for left in (folder / "results").glob(".scores-*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-        _same_comparison(folder, first)
-        protocol = {
-            "cases": f"{len(test_cases)} ({chosen})",
-            "preset": preset
-            + "".join(f", {name} {value}" for name, value in (training or {}).items()),
-        }
-        failed: dict[str, str] = {}
+        _remove_abandoned_scores(folder)
+        _same_comparison(folder, template)
+        return _run_all(jobs, folder, protocol, progress)
+
+
+def _run_all(
+    jobs: Sequence[Job],
+    folder: Path,
+    protocol: Mapping[str, str],
+    progress: Callable[[str, Progress], None],
+) -> Comparison:
+    failed: dict[str, str] = {}
+    report, rows = write_comparison(folder, jobs, protocol, failed)
+    for job in jobs:
+        try:
+            if _is_done(job):
+                continue
+            _run(job, partial(progress, job.name))
+        except AnomriError as error:
+            failed[job.name] = str(error)
+        # After every job, so that one can look at the first results while the rest runs.
         report, rows = write_comparison(folder, jobs, protocol, failed)
-        for job in jobs:
-            try:
-                if not _is_done(job):
-                    _do(job, partial(progress, job.name))
-                    # Written again after every job: what there is can be looked at while the rest runs.
-                    report, rows = write_comparison(folder, jobs, protocol, failed)
-            except AnomriError as error:
-                failed[job.name] = str(error)
-                report, rows = write_comparison(folder, jobs, protocol, failed)
-        for job in jobs:
-            failed |= {
-                f"{job.name}, {case}": error
-                for case, error in result_of(job).get("failed", {}).items()
-            }
-        return Comparison(tuple(rows), report, failed)
+    for job in jobs:
+        for case, why in read_result(job).get("failed", {}).items():
+            failed[f"{job.name}, {case}"] = why
+    return Comparison(tuple(rows), report, failed)
+
+
+def _run(job: Job, on_progress: OnProgress) -> None:
+    """Train the job's model, unless it is trained, and evaluate it."""
+    if not (job.model / "model.json").is_file():
+        owner = job
+        if job.trained != job.variant:
+            owner = replace(job, variant=job.trained, method=job.trained, settings={})
+        run_in_process(train_job, owner, on_progress)
+    run_in_process(evaluate_job, job, on_progress)
 
 
 def plan(
-    first: Job,
-    names: str | Sequence[str],
+    template: Job,
+    methods: str | Sequence[str],
     noise_resolution: Sequence[int] = (),
     noise_std: Sequence[float] = (),
     seeds: int = 1,
 ) -> list[Job]:
-    """The jobs of a comparison, seed by seed, so that a whole table is there early; raises `AnomriError`.
+    """The jobs of a comparison, made from a ``template`` that says what they share.
 
-    A noise setting that is the preset's own is the method itself, and is trained once.
+    They are in the order of seeds, so that a whole table is there early. A noise setting that is
+    the preset's own is the method itself, and is trained once. Raises `AnomriError` for unknown
+    methods, presets and settings.
     """
     if seeds < 1:
         raise AnomriError(f"a comparison needs at least one seed, not {seeds}.")
-    known = methods.names()
-    chosen = (
-        known if names == "all" else names.split(",") if isinstance(names, str) else list(names)
-    )
-    chosen = list(dict.fromkeys(name.strip() for name in chosen if name.strip()))
     jobs = []
-    for method in chosen:
-        own = methods.preset(
-            method, first.preset
-        )  # raises for a method or preset that there is not
-        jobs.append(replace(first, variant=method, method=method, trained=own.weights_of or method))
-    for setting, values in zip(CURVES, (noise_resolution, noise_std), strict=True):
-        jobs += [_noise_job(first, setting, value) for value in values]
-    unique = list({job.variant: job for job in jobs}.values())
-    for job in unique:
-        _built(job)
-    if not unique:
-        raise AnomriError(f"there is nothing to compare; the methods are {', '.join(known)}.")
+    for method in _parse_methods(methods):
+        shared = registry.preset(method, template.preset).weights_of
+        jobs.append(replace(template, variant=method, method=method, trained=shared or method))
+    jobs += [_noise_job(template, CURVES[0], value) for value in noise_resolution]
+    jobs += [_noise_job(template, CURVES[1], value) for value in noise_std]
+    if not jobs:
+        raise AnomriError(
+            f"there is nothing to compare; the methods are {', '.join(registry.names())}."
+        )
+    variants = list({job.variant: job for job in jobs}.values())
+    for job in variants:
+        _build(job)  # raises if a setting is wrong
     return [
         replace(job, seed=seed)
         for seed in range(seeds)
-        for job in unique
-        if seed == 0 or methods.preset(job.method, job.preset).training is not None
+        for job in variants
+        # What is not trained is the same for every seed.
+        if seed == 0 or registry.preset(job.method, job.preset).training is not None
     ]
 
 
-def _noise_job(first: Job, setting: str, value: float) -> Job:
-    job = replace(first, variant="dae", method="dae", trained="dae")
-    if getattr(_built(job), setting) == value:
+def _parse_methods(methods: str | Sequence[str]) -> list[str]:
+    if methods == "all":
+        return registry.names()
+    if isinstance(methods, str):
+        methods = methods.split(",")
+    return list(dict.fromkeys(name.strip() for name in methods if name.strip()))
+
+
+def _noise_job(template: Job, setting: str, value: float) -> Job:
+    """The job of the denoising autoencoder with another noise, or its own where that is the same."""
+    job = replace(template, variant="dae", method="dae", trained="dae")
+    if getattr(_build(job), setting) == value:
         return job
     variant = f"dae-{setting}-{value:g}"
     return replace(job, variant=variant, trained=variant, settings={setting: value})
 
 
-def _built(job: Job) -> Any:
-    settings = {**methods.preset(job.method, job.preset).settings, **job.settings}
-    return methods.build(ModelSpec(job.channels or ("flair",), job.method, settings))
+def _build(job: Job) -> Method:
+    settings = {**registry.preset(job.method, job.preset).settings, **job.settings}
+    return registry.build(ModelSpec(job.channels or ("flair",), job.method, settings))
 
 
-def _do(job: Job, tell: Callable[[Progress], None]) -> None:
-    if not (job.model / "model.json").is_file():
-        owner = job
-        if job.trained != job.variant:
-            owner = replace(job, variant=job.trained, method=job.trained, settings={})
-        run_in_process(train_job, owner, tell)
-    run_in_process(evaluate_job, job, tell)
+def _remove_abandoned_scores(folder: Path) -> None:
+    """Remove the scores that a killed evaluation left."""
+    for left in (folder / "results").glob(".scores-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_done(job: Job) -> bool:
     """Whether all test cases were evaluated, as their files are now."""
-    result = result_of(job)
+    result = read_result(job)
     return not result.get("failed", True) and result.get("files") == files_of(
         job.test_cases, job.channels or ()
     )
