@@ -35,24 +35,33 @@ def test_the_lesion_is_found_in_the_scans_own_grid(
 ) -> None:
     detection = anomri.load(model).detect(lesioned)
     written = detection.save(tmp_path, reconstruction=True)
-    assert [path.name for path in written] == [
-        f"case7_{name}" for name in ("anomaly.nii.gz", "mask.nii.gz", "reconstruction.nii.gz")
-    ] + ["case7.json"]
+    kinds = ("anomaly", "mask", "lesions", "reconstruction")
+    names = [*(f"case7_{kind}.nii.gz" for kind in kinds), "case7.json"]
+    assert [path.name for path in written] == names
     source = nib.load(lesioned.channels["flair"])
     label = np.asarray(nib.load(lesioned.label).dataobj) > 0
-    anomaly, mask, healthy = (nib.load(path) for path in written[:3])
-    for image, dtype in ((anomaly, np.float32), (mask, np.uint8), (healthy, np.float32)):
+    images = anomaly, mask, numbered, healthy = [nib.load(path) for path in written[:4]]
+    for image, dtype in zip(images, (np.float32, np.uint8, np.uint8, np.float32), strict=True):
         assert image.shape[:3] == source.shape
         assert image.get_data_dtype() == dtype
         np.testing.assert_array_equal(image.affine, source.affine)
     assert healthy.shape[3] == 2
     scores = anomaly.get_fdata()
-    summary = json.loads(written[3].read_text())
+    summary = json.loads(written[-1].read_text())
     assert scores[label].mean() > 3 * scores[~label].mean()
     assert anomaly.header["cal_max"] > anomaly.header["cal_min"] > 0
     found = np.asarray(mask.dataobj) > 0
     assert 0 < found.sum() <= (scores > summary["threshold"]).sum()
     assert (scores[found] > summary["threshold"]).all()
+    # The image of lesions has the numbers of the table as values.
+    labels = np.asarray(numbered.dataobj)
+    np.testing.assert_array_equal(labels > 0, found)
+    voxel_mm3 = 3.75 * 3.75 * 8
+    for lesion in summary["lesions"]:
+        inside = labels == lesion["lesion"]
+        assert inside.sum() * voxel_mm3 == pytest.approx(lesion["volume_mm3"])
+        assert scores[inside].max() == pytest.approx(lesion["peak"])
+    assert labels.max() == len(summary["lesions"])
     # The reconstruction is in the scan's own intensities.
     inside = ndimage.binary_erosion(source.get_fdata() > 0, iterations=3) & ~label
     ratio = healthy.get_fdata()[..., 0][inside] / source.get_fdata()[inside]
@@ -198,7 +207,7 @@ def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
     detect_cohort(folder, tmp_path / "alone", model)
     # As beside a GPU with eight processors.
     monkeypatch.setattr(Detector, "device", property(lambda detector: torch.device("cuda")))
-    monkeypatch.setattr("anomri.runs.detect.processors", lambda: 8)
+    monkeypatch.setattr("anomri.runs.detect.usable_processors", lambda: 8)
     at_once, most = set[int](), list[int]()
     detect = Detector.detect
 
@@ -364,7 +373,7 @@ def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) 
     for given in (images, turned, {**images, "flair": case.channels["flair"]}):
         assert np.array_equal(detector.detect(given).anomaly_map, found.anomaly_map)
     found.save(tmp_path, reconstruction=True)
-    for kind in ("anomaly", "mask", "reconstruction"):
+    for kind in ("anomaly", "mask", "lesions", "reconstruction"):
         image, written = found.image(kind), nib.load(tmp_path / f"{found.name}_{kind}.nii.gz")  # type: ignore[arg-type]
         assert (
             np.array_equal(image.affine, images["flair"].affine)
@@ -380,5 +389,10 @@ def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) 
     with pytest.raises(AnomriError, match="name it in letters and digits"):
         detector.detect({"../x": images["flair"]})
     assert detector.detect(images, name="p7").name == "p7"
+    with pytest.raises(
+        AnomriError,
+        match="no image 'foo'; the images are anomaly, mask, lesions, reconstruction",
+    ):
+        found.image("foo")  # type: ignore[arg-type]
     with pytest.raises(AnomriError, match="has no threshold, so there is no mask"):
         detector.with_score(median=0).detect(case).image("mask")

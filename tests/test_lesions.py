@@ -8,15 +8,26 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anomri.evaluation.report import report
 from anomri.model import lesions
+from anomri.model.detection import without_own_results
 from anomri.model.detector import Detector
-from anomri.model.lesions import Lesion, column, page_row, read_lesion, show_number, table_row
+from anomri.model.lesions import (
+    Lesion,
+    column,
+    lesion_labels,
+    page_row,
+    read_lesion,
+    show_number,
+    table_row,
+)
 from anomri.reporting.viewer import serve
 from anomri.runs.bids import run_participant
 from anomri.runs.detect import detect_cohort
+from anomri.scans.case import Case
 from conftest import read_tsv
 from test_bids import add, describe
 from test_viewer import ask
@@ -59,6 +70,23 @@ def test_a_new_field_is_a_column_of_all_tables_and_pages(
     assert columns[-1] == "roundness" and rows[0][-1] == "0.625"
     described = json.loads(stem.with_suffix(".json").read_text())
     assert described["roundness"] == {"Description": "How like a sphere.", "Units": "1"}
+
+
+def test_numbers_of_lesions_fit_their_data_type() -> None:
+    assert lesion_labels(np.zeros((3, 3, 3), bool)).dtype == np.uint8
+    grid = np.zeros((40, 40, 1), bool)
+    grid[::2, ::2] = True  # 400 voxels that do not touch
+    labels = lesion_labels(grid)
+    assert labels.dtype == np.uint16 and sorted(labels[grid]) == list(range(1, 401))
+    assert not labels[~grid].any()
+
+
+def test_what_a_run_left_beside_its_scan_is_no_mask_or_label_of_it(tmp_path: Path) -> None:
+    mask, label = tmp_path / "p_mask.nii.gz", tmp_path / "p_lesions.nii.gz"
+    case = Case("p", {}, label=label, mask=mask)
+    assert without_own_results(case) == case  # a user's own
+    (tmp_path / "p.json").write_text('{"anomri": "0.1.0"}')
+    assert without_own_results(case) == Case("p", {})
 
 
 def test_a_row_of_a_table_and_of_a_page() -> None:

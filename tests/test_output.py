@@ -34,7 +34,7 @@ def flat(cohort: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["p_mask.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"]
+    "name", ["p_mask.nii.gz", "p_lesions.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"]
 )
 def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name: str) -> None:
     (flat / name).write_text('{"EchoTime": 0.1}')
@@ -85,12 +85,13 @@ def test_nothing_of_another_run_stays_beside_results(
     out, detector = tmp_path / "out", Detector.load(model)
     anomri.detect_cohort(flat, out, detector, reconstruction=True)
     (out / "p_mask.dcm").touch()
-    maps = {f"p_{kind}.nii.gz" for kind in ("anomaly", "mask", "reconstruction")}
+    maps = {f"p_{kind}.nii.gz" for kind in ("anomaly", "mask", "lesions", "reconstruction")}
     assert {path.name for path in out.glob("p[_.]*")} == {*maps, "p.json", "p_mask.dcm"}
     anomri.detect_cohort(flat, out, detector, sensitivity="high")
     assert {path.name for path in out.glob("p[_.]*")} == {
         "p_anomaly.nii.gz",
         "p_mask.nii.gz",
+        "p_lesions.nii.gz",
         "p.json",
     }
     anomri.detect_cohort(flat, out, detector.with_score(kind="absolute"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anomri.errors import AnomriError
 from anomri.files import has_key, output_folder, write_text
-from anomri.model.lesions import Lesion
+from anomri.model.lesions import Lesion, lesion_labels
 from anomri.runtime.folders import refuse_foreign
 from anomri.scans.case import Case
 from anomri.scans.names import OUTPUTS
@@ -31,7 +31,7 @@ BRIGHTEST_RATE = 0.0005
 SUMMARY_KEY = "anomri"
 """A key that ``<case>.json`` has if anomri wrote it, and not if a DICOM converter did."""
 
-Kind = Literal["anomaly", "mask", "reconstruction"]
+Kind = Literal["anomaly", "mask", "lesions", "reconstruction"]
 
 
 def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
@@ -49,16 +49,18 @@ def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
         refuse_foreign(foreign, is_own=lambda path: False)
 
 
-def without_own_mask(case: Case) -> Case:
-    """The case without its brain mask, where that is the lesion mask of an earlier run beside the scan."""
-    mask = case.mask
-    if (
-        mask
-        and mask.name == f"{case.name}_mask.nii.gz"
-        and has_key(mask.with_name(f"{case.name}.json"), SUMMARY_KEY)
-    ):
-        return replace(case, mask=None)
+def without_own_results(case: Case) -> Case:
+    """The case without a brain mask or label that an earlier run wrote beside the scan: its lesions."""
+    if case.mask and _is_result(case.mask, f"{case.name}_mask.nii.gz", case):
+        case = replace(case, mask=None)
+    if case.label and _is_result(case.label, f"{case.name}_lesions.nii.gz", case):
+        case = replace(case, label=None)
     return case
+
+
+def _is_result(path: Path, name: str, case: Case) -> bool:
+    summary = path.with_name(f"{case.name}.json")
+    return path.name == name and has_key(summary, SUMMARY_KEY)
 
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
@@ -124,37 +126,49 @@ class Detection:
         )
 
     def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
-        """What `save` writes of that kind, on the input's own grid; raises `AnomriError` if there is no mask."""
+        """The image that `save` writes of that kind, on the input's own grid.
+
+        Raises `AnomriError` if there is no such kind, or no mask because the model has no threshold.
+        """
         image = self._image(kind)
         # Read back: then its affine is what its header, whose forms and codes are the input's, says.
         return type(image).from_bytes(image.to_bytes())
 
     def _image(self, kind: Kind) -> nib.Nifti1Image:
         geometry = self.volume.geometry
+        if kind not in OUTPUTS:
+            raise AnomriError(
+                f"{self.name}: there is no image {kind!r}; the images are {', '.join(OUTPUTS)}."
+            )
         if kind == "anomaly":
             return image_of(self.anomaly_map, geometry, self.display_range)
         if kind == "reconstruction":
             return image_of(self.reconstruction, geometry)
         if self.mask is None:
             raise AnomriError(f"{self.name}: the model has no threshold, so there is no mask.")
-        return image_of(self.mask.astype(np.uint8), geometry, (0, 1))
+        if kind == "mask":
+            return image_of(self.mask.astype(np.uint8), geometry, (0, 1))
+        return image_of(lesion_labels(self.mask), geometry, (0, max(1, len(self.lesions))))
 
     def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
-        """Write ``<name>_anomaly.nii.gz``, ``_mask.nii.gz``, ``.json`` and what is asked for; returns their paths.
+        """Write ``<name>_anomaly.nii.gz``, ``_mask``, ``_lesions`` and ``<name>.json``; returns their paths.
 
-        Images lie on the input's own grid with its header's both forms and codes. Every file is whole or not
-        there. Raises `AnomriError` naming the file that cannot be written.
+        Images lie on the input's own grid, with both forms and the codes of its header. In ``_lesions`` each lesion
+        has its number as value. With ``reconstruction``, that is written too. Files are written atomically. Raises
+        `AnomriError` naming the file that cannot be written.
         """
         folder = output_folder(Path(folder))
         kinds: list[Kind] = ["anomaly"]
-        kinds += ["mask"] if self.mask is not None else []
-        kinds += ["reconstruction"] if reconstruction else []
+        if self.mask is not None:
+            kinds += ["mask", "lesions"]
+        if reconstruction:
+            kinds.append("reconstruction")
         written = [folder / f"{self.name}_{kind}.nii.gz" for kind in kinds]
         for kind, path in zip(kinds, written, strict=True):
             write_image_file(path, self._image(kind))
-        written.append(folder / f"{self.name}.json")
-        write_text(written[-1], json.dumps(self.summary(), indent=2) + "\n")
-        return written
+        summary = folder / f"{self.name}.json"
+        write_text(summary, json.dumps(self.summary(), indent=2) + "\n")
+        return [*written, summary]
 
     def summary(self) -> dict[str, Any]:
         """What ``<name>.json`` says: channels, threshold, lesions; plain numbers and strings."""

@@ -233,12 +233,21 @@ def find_lesions(
 
 
 def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first; 0 elsewhere."""
-    components = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
-    counts = np.bincount(components[mask].astype(np.int64))[1:]
+    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first; 0 elsewhere.
+
+    The data type is the smallest unsigned one that holds all numbers.
+    """
+    box = box_around(mask)
+    part = mask[box]
+    if not part.size:
+        return np.zeros(mask.shape, dtype=np.uint8)
+    components = cc3d.connected_components(part.astype(np.uint8), connectivity=26)
+    counts = np.bincount(components[part].astype(np.int64))[1:]
     number = np.zeros(len(counts) + 1, dtype=np.min_scalar_type(len(counts)))
     number[np.argsort(-counts, kind="stable") + 1] = np.arange(1, len(counts) + 1)
-    return np.asarray(number[components])
+    labels = np.zeros(mask.shape, dtype=number.dtype)
+    labels[box] = number[components]
+    return labels
 
 
 def smallest_edge_distances(

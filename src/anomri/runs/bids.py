@@ -21,7 +21,7 @@ from anomri.errors import AnomriError
 from anomri.files import output_folder, read_json, remove_abandoned, write_text
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
-from anomri.model.lesions import lesion_labels, table_columns, table_row
+from anomri.model.lesions import Lesion, lesion_labels, table_columns, table_row
 from anomri.runs.detect import detect_each, finished
 from anomri.runs.records import Records, keys_of
 from anomri.runs.report import detection_report
@@ -40,7 +40,7 @@ from anomri.scans.case import Case
 from anomri.scans.names import bare_name
 from anomri.scans.prepare import Preparation
 from anomri.scans.volume import Volume, write_image
-from anomri.spec import CITATION
+from anomri.spec import CITATION, Thresholds
 
 # Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by validator 3.0.
 IGNORED = ("report.html", "cases.tsv", "lesions.tsv", "run.json", "logs", "previews")
@@ -158,66 +158,82 @@ def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) 
 
 
 def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]:
-    geometry, spec, thresholds = (
-        detection.volume.geometry,
-        detection.spec,
-        detection.spec.thresholds,
-    )
+    """Write the derivatives of one case; returns the paths of its images."""
     images = [case.channels[channel] for channel in detection.channels]
     sources = [
         f"bids:source:{quote(path.relative_to(root).as_posix())}"
         for path in (*images, case.mask)
         if path
     ]
-    space = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
+    spaces = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
     folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
-    stem = "_".join([case.name, *space[:1], "desc-anomaly"])
     remove_abandoned(folder)
-    saved: list[Path] = []
+    stem = folder / "_".join([case.name, *spaces[:1], "desc-anomaly"])
 
     def write(
-        kind: str, data: NDArray[Any], high: float, made_from: list[str], about: dict[str, object]
-    ) -> list[str]:
-        path = folder / f"{stem}_{kind}.nii.gz"
-        write_image(
-            path, data, geometry, (0, high) if kind in ("mask", "dseg") else detection.display_range
-        )
-        said = {**about, "Sources": made_from, "SpatialReference": sources[0]}
-        write_text(folder / f"{stem}_{kind}.json", json.dumps(said, indent=2) + "\n")
-        saved.append(path)
-        return ["bids::" + path.relative_to(out).as_posix()]
+        kind: str,
+        data: NDArray[Any],
+        display: tuple[float, float],
+        made_from: list[str],
+        about: dict[str, object],
+    ) -> Path:
+        path = stem.with_name(f"{stem.name}_{kind}.nii.gz")
+        write_image(path, data, detection.volume.geometry, display)
+        about = {**about, "Sources": made_from, "SpatialReference": sources[0]}
+        write_text(path.with_name(f"{stem.name}_{kind}.json"), json.dumps(about, indent=2) + "\n")
+        return path
 
-    about = {
+    suffix = CHANNELS[detection.channels[0]].split("_")[-1]
+    about = _about_map(detection)
+    anomaly = write(suffix, detection.anomaly_map, detection.display_range, sources, about)
+    if detection.mask is None or detection.spec.thresholds is None:
+        return [anomaly]
+    made_from = [f"bids::{anomaly.relative_to(out).as_posix()}"]
+    about = _about_mask(detection, detection.spec.thresholds)
+    mask = write("mask", detection.mask.astype(np.uint8), (0, 1), made_from, about)
+    made_from = [f"bids::{mask.relative_to(out).as_posix()}"]
+    display = (0, max(1, len(detection.lesions)))
+    labels = write("dseg", lesion_labels(detection.mask), display, made_from, _about_lesions())
+    _write_lesions(stem.with_name(f"{stem.name}_dseg.tsv"), detection.lesions)
+    return [anomaly, mask, labels]
+
+
+def _about_map(detection: Detection) -> dict[str, object]:
+    return {
         "Description": SCORE,
         "SkullStripped": True,
         "Channels": detection.channels,
-        "Method": spec.method,
+        "Method": detection.spec.method,
     }
-    made = write(
-        CHANNELS[detection.channels[0]].split("_")[-1], detection.anomaly_map, 0, sources, about
-    )
-    if detection.mask is None or thresholds is None:
-        return saved
-    about = {"Description": MASK, "Type": "Lesion", "Threshold": detection.threshold}
+
+
+def _about_mask(detection: Detection, thresholds: Thresholds) -> dict[str, object]:
+    about: dict[str, object] = {
+        "Description": MASK,
+        "Type": "Lesion",
+        "Threshold": detection.threshold,
+    }
     if thresholds.voxel_rate is not None:
-        about["VoxelFalsePositiveRate"] = thresholds.voxel_rate
-    else:
-        about["FalsePositiveVolume"] = f"{thresholds.chosen_ml} ml in a mean healthy scan"
-    made = write("mask", detection.mask.astype(np.uint8), 1, made, about)
-    about = {name: text for name, text in table_columns().items() if name != "lesion"}
-    about |= {
+        return about | {"VoxelFalsePositiveRate": thresholds.voxel_rate}
+    return about | {"FalsePositiveVolume": f"{thresholds.chosen_ml} ml in a mean healthy scan"}
+
+
+def _about_lesions() -> dict[str, object]:
+    columns = {name: text for name, text in table_columns().items() if name != "lesion"}
+    return columns | {
         "Description": "The connected components of the mask, numbered from the largest down.",
         "Manual": False,
     }
-    write("dseg", lesion_labels(detection.mask), max(1, len(detection.lesions)), made, about)
-    # In BIDS, the number of a label is called its index.
+
+
+def _write_lesions(path: Path, lesions: Sequence[Lesion]) -> None:
+    """Write the table of the labels in a ``dseg``; BIDS calls the number of a lesion its index."""
     _, *columns = table_columns()
     rows = []
-    for lesion in detection.lesions:
-        number, *values = table_row(lesion, missing="n/a")
-        rows.append([number, f"lesion {number}", *values])
-    write_tsv(folder / f"{stem}_dseg.tsv", ("index", "name", *columns), rows)
-    return saved
+    for lesion in lesions:
+        index, *values = table_row(lesion, missing="n/a")
+        rows.append([index, f"lesion {index}", *values])
+    write_tsv(path, ("index", "name", *columns), rows)
 
 
 def _is_derivative(path: Path) -> bool:

@@ -18,7 +18,7 @@ from anomri.model.detection import (
     Detection,
     refuse_foreign_results,
     remove_results,
-    without_own_mask,
+    without_own_results,
 )
 from anomri.model.detector import Detector
 from anomri.reporting.previews import save_preview
@@ -71,7 +71,7 @@ def detect_cohort(
     detector = model if isinstance(model, Detector) else Detector.load(model)
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    cases = [without_own_mask(case) for case in listed]
+    cases = [without_own_results(case) for case in listed]
     keys = keys_of(
         cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction
     )

@@ -47,7 +47,7 @@ MASK_NAMES = ("brainmask", "brain_mask", "mask")
 """How brain masks end. ``brain_mask`` is for columns of tables: only a file's last part counts."""
 ANNOTATIONS = {*LABEL_NAMES, *MASK_NAMES}
 """Kinds of image that are not channels."""
-OUTPUTS = ("anomaly", "mask", "reconstruction")
+OUTPUTS = ("anomaly", "mask", "lesions", "reconstruction")
 """How the images that `anomri detect` writes end; the anomaly map is written first."""
 OTHER_IMAGES = {*ANNOTATIONS, *OUTPUTS, *IMAGES}
 """Ends of names that rule out any other channel."""
