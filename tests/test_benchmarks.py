@@ -1,4 +1,4 @@
-"""What the tables of `benchmarks/` rest on: changed scans, planted spheres and how they are counted."""
+"""What the tables of `benchmarks/` rest on: changed scans, synthetic spheres and their counts."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ def test_spheres_lie_in_slices_without_a_lesion_and_are_bright_on_flair(scan: Vo
     planted = robustness.with_spheres(scan, 3, (3.0, 5.0), np.random.default_rng(0))
     assert planted.label is not None
     assert planted.label.any()
-    # A sphere's middle is in a healthy slice; what of it reaches into one with the lesion is not counted by anyone.
+    # A sphere's middle is in a healthy slice; nobody counts its part in a slice with the lesion.
     components, count = ndimage.label(planted.label)
     assert 1 <= count <= 3
     healthy = ~scan.label.any((0, 1))
@@ -78,7 +78,7 @@ def test_a_change_alters_the_brain_and_leaves_the_air(scan: Volume, name: str) -
         assert np.corrcoef(after[0][inside], before[0][inside])[0, 1] > 0.5
 
 
-def test_what_a_mask_shows_is_counted_by_component() -> None:
+def test_a_mask_is_counted_by_components() -> None:
     spheres, mask = np.zeros((20, 20, 6), bool), np.zeros((20, 20, 6), bool)
     spheres[2:5, 2:5, 1], spheres[10:12, 10:12, 1], spheres[15, 15, 2] = True, True, True
     healthy = np.array([False, True, True, True, True, False])
@@ -93,7 +93,7 @@ def test_what_a_mask_shows_is_counted_by_component() -> None:
     assert false == 1
 
 
-def test_the_first_row_is_what_an_evaluation_finds(
+def test_the_first_row_equals_an_evaluation(
     cohort: Path, marking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [

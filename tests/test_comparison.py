@@ -1,4 +1,4 @@
-"""Several methods by one command: what is trained, reused, continued, and written."""
+"""Several methods compared by one command: what is trained, reused, resumed and written."""
 
 import json
 import multiprocessing
@@ -34,12 +34,12 @@ WIDTHS = [2, 4, 8, 16]
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Jobs run in this process, which knows the tiny preset and starts at once; says which ran."""
+    """Run jobs in this process, which knows the tiny preset; gives a list of those that ran."""
     ran = []
 
-    def run(work, job, tell):  # type: ignore[no-untyped-def]
+    def run(work, job, on_progress):  # type: ignore[no-untyped-def]
         ran.append((work.__name__, job.name))
-        work(job, tell)
+        work(job, on_progress)
 
     monkeypatch.setattr("anomri.comparison.compare.run_in_process", run)
     return ran
@@ -60,7 +60,7 @@ def first(out: Path, preset: str = "tiny") -> Job:
     return Job("", "", 0, out, "", [], [], preset, channels=("flair", "t1"))
 
 
-def test_a_table_curves_and_pictures(
+def test_a_comparison_writes_a_table_curves_and_pictures_and_reuses_finished_jobs(
     cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     given = {
@@ -131,7 +131,7 @@ def test_a_table_curves_and_pictures(
         for row in costs[1:]
     )
 
-    # Given again with a second seed, that seed alone is done; with other settings, the folder is refused.
+    # With a second seed, only that seed is done; with other settings, the folder is refused.
     before = list(here)
     given |= {"methods": "dae", "noise_resolution": (), "seeds": 2}
     compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_a_table_curves_and_pictures(
         AnomriError, match=r"comparison.json: was begun with other training; give the same"
     ):
         compare(cohort, tmp_path, **{**given, "training": {"steps": 5}})  # type: ignore[arg-type]
-    # What a model was trained on stays; what it is evaluated on is evaluated again where it has changed.
+    # Training scans must stay the same; test scans that have changed are evaluated again.
     (scan,) = (cohort / "case0").glob("*_flair.nii.gz")
     label = cohort / "case8" / "case8_seg.nii.gz"
     times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (scan, label)}
@@ -186,7 +186,7 @@ def test_a_stopped_comparison_continues(
     assert (tmp_path / "results" / "dae-seed0.json").is_file()
 
 
-def test_a_job_that_fails_is_told_and_the_others_go_on(
+def test_a_job_that_fails_is_named_and_the_others_go_on(
     cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     given = {
@@ -227,34 +227,34 @@ def test_the_command_trains_in_processes_of_their_own(
     assert main([*command, "--preset", "huge"]) == 2
 
 
-def wait_for_a_signal(job: Job, tell: comparison_jobs.OnProgress) -> None:
-    tell(Progress("train", 0, 1))
+def wait_for_a_signal(job: Job, on_progress: comparison_jobs.OnProgress) -> None:
+    on_progress(Progress("train", 0, 1))
     time.sleep(60)
 
 
-def die(job: Job, tell: comparison_jobs.OnProgress) -> None:
+def die(job: Job, on_progress: comparison_jobs.OnProgress) -> None:
     os._exit(3)
 
 
-def test_processes_pass_on_signals_and_their_death(tmp_path: Path) -> None:
+def test_a_job_in_a_process_passes_on_signals_and_its_death(tmp_path: Path) -> None:
     job = replace(first(tmp_path), variant="x")
-    told = []
+    reported = []
 
-    def tell(state: Progress) -> None:
-        told.append(state)
+    def report(state: Progress) -> None:
+        reported.append(state)
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     begun = time.monotonic()
     with pytest.raises(Interrupted, match="stopped in x-seed0; rerun the same command to resume"):
-        run_in_process(wait_for_a_signal, job, tell)
+        run_in_process(wait_for_a_signal, job, report)
     assert time.monotonic() - begun < 60
-    assert len(told) == 1
+    assert len(reported) == 1
     assert not multiprocessing.active_children()
     with pytest.raises(AnomriError, match=r"x-seed0: its process ended with code 3"):
-        run_in_process(die, job, tell)
+        run_in_process(die, job, report)
 
 
-def test_the_plan(tmp_path: Path) -> None:
+def test_a_plan_has_each_method_and_setting_once_for_each_seed(tmp_path: Path) -> None:
     jobs = plan(first(tmp_path, "small"), "all", noise_std=[0.25, 0.4], seeds=3)
     names = [job.name for job in jobs]
     assert names[0].endswith("-seed0") and names[-1].endswith("-seed2")
@@ -273,7 +273,7 @@ def test_the_plan(tmp_path: Path) -> None:
         plan(first(tmp_path, "small"), "all", seeds=0)
 
 
-def test_rows_say_mean_deviation_and_interval() -> None:
+def test_rows_show_mean_deviation_and_interval() -> None:
     row = Row("dae-noise_std-0.4", True, {"auprc": [(0.5, 0.4, 0.6), (0.7, 0.5, 0.8)]})
     assert row.title == "DAE, noise std 0.4 + median"
     assert row.words("auprc") == f"0.600 ± {np.std([0.5, 0.7], ddof=1):.3f}"
@@ -281,7 +281,7 @@ def test_rows_say_mean_deviation_and_interval() -> None:
     assert Row("x", False, {"auprc": [(0.5, None, None)]}).interval("auprc") == ""
 
 
-def test_lists_of_numbers() -> None:
+def test_lists_of_numbers_are_parsed() -> None:
     assert parse_numbers(["1,2, 4", "8"], int) == [1, 2, 4, 8]
     assert parse_numbers(None, float) == []
     with pytest.raises(AnomriError, match="1,x: not a list of numbers|1, x: not a list of numbers"):
@@ -314,7 +314,7 @@ def test_a_scan_that_fails_does_not_stop_the_others(
         assert arrays["map"].shape == arrays["scan"].shape == (1, 128, 128)
 
 
-def test_scans_that_failed_are_told_and_evaluated_again_when_they_are_mended(
+def test_scans_that_failed_are_named_and_evaluated_again_once_they_are_whole(
     cohort: Path, cache: Path, tiny_preset: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     shutil.copytree(cohort, tmp_path / "cohort")
@@ -338,7 +338,7 @@ def test_scans_that_failed_are_told_and_evaluated_again_when_they_are_mended(
         compare(tmp_path / "cohort", out, **given)  # type: ignore[arg-type]
 
 
-def test_settings_by_name() -> None:
+def test_settings_are_parsed_as_json() -> None:
     assert parse_settings(["noise=coarse", "start=100", "widths=[2,4]"]) == {
         "noise": "coarse",
         "start": 100,
@@ -348,7 +348,7 @@ def test_settings_by_name() -> None:
         parse_settings(["noise"])
 
 
-def test_a_preset_of_varied_noise_is_no_point_of_a_curve(tmp_path: Path) -> None:
+def test_a_preset_of_varied_noise_is_not_a_point_of_a_curve(tmp_path: Path) -> None:
     def done(variant: str, settings: dict[str, object]) -> tuple[Job, dict[str, object]]:
         figures = {name: {"auprc": [0.5, 0.4, 0.6]} for name in ("plain", "median")}
         return replace(first(tmp_path), variant=variant), {"settings": settings, "figures": figures}
@@ -359,7 +359,7 @@ def test_a_preset_of_varied_noise_is_no_point_of_a_curve(tmp_path: Path) -> None
     assert figure is not None and list(figure.axes[0].get_xticks()) == [0.1, 0.2]
 
 
-def test_a_cohort_without_a_test_split_is_told(cohort: Path, tmp_path: Path) -> None:
+def test_a_cohort_without_a_test_split_is_refused(cohort: Path, tmp_path: Path) -> None:
     cases = [case for case in find_cases(cohort) if case.split != "test"]
     with pytest.raises(AnomriError, match="no case is in the split test, .* write a splits.csv"):
         compare(cases, tmp_path, methods="thresholding")

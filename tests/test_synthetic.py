@@ -145,7 +145,7 @@ def test_tissue_contrast_is_that_of_each_sequence() -> None:
         assert means["t2"]["wm"] < means["t2"]["gm"] < 0.8 * means["t2"]["csf"]
 
 
-def test_gain_differs_by_an_order_of_magnitude_between_scans(diseased: list[Subject]) -> None:
+def test_gains_of_scans_differ_by_an_order_of_magnitude(diseased: list[Subject]) -> None:
     for channel in CHANNELS:
         medians = [np.median(images[channel][images[channel] > 0]) for images, _, _ in diseased]
         assert max(medians) > 5 * min(medians)
@@ -159,7 +159,7 @@ def lesion_contrast(image: np.ndarray, label: np.ndarray, quantile: float) -> fl
 def test_tumours_are_bright_on_flair_and_t2_and_dark_on_t1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "INFARCT_SHARE", 0.0)
     subjects = [subject(number, lesions=True) for number in range(4)]
-    # On T1 the brightest tissue is white matter, in which the lesions lie: the upper quartile of the brain.
+    # On T1 lesions lie in the brightest tissue, white matter: the upper quartile of the brain.
     flair, t1, t2 = (
         np.array(
             [lesion_contrast(images[channel], label, quantile) for images, label, _ in subjects]
@@ -183,7 +183,7 @@ def test_old_infarcts_have_a_cavity_as_dark_as_csf_on_flair(
         assert np.median(t2[dark]) > 1.3 * np.median(t2[t2 > 0])
 
 
-def test_smooth_noise_has_unit_deviation_and_the_asked_scale() -> None:
+def test_smooth_noise_has_unit_deviation_and_the_scale_that_is_given() -> None:
     axes, _ = synthetic.voxel_grid(COARSE_MM)
     fine, coarse = (
         synthetic.smooth_noise(np.random.default_rng(0), axes, scale) for scale in (6, 40)

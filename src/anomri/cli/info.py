@@ -141,7 +141,8 @@ def describe_model(detector: Detector) -> Facts:
             (
                 "trained on",
                 f"{spec.cohort.training_slices:,} healthy slices of "
-                f"{spec.cohort.training_cases} cases; {spec.cohort.validation_cases} cases held out",
+                f"{spec.cohort.training_cases} cases; {spec.cohort.validation_cases} cases held "
+                "out",
             )
         )
     facts.append(("score", describe(spec.score)))

@@ -1,4 +1,4 @@
-"""What the commands share: the application, its two consoles, and the options of several commands."""
+"""What the commands share: the application, its two consoles, and options of several commands."""
 
 from __future__ import annotations
 

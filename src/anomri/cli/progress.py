@@ -1,4 +1,4 @@
-"""Progress: a bar for each stage on a terminal; elsewhere, as in a log file, a line for each case."""
+"""Progress: a bar for each stage on a terminal; in a file, a line for each case."""
 
 from __future__ import annotations
 

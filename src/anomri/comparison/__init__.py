@@ -1,1 +1,1 @@
-"""Methods and settings side by side: the jobs that train and evaluate them, and the report of their differences."""
+"""Methods and settings side by side: jobs that train and evaluate them, and their report."""

@@ -198,7 +198,7 @@ def _parse_methods(methods: str | Sequence[str]) -> list[str]:
 
 
 def _noise_job(template: Job, setting: str, value: float) -> Job:
-    """The job of the denoising autoencoder with another noise, or its own where that is the same."""
+    """The denoising autoencoder with another noise, or as it is where the noise is its own."""
     job = replace(template, variant="dae", method="dae", trained="dae")
     if getattr(_build(job), setting) == value:
         return job
@@ -246,6 +246,7 @@ def _same_comparison(folder: Path, first: Job) -> None:
         changed = [name for name, value in facts.items() if before.get(name, value) != value]
         if changed:
             raise AnomriError(
-                f"{path}: was begun with other {', '.join(changed)}; give the same ones, or name another folder with -o."
+                f"{path}: was begun with other {', '.join(changed)}; give the same ones, or choose "
+                f"another folder with -o."
             )
     write_text(path, json.dumps(facts, indent=2) + "\n")

@@ -117,7 +117,7 @@ def read_result(job: Job) -> dict[str, Any]:
 
 
 def evaluate_job(job: Job, on_progress: OnProgress) -> None:
-    """Score every test scan once, pool the scores without and with median filter; write the result."""
+    """Score every test scan once, without and with median filter, and write the figures."""
     detector = load_detector(job)
     folder = output_folder(job.result.parent)
     with tempfile.TemporaryDirectory(prefix=".scores-", dir=folder) as spool:
@@ -300,7 +300,7 @@ def _figures(evaluation: Evaluation) -> dict[str, tuple[float, float | None, flo
 
 
 class _Examples:
-    """The slice with the most lesion of the first test patients: scan, truth and map, each (h, w)."""
+    """The slice with most lesion of the first test patients: scan, truth and map, each (h, w)."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

@@ -1,4 +1,4 @@
-"""The tables of a comparison: results in the paper's shape, all values, and what each method cost."""
+"""The tables of a comparison: results in the paper's shape, all values, and costs."""
 
 from __future__ import annotations
 

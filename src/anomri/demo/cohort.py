@@ -1,7 +1,8 @@
-"""A synthetic cohort that looks like brain MRI, made offline from the MNI152 template: for the demo and the tests.
+"""A synthetic cohort that looks like brain MRI, made offline from the MNI152 template.
 
-Each subject is the template's tissue, warped at random, given the intensities of four MR contrasts, and degraded
-as a scanner does. Coordinates are those of the template, in mm, x to the right, y to the front, z to the top.
+It serves the demo and the tests. Each subject is the template's tissue, warped at random, given
+the intensities of four MR contrasts, and degraded as by a scanner. Coordinates are those of the
+template, in mm: x to the right, y to the front, z to the top.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ TEMPLATE_BOX = np.s_[20:177, 21:213, 0:161]  # voxels of the template around its
 TEMPLATE_ORIGIN = (98 - 20, 134 - 21, 72)  # the voxel among them that lies at 0, 0, 0 mm
 INFARCT_SHARE = 0.2  # of the lesions are old infarcts; the others are tumours
 
-# Intensity of CSF, grey and white matter; weights of the template's own T1 detail and of vessels, which contrast
-# agent brightens and flow darkens on T2.
+# Intensity of CSF, grey and white matter; weights of the template's own T1 detail and of vessels,
+# which contrast agent brightens and flow darkens on T2.
 CONTRASTS = {
     "flair": (0.20, 0.76, 0.62, -0.5, 0.0),
     "t1": (0.27, 0.63, 0.88, 1.0, 0.05),
@@ -63,27 +64,30 @@ INFARCT = {
 }
 
 README = """\
-These images are SYNTHETIC. They show no person and must not be used for medical or scientific conclusions.
-They were made by anomri from the MNI152 average brain that comes with nilearn (T1 image, grey-matter and
-white-matter maps, brain mask): tissue maps are warped at random, turned into FLAIR, T1, T1ce and T2 intensities,
-and given a bias field and noise. Lesions are random shapes; <case>_seg.nii.gz holds their outlines (1 = lesion).
-splits.csv names the healthy cases to train and validate on, and the cases with lesions to test on.
+These images are SYNTHETIC. They show no person and must not be used for medical or scientific
+conclusions. anomri made them from the MNI152 average brain that comes with nilearn (T1 image,
+grey-matter and white-matter maps, brain mask): tissue maps are warped at random, turned into
+FLAIR, T1, T1ce and T2 intensities, and given a bias field and noise. Lesions are random shapes;
+<case>_seg.nii.gz holds their outlines (1 = lesion). splits.csv names the healthy cases for
+training and validation, and the cases with lesions for testing.
 
 The template is the ICBM 152 nonlinear atlas, release 2009a, used and modified under its licence:
-Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
-University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose
-and without fee is hereby granted, provided that the above copyright notice appear in all copies. The authors and
-McGill University make no representations about the suitability of this software for any purpose. It is provided
-"as is" without express or implied warranty. The authors are not responsible for any data loss, equipment damage,
-property loss, or injury to subjects or patients resulting from the use or misuse of this software package.
-Please cite: Fonov V, Evans AC, Botteron K, Almli CR, McKinstry RC, Collins DL. Unbiased average age-appropriate
-atlases for pediatric studies. NeuroImage 54(1):313-327, 2011. doi:10.1016/j.neuroimage.2010.07.033
+Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
+Institute, McGill University. Permission to use, copy, modify, and distribute this software and its
+documentation for any purpose and without fee is hereby granted, provided that the above copyright
+notice appear in all copies. The authors and McGill University make no representations about the
+suitability of this software for any purpose. It is provided "as is" without express or implied
+warranty. The authors are not responsible for any data loss, equipment damage, property loss, or
+injury to subjects or patients resulting from the use or misuse of this software package.
+Please cite: Fonov V, Evans AC, Botteron K, Almli CR, McKinstry RC, Collins DL. Unbiased average
+age-appropriate atlases for pediatric studies. NeuroImage 54(1):313-327, 2011.
+doi:10.1016/j.neuroimage.2010.07.033
 """
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """What is drawn at random of a lesion: index of its central voxel, radius in mm, strengths without unit."""
+    """A random lesion: index of its central voxel, radius in mm, strengths without unit."""
 
     voxel: tuple[int, int, int]
     radius: float
@@ -102,18 +106,19 @@ def make_cohort(
     spacing_mm: float = 1.875,
     progress: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Write a cohort in the BraTS layout, with ``splits.csv`` and ``README.txt``; returns the names of its cases.
+    """Write a cohort in the BraTS layout, with ``splits.csv`` and ``README.txt``; returns its names.
 
-    Healthy cases are for training, but the last two for validation (the first always trains); those with lesions,
-    which alone have a ``_seg`` file, for testing. A case depends on ``seed`` and its own name only; ``progress``
-    is called with that name once it is written.
+    The last two healthy cases are for validation, the others for training (always the first one).
+    Cases with lesions are for testing; only they have a ``_seg`` file. A case depends on ``seed``
+    and its own name alone. ``progress`` is called with the name of each case that is written.
     """
     output_folder(folder)
     plan = [("healthy", number) for number in range(1, healthy + 1)]
     plan += [("lesion", number) for number in range(1, lesioned + 1)]
     names = []
     template_maps(BLUR * spacing_mm)  # once, before the threads ask for it
-    # Two at a time: interpolation and compression release the interpreter's lock, memory stays below 1 GB.
+    # Two at a time: interpolation and compression release the interpreter's lock, and memory stays
+    # below 1 GB.
     with ThreadPoolExecutor(2) as pool:
         for name in pool.map(partial(_write_case, folder, seed, spacing_mm), plan):
             names.append(name)
@@ -138,9 +143,10 @@ def make_subject(
 ) -> tuple[Images, Mask, NDArray[np.float64]]:
     """Make one subject: images by channel, lesion label and affine, all on an axial LPS grid.
 
-    Images are (x, y, z) float32 of whole numbers, at least 1 in the brain and 0 outside it; the label is bool; the
-    affine (4, 4) takes voxel indices to mm. In-plane spacing is the nearest to ``spacing_mm`` that divides the field
-    of view; slices are 2 mm apart, or ``spacing_mm`` if that is more.
+    Images are (x, y, z) float32 with whole numbers, at least 1 in the brain and 0 outside it. The
+    label is bool. The affine (4, 4) takes voxel indices to mm. In-plane spacing is the nearest to
+    ``spacing_mm`` that divides the field of view; slices are 2 mm apart, or ``spacing_mm`` if that
+    is more.
     """
     axes, affine = voxel_grid(spacing_mm)
     maps = template_maps(BLUR * spacing_mm)
@@ -164,11 +170,12 @@ def make_subject(
 
 
 def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
-    """Lay an axial LPS grid over the template: coordinates along its axes in mm, and its affine (4, 4)."""
+    """An axial LPS grid over the template: coordinates along its axes in mm, and its affine (4, 4)."""
     width = max(8, round(FIELD_MM / spacing_mm))
     pixel, step = FIELD_MM / width, max(SLICE_MM, spacing_mm)
     depth = round((TOP_MM - BOTTOM_MM) / step)
-    # The brain lies in the middle of the field of view; the template's own middle is 18 mm behind its origin.
+    # The brain is in the middle of the field of view; the template's middle is 18 mm behind its
+    # origin.
     affine = np.diag([-pixel, -pixel, step, 1.0])
     affine[:3, 3] = (FIELD_MM - pixel) / 2, (FIELD_MM - pixel) / 2 - 18, BOTTOM_MM
     x, y, z = (
@@ -179,10 +186,11 @@ def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
 
 @lru_cache(maxsize=2)
 def template_maps(blur_mm: float) -> Images:
-    """Maps on the template's 1 mm grid around the brain, (x, y, z) float32, blurred by a Gaussian of ``blur_mm``.
+    """Maps of the template on its 1 mm grid, (x, y, z) float32, blurred by a Gaussian of ``blur_mm``.
 
-    They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), what these leave unexplained
-    of the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask (``brain``).
+    They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), the rest of
+    the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask
+    (``brain``).
     """
     datasets = import_extra("nilearn.datasets", "demo", "the synthetic cohort")
     loaders = (
@@ -206,7 +214,7 @@ def template_maps(blur_mm: float) -> Images:
 
 
 def smooth_noise(rng: Generator, axes: Axes, scale_mm: float) -> Array:
-    """Draw a smooth Gaussian random field, (x, y, z) float32, of mean 0, deviation 1 and ``scale_mm`` detail."""
+    """A smooth Gaussian random field, (x, y, z) float32: mean 0, deviation 1, detail ``scale_mm``."""
     weights = []
     for axis in axes:
         knots = np.arange(
@@ -215,7 +223,7 @@ def smooth_noise(rng: Generator, axes: Axes, scale_mm: float) -> Array:
         kernel = np.exp(-0.5 * ((axis[:, None] - knots) / (0.8 * scale_mm)) ** 2)
         weights.append(kernel / np.sqrt((kernel**2).sum(axis=1, keepdims=True)))
     field = rng.standard_normal([kernel.shape[1] for kernel in weights], dtype=np.float32)
-    # Separable: one product an axis, the whole grid last, costs little beside interpolation of the same field.
+    # Separable: a product for each axis, the whole grid last, is much faster than interpolation.
     along_x, along_y, along_z = weights
     field = np.matmul(along_y, field @ along_z.T)
     return np.asarray(along_x @ field.reshape(len(field), -1), np.float32).reshape(
@@ -231,7 +239,7 @@ def warp(rng: Generator, axes: Axes) -> Array:
     ).clip(-0.06, 0.06)
     shift = rng.normal(0, 3, 3) * (1, 1, 0.5)
     x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
-    # Folds differ between people more than the inside of the skull, which is smooth: damp the warp towards it.
+    # Folds differ between people more than the smooth inside of the skull: damp the warp towards it.
     outwards = np.sqrt((x / 72) ** 2 + ((y + 18) / 90) ** 2 + ((z - 6) / 76) ** 2)
     amplitude = (2.4 * (1 - (outwards - 0.75) / 0.3)).clip(0.5, 2.4)
     points = np.empty((3, *(len(axis) for axis in axes)), dtype=np.float32)
@@ -249,14 +257,17 @@ def warp(rng: Generator, axes: Axes) -> Array:
 
 
 def scale_about(points: Array, centre: ArrayLike, reach: float, strength: float) -> None:
-    """Magnify by 1 / (1 - ``strength``) at ``centre``, less and less over ``reach`` mm; changes ``points``."""
+    """Magnify ``points`` in place: by 1 / (1 - ``strength``) at ``centre``, less over ``reach`` mm."""
     offset = points - np.asarray(centre, dtype=np.float32)[:, None, None, None]
     falloff = np.exp(-np.square(offset).sum(axis=0) / np.float32(2 * (reach / 2) ** 2))
     points -= np.float32(strength) * falloff * offset
 
 
 def sample(volume: Array, points: Array, where: Mask | None = None) -> Array:
-    """Interpolate a map at ``points`` (3, x, y, z) in mm: (x, y, z) float32, zero off the map and not ``where``."""
+    """Interpolate a map at ``points`` (3, x, y, z) in mm: (x, y, z) float32.
+
+    The result is zero outside the map and outside ``where``.
+    """
     inside = np.ones(points.shape[1:], dtype=bool) if where is None else where
     voxels = points[:, inside] + np.array(TEMPLATE_ORIGIN, dtype=np.float32)[:, None]
     values = np.zeros(inside.shape, dtype=np.float32)
@@ -265,13 +276,14 @@ def sample(volume: Array, points: Array, where: Mask | None = None) -> Array:
 
 
 def draw_lesions(rng: Generator, wm: Array, axes: Axes) -> list[Lesion]:
-    """Draw one to three lesions apart from each other, centred in the white matter ``wm`` (x, y, z)."""
+    """Draw one to three separate lesions with centres in the white matter ``wm`` (x, y, z)."""
     voxels = np.argwhere((wm > 0.8) & (axes[2] > -40))
     places = np.stack([axis[index] for axis, index in zip(axes, voxels.T, strict=True)], axis=1)
     free = np.full(len(places), np.inf)
     lesions: list[Lesion] = []
     for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])):
-        # Log-uniform from 5 to 25 mm, the first at least 11 mm: small ones mostly come with a large one.
+        # Log-uniform from 5 to 25 mm, the first at least 11 mm: small lesions mostly accompany a
+        # large one.
         radius = float(
             np.exp(rng.uniform(np.log(5 if lesions else 11), np.log(14 if lesions else 25)))
         )
@@ -328,7 +340,10 @@ def soft_step(depth_mm: Array, width_mm: float) -> Array:
 
 
 def draw_vessels(rng: Generator, axes: Axes, points: Array, tissue: Images) -> Array:
-    """Draw what takes up contrast agent, (x, y, z) float32 from 0 to 1: veins, midline sinuses, choroid plexus."""
+    """Draw veins, midline sinuses and choroid plexus, which take up contrast agent.
+
+    Returns (x, y, z) float32 from 0 to 1.
+    """
     scale = 14.0
     # Two random fields vanish together along curves, which run through space as vessels do.
     off_axis = smooth_noise(rng, axes, scale) ** 2 + smooth_noise(rng, axes, scale) ** 2
@@ -341,8 +356,11 @@ def draw_vessels(rng: Generator, axes: Axes, points: Array, tissue: Images) -> A
 
 
 def mix_contrasts(rng: Generator, axes: Axes, tissue: Images, vessels: Array) -> Images:
-    """Mix tissue fractions into one noiseless image a channel, (x, y, z) float32, white matter on T1 near 0.9."""
-    # Healthy white matter is a little brighter on FLAIR and T2 next to the ventricles, more so with age.
+    """Mix tissue fractions into a noiseless image for each channel, (x, y, z) float32.
+
+    White matter on T1 is near 0.9.
+    """
+    # Next to the ventricles healthy white matter is a little brighter on FLAIR and T2, more with age.
     caps = (
         ndimage.gaussian_filter(tissue["ventricles"], 1.5) * tissue["wm"] * rng.uniform(0.05, 0.5)
     )
@@ -367,7 +385,7 @@ def mix_contrasts(rng: Generator, axes: Axes, tissue: Images, vessels: Array) ->
 
 
 def acquire(rng: Generator, axes: Axes, image: Array, brain: Mask) -> None:
-    """Turn a noiseless image into a scan in place: bias field, Rician noise, gain, whole numbers, no skull."""
+    """Turn a noiseless image into a scan, in place: bias field, Rician noise, gain, whole numbers."""
     signal = (image * np.exp(rng.uniform(0.05, 0.15) * smooth_noise(rng, axes, 70)))[brain]
     deviation = np.float32(rng.uniform(0.012, 0.032))
     real, imaginary = deviation * rng.standard_normal((2, len(signal)), dtype=np.float32)
