@@ -54,6 +54,7 @@ def test_help_of_every_command_fits_in_80_columns(
     shown = capsys.readouterr()
     assert "Usage" in shown.out and not shown.err
     assert max(map(len, shown.out.splitlines())) <= 80
+    assert "…" not in shown.out  # no name is cut short
     # Flags take no value, so no type stands beside them.
     assert "<bool>" not in re.sub("--(install|show)-completion.*", "", shown.out)
 
@@ -101,6 +102,22 @@ def test_help_lists_what_is_registered(
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*presets, "demo"):
         assert re.search(rf"\b{name}\b", shown), name
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wrong"),
+    [
+        ("--steps", "0", "0 is not at least 1"),
+        ("--learning-rate", "-0.5", "-0.5 is not at least 0"),
+        ("--seed", "2147483648", "2147483648 is not at most 2147483647"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(
+    option: str, value: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-i", "cohort", "-o", "model", option, value]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert option in said and wrong in said
 
 
 def test_anomri_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:

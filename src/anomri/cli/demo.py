@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anomri.cli.options import MORE, OutFolder, Threads, command, err, flag, out
+from anomri.cli.options import MORE, OutFolder, Threads, command, err, flag, out, within
 
 
 @command(MORE, "anomri demo", "anomri demo -o demo --keep")
@@ -16,7 +16,9 @@ def demo(
     keep: Annotated[
         bool, flag("--keep", "Keep the synthetic scans, to try the other commands on them.")
     ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the synthetic scans.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", callback=within(0), help="Seed of the synthetic scans.")
+    ] = 0,
     threads: Threads = None,
 ) -> None:
     """Try anomri without data: find lesions in a synthetic scan, then train a small model.

@@ -30,6 +30,7 @@ from anomri.cli.options import (
     flag,
     load_detector,
     out,
+    within,
 )
 from anomri.errors import AnomriError
 
@@ -333,11 +334,18 @@ def view(
     ] = None,
     port: Annotated[
         int,
-        typer.Option(metavar="N", min=0, max=65535, help="Port on this machine (0: a free one)."),
+        typer.Option(
+            metavar="N", callback=within(0, 65535), help="Port on this machine (0: a free one)."
+        ),
     ] = 0,
     browser: Annotated[
         bool,
-        typer.Option("--browser/--no-browser", metavar="", help="Open the page in a browser."),
+        typer.Option(
+            "--browser/--no-browser",
+            metavar="",
+            show_default=False,
+            help="Open the page in a browser, or only print its address.",
+        ),
     ] = True,
 ) -> None:
     """Scroll through scans, maps and masks in the browser; only this machine can see the page.

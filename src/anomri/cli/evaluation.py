@@ -33,6 +33,7 @@ from anomri.cli.options import (
     out,
     parse_channels,
     parse_numbers,
+    within,
 )
 from anomri.scoring import registry as scores
 
@@ -212,7 +213,7 @@ def compare(
         int,
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Train each method so many times, from different seeds (the paper: 3).",
             rich_help_panel=TRAINING,
         ),
@@ -229,7 +230,7 @@ def compare(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Training steps (default: the preset's).",
             rich_help_panel=TRAINING,
         ),

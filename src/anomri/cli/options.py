@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -96,7 +97,20 @@ def examples(*commands: str) -> str:
     return "\n\n".join(("Examples:", *commands))
 
 
+def within(low: float, high: float = math.inf) -> Callable[[Any], Any]:
+    """Check that a number is not outside its range; typer's own check clutters ``--help``."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if value < low else f"at most {high:.0f}"
+            raise typer.BadParameter(f"{value} is not {limit}.")
+        return value
+
+    return check
+
+
 def _set_threads(count: int | None) -> int | None:
+    within(1)(count)
     if count is not None:
         # Read by torch when it is imported, and by processes that this one starts.
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(count)
@@ -150,7 +164,6 @@ Threads = Annotated[
     Optional[int],
     typer.Option(
         metavar="N",
-        min=1,
         callback=_set_threads,
         help="Use at most N processor threads (default: all that this process may use).",
         rich_help_panel=MACHINE,
@@ -212,7 +225,7 @@ FalsePositiveMl = Annotated[
     typer.Option(
         "--false-positive-ml",
         metavar="ML",
-        min=0.0,
+        callback=within(0),
         help="Choose the threshold by volume instead: at most this many ml above it in a healthy "
         "scan, on average.",
         rich_help_panel=THRESHOLD,
@@ -222,7 +235,7 @@ MinVolume = Annotated[
     Optional[float],
     typer.Option(
         metavar="MM3",
-        min=0.0,
+        callback=within(0),
         help="Drop findings below this volume, in mm3 (default: about 70).",
         rich_help_panel=THRESHOLD,
     ),

@@ -25,6 +25,7 @@ from anomri.cli.options import (
     out,
     parse_channels,
     parse_settings,
+    within,
 )
 from anomri.methods import registry as methods
 from anomri.scoring import registry as scores
@@ -68,7 +69,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Training steps (default: the preset's).",
             rich_help_panel=TRAINING,
         ),
@@ -77,7 +78,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Slices per step (default: the preset's).",
             rich_help_panel=TRAINING,
         ),
@@ -86,7 +87,7 @@ def train(
         int,
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Gradient accumulation: process each batch in N parts. Needs less memory and "
             "gives the same model.",
             rich_help_panel=TRAINING,
@@ -96,7 +97,7 @@ def train(
         Optional[float],
         typer.Option(
             metavar="RATE",
-            min=0.0,
+            callback=within(0),
             help="Learning rate at its highest (default: the preset's).",
             rich_help_panel=TRAINING,
         ),
@@ -105,7 +106,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=1,
+            callback=within(1),
             help="Steps between validations; the weights with the lowest validation loss are kept.",
             rich_help_panel=TRAINING,
         ),
@@ -114,8 +115,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=0,
-            max=2**31 - 1,
+            callback=within(0, 2**31 - 1),
             help="Seed of all that is random: weights, order, noise and the split.",
             rich_help_panel=TRAINING,
         ),
@@ -132,7 +132,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="PIXELS",
-            min=1,
+            callback=within(1),
             help="Resolution of the coarse noise that the dae learns to remove.",
             rich_help_panel=METHOD,
         ),
@@ -141,7 +141,7 @@ def train(
         Optional[float],
         typer.Option(
             metavar="STD",
-            min=0.0,
+            callback=within(0),
             help="Standard deviation of that noise.",
             rich_help_panel=METHOD,
         ),
@@ -150,7 +150,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="PIXELS",
-            min=16,
+            callback=within(16),
             help="Width and height of the slices that the network sees, as 192.",
             rich_help_panel=METHOD,
         ),
@@ -168,7 +168,7 @@ def train(
         Optional[int],
         typer.Option(
             metavar="N",
-            min=0,
+            callback=within(0),
             help="Average the maps of N noisy copies of a scan (0: the scan as it is).",
             rich_help_panel=METHOD,
         ),
