@@ -67,7 +67,6 @@ def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.Mo
     [
         ("dae", {"widths": [8, 16]}, None, 2),
         ("dae", {"widths": [8, 16]}, (0, 16, 0, 32), 4),
-        ("dae", {"widths": [8, 16], "subpixels": 2}, None, 8),
         (
             "diffusion",
             {"widths": [8, 16], "start": 20},

@@ -99,18 +99,14 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
         **before.spec.settings,
         "network_channels": ["flair", "t1", "t1ce", "t2"],
     }
-    given = Score("positive", ("flair", "t1"), parts=("flair", "flair+t1"))
+    given = Score("positive", ("flair", "t1"))
     part = replace(
         before,
         spec=replace(before.spec, channels=("flair", "t2"), settings=once.settings, score=given),
     )
     again = part.preset(("flair",))
     assert again.settings == once.settings
-    assert (again.score.kind, again.score.channels, again.score.parts) == (
-        "positive",
-        ("flair",),
-        ("flair",),
-    )
+    assert (again.score.kind, again.score.channels) == ("positive", ("flair",))
     networks = [
         methods.build(replace(part.spec, channels=names))
         for names in (("flair", "t2"), ("flair",), ("t2",))

@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import anomri
 from anomri.cli import main
 from anomri.cli.options import parse_channels
 from anomri.errors import AnomriError
-from anomri.model.detector import Detector
 from anomri.scans.find import find_cases
 from anomri.scans.volume import read_volume
 from anomri.scoring import registry
@@ -200,7 +198,7 @@ def test_structural_similarity_is_that_of_torchmetrics() -> None:
     assert float((ours - theirs)[..., 4:-4, 4:-4].abs().max()) < 1e-6
 
 
-def test_smoothing_is_in_mm_and_the_median_may_be_three_dimensional() -> None:
+def test_smoothing_is_in_mm_and_the_median_slice_by_slice() -> None:
     raw, foreground = torch.zeros(9, 31, 31), torch.ones(9, 31, 31, dtype=torch.bool)
     raw[4, 15, 15] = 1.0
     blurred = anomaly_score(
@@ -210,12 +208,8 @@ def test_smoothing_is_in_mm_and_the_median_may_be_three_dimensional() -> None:
     assert (
         blurred[4, 15, 17] > 10 * blurred[4, 15, 21] and blurred[4, 15, 17] > 2 * blurred[5, 15, 15]
     )
-    raw[4] = (
-        1.0  # one slice among dark ones: an artefact, which only a three-dimensional median sees
-    )
-    score = Score(erosion=0)
-    assert anomaly_score(raw, foreground, score)[4, 15, 15] == 1.0
-    assert anomaly_score(raw, foreground, replace(score, median_slices=3))[4, 15, 15] == 0.0
+    raw[4] = 1.0  # one slice among dark ones
+    assert anomaly_score(raw, foreground, Score(erosion=0))[4, 15, 15] == 1.0
 
 
 def test_standard_scaling_is_not_moved_by_a_lesion_and_is_undone() -> None:
@@ -273,7 +267,7 @@ def test_spheres_lie_in_the_brain_and_the_choice_depends_on_nothing_else(
     assert choose_score(fixed, []) == fixed.spec.score
 
 
-def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -> None:
+def test_flips_average_the_scan_and_its_mirror_image(marking: Path, cohort: Path) -> None:
     detector = anomri.load(marking)
     stack = slice_volume(
         detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling
@@ -284,88 +278,18 @@ def test_flips_and_passes_average_reconstructions(marking: Path, cohort: Path) -
     assert torch.allclose(
         detector.with_score(flips=True).output(stack), (once + other) / 2, atol=1e-5
     )
-    noised = detector.with_score(flips=False, passes=2)
-    assert torch.equal(noised.output(stack), noised.output(stack))  # the same noise every time
-    assert not torch.allclose(noised.output(stack), once, atol=1e-3)
-    thresholding = Detector(
-        replace(detector.spec, method="thresholding", settings={}, score=Score(passes=1)), _plain()
-    )
-    with pytest.raises(AnomriError, match="cannot reconstruct from noise"):
-        thresholding.output(stack)
+    without_t1 = replace(stack, x=stack.x * torch.tensor([1.0, 0.0])[:, None, None])
+    for flips in (False, True):
+        output = detector.with_score(flips=flips).output(without_t1)
+        assert output[:, 0].any() and output[:, 2].any() and not output[:, 1].any()
 
 
-def test_passes_show_no_noise_where_a_scan_has_no_channel(
-    marking: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    detector = anomri.load(marking).with_score(flips=False, passes=2)
-    volume = detector.read(case_of(cohort, "case7")).without(["t1"])
-    stack = slice_volume(volume, detector.spec.grid, detector.spec.scaling)
-    seen: list[torch.Tensor] = []
-    inference = type(detector.inference)
-
-    def look(self: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        seen.append(x)
-        return torch.zeros((len(x), 3, *x.shape[2:]))
-
-    monkeypatch.setattr(inference, "__call__", look)
-    detector.output(stack)
-    assert len(seen) == 2
-    for x in seen:
-        assert not torch.equal(x[:, 0], stack.x[:, 0]) and not x[:, 1].any()
-
-
-@pytest.mark.parametrize(
-    ("method", "score", "message"),
-    [
-        ("ae", {"passes": 2}, "AE cannot reconstruct from noise"),
-        ("dae", {"passes": -1}, "passes and erosion are 0 or more"),
-        ("dae", {"erosion": -1}, "passes and erosion are 0 or more"),
-        ("dae", {"scales": ()}, "scales above 0"),
-    ],
-)
 def test_a_score_that_cannot_be_is_refused_before_the_training(
-    cohort: Path, tmp_path: Path, method: str, score: dict[str, Any], message: str
+    cohort: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(AnomriError, match=message):
-        train(cohort, tmp_path / "model", method=method, score=score, cache=tmp_path / "cache")
+    with pytest.raises(AnomriError, match="the score's erosion is 0 or more; found -1"):
+        train(cohort, tmp_path / "model", score={"erosion": -1}, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
-
-
-def test_parts_of_the_channels_are_views_like_any_other(
-    marking: Path, model: Path, cohort: Path
-) -> None:
-    """Marks are the mean over all views, a channel's reconstruction over those that show it."""
-    detector = anomri.load(marking, precision="32-true").with_score(flips=False, parts=())
-    stack = slice_volume(
-        detector.read(case_of(cohort, "case7")), detector.spec.grid, detector.spec.scaling
-    )
-    alone = replace(stack, x=stack.x * torch.tensor([1.0, 0.0])[:, None, None])
-    whole, part = detector.output(stack), detector.output(alone)
-    both = detector.with_score(parts=("flair",))
-    seen = both.output(stack)
-    for k in (0, 2):
-        assert torch.allclose(seen[:, k], (whole[:, k] + part[:, k]) / 2, atol=1e-5)
-    assert torch.equal(seen[:, 1], whole[:, 1]) and not torch.allclose(
-        whole[:, 2], part[:, 2], atol=1e-4
-    )
-    # A scan that is that part, or a part that it lacks, is one view.
-    assert torch.equal(both.output(alone), part)
-    assert torch.equal(detector.with_score(parts=("t1", "flair+t1")).output(alone), part)
-    with pytest.raises(
-        AnomriError, match="the score looks at t2; the model's channels are flair, t1"
-    ):
-        detector.with_score(parts=("t2",))
-    with pytest.raises(AnomriError, match="needs all of its channels"):
-        anomri.load(model).with_score(parts=("flair",))
-    with pytest.raises(AnomriError, match="needs all of its channels"):
-        train(cohort, model.parent / "parts", preset="small", score={"parts": ("flair",)})
-    assert not (model.parent / "parts").exists()
-
-
-def _plain() -> torch.nn.Module:
-    from anomri.methods.thresholding import Thresholding
-
-    return Thresholding(CHANNELS)
 
 
 def test_any_part_of_the_channels(marking: Path, model: Path, cohort: Path, tmp_path: Path) -> None:
@@ -433,7 +357,7 @@ def test_the_average_of_the_weights_is_what_is_kept(
 
 @pytest.fixture(scope="module")
 def fine(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a few steps on a finer working grid, which knows the published one too; by the command."""
+    """A model of a few steps on a finer working grid; by the command."""
     folder = tmp_path_factory.mktemp("fine") / "model"
     chosen = [
         "--preset",
@@ -447,47 +371,16 @@ def fine(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "--set",
         "widths=[4,8,16,32]",
     ]
-    assert (
-        main(["train", "-i", str(cohort), "-o", str(folder), "--set", "scales=[1,0.667]", *chosen])
-        == 0
-    )
+    assert main(["train", "-i", str(cohort), "-o", str(folder), *chosen]) == 0
     return folder
-
-
-def test_a_finer_grid_is_fused_with_a_coarser_one(fine: Path, cohort: Path) -> None:
-    """The output is the mean of both looks; where the coarse one explains all, its residual is none at the fine one."""
-    detector = anomri.load(fine).with_score(flips=False)
-    assert detector.spec.grid.size == (192, 192)
-    detection = detector.detect(case_of(cohort, "case0"))
-    assert detection.scores.shape[1:] == (192, 192)
-    one, other, both = (
-        detector.with_score(scales=scales).output(detection.stack)
-        for scales in ((1.0,), (0.667,), (1.0, 0.667))
-    )
-    assert torch.allclose(both, (one + other) / 2, atol=1e-5) and not torch.allclose(
-        one, other, atol=1e-3
-    )
-    twin = copy(detector)
-    twin.inference = _Echo(detector.inference.method)  # type: ignore[assignment]
-    seen = twin.with_score(scales=(0.667,)).output(detection.stack)
-    inside = detection.stack.foreground[:, None]
-    assert torch.allclose(seen[:, :2] * inside, detection.stack.x * inside, atol=1e-5)
-
-
-class _Echo:
-    """Gives back what it is shown."""
-
-    def __init__(self, method: Any) -> None:
-        self.method = method
-
-    def __call__(self, x: torch.Tensor, box: Any = None, mirrored: bool = False) -> torch.Tensor:
-        return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
 
 
 def test_a_finer_grid_is_evaluated_on_the_published_one(
     fine: Path, cohort: Path, tmp_path: Path
 ) -> None:
     """As many pixels count as for a model of the published grid, and the label is the same."""
+    detection = anomri.load(fine).detect(case_of(cohort, "case0"))
+    assert detection.scores.shape[1:] == (192, 192)
     result = anomri.evaluate(cohort, tmp_path / "result", model=fine)
     stacks = [
         slice_volume(anomri.load(fine).read(case_of(cohort, one.case)), scaling=STANDARD)

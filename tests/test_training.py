@@ -357,8 +357,10 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ),
         ({"training": {"average": 1.0}}, "training.average: .*less than 1"),
         ({"settings": {"widths": []}}, "settings .* do not fit the method dae"),
-        ({"settings": {"subpixels": 0}}, "subpixels are 1 or more"),
-        ({"settings": {"plaques": 1.5}}, "channel_dropout and plaques from 0 to 1; found .*1.5"),
+        (
+            {"settings": {"plaques": 1.5}},
+            "channel_dropout and plaques are from 0 to 1; found .*1.5",
+        ),
         (
             {"settings": {"noise_resolution": 0}},
             "the noise's resolution is one number from 1 on, or several; found 0",

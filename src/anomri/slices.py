@@ -262,17 +262,6 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def rescale(x: Tensor, scale: float, multiple: int) -> Tensor:
-    """(n, c, h, w) on a grid coarser by ``scale``, antialiased, its sides rounded to a ``multiple`` of pixels."""
-    h, w = (max(round(side * scale / multiple), 1) * multiple for side in x.shape[2:])
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # it would ask for a bfloat16 filter that does not exist
-        return functional.interpolate(
-            x.float(), size=(h, w), mode="bilinear", align_corners=False, antialias=True
-        )
-
-
 def to_slices(data: NDArray[Any], window: Window, grid: Grid, index: range) -> Tensor:
     """Axial slices ``index`` of (c, x, y, z) >= 0 on the working grid: (n, c, *grid.size) float32."""
     chosen = data[..., index.start : index.stop]
@@ -383,6 +372,12 @@ def on_published_grid(
     assert volume.label is not None
     if min(grid.size) <= max(published):
         return scores, stack.label.numpy(), voxel_mm3
-    coarse = rescale(torch.from_numpy(scores)[:, None], published[0] / grid.size[0], 1)[:, 0]
+    coarse = functional.interpolate(
+        torch.from_numpy(scores)[:, None],
+        size=published,
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )[:, 0]
     label = label_slices(volume.label, stack.window, Grid(published), stack.index)
     return coarse.numpy(), label.numpy(), voxel_mm3 * math.prod(grid.size) / coarse[0].numel()

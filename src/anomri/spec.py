@@ -74,17 +74,9 @@ class Score:
     """Both for parts of the brain (`positions.packed_maps`), for the scores by position."""
     flips: bool = False
     """Average over the scan and its mirror image."""
-    passes: int = 0
-    """Average over so many reconstructions of the scan with noise added; 0: one of the scan as it is."""
-    scales: tuple[float, ...] = (1.0,)
-    """Average over the working grid and grids coarser by these factors; 1: the working grid itself."""
-    parts: tuple[str, ...] = ()
-    """Average over the scan and these parts of its channels, seen without the others, named as ``flair+t2``."""
     erosion: int = 5
     erosion_level: float = 0.95
     median: int = 5
-    median_slices: int = 1
-    """Neighbouring slices that the median filter takes in; 1: each slice by itself."""
     smoothing_mm: float = 0.0
     """Standard deviation of a Gaussian filter of the finished map, in all three directions."""
     chosen_by: str = ""

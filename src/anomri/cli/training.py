@@ -164,15 +164,6 @@ def train(
             rich_help_panel=METHOD,
         ),
     ] = None,
-    passes: Annotated[
-        Optional[int],
-        typer.Option(
-            metavar="N",
-            callback=within(0),
-            help="Average the maps of N noisy copies of a scan (0: the scan as it is).",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
     set_: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -232,7 +223,7 @@ def train(
                 precision=precision,
                 seed=seed,
             ),
-            score=_given(kind=score, passes=passes),
+            score=_given(kind=score),
             grid=grid,
             splits=splits,
             cache=cache,

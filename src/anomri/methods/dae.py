@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
 from anomri.errors import AnomriError
 from anomri.methods.anomalies import PLAQUE_SHARE, plant_anomalies, segmentation_loss
 from anomri.methods.augmentation import Augmentation, augment
 from anomri.methods.base import LAPTOP, Method, Preset
-from anomri.methods.draws import constants, for_all, uniform
+from anomri.methods.draws import constants, uniform
 from anomri.methods.networks.unet import UNet
 from anomri.methods.noise import Noise, add_on_foreground
-from anomri.slices import Box, cut_box, paste_box, rescale
+from anomri.slices import Box, cut_box, paste_box
 from anomri.spec import Grid, Scaling, Score, Training
 
 SMALL_WIDTHS = [16, 32, 64, 128]
@@ -30,7 +29,7 @@ VARIETY = {
     "brightness": 0.025,
     "shading": 0.02,
 }
-"""Of the augmentation: what few patients lack, and too little to take bright tissue for healthy."""
+"""Augmentation that few patients lack, and too little to take bright tissue for healthy."""
 ACCURATE = {
     "widths": [32, 64, 128, 256],
     "noise_resolution": [8, 16, 16, 32],
@@ -54,41 +53,38 @@ SCHEDULE = replace(
     validate_every=200,
 )
 FREE = replace(SCHEDULE, weight_decay=0.0)
-"""Added to the gradient, which Adam then divides by its size, decay of any strength takes filters that learn slowly to zero."""
+"""Without weight decay: Adam divides it by the size of the gradient, so it takes filters that learn slowly to zero."""
 ALONE_SHARE = 0.5
-"""Of the slices with channel dropout, how many show one of the channels ``alone``."""
+"""Of the slices with channel dropout, the share that shows one of the channels ``alone``."""
 SEGMENTATION_WEIGHT = 0.025
 """Weight of the segmentation head's loss beside the squared error: each is about half of a trained network's loss."""
 
 
 class DAE(Method):
-    """A U-Net that learns to remove coarse noise from healthy slices, and then removes lesions.
+    """A U-Net learns to remove coarse noise from healthy slices; at test it removes lesions.
 
-    ``widths`` are the network's channels per level; the noise is N(0, ``noise_std``^2) drawn at
-    ``noise_resolution`` x ``noise_resolution`` for what the network sees: the whole grid, or the box of the brain
-    if training is cropped to it. No noise is added at test.
+    In training, noise N(0, ``noise_std``^2), drawn at ``noise_resolution`` x ``noise_resolution`` and enlarged, is
+    added to the brain, and the network gives back the slice without it. At test no noise is added, and the residual
+    shows what the network changed. ``widths`` are the channels of the network at each level. The noise covers what
+    the network sees: the whole grid, or the box of the brain if a training is cropped to it.
 
-    Not in the paper, and off unless asked for:
+    Not in the paper, and off by default:
 
-    * Several ``noise_resolution`` (a batch draws one) and ``noise_std`` (a slice draws one between the least and the
-      largest); ``noise_kind`` ``simplex``; noise on a ``noise_share`` of the slices, and ``noise_in_blobs`` on half.
-    * ``anomalies``: blobs of healthy slices are changed as well (`anomalies.plant_anomalies`), and the network learns
-      to give back what was there; a share of the slices, ``plaques``, gets small round ones too. ``segmentation_head``: one more map
-      gives the probability that a pixel was changed, for the scores that use it.
+    * Several ``noise_resolution``: each batch draws one. Several ``noise_std``: each slice draws one between the
+      smallest and the largest. ``noise_share``: the share of the slices that get noise.
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
-    * ``scales``: a batch draws one, and is seen on a grid coarser by that factor; the network then serves all of them.
-    * ``channel_dropout``: the share of training slices of which only a random subset of channels is seen; the network
-      then takes scans that have any of its channels. Half of them show one of the channels ``alone`` instead, if the
-      network has any of these: what people often have without the others.
-    * ``mirror``: the network sees every slice's mirror image beside it, as further channels: brains are nearly
-      symmetric, and lesions are not.
-    * ``subpixels``: squares of so many pixels a side are one pixel of the network, with as many times the channels, and
-      are taken apart again (Shi et al. 2016): a grid twice as fine for little more than the price of the coarse one.
-    * ``network_channels``: all that the network has, where a scan's ``channels`` are a part of them. The others are empty to
-      it, so that a network which takes subsets of its channels can be gone on from with fewer.
+    * ``anomalies``: synthetic anomalies are planted in healthy slices (`anomalies.plant_anomalies`), and the network
+      learns to give back what was there; ``plaques`` is the share of slices that get several small ones.
+    * ``segmentation_head``: one more map of the network, the probability that a pixel belongs to such an anomaly.
+    * ``channel_dropout``: the share of the slices that show a random subset of their channels; the network then takes
+      scans with any of its channels. Half of these slices show one of the channels ``alone``, if the network has any
+      of these: channels that people often have without the others.
+    * ``network_channels``: all channels of the network, if a scan's ``channels`` are a part of them. The network sees
+      zeros in place of the others. A network that takes subsets can be trained further with fewer channels this way.
     """
 
     half_precision = True
+    capturable = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(
@@ -120,17 +116,12 @@ class DAE(Method):
         widths: Sequence[int] = (64, 128, 256, 512),
         noise_resolution: int | Sequence[int] = 16,
         noise_std: float | Sequence[float] = 0.2,
-        noise_kind: str = "coarse",
         noise_share: float = 1.0,
-        noise_in_blobs: bool = False,
         anomalies: bool = False,
         segmentation_head: bool = False,
         augmentation: Mapping[str, Any] | None = None,
         channel_dropout: float = 0.0,
         alone: Sequence[str] = (),
-        scales: Sequence[float] = (1.0,),
-        mirror: bool = False,
-        subpixels: int = 1,
         plaques: float = PLAQUE_SHARE,
         network_channels: Sequence[str] = (),
     ) -> None:
@@ -139,141 +130,92 @@ class DAE(Method):
             raise AnomriError(
                 "segmentation_head needs anomalies: it learns where they were planted."
             )
-        shares = all(0 < scale <= 1 for scale in scales) and all(
-            0 <= share <= 1 for share in (channel_dropout, plaques)
-        )
-        if subpixels < 1 or not scales or not shares:
+        if not (0 <= channel_dropout <= 1 and 0 <= plaques <= 1):
             raise AnomriError(
-                f"subpixels are 1 or more, scales above 0 up to 1, and channel_dropout and plaques from 0 to 1; found "
-                f"{subpixels}, {scales}, {channel_dropout} and {plaques}."
+                f"channel_dropout and plaques are from 0 to 1; found {channel_dropout} and {plaques}."
+            )
+        every = tuple(network_channels) or tuple(channels)
+        if not set(channels) <= set(every) or (network_channels and len(set(every)) < len(every)):
+            raise AnomriError(
+                f"network_channels are the channels and others, each of them once; found {', '.join(every):.200}."
             )
         self.channels = tuple(channels)
-        self.segmentation_head = segmentation_head
-        self.mirror = mirror
-        self.subpixels = subpixels
-        whole = tuple(network_channels) or self.channels
-        if network_channels and (not {*channels} <= {*whole} or len({*whole}) < len(whole)):
-            raise AnomriError(
-                f"network_channels are the channels and others, each of them once; found {', '.join(whole):.200}."
-            )
-        # No buffers: processes would wait for each other at every call to make them equal.
-        self.places = tuple(whole.index(name) for name in channels)
-        self.network_maps = len(whole)
-        maps = len(whole) * (1 + mirror), len(whole) + self.segmentation_head
-        self.network = UNet(maps[0] * subpixels**2, widths, maps[1] * subpixels**2)
-        self.side_multiple = subpixels * 2 ** (len(widths) - 1)
-        self.finest_width = widths[0] // subpixels**2
+        # Plain tuples, no buffers: several processes would synchronise buffers at every call.
+        self.channel_numbers = tuple(every.index(name) for name in channels)
+        self.network_maps = len(every)
+        self.network = UNet(len(every), widths, len(every) + segmentation_head)
+        self.side_multiple = 2 ** (len(widths) - 1)
+        self.finest_width = widths[0]
         self.noise_resolution, self.noise_std = noise_resolution, noise_std
-        self.noise = Noise(noise_resolution, noise_std, noise_kind, noise_share, noise_in_blobs)
-        self.anomalies, self.plaques = anomalies, plaques
+        self.noise = Noise(noise_resolution, noise_std, noise_share)
         self.augmentation = Augmentation(**(augmentation or {}))
+        self.anomalies, self.plaques = anomalies, plaques
+        self.segmentation_head = segmentation_head
         self.channel_dropout = channel_dropout
-        self.alone = tuple(number for number, name in enumerate(channels) if name in alone)
-        self.scales = tuple(scales)
         self.takes_subsets = channel_dropout > 0
-        self.capturable = len(self.scales) == 1 and noise_kind == "coarse"
+        self.alone = tuple(number for number, name in enumerate(channels) if name in alone)
 
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
     ) -> Tensor:
-        """Squared error on the foreground, then the mean over all pixels; and the loss of the segmentation head, if there is one."""
-        scale = self.scales[
-            int(for_all(len(self.scales), 1, generator)) if len(self.scales) > 1 else 0
-        ]
-        pixel = Grid().size[1] / (scale * x.shape[3])
-        x, foreground = self._at_scale(scale, cut_box(x, box), cut_box(foreground, box))
+        """Squared error of the denoised slice on the foreground, mean over all pixels; + the segmentation head's loss."""
+        pixel = Grid().size[1] / x.shape[3]
+        x, foreground = cut_box(x, box), cut_box(foreground, box)
         if self.training:
             x, foreground = augment(x, foreground, self.augmentation, generator)
-        kept = self._kept(x, generator)
-        changed, where = x, torch.zeros_like(foreground)
+        kept = self._kept_channels(x, generator)
+        changed, planted = x, torch.zeros_like(foreground)
         if self.anomalies:
-            changed, where = plant_anomalies(
+            changed, planted = plant_anomalies(
                 x, foreground, kept, self.channels, generator, pixel, self.plaques
             )
-        seen = self.with_noise(changed, foreground, generator, pixel)
-        output = self._output(seen * kept)
+        noise = self.noise.draw(changed.shape, generator)
+        noisy = add_on_foreground(changed, noise, foreground[:, None])
+        output = self._denoise(noisy * kept)
         c = x.shape[1]
         loss = ((output[:, :c] - x) * (foreground[:, None] * kept)).square().mean()
         if self.segmentation_head:
-            loss = loss + SEGMENTATION_WEIGHT * segmentation_loss(
-                output[:, c], where, foreground, pixel
-            )
+            head = segmentation_loss(output[:, c], planted, foreground, pixel)
+            loss = loss + SEGMENTATION_WEIGHT * head
         return loss
 
-    def with_noise(
-        self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0
-    ) -> Tensor:
-        """Slices (n, c, h, w) with the training's noise on their foreground (n, h, w)."""
-        return add_on_foreground(
-            x, self.noise.draw(x, foreground, generator, pixel), foreground[:, None]
-        )
-
-    def _at_scale(self, scale: float, x: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
-        if scale == 1:
-            return x, foreground
-        x, inside = (
-            rescale(one, scale, self.side_multiple) for one in (x, foreground[:, None].float())
-        )
-        return x, inside[:, 0] > 0.5
-
-    def _kept(self, x: Tensor, generator: Generator) -> Tensor:
-        """Which channels a slice keeps, (n, c, 1, 1): at least one."""
-        n, c = x.shape[:2]
-        if not (self.training and self.channel_dropout):
-            return torch.ones((n, c, 1, 1), device=x.device)
-        kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
-        if self.alone:
-            drawn = (uniform((n, 1), generator) * len(self.alone)).long()
-            single = (
-                torch.arange(c, device=x.device)
-                == constants(self.alone, x.device, torch.int64)[drawn]
-            )
-            kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
-        kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
-        return kept[..., None, None].float()
-
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """``x`` without what the network takes for noise, then the anomaly probability (0 to 1), with a segmentation head; zero outside ``box``."""
-        output = self._output(cut_box(x, box))
+        """The denoised slice, then the anomaly probability (0 to 1) with a segmentation head; zero outside ``box``."""
+        output = self._denoise(cut_box(x, box))
         if self.segmentation_head:
             c = len(self.channels)
             output = torch.cat([output[:, :c], output[:, c:].sigmoid()], 1)
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
-    def _output(self, x: Tensor) -> Tensor:
-        part = self.places != tuple(range(self.network_maps))
-        if part:
-            x = self._among_all(x)
-        seen = torch.cat([x, mirrored(x)], 1) if self.mirror else x
-        if self.subpixels == 1:
-            output = self.network(seen)
-        else:
-            output = self.network(functional.pixel_unshuffle(seen, self.subpixels))
-            output = functional.pixel_shuffle(output, self.subpixels)
-        if part:
-            own = self.places + (self.network_maps,) * self.segmentation_head
-            output = output.index_select(1, constants(own, output.device, torch.int64))
-        return output.float()
+    def _denoise(self, x: Tensor) -> Tensor:
+        """What the network makes of slices (n, c, h, w), float32; with a segmentation head, its logits follow."""
+        if self.channel_numbers == tuple(range(self.network_maps)):
+            output: Tensor = self.network(x)
+            return output.float()
+        maps = self.channel_numbers + (self.network_maps,) * self.segmentation_head
+        output = self.network(self._with_empty_channels(x))
+        return output.index_select(1, constants(maps, output.device, torch.int64)).float()
 
-    def _among_all(self, x: Tensor) -> Tensor:
-        """The channels (n, c, h, w) among those of the network, of which the others are zero; laid out as before."""
+    def _with_empty_channels(self, x: Tensor) -> Tensor:
+        """The channels (n, c, h, w) among all of the network, the others zero, in the same memory format."""
         n, _, h, w = x.shape
-        places = constants(self.places, x.device, torch.int64)
-        whole = x.new_zeros((n, self.network_maps, h, w)).index_copy(1, places, x)
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        return whole.contiguous(
-            memory_format=torch.channels_last if last else torch.contiguous_format
-        )
+        numbers = constants(self.channel_numbers, x.device, torch.int64)
+        every = x.new_zeros((n, self.network_maps, h, w)).index_copy(1, numbers, x)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return every.contiguous(memory_format=torch.channels_last)
+        return every
 
-
-def mirrored(x: Tensor) -> Tensor:
-    """Slices (n, c, h, w) with left and right, their rows, exchanged about the middle of what is not zero in each."""
-    h = x.shape[2]
-    inside = (x != 0).any(dim=1).any(dim=2).int()
-    first, last = inside.argmax(1), h - 1 - inside.flip(1).argmax(1)
-    opposite = (first + last)[:, None] - torch.arange(h, device=x.device)
-    within = (opposite >= 0) & (opposite < h)
-    return (
-        x.gather(2, opposite.clamp(0, h - 1)[:, None, :, None].expand_as(x))
-        * within[:, None, :, None]
-    )
+    def _kept_channels(self, x: Tensor, generator: Generator) -> Tensor:
+        """Which channels each slice shows, (n, c, 1, 1) of 0 and 1: at least one; all of them without channel dropout."""
+        n, c = x.shape[:2]
+        if not (self.training and self.channel_dropout):
+            return torch.ones((n, c, 1, 1), device=x.device)
+        # Each channel by the toss of a coin, and one that is kept whatever the coins say.
+        kept = (uniform((n, c), generator) < 0.5) | (uniform((n, c), generator).argsort(1) == 0)
+        if self.alone:
+            drawn = (uniform((n, 1), generator) * len(self.alone)).long()
+            number = constants(self.alone, x.device, torch.int64)[drawn]
+            single = torch.arange(c, device=x.device) == number
+            kept = torch.where(uniform((n, 1), generator) < ALONE_SHARE, single, kept)
+        kept = kept | (uniform((n, 1), generator) >= self.channel_dropout)
+        return kept[..., None, None].float()

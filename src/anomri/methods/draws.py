@@ -1,7 +1,8 @@
-"""Random numbers of a batch that is divided: every part gets the rows that the whole batch would have had."""
+"""Random numbers for a batch that several processes divide: each part gets the rows that the whole batch would have."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -13,10 +14,10 @@ Option = TypeVar("Option")
 
 
 class PartGenerator(Generator):
-    """A generator for the rows from ``first`` of a batch of ``total``, seeded as that of the whole batch.
+    """A generator for the rows from ``first`` of a batch of ``total``, with the seed of the whole batch.
 
-    A process draws for the whole batch and keeps its own rows: what is drawn for no row in particular (a shift) is
-    then the same for all, and no process has to know of the others.
+    A process draws for the whole batch and keeps its own rows. What is drawn once for a batch, such as a shift, is
+    then the same for all processes, and none has to know of the others.
     """
 
     first: int
@@ -30,43 +31,61 @@ class PartGenerator(Generator):
 
 def normal(shape: Sequence[int], generator: Generator | None) -> Tensor:
     """N(0, 1) of ``shape`` (n, ...), a row for each slice; float32, on the generator's device."""
-    rows, place = _rows(shape, generator)
-    return torch.randn(rows, generator=generator, device=_device(generator))[place]
+    drawn = torch.randn(
+        _whole_batch(shape, generator), generator=generator, device=_device(generator)
+    )
+    return _own_rows(drawn, shape, generator)
 
 
 def uniform(shape: Sequence[int], generator: Generator | None) -> Tensor:
     """U(0, 1) of ``shape`` (n, ...), a row for each slice; float32, on the generator's device."""
-    rows, place = _rows(shape, generator)
-    return torch.rand(rows, generator=generator, device=_device(generator))[place]
+    drawn = torch.rand(
+        _whole_batch(shape, generator), generator=generator, device=_device(generator)
+    )
+    return _own_rows(drawn, shape, generator)
 
 
 def integers(low: int, high: int, shape: Sequence[int], generator: Generator | None) -> Tensor:
-    """Whole numbers from ``low`` up to ``high`` - 1 of ``shape`` (n, ...), a row for each slice; int64."""
-    rows, place = _rows(shape, generator)
-    return torch.randint(low, high, rows, generator=generator, device=_device(generator))[place]
+    """Whole numbers from ``low`` to ``high`` - 1 of ``shape`` (n, ...), a row for each slice; int64."""
+    drawn = torch.randint(
+        low, high, _whole_batch(shape, generator), generator=generator, device=_device(generator)
+    )
+    return _own_rows(drawn, shape, generator)
+
+
+def between(low: float, high: float, shape: Sequence[int], generator: Generator | None) -> Tensor:
+    """U(low, high) of ``shape`` (n, ...), a row for each slice."""
+    return low + (high - low) * uniform(shape, generator)
+
+
+def log_between(
+    low: float, high: float, shape: Sequence[int], generator: Generator | None
+) -> Tensor:
+    """Numbers from ``low`` to ``high`` of ``shape`` (n, ...), every octave as likely, a row for each slice."""
+    return between(math.log(low), math.log(high), shape, generator).exp()
 
 
 def for_all(below: int, count: int, generator: Generator | None) -> Tensor:
-    """So many whole numbers from 0 up to ``below`` - 1, the same for all slices of a batch; int64."""
+    """``count`` whole numbers from 0 to ``below`` - 1, the same for all slices of a batch; int64."""
     return torch.randint(0, below, (count,), generator=generator, device=_device(generator))
 
 
 def one_of(
     options: Sequence[Option], make: Callable[[Option], Tensor], generator: Generator | None
 ) -> Tensor:
-    """What ``make`` makes of one of the options, drawn for the whole batch.
+    """``make(option)`` of one of the options, drawn for the whole batch.
 
-    An accelerator makes something of each and takes one: a processor that has to know which would wait for it.
+    On a GPU all different options are made and one is taken: to know which one, the processor would have to wait.
     """
     if len(options) == 1:
         return make(options[0])
-    drawn, kinds = for_all(len(options), 1, generator), list(dict.fromkeys(options))
+    drawn = for_all(len(options), 1, generator)
     if drawn.device.type == "cpu":
         return make(options[int(drawn)])
-    kind = constants(tuple(kinds.index(option) for option in options), drawn.device, torch.int64)[
-        drawn
-    ]
-    return torch.stack([make(option) for option in kinds]).index_select(0, kind)[0]
+    different = list(dict.fromkeys(options))
+    numbers = tuple(different.index(option) for option in options)
+    number = constants(numbers, drawn.device, torch.int64)[drawn]
+    return torch.stack([make(option) for option in different]).index_select(0, number)[0]
 
 
 @lru_cache(maxsize=64)
@@ -75,14 +94,20 @@ def constants(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Numbers that stay on a device: a processor that copies them to an accelerator waits for all that it does before."""
+    """A tensor of constants, kept on its device: to copy it to a GPU again, the processor would have to wait."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
-def _rows(shape: Sequence[int], generator: Generator | None) -> tuple[tuple[int, ...], slice]:
-    if not isinstance(generator, PartGenerator):
-        return tuple(shape), slice(None)
-    return (generator.total, *shape[1:]), slice(generator.first, generator.first + shape[0])
+def _whole_batch(shape: Sequence[int], generator: Generator | None) -> tuple[int, ...]:
+    if isinstance(generator, PartGenerator):
+        return (generator.total, *shape[1:])
+    return tuple(shape)
+
+
+def _own_rows(drawn: Tensor, shape: Sequence[int], generator: Generator | None) -> Tensor:
+    if isinstance(generator, PartGenerator):
+        return drawn[generator.first : generator.first + shape[0]]
+    return drawn
 
 
 def _device(generator: Generator | None) -> torch.device:

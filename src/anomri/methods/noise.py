@@ -11,9 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from anomri.errors import AnomriError
-from anomri.methods.anomalies import between, random_blobs
-from anomri.methods.draws import for_all, normal, one_of, uniform
-from anomri.methods.simplex import simplex_noise
+from anomri.methods.draws import between, for_all, normal, one_of, uniform
 
 Number = TypeVar("Number", int, float)
 
@@ -23,28 +21,24 @@ def upsample_noise(
 ) -> Tensor:
     """Noise of (n, c, r, r) enlarged bilinearly (corners aligned) to ``size`` and rolled by ``shift`` pixels."""
     noise = functional.interpolate(low_resolution, size=size, mode="bilinear", align_corners=True)
-    # Not by torch.roll: where the shift lies on an accelerator, the processor would have to wait for it.
-    rows, columns = (
-        (torch.arange(side, device=noise.device) - by) % side
-        for side, by in zip(size, shift, strict=True)
-    )
+    # Not torch.roll: if the shift is on a GPU, the processor would have to wait for it.
+    h, w = size
+    rows = (torch.arange(h, device=noise.device) - shift[0]) % h
+    columns = (torch.arange(w, device=noise.device) - shift[1]) % w
     return noise[:, :, rows[:, None], columns]
 
 
 def coarse_noise(
-    shape: tuple[int, int, int, int],
-    resolution: int,
-    std: float,
-    generator: Generator | None = None,
+    shape: Sequence[int], resolution: int, std: float, generator: Generator | None = None
 ) -> Tensor:
-    """Draw N(0, std^2) at ``resolution`` x ``resolution``, independent per channel, enlarged to ``shape`` (n, c, h, w).
+    """Draw N(0, std^2) at ``resolution`` x ``resolution`` for each channel, enlarged to ``shape`` (n, c, h, w).
 
     The whole batch is rolled by one random shift, so that the coarse grid has no fixed place. Float32, on the
     generator's device.
     """
     n, c, h, w = shape
-    low = std * normal((n, c, resolution, resolution), generator)
-    return upsample_noise(low, (h, w), for_all(2**31, 2, generator))
+    low_resolution = std * normal((n, c, resolution, resolution), generator)
+    return upsample_noise(low_resolution, (h, w), for_all(2**31, 2, generator))
 
 
 def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
@@ -52,58 +46,53 @@ def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
     return x + noise * foreground
 
 
-def _several(value: Number | Sequence[Number]) -> list[Number]:
-    return [value] if isinstance(value, int | float) else list(value)
+def smooth_field(shape: Sequence[int], resolution: int, generator: Generator) -> Tensor:
+    """Standard normal noise at ``resolution`` x ``resolution``, enlarged smoothly to ``shape`` (n, c, h, w)."""
+    n, c, h, w = shape
+    low_resolution = normal((n, c, resolution, resolution), generator)
+    return functional.interpolate(low_resolution, size=(h, w), mode="bicubic", align_corners=False)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What noise a training adds; the defaults are the paper's.
+    """The noise of a training; the defaults are the paper's.
 
-    Of several ``resolution`` a batch draws one, and between the least and the largest of several ``std`` every slice.
-    ``kind`` is ``coarse`` or ``simplex`` (whose first octave is as wide as a pixel of the resolution). A ``share`` of the
-    slices gets noise, and with ``in_blobs`` half of them only within a random blob.
+    With several ``resolution`` a batch draws one of them; with several ``std`` every slice draws one between the
+    smallest and the largest. A ``share`` of the slices gets noise.
     """
 
     resolution: int | Sequence[int] = 16
     std: float | Sequence[float] = 0.2
-    kind: str = "coarse"
     share: float = 1.0
-    in_blobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("coarse", "simplex"):
-            raise AnomriError(f"the noise can be coarse or simplex, not {self.kind!r}.")
-        for name, least in (("resolution", 1), ("std", 0)):
-            given = getattr(self, name)
-            values = _several(given)
-            if not values or min(values) < least:
-                raise AnomriError(
-                    f"the noise's {name} is one number from {least} on, or several; found {given}."
-                )
+        self._check("resolution", self.resolution, 1)
+        self._check("std", self.std, 0)
 
-    def draw(
-        self, x: Tensor, foreground: Tensor, generator: Generator, pixel: float = 1.0
-    ) -> Tensor:
-        """Noise for slices (n, c, h, w) with their foreground (n, h, w), of the shape of ``x``; for ``pixel`` see `anomalies`."""
-        n, c, h, w = x.shape
-        many = not isinstance(self.std, int | float)
-        std = 1.0 if many else float(self.std)  # type: ignore[arg-type]
-
-        def of(resolution: int) -> Tensor:
-            if self.kind == "coarse":
-                return coarse_noise((n, c, h, w), resolution, std, generator)
-            return std * simplex_noise((n, c, h, w), w / resolution, generator=generator)
-
-        noise = one_of(_several(self.resolution), of, generator)
-        if many:
-            noise = noise * between(min(self.std), max(self.std), (n, 1, 1, 1), generator)  # type: ignore[arg-type]
-        if self.share < 1:
-            noise = noise * (uniform((n, 1, 1, 1), generator) < self.share)
-        if self.in_blobs:
-            everywhere = uniform((n, 1, 1), generator) < 0.5
-            noise = (
-                noise
-                * torch.where(everywhere, 1.0, random_blobs(foreground, generator, pixel))[:, None]
+    @staticmethod
+    def _check(name: str, given: float | Sequence[float], least: int) -> None:
+        values = _as_list(given)
+        if not values or min(values) < least:
+            raise AnomriError(
+                f"the noise's {name} is one number from {least} on, or several; found {given}."
             )
+
+    def draw(self, shape: Sequence[int], generator: Generator) -> Tensor:
+        """Noise of ``shape`` (n, c, h, w)."""
+        one_std = isinstance(self.std, int | float)
+        std = _as_list(self.std)
+
+        def at_resolution(resolution: int) -> Tensor:
+            return coarse_noise(shape, resolution, float(std[0]) if one_std else 1.0, generator)
+
+        noise = one_of(_as_list(self.resolution), at_resolution, generator)
+        each = (shape[0], 1, 1, 1)
+        if not one_std:
+            noise = noise * between(min(std), max(std), each, generator)
+        if self.share < 1:
+            noise = noise * (uniform(each, generator) < self.share)
         return noise
+
+
+def _as_list(value: Number | Sequence[Number]) -> list[Number]:
+    return [value] if isinstance(value, int | float) else list(value)

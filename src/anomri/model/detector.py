@@ -25,7 +25,6 @@ from anomri.model.files import cases_of_model, read_model, write_model
 from anomri.model.inference import Inference
 from anomri.model.lesions import Lesion, find_lesions
 from anomri.model.sensitivity import choose_threshold
-from anomri.model.views import averaged_output, check_score
 from anomri.runtime.devices import resolve_device
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.find import find_cases
@@ -35,8 +34,15 @@ from anomri.scans.prepare import Preparation, prepare
 from anomri.scans.splits import splits_by_name, write_splits
 from anomri.scans.volume import Volume
 from anomri.scoring.metrics import drop_small_components
-from anomri.scoring.scores import anomaly_score, check_scores, score_of
-from anomri.slices import SliceStack, brain_box, from_slices, join_boxes, slice_volume
+from anomri.scoring.scores import anomaly_score, check_score, check_values, score_of
+from anomri.slices import (
+    SliceStack,
+    brain_box,
+    from_slices,
+    join_boxes,
+    present_channels,
+    slice_volume,
+)
 from anomri.spec import ModelSpec, Thresholds
 
 BUILT_IN = Path(__file__).parents[1] / "pretrained" / "brats18"
@@ -263,7 +269,7 @@ class Detector:
             thresholds=None,
             subset_thresholds={},
         )
-        check_score(self.method, detector.spec.score, self.spec.channels)
+        check_score(detector.spec.score, self.spec.channels, self.method.segmentation_head)
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
@@ -357,17 +363,28 @@ class Detector:
         if self.spec.score.kind in ("own", "auto"):
             with torch.no_grad():
                 raw = self.method.residual(stack.x, output[:, :c], stack.foreground)
-            check_scores(raw, stack.foreground, self.spec.method)
+            check_values(raw, stack.foreground, self.spec.method)
         else:
             raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
         # Outside the brain a method is free to make up anything; nobody should see it.
         return raw, output[:, :c] * stack.foreground[:, None]
 
     def output(self, stack: SliceStack) -> Tensor:
-        """What the method makes of a scan's slices, (n, c + its further maps, h, w), averaged as the score says."""
-        return averaged_output(
-            self.inference, stack, self.spec.channels, self.spec.score, self._box(stack)
-        )
+        """The method's reconstruction of a scan's slices, (n, c, h, w); with a segmentation head, one map more.
+
+        It is the mean over the scan and its mirror image, if the score says so. Channels that the scan does not have
+        are zero. Raises `AnomriError` if the score needs what the method does not make.
+        """
+        check_score(self.spec.score, self.spec.channels, self.method.segmentation_head)
+        box = self._box(stack)
+        output = self.inference(stack.x, box)
+        if self.spec.score.flips:
+            # In place: an output is as large as the scan.
+            output.add_(self.inference(stack.x, box, mirrored=True)).div_(2)
+        for channel, present in enumerate(present_channels(stack.x)):
+            if not present:
+                output[:, channel] = 0
+        return output
 
     def save(self, folder: str | Path) -> None:
         """Write the model folder that `load` reads: the model with all of its channels, and whom it has seen."""

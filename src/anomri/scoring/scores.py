@@ -130,6 +130,26 @@ def probability_with_residual_by_position(seen: Evidence) -> Tensor:
     return anomaly_probability(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
+def check_score(score: Score, channels: Sequence[str], segmentation_head: bool) -> None:
+    """Raise `AnomriError` if a model of ``channels``, with or without a segmentation head, cannot compute a score."""
+    if registry.find(score.kind).needs_segmentation_head and not segmentation_head:
+        raise AnomriError(
+            f"the score {score.kind} needs a segmentation head, which the model does not have; train with the settings "
+            f"anomalies and segmentation_head (preset quick or accurate)."
+        )
+    if score.erosion < 0:
+        raise AnomriError(f"the score's erosion is 0 or more; found {score.erosion}.")
+    unknown = sorted(set(score.channels) - set(channels))
+    if unknown:
+        raise AnomriError(
+            f"the score looks at {', '.join(unknown)}; the model's channels are {', '.join(channels)}."
+        )
+    if score.median not in MEDIANS:
+        raise AnomriError(
+            f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}."
+        )
+
+
 def describe(score: Score) -> str:
     """A score in a few words."""
     words = score.kind + (f" of {'+'.join(score.channels)}" if score.channels else "")
@@ -263,7 +283,7 @@ def median_filter(score: NDArray[np.float32], kernel: int = 5) -> NDArray[np.flo
     return filtered
 
 
-def check_scores(raw: Tensor, foreground: Tensor, method: str) -> None:
+def check_values(raw: Tensor, foreground: Tensor, method: str) -> None:
     """Raise `AnomriError` if a method scores foreground (n, h, w) as what is no number, or below the background's zero."""
     low, high = map(float, raw.masked_fill(~foreground, 0).aminmax())
     if not (low >= 0 and high < math.inf):
@@ -291,11 +311,7 @@ def anomaly_score(
     if score.erosion:
         foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
     scores = (raw.float() * foreground).cpu().numpy()
-    if score.median and score.median_slices > 1:
-        scores = ndimage.median_filter(
-            scores, (score.median_slices, score.median, score.median), mode="nearest"
-        )
-    elif score.median:
+    if score.median:
         scores = median_filter(scores, score.median)
     if score.smoothing_mm:
         sigma = [score.smoothing_mm / mm for mm in spacing_mm]

@@ -18,11 +18,11 @@ from anomri.methods import registry as methods
 from anomri.methods.base import Preset
 from anomri.model.detector import model_folder
 from anomri.model.files import cases_of_model, check_readable, read_model
-from anomri.model.views import check_score
 from anomri.runtime.devices import resolve_device, resolve_precision
 from anomri.scans.case import Case, check_unique, common_channels
 from anomri.scans.names import channel_name
 from anomri.scans.splits import SPLITS, draw_patients, splits_by_name
+from anomri.scoring.scores import check_score
 from anomri.spec import ModelSpec, Scaling, Score, Training
 from anomri.training.cohort import CHOSEN, FOUND, check_grid
 
@@ -122,11 +122,7 @@ class Pretrained:
         score = replace(spec.score, **{name: getattr(Score(), name) for name in again})
         if spec.score.chosen_by:
             score = replace(score, kind="auto")
-        score = replace(
-            score,
-            channels=tuple(name for name in score.channels if name in names),
-            parts=tuple(part for part in score.parts if {*part.split("+")} <= {*names}),
-        )
+        score = replace(score, channels=tuple(name for name in score.channels if name in names))
         settings = spec.settings
         if names != spec.channels:
             settings = {"network_channels": list(spec.channels), **settings}
@@ -282,7 +278,8 @@ def planned(
     )
     # What does not fit is told before a cohort is packed.
     spec = spec.checked()
-    check_score(network := methods.build(spec), spec.score, spec.channels)
+    network = methods.build(spec)
+    check_score(spec.score, spec.channels, network.segmentation_head)
     check_grid(network, spec.grid)
     check_readable(spec)
     if pretrained:

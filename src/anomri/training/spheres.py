@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from anomri.methods.anomalies import log_between, typical_shifts
+from anomri.methods.anomalies import typical_shifts
+from anomri.methods.draws import log_between
 from anomri.slices import SliceStack
 
 Spheres = tuple[int, tuple[float, float]]
