@@ -24,7 +24,7 @@ from anomri.methods import registry as methods
 from anomri.model.detector import Detector
 from anomri.runs.detect import detect_cohort
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.slices import brain_box, slice_volume
 from anomri.spec import ModelSpec
 

@@ -30,7 +30,8 @@ import anomri
 from anomri.model.detector import Detector
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
-from anomri.scans.volume import Volume, read_volume
+from anomri.scans.read import read_volume
+from anomri.scans.volume import Volume
 from anomri.scoring.metrics import dice, precision_recall
 from anomri.slices import intensity_scale, label_slices, slice_volume
 from anomri.spec import Scaling

@@ -25,7 +25,7 @@ from anomri.model.detector import Detector
 from anomri.model.lesions import lesion_labels
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.scoring.metrics import drop_small_components, precision_recall
 from robustness import BALLS, Data, Mask, labelled_of, parts_of, with_spheres
 

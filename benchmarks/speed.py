@@ -36,7 +36,7 @@ from anomri.model.detector import Detector
 from anomri.runs.detect import read_ahead
 from anomri.runtime.devices import resolve_precision
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.scoring.metrics import drop_small_components
 from anomri.slices import brain_box, foreground_of, join_boxes, slice_volume
 from anomri.spec import Grid, ModelSpec, Scaling, Training

@@ -48,9 +48,17 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "empty gzip file": ("a_flair.nii.gz", b"", "the file is empty"),
     "gzip of nothing": ("a_flair.nii.gz", gzip.compress(b""), "the file is empty"),
     "text": ("a_flair.nii", b"not an image\n" * 80, "is not a NIfTI image"),
-    "text called gz": ("a_flair.nii.gz", b"not an image\n" * 80, "Not a gzipped file"),
-    "plain NIfTI called gz": ("a_flair.nii.gz", image(), "Not a gzipped file"),
-    "gzip called nii": ("a_flair.nii", gzip.compress(image()), "is not a NIfTI image"),
+    "text called gz": ("a_flair.nii.gz", b"not an image\n" * 80, "is not a gzip file"),
+    "plain NIfTI called gz": (
+        "a_flair.nii.gz",
+        image(),
+        "is not compressed, but its name ends in .gz; rename it to a_flair.nii",
+    ),
+    "gzip called nii": (
+        "a_flair.nii",
+        gzip.compress(image()),
+        "is compressed with gzip, .* rename it to a_flair.nii.gz",
+    ),
     "cut in the header": ("a_flair.nii", image()[:200], "is not a NIfTI image|cut short"),
     "cut in the image": ("a_flair.nii", image()[:-7], "is cut short"),
     "cut in the stream": ("a_flair.nii.gz", gzip.compress(image())[:-500], "damaged or cut short"),
@@ -144,10 +152,10 @@ def moved(mm: float) -> bytes:
 
 PAIRS: dict[str, tuple[str, bytes | None, str]] = {
     "second channel gone": ("t1", None, "no such file"),
-    "second channel elsewhere": ("t1", moved(5000), "do not overlap at all"),
+    "second channel elsewhere": ("t1", moved(5000), "does not overlap with a_flair.nii"),
     "second channel damaged": ("t1", image()[:-3], "is cut short"),
     "mask empty": ("mask", image(BRAIN * 0), "no voxel is above zero"),
-    "mask elsewhere": ("mask", moved(-5000), "do not overlap at all"),
+    "mask elsewhere": ("mask", moved(-5000), "does not overlap with a_flair.nii"),
     "mask damaged": ("mask", b"x", "is not a NIfTI|cut short"),
 }
 
@@ -178,7 +186,7 @@ def test_a_bad_label_is_left_out_and_said(tmp_path: Path) -> None:
 
 def test_brain_mask_that_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "a_flair.nii").write_bytes(image())
-    with pytest.raises(AnomriError, match="gone.nii: cannot be read"):
+    with pytest.raises(AnomriError, match="gone.nii: no such file"):
         thresholding().detect(
             tmp_path / "a_flair.nii", Preparation(brain_mask=tmp_path / "gone.nii")
         )

@@ -13,7 +13,8 @@ import robustness
 import small_lesions
 from anomri.evaluation.evaluate import evaluate
 from anomri.scans.find import find_cases
-from anomri.scans.volume import Volume, read_volume
+from anomri.scans.read import read_volume
+from anomri.scans.volume import Volume
 from conftest import AFFINE, brain, write
 
 

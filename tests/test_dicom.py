@@ -13,16 +13,12 @@ from nibabel.affines import apply_affine
 
 from anomri.errors import AnomriError
 from anomri.optional import install_command
-from anomri.scans.dicom.read import (
-    MIN_SLICES,
-    Series,
-    choose_series,
-    convert,
-    find_series,
-    guess_channel,
-)
+from anomri.scans.dicom.channels import Series, guess_channel
+from anomri.scans.dicom.find import MIN_SLICES, choose_series, find_series
+from anomri.scans.dicom.read import convert
 from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
-from anomri.scans.volume import Volume, read_volume
+from anomri.scans.read import read_volume
+from anomri.scans.volume import Volume
 
 pydicom = pytest.importorskip("pydicom", reason="needs anomri[dicom]")
 pytest.importorskip("dicom2nifti", reason="needs anomri[dicom]")
@@ -322,7 +318,7 @@ def test_the_user_names_series_and_doubtful_ones_are_listed(tmp_path: Path) -> N
         convert(tmp_path / "4", tmp_path / "out")
     told: list[str] = []
     write_series(second, "DWI b1000")
-    assert list(choose_series(second, skipped=told.append)) == ["t1"]
+    assert list(choose_series(second, on_skipped=told.append)) == ["t1"]
     assert "DWI b1000" in told[0]
 
 
@@ -442,7 +438,7 @@ def spoil_geometry(files: list[Path], what: str) -> None:
         ("CT", "'Thorax': 12 files of CT Image Storage"),
         ("PDF", "'Report': 1 files of Encapsulated PDF Storage"),
         ("enhanced", "'Ax FLAIR': enhanced multi-frame MR; convert it to NIfTI with dcm2niix"),
-        ("DICOMDIR", "a DICOMDIR, an index only"),
+        ("DICOMDIR", "a DICOMDIR, which is only an index"),
         (
             "gap",
             r"10.00 mm lie between Ax\d+ and Ax\d+, elsewhere 5.00 mm; about 1 slices are missing",
@@ -709,7 +705,7 @@ def test_a_mask_of_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, sc
         one = pydicom.dcmread(path)
         del one.FrameOfReferenceUID
         save(one, path)
-    with pytest.raises(AnomriError, match="do not do for a DICOM SEG"):
+    with pytest.raises(AnomriError, match="do not suffice for a DICOM SEG"):
         write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source)
     source.files[0].unlink()
     with pytest.raises(AnomriError, match="cannot be read as DICOM"):
@@ -721,7 +717,7 @@ def test_an_error_quotes_no_patient(tmp_path: Path, scanned: Any) -> None:
     source, volume, _ = scanned("axial")
     for path in source.files:
         path.write_bytes(path.read_bytes().replace(b"19010203", b"MARKBORN"))
-    with pytest.raises(AnomriError, match="do not do for a DICOM SEG") as error:
+    with pytest.raises(AnomriError, match="do not suffice for a DICOM SEG") as error:
         write_segmentation(tmp_path / "seg.dcm", volume.data[0] > 9, volume.geometry, source)
     assert "MARK" not in str(error.value) and not list(tmp_path.glob("*.dcm"))
 

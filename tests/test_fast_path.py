@@ -17,7 +17,7 @@ from anomri.methods.networks.unet import TINY, ConvBlock, UNet, fold_weight_stan
 from anomri.model.detector import Detector, load
 from anomri.runtime.devices import resolve_precision
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.scoring.metrics import precision_recall
 from anomri.slices import slice_volume
 from anomri.spec import ModelSpec

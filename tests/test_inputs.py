@@ -18,8 +18,8 @@ from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.find import find_cases
 from anomri.scans.intake import holds_dicom
-from anomri.scans.nifti import read_image, values_of
-from anomri.scans.volume import read_volume
+from anomri.scans.nifti import read_image, read_values
+from anomri.scans.read import read_volume
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
 TILT = Rotation.from_euler("xyz", [18, -9, 12], degrees=True).as_matrix()
@@ -221,7 +221,7 @@ def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), affine), paths["t1"])
     with pytest.raises(
         AnomriError,
-        match="a_t1.nii.gz: its header places it beside a_flair.nii.gz, they do not overlap",
+        match="a_t1.nii.gz: does not overlap with a_flair.nii.gz",
     ):
         thresholding("flair", "t1").detect(paths)
 
@@ -405,10 +405,10 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(
     t1 = nib.load(case.channels["t1"])
     other = tmp_path / "T1.nii.gz"
     moved = t1.affine @ nib.affines.from_matvec(np.diag([1, 1, 2.0]), [0.3, -0.4, 0.5])
-    from anomri.scans.resample import Lattice, resample
+    from anomri.scans.resample import VoxelGrid, resample
 
     data = np.asanyarray(t1.dataobj).astype(np.float32)
-    thick = resample(data, Lattice(t1.shape, t1.affine), Lattice((124, 160, 70), moved))
+    thick = resample(data, VoxelGrid(t1.shape, t1.affine), VoxelGrid((124, 160, 70), moved))
     nib.save(nib.Nifti1Image(thick, moved), other)
     mixed = detector.detect(Case("stroke", {**case.channels, "t1": other}))
     assert "T1.nii.gz lies on another grid than FLAIR.nii.gz" in mixed.volume.notes[0]
@@ -513,7 +513,7 @@ def test_the_background_of_a_scaled_image_is_zero(tmp_path: Path) -> None:
         nib.save(nib.Nifti1Image(data, affine, header), tmp_path / "a_flair.nii.gz")
         stored = read_image(tmp_path / "a_flair.nii.gz")
         assert stored.dataobj.inter != 0
-        found = values_of(stored)
+        found = read_values(stored)
         np.testing.assert_allclose(found, data, atol=stored.dataobj.slope)
         assert (found[data == 0] == 0).all()
         thresholding("flair").read(tmp_path)
@@ -588,6 +588,6 @@ def test_a_header_that_is_not_in_mm_is_refused(tmp_path: Path, mm: float) -> Non
     )
     nib.save(image, tmp_path / "a_flair.nii.gz")
     with pytest.raises(
-        AnomriError, match="a_flair.nii.gz: its header gives voxels of .* put the header right"
+        AnomriError, match="a_flair.nii.gz: its header gives voxels of .* Correct the header"
     ):
         thresholding("flair").read(tmp_path / "a_flair.nii.gz")

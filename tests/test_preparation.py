@@ -18,9 +18,9 @@ from anomri.optional import install_command
 from anomri.scans.find import find_cases
 from anomri.scans.nifti import read_image
 from anomri.scans.prepare import CEILING, Preparation, prepare
-from anomri.scans.register import degrees_of, register, template
-from anomri.scans.skull import TOOLS, has_skull
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
+from anomri.scans.register import register, rotation_degrees, template
+from anomri.scans.skull import TOOLS, find_skull
 from anomri.slices import slice_volume
 from anomri.spec import Grid, Scaling
 from anomri.training.packing import pack_cohort
@@ -57,7 +57,7 @@ def test_no_real_scan_is_taken_for_a_head(real_scans: Path) -> None:
     cases = [*find_cases(real_scans / "brats18"), *find_cases(real_scans / "stroke")]
     assert len(cases) == 29
     for case in cases:
-        assert has_skull(read_volume(case, list(case.channels), with_label=False)) is None, (
+        assert find_skull(read_volume(case, list(case.channels), with_label=False)) is None, (
             case.name
         )
 
@@ -91,7 +91,7 @@ def test_a_brain_mask_lets_a_head_in(tmp_path: Path) -> None:
         volume.geometry.native(volume.data[0]) > 0, read_image(mask).get_fdata() > 0
     )
     small = save(tmp_path / "small.nii.gz", np.ones((8, 8, 8)), affine + np.diag([0, 0, 0, 0.0]))
-    with pytest.raises(AnomriError, match="no voxel is above zero|do not overlap"):
+    with pytest.raises(AnomriError, match="no voxel is above zero|does not overlap"):
         thresholding().read(
             save(tmp_path / "q_flair.nii.gz", np.pad(data[40:], 20), affine),
             Preparation(brain_mask=small),
@@ -180,7 +180,7 @@ def test_a_tilted_head_is_turned_and_its_map_turned_back(tmp_path: Path) -> None
     tilted = ndimage.affine_transform(brain, back[:3, :3], back[:3, 3], shape, order=1)
     path = save(tmp_path / "p_flair.nii.gz", tilted, affine)
     volume, transform = register(thresholding().read(path))
-    assert degrees_of(np.linalg.inv(transform) @ truth) < 1.5
+    assert rotation_degrees(np.linalg.inv(transform) @ truth) < 1.5
     middle = nib.affines.apply_affine(np.linalg.inv(transform) @ truth, [0, -17, 5])
     np.testing.assert_allclose(middle, [0, -17, 5], atol=2)
     assert volume.data.shape[1:] == grid.shape == (240, 240, 155)
@@ -200,7 +200,7 @@ def test_what_is_no_brain_is_not_registered(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK", reason="needs anomri[register]")
     data = np.zeros(SHAPE)
     data[30:34, 20:60, 20:24] = np.random.default_rng(0).uniform(10, 99, (4, 40, 4))
-    with pytest.raises(AnomriError, match="went astray|cannot be registered"):
+    with pytest.raises(AnomriError, match="to the template failed|cannot be registered"):
         thresholding().read(save(tmp_path / "p_flair.nii.gz", data), Preparation(register=True))
 
 

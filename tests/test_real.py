@@ -10,7 +10,7 @@ import anomri
 from anomri.evaluation.evaluate import evaluate
 from anomri.scans.case import common_channels
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.slices import slice_volume
 
 

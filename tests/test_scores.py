@@ -21,7 +21,7 @@ from anomri.cli import main
 from anomri.cli.options import parse_channels
 from anomri.errors import AnomriError
 from anomri.scans.find import find_cases
-from anomri.scans.volume import read_volume
+from anomri.scans.read import read_volume
 from anomri.scoring import registry
 from anomri.scoring.metrics import dice
 from anomri.scoring.positions import CELLS, packed_maps

@@ -15,8 +15,9 @@ from scipy import ndimage
 
 from anomri.errors import AnomriError
 from anomri.scans.case import Case
-from anomri.scans.nifti import MAX_VOXELS, read_image
-from anomri.scans.volume import Volume, read_volume, write_image
+from anomri.scans.nifti import MAX_VOXELS, read_image, write_image
+from anomri.scans.read import read_volume
+from anomri.scans.volume import Volume
 from conftest import AFFINE, SHAPE, write
 
 ORIENTATIONS = [
@@ -65,7 +66,7 @@ def test_every_orientation_is_turned_and_turned_back(tmp_path: Path, axes: str) 
     np.testing.assert_array_equal(volume.data[0], data)
     assert volume.geometry.spacing_mm == pytest.approx((2, 3, 4))
     np.testing.assert_allclose(volume.geometry.canonical_affine, affine, atol=1e-5)
-    write_image(tmp_path / "out.nii.gz", volume.data[0], volume.geometry)
+    write_image(tmp_path / "out.nii.gz", volume.geometry.to_image(volume.data[0]))
     back = nib.load(tmp_path / "out.nii.gz")
     np.testing.assert_array_equal(
         back.get_fdata(dtype=np.float32), turned.get_fdata(dtype=np.float32)
@@ -91,7 +92,7 @@ def test_both_header_forms_and_their_codes_are_kept(
     image = image_class(image_of_ones(), None, image.header)
     nib.save(image, path)
     volume = read_volume(Case("a", {"t1": path}), ["t1"])
-    write_image(tmp_path / "out.nii.gz", volume.data[0], volume.geometry, (0.1, 0.6))
+    write_image(tmp_path / "out.nii.gz", volume.geometry.to_image(volume.data[0], (0.1, 0.6)))
     before, after = nib.load(path).header, nib.load(tmp_path / "out.nii.gz").header
     assert type(before) is type(after)
     for field in ("dim", "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
@@ -112,9 +113,8 @@ def test_data_types_and_slopes_are_read(tmp_path: Path, dtype: type) -> None:
 def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
     path = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     volume = read_volume(Case("a", {"t1": path}), ["t1"])
-    write_image(
-        tmp_path / "out.nii.gz", np.stack([volume.data[0], 2 * volume.data[0]]), volume.geometry
-    )
+    both = np.stack([volume.data[0], 2 * volume.data[0]])
+    write_image(tmp_path / "out.nii.gz", volume.geometry.to_image(both))
     assert nib.load(tmp_path / "out.nii.gz").shape == (*SHAPE, 2)
 
 
@@ -123,7 +123,7 @@ def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
         Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}), ["t1"]
     )
     for name in ("one.nii.gz", "two.nii.gz"):
-        write_image(tmp_path / name, volume.data[0], volume.geometry)
+        write_image(tmp_path / name, volume.geometry.to_image(volume.data[0]))
     assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
 
 
@@ -269,11 +269,11 @@ def test_empty_zero_and_not_finite(tmp_path: Path) -> None:
     )
     (tmp_path / "a_empty.nii.gz").touch()
     expect(single(tmp_path / "a_empty.nii.gz"), "the file is empty")
-    expect(single(tmp_path / "a_gone.nii.gz"), "No such file")
+    expect(single(tmp_path / "a_gone.nii.gz"), "no such file")
     (tmp_path / "a_text.nii").write_text("no image " * 100)
     expect(single(tmp_path / "a_text.nii"), "is not a NIfTI image")
     (tmp_path / "a_text.nii.gz").write_text("no image " * 100)
-    expect(single(tmp_path / "a_text.nii.gz"), "damaged or cut short .*[Nn]ot a gzipped file")
+    expect(single(tmp_path / "a_text.nii.gz"), "is not a gzip file")
 
 
 def test_truncated_and_flipped_bits(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_the_label_of_a_lesion_is_no_mask_of_a_brain(tmp_path: Path) -> None:
     )
     expect(
         case,
-        r"a_m.nii.gz: leaves 16.9 ml of a_t1.nii.gz, 0.3% of what is to be seen there; that is no mask of a brain",
+        r"a_m.nii.gz: marks 16.9 ml, 0.3% of the tissue in a_t1.nii.gz; that is not the mask of a brain",
     )
 
 
@@ -358,7 +358,7 @@ def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
     label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
     expect(
         Case("a", {"t1": image}, label=label),
-        "a_seg.nii.gz: marks 6,048 ml, 100% of what is to be seen in a_t1.nii.gz",
+        "a_seg.nii.gz: marks 6,048 ml, 100% of the tissue in a_t1.nii.gz",
     )
     half = write(
         tmp_path / "a_seg.nii.gz", image_of_ones() * (np.arange(SHAPE[0]) < 35)[:, None, None]
@@ -418,7 +418,7 @@ def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> Non
     image.header["db_name"] = image.header["intent_name"] = b"John Doe"
     nib.save(image, tmp_path / "a_t1.nii.gz")
     volume = read_volume(single(tmp_path / "a_t1.nii.gz"), ["t1"])
-    write_image(tmp_path / "out.nii", volume.data[0], volume.geometry)
+    write_image(tmp_path / "out.nii", volume.geometry.to_image(volume.data[0]))
     assert b"John" not in (tmp_path / "out.nii").read_bytes()
 
 
@@ -445,5 +445,5 @@ def test_an_interrupted_or_failed_write_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(igzip.IGzipFile, "write", fail)
             with pytest.raises(failure):
-                write_image(out / "map.nii.gz", volume.data[0], volume.geometry)
+                write_image(out / "map.nii.gz", volume.geometry.to_image(volume.data[0]))
         assert os.listdir(out) == []

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from anomri.errors import AnomriError
 from anomri.scans.boxes import box_around
-from anomri.scans.geometry import copy_turned
+from anomri.scans.geometry import copy_transposed
 from anomri.scans.volume import Volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, Grid, Scaling
 
@@ -337,7 +337,7 @@ def _on_grid(
     x = np.zeros((len(index), len(part), *grid.size), dtype=np.float32)
     # Torch would take four times as long to turn them.
     for number, channel in enumerate(resized[:, index.start : index.stop].numpy()):
-        copy_turned(channel, x[:, number, rows, columns])
+        copy_transposed(channel, x[:, number, rows, columns])
     return torch.from_numpy(x)
 
 

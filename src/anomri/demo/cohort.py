@@ -23,7 +23,7 @@ from scipy import ndimage
 from anomri.files import output_folder, write_text
 from anomri.optional import import_extra
 from anomri.scans.case import Case
-from anomri.scans.nifti import write_image_file
+from anomri.scans.nifti import write_image
 from anomri.scans.splits import write_splits
 
 Array = NDArray[np.float32]
@@ -413,5 +413,5 @@ def _write_case(folder: Path, seed: int, spacing_mm: float, planned: tuple[str, 
         nifti = nib.Nifti1Image(data, affine)
         nifti.header.set_xyzt_units("mm")
         nifti.header["descrip"] = b"synthetic, not a patient"
-        write_image_file(place / f"{name}_{ending}.nii.gz", nifti)
+        write_image(place / f"{name}_{ending}.nii.gz", nifti)
     return name

@@ -24,7 +24,7 @@ from anomri.runtime.processes import ProcessGroup, join_processes
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.names import SUFFIXES
-from anomri.scans.volume import read_label, read_map
+from anomri.scans.read import read_label, read_map
 from anomri.scoring.metrics import count_components
 from anomri.scoring.scores import describe
 from anomri.slices import on_published_grid

@@ -20,8 +20,8 @@ from anomri.model.lesions import Lesion, lesion_labels
 from anomri.runtime.folders import refuse_foreign
 from anomri.scans.case import Case
 from anomri.scans.names import OUTPUTS
-from anomri.scans.nifti import write_image_file
-from anomri.scans.volume import Volume, image_of
+from anomri.scans.nifti import write_image
+from anomri.scans.volume import Volume
 from anomri.slices import SliceStack, from_slices
 from anomri.spec import ModelSpec
 
@@ -141,14 +141,14 @@ class Detection:
                 f"{self.name}: there is no image {kind!r}; the images are {', '.join(OUTPUTS)}."
             )
         if kind == "anomaly":
-            return image_of(self.anomaly_map, geometry, self.display_range)
+            return geometry.to_image(self.anomaly_map, self.display_range)
         if kind == "reconstruction":
-            return image_of(self.reconstruction, geometry)
+            return geometry.to_image(self.reconstruction)
         if self.mask is None:
             raise AnomriError(f"{self.name}: the model has no threshold, so there is no mask.")
         if kind == "mask":
-            return image_of(self.mask.astype(np.uint8), geometry, (0, 1))
-        return image_of(lesion_labels(self.mask), geometry, (0, max(1, len(self.lesions))))
+            return geometry.to_image(self.mask.astype(np.uint8), (0, 1))
+        return geometry.to_image(lesion_labels(self.mask), (0, max(1, len(self.lesions))))
 
     def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
         """Write ``<name>_anomaly.nii.gz``, ``_mask``, ``_lesions`` and ``<name>.json``; returns their paths.
@@ -165,7 +165,7 @@ class Detection:
             kinds.append("reconstruction")
         written = [folder / f"{self.name}_{kind}.nii.gz" for kind in kinds]
         for kind, path in zip(kinds, written, strict=True):
-            write_image_file(path, self._image(kind))
+            write_image(path, self._image(kind))
         summary = folder / f"{self.name}.json"
         write_text(summary, json.dumps(self.summary(), indent=2) + "\n")
         return [*written, summary]

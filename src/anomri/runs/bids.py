@@ -38,8 +38,9 @@ from anomri.runtime.launch import require_single_process
 from anomri.scans.bids import CHANNELS, bids_cases, read_description, validate
 from anomri.scans.case import Case
 from anomri.scans.names import bare_name
+from anomri.scans.nifti import write_image
 from anomri.scans.prepare import Preparation
-from anomri.scans.volume import Volume, write_image
+from anomri.scans.volume import Volume
 from anomri.spec import CITATION, Thresholds
 
 # Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by validator 3.0.
@@ -178,7 +179,7 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
         about: dict[str, object],
     ) -> Path:
         path = stem.with_name(f"{stem.name}_{kind}.nii.gz")
-        write_image(path, data, detection.volume.geometry, display)
+        write_image(path, detection.volume.geometry.to_image(data, display))
         about = {**about, "Sources": made_from, "SpatialReference": sources[0]}
         write_text(path.with_name(f"{stem.name}_{kind}.json"), json.dumps(about, indent=2) + "\n")
         return path

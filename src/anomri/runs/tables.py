@@ -22,7 +22,7 @@ from anomri.scans.case import Case
 from anomri.scans.dicom.channels import Series
 from anomri.scans.dicom.seg import write_segmentation
 from anomri.scans.prepare import Preparation
-from anomri.scans.volume import read_label
+from anomri.scans.read import read_label
 
 LOGS = "logs"
 """The folder in a run's output that holds a record of each case."""

@@ -1,4 +1,4 @@
-"""Taking the slow shading of a receive coil out of a scan (N4: Tustison et al., IEEE TMI 2010), by SimpleITK."""
+"""Bias field correction (N4: Tustison et al., IEEE TMI 2010), by SimpleITK."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from anomri.errors import AnomriError
 from anomri.optional import import_extra
 
 WORKING_MM = 6.0
-"""The field is fitted to the image shrunk to about this size of voxel; it varies over centimetres."""
+"""The field is fitted to the image shrunk to voxels of about this size; it varies over centimetres."""
+MIN_VOXELS = 8
+"""A side of the image is not shrunk to fewer voxels: a scan may have few slices."""
 ITERATIONS = [25, 20, 15]
+"""At most so many on each level of N4, from coarse to fine."""
+MIN_FIELD = 1e-3
+"""The field is not taken for less than this when the image is divided by it."""
 
 
 def correct_bias(
     data: NDArray[np.float32], spacing_mm: tuple[float, float, float], name: str
 ) -> NDArray[np.float32]:
-    """A channel (x, y, z), zero outside the brain, divided by its bias field, which has mean 1 over the brain.
+    """A channel (x, y, z), zero outside the brain, divided by its bias field.
 
-    Raises `AnomriError` naming the channel if SimpleITK is not installed or finds no field.
+    The field has mean 1 over the brain. Raises `AnomriError` naming the channel if SimpleITK is not
+    installed or finds no field.
     """
     sitk = import_extra("SimpleITK", "register", "--bias-correction")
     inside = data > 0
@@ -26,10 +32,9 @@ def correct_bias(
     image.SetSpacing(spacing_mm)
     mask = sitk.GetImageFromArray(np.ascontiguousarray(inside.T.astype(np.uint8)))
     mask.CopyInformation(image)
-    # A side keeps eight voxels or more: a scan may have few slices.
     factors = [
-        max(1, min(round(WORKING_MM / mm), n // 8))
-        for mm, n in zip(spacing_mm, data.shape, strict=True)
+        max(1, min(round(WORKING_MM / mm), length // MIN_VOXELS))
+        for mm, length in zip(spacing_mm, data.shape, strict=True)
     ]
     correct = sitk.N4BiasFieldCorrectionImageFilter()
     correct.SetMaximumNumberOfIterations(ITERATIONS)
@@ -43,4 +48,4 @@ def correct_bias(
             f"{name}: N4 finds no bias field ({reason}); leave --bias-correction out."
         ) from error
     field = field / field[inside].mean()
-    return np.where(inside, data / np.maximum(field, 1e-3), 0).astype(np.float32)
+    return np.where(inside, data / np.maximum(field, MIN_FIELD), 0).astype(np.float32)

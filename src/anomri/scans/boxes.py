@@ -1,4 +1,4 @@
-"""The box that a brain, or a mask, fills of an array: most of a scan is air."""
+"""The box that a brain or a mask fills: most of a scan is air."""
 
 from __future__ import annotations
 
@@ -10,29 +10,38 @@ from numpy.typing import NDArray
 
 
 def box_around(values: NDArray[Any]) -> tuple[slice, ...]:
-    """The smallest box, a slice along each axis, that holds all of ``values`` >= 0 above zero; empty if nothing is."""
-    # As it lies in memory: NumPy goes through an array backwards at a fifth of the speed.
-    backwards = [axis for axis, stride in enumerate(values.strides) if stride < 0]
-    values = np.flip(values, tuple(backwards))
-    # Two passes over the array, of which the first leaves one plane.
+    """The smallest box that holds all of ``values`` (>= 0) above zero: a slice along each axis.
+
+    >>> mask = np.zeros((5, 4, 3), bool)
+    >>> mask[1:4, 2, 0:2] = True
+    >>> box_around(mask)
+    (slice(1, 4, None), slice(2, 3, None), slice(0, 2, None))
+    """
+    # Read in the order of memory: NumPy goes through a reversed axis at a fifth of the speed.
+    reversed_axes = [axis for axis, stride in enumerate(values.strides) if stride < 0]
+    values = np.flip(values, tuple(reversed_axes))
+    # The first pass over the array leaves a plane, which bounds all axes but the last.
     plane = values.max(axis=-1, initial=0)
     box = [_first_to_last(plane, axis) for axis in range(plane.ndim)]
     box.append(_first_to_last(values[tuple(box)], values.ndim - 1))
-    for axis in backwards:
-        if not is_empty((box[axis],)):
-            box[axis] = slice(
-                values.shape[axis] - box[axis].stop, values.shape[axis] - box[axis].start
-            )
+    for axis in reversed_axes:
+        side, length = box[axis], values.shape[axis]
+        if side.start < side.stop:
+            box[axis] = slice(length - side.stop, length - side.start)
     return tuple(box)
 
 
 def is_empty(box: tuple[slice, ...]) -> bool:
-    """Whether nothing is in a box."""
+    """Whether a box holds nothing."""
     return any(side.start == side.stop for side in box)
 
 
-def join(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box around some that are not empty."""
+def enclosing_box(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """The smallest box around several that are not empty.
+
+    >>> enclosing_box([(slice(2, 5),), (slice(4, 9),)])
+    (slice(2, 9, None),)
+    """
     return tuple(
         slice(min(side.start for side in sides), max(side.stop for side in sides))
         for sides in zip(*boxes, strict=True)

@@ -1,8 +1,9 @@
-"""Where the voxels of a scan lie: the grid of its file, and the axes that anomri works on."""
+"""The grid of a scan's file, and the axes that anomri works on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,143 +14,179 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.scans.resample import Lattice, resample
+from anomri.scans.nifti import image_class
+from anomri.scans.resample import VoxelGrid, corner_distance_mm, resample
 from anomri.spec import Grid
 
 TOLERANCE_MM, TOLERANCE = 1e-2, 0.05
-"""How far the corners of two images on one grid may lie apart, in mm or as a share of the smallest voxel: headers are rounded."""
+"""How far the corners of one grid may differ between two headers, which are rounded: in mm, or as a
+share of the smallest voxel."""
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
-"""A header in metres or micrometres lies beyond these."""
+"""Voxels beyond these mean that a header is in metres or micrometres."""
+PRIVATE_FIELDS = ("aux_file", "intent_name", "db_name", "data_type")
+"""Free text of a NIfTI header, which may hold the patient's name."""
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Where the voxels of a scan lie, and how to write an image that lies on them.
 
-    ``shape`` is that of the file, ``to_canonical`` the nibabel orientation transform into the working
-    orientation, ``header`` the file's own, ``affine`` voxel indices of the file -> scanner mm (RAS+).
-    ``working`` replaces the file's own grid inside, where a scan is turned into the model's space: a grid that lies
-    oblique in the scan; its axes are those of the working orientation.
+    ``shape``, ``affine`` (voxel index -> scanner mm, RAS+) and ``header`` are those of the file;
+    ``to_canonical`` is the nibabel orientation transform from the file's axes to the working
+    orientation. A scan that is registered to the model's space has a grid ``working`` instead of
+    its own: it lies oblique in the scan, and its axes are those of the working orientation.
     """
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     to_canonical: NDArray[np.float64]
     header: nib.Nifti1Header
-    working: Lattice | None = None
+    working: VoxelGrid | None = None
+
+    @classmethod
+    def from_header(cls, path: Path, header: nib.Nifti1Header, grid: Grid) -> Geometry:
+        """The geometry of the image in ``path``; raises `AnomriError` if its header is unusable."""
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        _check_affine(path, affine)
+        axes = orientations.io_orientation(affine)
+        if np.isnan(axes).any():
+            raise AnomriError(
+                f"{path}: two axes of the image have the same direction in its header, which is "
+                f"damaged; correct the header."
+            )
+        wanted = orientations.axcodes2ornt(tuple(grid.orientation))
+        rows, columns, slices = header.get_data_shape()
+        transform = orientations.ornt_transform(axes, wanted)
+        return cls((rows, columns, slices), affine, transform, header)
 
     @property
-    def file_lattice(self) -> Lattice:
+    def file_grid(self) -> VoxelGrid:
         """The grid of the file, on the file's own axes."""
-        return Lattice(self.shape, self.affine)
+        return VoxelGrid(self.shape, self.affine)
+
+    @cached_property
+    def canonical_grid(self) -> VoxelGrid:
+        """The grid in the working orientation."""
+        if self.working is not None:
+            return self.working
+        shape = np.empty(3, int)
+        shape[self.to_canonical[:, 0].astype(int)] = self.shape
+        x, y, z = (int(length) for length in shape)
+        back = orientations.inv_ornt_aff(self.to_canonical, self.shape)
+        return VoxelGrid((x, y, z), self.affine @ back)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size in mm along the axes of the working orientation."""
-        if self.working is not None:
-            return self.working.spacing_mm
-        sizes = voxel_sizes(self.affine)
-        spacing = np.empty(3)
-        spacing[self.to_canonical[:, 0].astype(int)] = sizes
-        return float(spacing[0]), float(spacing[1]), float(spacing[2])
+        """Voxel size along the axes of the working orientation."""
+        return self.canonical_grid.spacing_mm
 
     @property
     def canonical_shape(self) -> tuple[int, int, int]:
         """The shape in the working orientation."""
-        if self.working is not None:
-            return self.working.shape
-        shape = np.empty(3, int)
-        shape[self.to_canonical[:, 0].astype(int)] = self.shape
-        return int(shape[0]), int(shape[1]), int(shape[2])
+        return self.canonical_grid.shape
 
     @property
     def canonical_affine(self) -> NDArray[np.float64]:
-        """Voxel indices in the working orientation -> scanner mm (RAS+)."""
-        if self.working is not None:
-            return self.working.affine
-        return self.affine @ orientations.inv_ornt_aff(self.to_canonical, self.shape)
-
-    @property
-    def tolerance_mm(self) -> float:
-        """How far the corners of another image may lie apart from this one's that is on the same grid."""
-        return max(TOLERANCE_MM, TOLERANCE * min(self.spacing_mm))
+        """Voxel index in the working orientation -> scanner mm (RAS+)."""
+        return self.canonical_grid.affine
 
     @property
     def voxel_mm3(self) -> float:
-        """Volume of a voxel of the working orientation in mm3."""
-        return float(abs(np.linalg.det(self.canonical_affine[:3, :3])))
+        """Volume of a voxel of the working orientation."""
+        return self.canonical_grid.voxel_mm3
+
+    @property
+    def tolerance_mm(self) -> float:
+        """How far the corners of another image on the same grid may lie from this one's."""
+        return max(TOLERANCE_MM, TOLERANCE * min(self.spacing_mm))
 
     def canonical(self, data: NDArray[Any]) -> NDArray[Any]:
-        """An array on the file's axes turned into the working orientation: a view of it, where that is possible."""
+        """Turn an array from the file's axes to the working orientation; a view where possible."""
         if self.working is not None:
-            return resample(data, self.file_lattice, self.working)
+            return resample(data, self.file_grid, self.working)
         turned: NDArray[Any] = orientations.apply_orientation(data, self.to_canonical)
         return turned
 
     def native(self, data: NDArray[Any]) -> NDArray[Any]:
-        """An array in the working orientation turned back onto the file's axes, in the order of files."""
+        """Turn an array from the working orientation back to the file's axes, in Fortran order."""
         if self.working is not None:
-            return resample(data, self.working, self.file_lattice)
+            return resample(data, self.working, self.file_grid)
         order = self.to_canonical[:, 0].astype(int)
-        flip = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
-        turned = np.flip(np.transpose(data, order), tuple(flip))
+        flipped = [axis for axis, (_, sign) in enumerate(self.to_canonical) if sign < 0]
+        turned = np.flip(np.transpose(data, order), tuple(flipped))
         native = np.empty(turned.shape, dtype=data.dtype, order="F")
-        copy_turned(turned, native)
+        copy_transposed(turned, native)
         return native
 
+    def to_image(
+        self, data: NDArray[Any], display: tuple[float, float] | None = None
+    ) -> nib.Nifti1Image | nib.Nifti2Image:
+        """An array in the working orientation as NIfTI on the file's own grid.
 
-def copy_turned(values: NDArray[Any], target: NDArray[Any]) -> None:
-    """Copy (x, y, z) into ``target`` where one has x next to each other in memory, as files do, and the other z."""
-    # Some rows at a time, as many as stay in the processor's cache while they are turned.
+        ``data`` is (x, y, z), or (channels, x, y, z), which becomes a 4D image with the channels
+        last. Both header forms and their codes are kept, and the data type is that of ``data``.
+        ``display`` is the range that viewers open with (``cal_min`` and ``cal_max``).
+        """
+        header = self.header.copy()
+        header.set_data_dtype(data.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"], header["cal_max"] = display or (0, 0)
+        header["descrip"] = b"anomri"
+        header.extensions.clear()
+        for field in PRIVATE_FIELDS:
+            if field in header:
+                header[field] = b""
+        if data.ndim == 3:
+            native = self.native(data)
+        else:
+            native = np.stack([self.native(channel) for channel in data], axis=-1)
+        # Without an affine: with one, nibabel changes the codes where sform and qform differ.
+        return image_class(header)(native, None, header)
+
+
+def copy_transposed(values: NDArray[Any], target: NDArray[Any]) -> None:
+    """Copy (x, y, z) into ``target``, where x is contiguous in one (as in files) and z in the other."""
+    # A few rows at a time, which stay in the processor's cache while they are transposed.
     for first in range(0, values.shape[1], 8):
         target[:, first : first + 8] = values[:, first : first + 8]
 
 
-def geometry_of(path: Path, image: nib.Nifti1Image, grid: Grid) -> Geometry:
-    """Where the voxels of the image in a file lie; raises `AnomriError` naming it if its header does not say so."""
-    affine = np.asarray(image.affine, dtype=np.float64)
+def gives_position(header: nib.Nifti1Header) -> bool:
+    """Whether a header says where its image lies; if not, nibabel makes up an affine."""
+    return bool(header["sform_code"] or header["qform_code"])
+
+
+def check_same_grid(
+    path: Path, header: nib.Nifti1Header, first_path: Path, first: Geometry
+) -> None:
+    """Raise `AnomriError` unless the image in ``path`` lies on the grid ``first`` of ``first_path``."""
+    shape = tuple(header.get_data_shape())
+    if shape != first.shape:
+        raise AnomriError(
+            f"{path}: has {shape} voxels, but {first_path.name} has {first.shape}. All images of a "
+            f"case lie on one grid; resample this one to that of {first_path.name}."
+        )
+    own = VoxelGrid(first.shape, np.asarray(header.get_best_affine(), dtype=np.float64))
+    apart = corner_distance_mm(own, first.file_grid)
+    # Not ">": a header that is not finite gives NaN.
+    if not apart <= first.tolerance_mm:
+        raise AnomriError(
+            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All "
+            f"images of a case lie on one grid; register or resample this one to that one's."
+        )
+
+
+def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
     i, j, k = affine[:3, :3].T
     if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
         raise AnomriError(
-            f"{path}: its header gives no usable position (the affine is singular or not finite)."
+            f"{path}: its header gives no usable position (the affine is singular or not finite); "
+            f"correct the header, or convert the scan again."
         )
     sizes = voxel_sizes(affine)
     if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
         raise AnomriError(
-            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm, and a brain scan's have "
-            f"{MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g}; put the header right (it is to be in mm)."
-        )
-    axes = orientations.io_orientation(affine)
-    if np.isnan(axes).any():
-        raise AnomriError(
-            f"{path}: its header gives two axes of the image the same direction; it is damaged."
-        )
-    transform = orientations.ornt_transform(
-        axes, orientations.axcodes2ornt(tuple(grid.orientation))
-    )
-    rows, columns, slices = image.shape
-    return Geometry((rows, columns, slices), affine, transform, image.header)
-
-
-def says_where(header: nib.Nifti1Header) -> bool:
-    """Whether a header says where its image lies; nibabel makes a place up where it does not."""
-    return bool(header["sform_code"] or header["qform_code"])
-
-
-def check_grid(path: Path, image: nib.Nifti1Image, first_path: Path, first: Geometry) -> None:
-    """Raise `AnomriError` unless the image in a file lies on the grid ``first`` of another."""
-    if image.shape != first.shape:
-        raise AnomriError(
-            f"{path}: has {image.shape} voxels, but {first_path.name} has {first.shape}. All images of a case "
-            f"lie on one grid; resample this one to that one's."
-        )
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (
-        *first.shape,
-        1,
-    )
-    apart = float(np.abs(corners @ (np.asarray(image.affine) - first.affine).T).max())
-    if not apart <= first.tolerance_mm:
-        raise AnomriError(
-            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All images of a "
-            f"case lie on one grid; register or resample this one to that one's."
+            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm; those "
+            f"of a brain scan have {MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g} mm. Correct the header; "
+            f"NIfTI headers are in mm."
         )

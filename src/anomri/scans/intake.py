@@ -10,7 +10,8 @@ from anomri.errors import AnomriError
 from anomri.files import output_folder
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series
-from anomri.scans.dicom.read import choose_series, convert_series
+from anomri.scans.dicom.find import choose_series
+from anomri.scans.dicom.read import convert_series
 from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, parse_name
 
 CONVERTED = "nifti"

@@ -1,4 +1,4 @@
-"""What masks of brains and labels of lesions mark, and telling the one from the other by how much that is."""
+"""What brain masks and lesion labels mark, and whether a file is one or the other by how much it marks."""
 
 from __future__ import annotations
 
@@ -13,108 +13,129 @@ from anomri.errors import AnomriError
 from anomri.scans.names import bare_name
 
 MIN_BRAIN_ML, MIN_BRAIN_SHARE = 300.0, 0.1
-"""A mask that leaves less than both of what an image shows is none of a brain."""
-MAX_LESION_ML, MAX_LESION_SHARE, MAX_SHARE = 800.0, 0.4, 0.9
-"""No lesion has more than the first two, nor takes more than the last of what an image shows."""
-SHOWN = 0.1
-"""What an image shows lies above this share of its 99.9th percentile; below is air."""
-SURE_MAXIMUM = 0.9
-"""Of values that are all lower nobody knows where a half of what is meant by one is."""
+"""A mask of less than both, in ml and as a share of the tissue in the image, is not one of a brain."""
+MAX_LESION_ML, MAX_LESION_SHARE = 800.0, 0.4
+"""A label of more than both is not one of lesions."""
+MAX_LESION_SHARE_OF_ANY = 0.9
+"""A label of more than this share of the tissue is not one of lesions, however small the image."""
+TISSUE_LEVEL = 0.1
+"""Tissue is brighter than this share of the image's 99.9th percentile; air, which may be noisy, is not."""
+MIN_PROBABILITY_PEAK = 0.9
+"""Values that stay below this are not probabilities: half of what they should reach is unknown."""
 MAX_CLASS = 10.5
-"""Above this, values are not the numbers of classes but shares of a maximum such as 100 or 255."""
+"""Larger values are not class numbers but shares of a maximum such as 100 or 255."""
 MAX_CLASSES = 8
-"""So few whole numbers are classes, however large, as 85, 170 and 255."""
-UNLIKE = 0.2
-"""Of neighbours in a soft label more than this share differ; along its straightest faces it is a third."""
-BRAIN_MASK = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
+"""This few different whole numbers are classes, however large, as in 85, 170, 255."""
+MAX_UNEQUAL_NEIGHBOURS = 0.2
+"""A label with a larger share of unequal neighbours is soft; in numbered lesions fewer differ."""
+BRAIN_MASK_NAME = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
-def lesion_of(path: Path, values: NDArray[Any], notes: list[str]) -> NDArray[np.bool_]:
-    """The voxels above zero of a label; of one that interpolation made soft, those from a half on. A note says so.
+def binarise_label(values: NDArray[Any], name: str) -> tuple[NDArray[np.bool_], list[str]]:
+    """The voxels that a label marks, and notes on how its values were understood.
 
-    Where all values are so low that nobody knows what a half is, it is all of them. Whole numbers are classes or numbers of
-    lesions, but for those above `MAX_CLASS` that differ from voxel to voxel: shares of 255, or per cent.
+    All voxels above zero are marked, unless the values are shares (probabilities, per cent, or of
+    255): then those from half of the full value on. ``name`` is what the notes call the label.
+
+    >>> marked, notes = binarise_label(np.array([0, 0.2, 0.6, 1]), "a_seg.nii")
+    >>> marked.tolist()
+    [False, False, True, True]
+    >>> notes
+    ['a_seg.nii has values between whole numbers (up to 1); those from 0.5 on are taken.']
     """
     inside: NDArray[np.bool_] = values > 0
     if not inside.any():
-        return inside
+        return inside, []
     above = values[inside]
     most = float(above.max())
     if most - float(above.min()) <= 1e-3 * most:
-        return inside
-    # Whole numbers that a header scales are nearly whole.
-    if values.dtype.kind in "iu" or bool((np.abs(above - above.round()) <= 1e-3).all()):
-        if (
-            most <= MAX_CLASS
-            or len(np.unique(above)) <= MAX_CLASSES
-            or not _is_soft(values, inside)
-        ):
-            return inside
-        notes.append(
-            f"{path.name} has values up to {most:.3g} that differ from voxel to voxel; those from {most / 2:g} on are taken."
-        )
-        return np.asarray(values >= most / 2)
-    if most < SURE_MAXIMUM:
-        notes.append(
-            f"{path.name} has values between whole numbers, of up to {most:.3g} only; all above zero are taken."
-        )
-        return inside
-    cut = 0.5 if most <= MAX_CLASS else most / 2
-    notes.append(
-        f"{path.name} has values between whole numbers (up to {most:.3g}); those from {cut:g} on are taken."
-    )
-    return np.asarray(values >= cut)
-
-
-def _is_soft(values: NDArray[Any], inside: NDArray[np.bool_]) -> bool:
-    """Whether neighbours ``inside``, but for those at the maximum, often differ: of numbered lesions only some that touch do."""
-    below = inside & (values < values.max())
-    pairs = unlike = 0
-    for axis in range(inside.ndim):
-        one, marked, low = (np.moveaxis(array, axis, 0) for array in (values, inside, below))
-        both = marked[1:] & marked[:-1] & (low[1:] | low[:-1])
-        pairs += int(np.count_nonzero(both))
-        unlike += int(np.count_nonzero(both & (one[1:] != one[:-1])))
-    return unlike > UNLIKE * pairs
-
-
-def _shown(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """What an image shows: all but air, which may be noise."""
-    few = values[::3, ::3, ::3]
-    few = few[few > 0]
-    return np.asarray(values > (SHOWN * float(np.percentile(few, 99.9)) if few.size else 0))
+        return inside, []
+    if _are_whole_numbers(above):
+        if _are_classes(values, inside, most):
+            return inside, []
+        half = most / 2
+        return np.asarray(values >= half), [
+            f"{name} has values up to {most:.3g} that differ from voxel to voxel; those from "
+            f"{half:g} on are taken."
+        ]
+    if most < MIN_PROBABILITY_PEAK:
+        return inside, [
+            f"{name} has values between whole numbers, of up to {most:.3g} only; all above zero are "
+            f"taken."
+        ]
+    half = 0.5 if most <= MAX_CLASS else most / 2
+    return np.asarray(values >= half), [
+        f"{name} has values between whole numbers (up to {most:.3g}); those from {half:g} on are "
+        f"taken."
+    ]
 
 
 def check_brain(
     path: Path, mask: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float
 ) -> None:
-    """Raise `AnomriError` if a mask leaves so little of an image that it is no brain's, unless its name says it is."""
-    if BRAIN_MASK.search(bare_name(path)) or not (mask & (values > 0)).any():
+    """Raise `AnomriError` if a mask is too small for a brain's, unless its name says it is one."""
+    if BRAIN_MASK_NAME.search(bare_name(path)) or not (mask & (values > 0)).any():
         return
-    shown = _shown(values)
-    inside, whole = int(np.count_nonzero(mask & shown)), int(np.count_nonzero(shown))
-    millilitres = inside * voxel_mm3 / 1000
-    if inside < MIN_BRAIN_SHARE * whole and millilitres < MIN_BRAIN_ML:
+    millilitres, share = _measure(mask, values, voxel_mm3)
+    if share < MIN_BRAIN_SHARE and millilitres < MIN_BRAIN_ML:
         raise AnomriError(
-            f"{path}: leaves {millilitres:.3g} ml of {image.name}, {inside / whole:.1%} of what is to be seen there; that is no "
-            f"mask of a brain. If it is the label of a lesion, call it <case>_seg.nii.gz, or name it so in a .tsv; if it is a "
-            f"brain's, <case>_brain_mask.nii.gz."
+            f"{path}: marks {millilitres:.3g} ml, {share:.1%} of the tissue in {image.name}; that is "
+            f"not the mask of a brain. If it is a lesion label, name it <case>_seg.nii.gz, or list "
+            f"it in a .tsv; if it is a brain mask, name it <case>_brain_mask.nii.gz."
         )
 
 
 def check_lesion(
     path: Path, label: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float
 ) -> None:
-    """Raise `AnomriError` if a label marks so much of an image that it is no lesion's."""
-    marked = int(np.count_nonzero(label))
-    if marked <= MAX_LESION_SHARE * np.count_nonzero(values):
+    """Raise `AnomriError` if a label is too large for one of lesions."""
+    if np.count_nonzero(label) <= MAX_LESION_SHARE * np.count_nonzero(values):
         return
-    shown = _shown(values)
-    inside = int(np.count_nonzero(label & shown))
-    share, millilitres = inside / max(int(np.count_nonzero(shown)), 1), inside * voxel_mm3 / 1000
-    if share > MAX_SHARE or (share > MAX_LESION_SHARE and millilitres > MAX_LESION_ML):
+    millilitres, share = _measure(label, values, voxel_mm3)
+    too_large = share > MAX_LESION_SHARE and millilitres > MAX_LESION_ML
+    if too_large or share > MAX_LESION_SHARE_OF_ANY:
         raise AnomriError(
-            f"{path}: marks {millilitres:,.0f} ml, {share:.0%} of what is to be seen in {image.name}; that is no label of a "
-            f"lesion. If it is the brain's mask, call it <case>_mask.nii.gz; if it shows tissues, take it out of the "
-            f"folder or name the files in a .tsv."
+            f"{path}: marks {millilitres:,.0f} ml, {share:.0%} of the tissue in {image.name}; that is "
+            f"not a lesion label. If it is a brain mask, name it <case>_mask.nii.gz; if it shows "
+            f"tissues, take it out of the folder or list the files in a .tsv."
         )
+
+
+def _are_whole_numbers(values: NDArray[Any]) -> bool:
+    if values.dtype.kind in "iu":
+        return True
+    # Whole numbers that a header scales are only nearly whole.
+    return bool((np.abs(values - values.round()) <= 1e-3).all())
+
+
+def _are_classes(values: NDArray[Any], inside: NDArray[np.bool_], most: float) -> bool:
+    """Whether whole numbers, of up to ``most``, are classes or numbers of lesions."""
+    if most <= MAX_CLASS or len(np.unique(values[inside])) <= MAX_CLASSES:
+        return True
+    return not _is_soft(values, inside)
+
+
+def _is_soft(values: NDArray[Any], inside: NDArray[np.bool_]) -> bool:
+    """Whether neighbouring values ``inside``, apart from those at the maximum, often differ."""
+    below_maximum = inside & (values < values.max())
+    pairs = unequal = 0
+    for axis in range(inside.ndim):
+        moved, marked, below = (
+            np.moveaxis(array, axis, 0) for array in (values, inside, below_maximum)
+        )
+        counted = marked[1:] & marked[:-1] & (below[1:] | below[:-1])
+        pairs += int(np.count_nonzero(counted))
+        unequal += int(np.count_nonzero(counted & (moved[1:] != moved[:-1])))
+    return unequal > MAX_UNEQUAL_NEIGHBOURS * pairs
+
+
+def _measure(
+    mask: NDArray[np.bool_], values: NDArray[Any], voxel_mm3: float
+) -> tuple[float, float]:
+    """The tissue inside a mask, in ml and as a share of all tissue in the image."""
+    sample = values[::3, ::3, ::3]
+    sample = sample[sample > 0]
+    level = TISSUE_LEVEL * float(np.percentile(sample, 99.9)) if sample.size else 0.0
+    tissue = values > level
+    inside = int(np.count_nonzero(mask & tissue))
+    return inside * voxel_mm3 / 1000, inside / max(int(np.count_nonzero(tissue)), 1)

@@ -1,4 +1,4 @@
-"""NIfTI files: read to a verified end with care for what they claim, written whole or not at all."""
+"""NIfTI files: read completely and checked against what their headers claim, and written atomically."""
 
 from __future__ import annotations
 
@@ -21,77 +21,91 @@ from anomri.files import whole_file
 
 MAX_VOXELS = 1024**3
 """Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
-HEADER_BYTES = 1024**2
-_UNPACKING_ERROR: Any = isal_zlib.error
-_NIBABEL_ERRORS = (
+MAX_HEADER_BYTES = 1024**2
+"""The most that may lie before the image in a file, or behind it."""
+GZIP = b"\x1f\x8b"
+FOREIGN_FILES = {
+    b"version https://git-lfs": "is a Git LFS pointer without the image; fetch it with: git lfs pull",
+    b"/annex/objects/": "is a git-annex pointer without the image; fetch it with: git annex get",
+    b"<!doctype html": "is a web page, perhaps a login or error page; download the file again",
+    b"<html": "is a web page, perhaps a login or error page; download the file again",
+    b"pk\x03\x04": "is a ZIP archive; unpack it",
+    b"bzh": "is compressed with bzip2; unpack it",
+    b"\xfd7zxz": "is compressed with xz; unpack it",
+    b"nrrd": "is an NRRD image; convert it to NIfTI",
+    b"\x89hdf": "is an HDF5 file (MINC?); convert it to NIfTI",
+}
+"""First bytes (in lower case) of files that are taken for NIfTI, and what to do about them."""
+_ZLIB_ERROR: Any = isal_zlib.error
+_DAMAGE = (
+    EOFError,
+    ValueError,
+    OverflowError,
+    _ZLIB_ERROR,
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
     nib.spatialimages.HeaderTypeError,
 )
+"""What reading a damaged file raises."""
 
 
 def read_image(path: Path) -> nib.Nifti1Image:
-    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong with it.
+    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong.
 
-    Nothing larger than `MAX_VOXELS` is unpacked, and the checksum of a ``.nii.gz`` is verified, which nibabel
-    alone does not do. A fourth axis of length one is dropped.
+    Images larger than `MAX_VOXELS` are not unpacked. The checksum of a ``.nii.gz`` is verified,
+    which nibabel alone does not do. A fourth axis of length one is dropped.
     """
     try:
-        header = _header(path)
-        image = type_of(header).from_bytes(_unpack(path, _expected_bytes(path, header)))
+        _check_content(path)
+        header = _read_header(path)
+        image = image_class(header).from_bytes(_read_content(path, _image_end(path, header)))
         if image.ndim > 3:
             image = nib.funcs.squeeze_image(image)
-        if image.ndim != 3:
-            raise AnomriError(
-                f"{path}: has {image.ndim} axes {image.shape}; one 3D image a file is expected."
-            )
-        return image
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        _UNPACKING_ERROR,
-        *_NIBABEL_ERRORS,
-    ) as error:
-        reason = getattr(error, "strerror", None) or error
+    except MemoryError as error:
+        raise AnomriError(f"{path}: memory does not suffice to read it.") from error
+    except (OSError, *_DAMAGE) as error:
+        raise _reading_error(path, error) from error
+    if image.ndim != 3:
         raise AnomriError(
-            f"{path}: cannot be read as NIfTI, it is damaged or cut short ({reason})."
-        ) from error
+            f"{path}: has {image.ndim} axes {image.shape}; a file has to hold one 3D image."
+        )
+    return image
 
 
-def values_of(image: nib.Nifti1Image) -> NDArray[Any]:
-    """What nibabel would read, of an image that `read_image` gave; whole numbers, most of what there is, take less.
+def read_values(image: nib.Nifti1Image) -> NDArray[Any]:
+    """The voxel values of an image from `read_image`; equal to nibabel's, but with less memory.
 
-    They are not copied, and so read-only; those that the header scales become float32, not float64.
+    Unscaled integers are not copied, and so are read-only. Integers with a slope become float32.
     """
-    values, slope = stored_values_of(image)
+    values, slope = read_unscaled(image)
     return values if slope == 1 else np.multiply(values, np.float32(slope), dtype=np.float32)
 
 
-def stored_values_of(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
-    """`values_of` an image before they are multiplied by a slope > 0, and the slope: scaled later, fewer need be."""
+def read_unscaled(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
+    """The values of an image, and a slope > 0 that they still have to be multiplied by.
+
+    This saves time where only part of an image is used.
+    """
     proxy: Any = image.dataobj
     if not nib.is_proxy(proxy) or proxy.dtype.kind not in "iu":
         return np.asanyarray(proxy), 1.0
     content = proxy.file_like.getvalue()
-    stored = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset).reshape(
-        proxy.shape, order="F"
-    )
-    # A damaged header may say anything: only what float32 can hold is left for later.
-    if not proxy.inter and 0 < proxy.slope * np.iinfo(stored.dtype).max < np.finfo(np.float32).max:
+    flat = np.frombuffer(content, proxy.dtype, math.prod(proxy.shape), proxy.offset)
+    stored = flat.reshape(proxy.shape, order="F")
+    # A damaged header may hold any slope: only values that float32 can hold are scaled later.
+    largest = proxy.slope * np.iinfo(stored.dtype).max
+    if not proxy.inter and 0 < largest < np.finfo(np.float32).max:
         return stored, float(proxy.slope)
     values: NDArray[np.float32] = np.multiply(stored, np.float32(proxy.slope), dtype=np.float32)
     values += np.float32(proxy.inter)
-    # The stored number closest to zero stands for it: what lies around a brain is nothing, not half a step.
+    # The stored number closest to zero is zero: otherwise the background would be half a step.
     values[stored == np.rint(-proxy.inter / proxy.slope)] = 0
     return values, 1.0
 
 
 @contextmanager
 def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[str, str | Path]]:
-    """A file for each of some files and images of nibabel, which go the way of all files, with all its checks."""
+    """Paths for files and nibabel images alike: images are saved to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, str | Path] = {}
         for name, image in images.items():
@@ -103,16 +117,16 @@ def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[s
         yield files
 
 
-def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
-    """The image class that reads a header's format (NIfTI-1 or NIfTI-2)."""
+def image_class(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
+    """The image class for a header's format (NIfTI-1 or NIfTI-2)."""
     return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
 
 
-def write_image_file(path: Path, image: nib.Nifti1Image) -> None:
-    """Write an image, packed if the name ends in ``.gz``, without a name or a time in the packing."""
+def write_image(path: Path, image: nib.Nifti1Image) -> None:
+    """Write an image, compressed if the name ends in ``.gz``; the same image gives the same bytes."""
     with whole_file(path) as partial, partial.open("wb") as raw:
         if path.name.endswith(".gz"):
-            # Level 1: maps are mostly zero, so higher levels take longer for a few percent.
+            # Level 1: maps are mostly zero, and higher levels take longer to save a few percent.
             with igzip.IGzipFile(
                 filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0
             ) as packed:  # type: ignore[no-untyped-call]
@@ -121,47 +135,116 @@ def write_image_file(path: Path, image: nib.Nifti1Image) -> None:
             raw.write(image.to_bytes())
 
 
-def _header(path: Path) -> nib.Nifti1Header:
-    # Whatever text may follow it is read with the image.
-    start = _unpack(path, nib.Nifti2Header.sizeof_hdr, whole=False)
+def _check_content(path: Path) -> None:
+    """Raise `AnomriError` if the first bytes of a file are not what its name says."""
+    with path.open("rb") as file:
+        start = file.read(nib.Nifti2Header.sizeof_hdr)
     if not start:
-        raise AnomriError(f"{path}: the file is empty.")
-    for image_class in (nib.Nifti1Image, nib.Nifti2Image):
-        header_class = image_class.header_class
-        if header_class.may_contain_header(start[: header_class.sizeof_hdr]):
-            return header_class(start[: header_class.sizeof_hdr])  # type: ignore[no-untyped-call]
-    raise AnomriError(f"{path}: is not a NIfTI image.")
+        raise AnomriError(f"{path}: the file is empty; copy or download it again.")
+    named_gz, is_gz = path.name.lower().endswith(".gz"), start.startswith(GZIP)
+    if is_gz and not named_gz:
+        raise AnomriError(
+            f"{path}: is compressed with gzip, but its name does not say so; rename it to "
+            f"{path.name}.gz, or unpack it."
+        )
+    if named_gz and not is_gz:
+        _refuse_foreign(path, start)
+        if _find_header(start) is not None:
+            raise AnomriError(
+                f"{path}: is not compressed, but its name ends in .gz; rename it to {path.stem}."
+            )
+        # A single byte may be the rest of a file that was cut short.
+        if len(start) > 1:
+            raise AnomriError(f"{path}: is not a gzip file; copy or download it again.")
 
 
-def _expected_bytes(path: Path, header: nib.Nifti1Header) -> int:
+def _refuse_foreign(path: Path, start: bytes) -> None:
+    """Raise `AnomriError` with advice if ``start``, a file's first bytes, is that of another format."""
+    text = start.lstrip().lower()
+    for signature, advice in FOREIGN_FILES.items():
+        if text.startswith(signature):
+            raise AnomriError(f"{path}: {advice}.")
+    if start[128:132] == b"DICM":
+        raise AnomriError(f"{path}: is a DICOM file; give the folder that holds its series.")
+    if start.startswith(GZIP):
+        raise AnomriError(f"{path}: is compressed twice with gzip; unpack it once.")
+
+
+def _reading_error(path: Path, error: Exception) -> AnomriError:
+    if path.is_symlink() and not path.exists():
+        target = str(path.readlink())
+        advice = "fetch it with: git annex get" if "annex" in target else "mend the link"
+        return AnomriError(f"{path}: is a link to {target}, which does not exist; {advice}.")
+    if isinstance(error, FileNotFoundError):
+        return AnomriError(f"{path}: no such file.")
+    if isinstance(error, OSError) and error.errno:
+        return AnomriError(f"{path}: cannot be read ({error.strerror}).")
+    return AnomriError(
+        f"{path}: cannot be read as NIfTI, it is damaged or cut short ({error}); copy or download "
+        f"it again."
+    )
+
+
+def _find_header(start: bytes) -> nib.Nifti1Header | None:
+    """The NIfTI header in the first bytes of an image, if there is one."""
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        content = start[: kind.sizeof_hdr]
+        if kind.may_contain_header(content):
+            return kind(content)  # type: ignore[no-untyped-call]
+    return None
+
+
+def _open(path: Path) -> Any:
+    if path.name.lower().endswith(".gz"):
+        return igzip.open(path, "rb")  # type: ignore[no-untyped-call]
+    return path.open("rb")
+
+
+def _read_header(path: Path) -> nib.Nifti1Header:
+    with _open(path) as file:
+        start = file.read(nib.Nifti2Header.sizeof_hdr)
+    if not start:
+        raise AnomriError(f"{path}: the file is empty; copy or download it again.")
+    header = _find_header(start)
+    if header is None:
+        _refuse_foreign(path, start)
+        raise AnomriError(f"{path}: is not a NIfTI image; convert it, or choose another file.")
+    return header
+
+
+def _image_end(path: Path, header: nib.Nifti1Header) -> int:
+    """The number of bytes from the start of a file to the end of its image."""
     shape = header.get_data_shape()
-    voxels = int(np.prod(shape, dtype=object)) if shape else 0
+    # Exact: a damaged header may claim more voxels than an integer of 64 bits can hold.
+    voxels = math.prod(int(length) for length in shape) if shape else 0
     if voxels <= 0 or min(shape) <= 0:
         raise AnomriError(f"{path}: its header gives the size {shape}; there is nothing to read.")
     if voxels > MAX_VOXELS:
         raise AnomriError(
-            f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; refused."
+            f"{path}: its header claims {voxels:,} voxels {shape}, more than {MAX_VOXELS:,}; it is "
+            f"not read."
         )
     offset = float(header["vox_offset"])
-    if not header.sizeof_hdr <= offset <= HEADER_BYTES:
+    if not header.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
         raise AnomriError(
             f"{path}: its header places the image {offset:g} bytes into the file; it is damaged."
         )
     return int(offset) + voxels * header.get_data_dtype().itemsize
 
 
-def _unpack(path: Path, size: int, *, whole: bool = True) -> bytes:
-    """The first ``size`` bytes of a file, unpacked; all of them, to a verified end, if ``whole``."""
-    opener = igzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rb") as file:
-        content = file.read(size)
-        if whole and len(content) < size:
+def _read_content(path: Path, size: int) -> bytes:
+    """The first ``size`` bytes of a file, unpacked; the rest of the file is read and checked."""
+    with _open(path) as file:
+        content: bytes = file.read(size)
+        if len(content) < size:
             raise AnomriError(
-                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it again."
+                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it "
+                f"again."
             )
-        # The checksum of a gzip file stands at its end: read on, up to a limit that no honest trailer reaches.
-        if whole and file.read(HEADER_BYTES) and file.read(1):
+        # The checksum of a gzip file stands at its end. Read on, but not without limit.
+        if file.read(MAX_HEADER_BYTES) and file.read(1):
             raise AnomriError(
-                f"{path}: goes on for more than {HEADER_BYTES:,} bytes after its image; refused."
+                f"{path}: goes on for more than {MAX_HEADER_BYTES:,} bytes after its image; it is "
+                f"not read."
             )
     return content

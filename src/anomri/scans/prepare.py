@@ -1,4 +1,4 @@
-"""What is done to a scan before a model sees it: brain mask, skull, shading, space."""
+"""What is done to a scan before a model sees it: brain mask, skull, faulty voxels, bias, space."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.scans.bias import correct_bias
 from anomri.scans.case import Case
+from anomri.scans.read import read_volume
 from anomri.scans.register import register
-from anomri.scans.skull import brain_mask, check_skull
-from anomri.scans.volume import Volume, read_volume
+from anomri.scans.skull import check_skull, find_brain
+from anomri.scans.volume import Volume
 from anomri.spec import Grid
 
 CEILING = 6.0
-"""Voxels above this many times a channel's 99th percentile are taken for faults; 115 clean images reach 3.3."""
+"""Voxels above this many times a channel's 99th percentile are faulty; 115 clean images reach 3.3."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Steps between a scan's files and what a model sees, in this order; the default takes a brain as it is.
+    """Steps between a scan's files and what a model sees, in this order; by default none.
 
-    ``brain_mask`` is a file whose voxels above zero are brain, instead of the case's own mask; ``skull_strip`` finds
-    the brain in the first channel; ``bias_correction`` runs N4 on every channel; ``register`` turns the scan into
-    the model's space and its map back.
+    ``brain_mask`` is a file whose voxels above zero are brain, used instead of the case's own mask.
+    ``skull_strip`` finds the brain in the first channel. ``bias_correction`` runs N4 on every
+    channel. ``register`` turns the scan into the model's space, and its map back.
     """
 
     brain_mask: Path | None = None
@@ -49,64 +51,82 @@ def prepare(
     *,
     resampled: bool = True,
 ) -> Volume:
-    """Read ``channels`` of a case as a model should see them, to learn or to detect; ``notes`` say what was done.
+    """Read ``channels`` of a case as a model should see them; its ``notes`` say what was done.
 
-    Channels on other grids are ``resampled`` to the first one's, or refused. Raises `AnomriError` if a file is missing or
-    damaged, if the scan plainly has its skull and nothing says where its brain is, or if a step fails.
+    Channels on other grids are ``resampled`` to the first one's, or refused. Raises `AnomriError`
+    if a file is missing or damaged, if the scan has its skull and nothing says where the brain is,
+    or if a step fails.
     """
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
     volume = read_volume(case, channels, grid, resampled=resampled)
     if preparation.skull_strip:
-        mask, tool = brain_mask(volume)
-        note = f"the brain was found by {tool} in channel {channels[0]}: {mask.sum() * volume.geometry.voxel_mm3 / 1000:,.0f} ml."
-        volume = volume.with_data(volume.data * mask, note)
-        for name, channel in zip(channels, volume.inside, strict=True):
-            if not channel.any():
-                raise AnomriError(
-                    f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
-                )
+        volume = _strip_skull(case, volume)
     else:
         check_skull(case, volume)
-    volume = without_spikes(volume)
+    volume = replace_faulty_voxels(volume)
     if preparation.bias_correction:
-        spacing = volume.geometry.spacing_mm
-        corrected = [
-            correct_bias(channel, spacing, f"{case.name}, channel {name}")
-            for name, channel in zip(channels, volume.data, strict=True)
-        ]
-        volume = volume.with_data(np.stack(corrected), "shading was corrected by N4.")
+        volume = _correct_bias(volume)
     if preparation.register:
         volume, _ = register(volume)
     return volume
 
 
-def without_spikes(volume: Volume) -> Volume:
-    """The scan with voxels above `CEILING` replaced by the median of the 27 around them, with a note; else as it is.
+def replace_faulty_voxels(volume: Volume) -> Volume:
+    """The scan with voxels above `CEILING` replaced by the median of the 27 around them, and a note.
 
-    A saturated voxel is worth hundreds of times what a network has seen, and would fill its surroundings with
-    score. Where the median is no lower, as in a saturated patch, the ceiling itself is taken.
+    A saturated voxel is hundreds of times brighter than anything a network has seen, and would
+    spread over the map. Where the median is no lower, as in a saturated patch, the ceiling itself
+    is taken.
     """
     notes, inside = list(volume.notes), volume.inside
     for number, channel in enumerate(volume.inside):
-        most, above_zero = float(channel.max()), np.count_nonzero(channel > 0)
-        # If p is the 99th percentile, mean <= 0.99 p + 0.01 max: mostly that spares a sort.
-        if most <= CEILING * (float(channel.sum(dtype=np.float64)) / above_zero - 0.01 * most):
-            continue
-        ceiling = CEILING * float(np.percentile(channel[channel > 0], 99))
-        places = np.argwhere(channel > ceiling)
-        if not len(places):
+        ceiling = _find_ceiling(channel)
+        if ceiling is None:
             continue
         if inside is volume.inside:
             inside = volume.inside.copy()
-        around = np.pad(volume.channel(number), 1, mode="edge")
-        around = around[tuple(slice(side.start, side.stop + 2) for side in volume.brain)]
-        for x, y, z in places:
-            inside[number, x, y, z] = min(
-                float(np.median(around[x : x + 3, y : y + 3, z : z + 3])), ceiling
-            )
+        faulty = np.argwhere(channel > ceiling)
+        padded = np.pad(volume.channel(number), 1, mode="edge")
+        around = padded[tuple(slice(side.start, side.stop + 2) for side in volume.brain)]
+        for x, y, z in faulty:
+            median = float(np.median(around[x : x + 3, y : y + 3, z : z + 3]))
+            inside[number, x, y, z] = min(median, ceiling)
         notes.append(
-            f"channel {volume.channels[number]} has {len(places):,} voxels above {CEILING:g} times its 99th percentile (up "
-            f"to {channel.max():.4g}), saturated or faulty; they were given the values around them."
+            f"channel {volume.channels[number]} has {len(faulty):,} voxels above {CEILING:g} times its "
+            f"99th percentile (up to {channel.max():.4g}), saturated or faulty; they were given the "
+            f"values around them."
         )
     return volume if inside is volume.inside else replace(volume, inside=inside, notes=tuple(notes))
+
+
+def _find_ceiling(channel: NDArray[np.float32]) -> float | None:
+    """The value above which voxels are faulty; ``None`` if none is above it."""
+    most, above_zero = float(channel.max()), np.count_nonzero(channel > 0)
+    # The mean is at most 0.99 p + 0.01 max, p being the 99th percentile: this mostly spares a sort.
+    if most <= CEILING * (float(channel.sum(dtype=np.float64)) / above_zero - 0.01 * most):
+        return None
+    ceiling = CEILING * float(np.percentile(channel[channel > 0], 99))
+    return ceiling if (channel > ceiling).any() else None
+
+
+def _strip_skull(case: Case, volume: Volume) -> Volume:
+    mask, tool = find_brain(volume)
+    millilitres = mask.sum() * volume.geometry.voxel_mm3 / 1000
+    note = f"the brain was found by {tool} in channel {volume.channels[0]}: {millilitres:,.0f} ml."
+    stripped = volume.with_data(volume.data * mask, note)
+    for name, channel in zip(stripped.channels, stripped.inside, strict=True):
+        if not channel.any():
+            raise AnomriError(
+                f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
+            )
+    return stripped
+
+
+def _correct_bias(volume: Volume) -> Volume:
+    spacing_mm = volume.geometry.spacing_mm
+    corrected = [
+        correct_bias(channel, spacing_mm, f"{volume.name}, channel {name}")
+        for name, channel in zip(volume.channels, volume.data, strict=True)
+    ]
+    return volume.with_data(np.stack(corrected), "shading was corrected by N4.")

@@ -1,1 +1,1 @@
-"""DICOM: which files form a series, which channel a series is, its conversion to NIfTI, and the mask as DICOM SEG."""
+"""DICOM in and out: find the series of a folder and their channels, convert them, write a mask as SEG."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Things that are no T1, T2 or FLAIR image of the whole brain, and words that leave it open which one it is.
+# Images other than T1, T2 or FLAIR of the whole brain, and words that leave open which one it is.
 _OTHER = re.compile(
     r"(?<![a-z0-9])(?:dwi|adc|dti|swi|swan|asl|dsc|dce|dyn|mra|mrv|tof|bold|fmri|m?mip|minip|phase|pha|(?:t[12])?map(?:ping)?|"
     r"scout|survey|locali[sz]er|sub|stir|dir|pd|mp2rage|t1rho|spine|neck|orbits?|fieldmap)(?![a-z0-9])|"
@@ -31,7 +31,7 @@ _NO_AGENT = {"no", "none", "n", "no contrast", "without", "nil", "0"}
 
 @dataclass(frozen=True)
 class Series:
-    """What the headers of one MR series say, without anything about the patient; times in ms."""
+    """The headers of one MR series, without anything about the patient; times in ms."""
 
     uid: str
     study: str
@@ -45,12 +45,17 @@ class Series:
     inversion_time: float | None = None
     gradient_echo: bool = False
     frame: str = ""
-    """The FrameOfReferenceUID: coordinates of series are comparable within one."""
+    """The FrameOfReferenceUID: coordinates are comparable between series that share it."""
 
     @property
     def slices(self) -> int:
         """The number of slices, one a file."""
         return len(self.files)
+
+    @property
+    def place(self) -> str:
+        """The folder and the series, for messages."""
+        return f"{self.files[0].parent}, series {self}"
 
     def __str__(self) -> str:
         return f"{self.description or 'without description'!r} ({self.slices} slices, {self.uid})"
@@ -59,14 +64,14 @@ class Series:
 def guess_channel(series: Series) -> str | None:
     """The channel that a series most likely is, ``flair``, ``t1``, ``t1ce`` or ``t2``; ``None`` when unsure.
 
-    The words of SeriesDescription (ProtocolName where it is empty) propose a weighting; exactly one has to come
-    out, and no word of another kind of image (diffusion, T2*, angiography, ...). The headers may only contradict:
-    T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms, FLAIR inverts at 1400 ms or later and T2
-    not at all, and a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if its words or ContrastBolusAgent speak of
-    contrast, and ``None`` if they disagree. Where neither says a word it is ``t1``; two such series of a study are
-    an error of `choose_series`.
+    The words of SeriesDescription (ProtocolName if it is empty) must name exactly one weighting, and
+    no other kind of image (diffusion, T2*, angiography, ...). The other headers can only contradict:
+    T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms; FLAIR inverts at 1400 ms or
+    later and T2 not at all; a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if its words or
+    ContrastBolusAgent name a contrast agent, and ``None`` if they disagree. If neither mentions one
+    it is ``t1``; two such series in a study are an error of `choose_series`.
     """
-    # Not both: on some scanners ProtocolName is that of the whole examination, all weightings and contrast in it.
+    # Not both: on some scanners ProtocolName is that of the whole examination, with all weightings.
     text = (series.description or series.protocol).lower()
     if _OTHER.search(text):
         return None
@@ -85,16 +90,15 @@ def guess_channel(series: Series) -> str | None:
 
 
 def _t1_or_t1ce(series: Series, text: str) -> str | None:
-    votes = set()
     if _EITHER.search(text):
         return None
-    if _WITHOUT_AGENT.search(text):
-        votes.add(False)
-    if _WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", text)):
-        votes.add(True)
-    # Many scanners leave the tag empty whatever was given; only a value says something.
+    says_with = bool(_WITH_AGENT.search(_WITHOUT_AGENT.sub(" ", text)))
+    says_without = bool(_WITHOUT_AGENT.search(text))
+    # Many scanners leave the tag empty even if an agent was given; only a value counts.
     if series.agent:
-        votes.add(series.agent.lower() not in _NO_AGENT)
-    if len(votes) > 1:
+        given = series.agent.lower() not in _NO_AGENT
+        says_with |= given
+        says_without |= not given
+    if says_with and says_without:
         return None
-    return "t1ce" if True in votes else "t1"
+    return "t1ce" if says_with else "t1"

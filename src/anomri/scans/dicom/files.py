@@ -1,4 +1,4 @@
-"""DICOM files one by one: what is one, its headers and pixels, and errors that tell nothing of a patient."""
+"""Single DICOM files: their headers and pixels, and errors that reveal nothing about a patient."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from anomri.optional import import_extra
 
 REASONS = {
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
-    "1.2.840.10008.1.3.10": "a DICOMDIR, an index only; the images it lists are looked for in this folder itself",
+    "1.2.840.10008.1.3.10": "a DICOMDIR, which is only an index; its images are searched in the folder",
 }
-"""Why an object of this SOP class is left out, where its name does not say it."""
+"""Why objects of this SOP class are left out, where the name of the class does not say it."""
 TAGS = [
     "SOPClassUID",
     "SOPInstanceUID",
@@ -25,16 +25,15 @@ TAGS = [
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SeriesDescription",
-]
-TAGS += [
     "ProtocolName",
     "ImageType",
     "ContrastBolusAgent",
     "EchoTime",
     "InversionTime",
     "ScanningSequence",
+    "FrameOfReferenceUID",
 ]
-TAGS += ["FrameOfReferenceUID"]
+"""The tags that are read of each file."""
 
 
 def import_dicom(module: str) -> Any:
@@ -44,14 +43,14 @@ def import_dicom(module: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of the DICOM libraries, which quote header values that may be a patient's."""
+    """Silence warnings of the DICOM libraries: they quote header values, which may be a patient's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def regular_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below it, less hidden ones and what is no plain file; `AnomriError` if it is none."""
+    """The files in a folder and below it, except hidden ones; raises `AnomriError` if there is none."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise AnomriError(
@@ -59,14 +58,15 @@ def regular_files(folder: Path) -> Iterator[Path]:
         )
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
-            # Nothing else can be read without waiting: a pipe would block.
-            if path.is_file():
+        for name in sorted(names):
+            path = Path(place, name)
+            # Regular files only: reading a pipe would block.
+            if not name.startswith(".") and path.is_file():
                 yield path
 
 
 def read_header(path: Path) -> Any:
-    """The tags of `TAGS` in a file; ``None`` if it is not DICOM."""
+    """The `TAGS` of a file, as a pydicom data set; ``None`` if the file is not DICOM."""
     pydicom = import_dicom("pydicom")
     if not path.stat().st_size:
         raise AnomriError(f"{path}: the file is empty; copy it again, or delete it.")
@@ -78,66 +78,71 @@ def read_header(path: Path) -> Any:
     except pydicom.errors.InvalidDicomError:
         return None
     except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise cut_short(path, error) from error
-    if not text_of(header, "SOPClassUID"):
-        raise cut_short(path, "it does not say what it is")
+        raise damaged(path, describe_error(error)) from error
+    if not read_text(header, "SOPClassUID"):
+        raise damaged(path, "it does not say what it is")
     return header
 
 
 def read_whole(path: Path) -> Any:
-    """A file with its pixels, not decoded; raises `AnomriError` naming it if it is damaged or has none."""
+    """A file with its pixels, not decoded; raises `AnomriError` if it is damaged or has none."""
     try:
-        one = import_dicom("pydicom").dcmread(path)
+        data_set = import_dicom("pydicom").dcmread(path)
     except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise cut_short(path, error) from error
-    if "PixelData" not in one:
-        raise cut_short(path, "it holds no pixels")
-    return one
+        raise damaged(path, describe_error(error)) from error
+    if "PixelData" not in data_set:
+        raise damaged(path, "it holds no pixels")
+    return data_set
 
 
-def check_pixels(one: Any) -> None:
+def check_pixels(data_set: Any) -> None:
     """Decode the pixels of a file that was read; raises `AnomriError` naming it if that fails."""
     try:
-        one.pixel_array  # noqa: B018 - decodes
+        data_set.pixel_array  # noqa: B018 - decodes
     except Exception as error:  # each decoder has its own errors
-        syntax = one.file_meta.TransferSyntaxUID
+        reason = describe_error(error)
+        syntax = data_set.file_meta.TransferSyntaxUID
         if not syntax.is_compressed:
-            raise cut_short(Path(one.filename), error) from error
-        reason = reason_of(error)
+            raise damaged(Path(data_set.filename), reason) from error
         raise AnomriError(
-            f"{one.filename}: its pixels are compressed as {syntax.name} and cannot be decoded ({reason}). Decompress "
-            f"the series (gdcmconv --raw, or dcmdjpeg), or copy it again if the file is damaged."
+            f"{data_set.filename}: its pixels are compressed as {syntax.name} and cannot be decoded "
+            f"({reason}). Decompress the series (gdcmconv --raw, or dcmdjpeg), or copy it again if "
+            f"the file is damaged."
         ) from error
 
 
-def reason_of(error: Exception) -> str:
-    """What an error of a DICOM library says, without the header values it quotes: they may be a patient's."""
+def describe_error(error: Exception) -> str:
+    """The text of an error of a DICOM library, without quoted header values: they may be a patient's.
+
+    >>> describe_error(ValueError("cannot read '19010203' as a number"))
+    "cannot read '...' as a number"
+    """
     text = first_line(error)
     # The quotes of an attribute error hold the name of the attribute.
     return text if isinstance(error, AttributeError) else re.sub(r"(['\"]).*\1", "'...'", text)
 
 
-def cut_short(path: Path, error: Exception | str) -> AnomriError:
-    """What to raise for a file that cannot be read."""
-    reason = error if isinstance(error, str) else reason_of(error)
+def damaged(path: Path, reason: str) -> AnomriError:
+    """The error for a file that cannot be read."""
     return AnomriError(
         f"{path}: cannot be read as DICOM, it is damaged or cut short ({reason}); copy it again."
     )
 
 
-def text_of(header: Any, keyword: str) -> str:
-    """A value of a header as text, empty if there is none; several values with spaces between them."""
+def read_text(header: Any, keyword: str) -> str:
+    """A header value as text, empty if there is none; several values are joined by spaces."""
     try:
         value = header.get(keyword)
-    except Exception:  # a value is parsed when asked for; one that cannot be says nothing
+    except Exception:  # values are parsed when asked for; this one cannot be
         return ""
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    return " ".join(str(part) for part in value).strip() if many else str(value or "").strip()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(str(part) for part in value).strip()
+    return str(value or "").strip()
 
 
-def number_of(header: Any, keyword: str) -> float | None:
-    """A value of a header as a number; ``None`` if it is none."""
+def read_number(header: Any, keyword: str) -> float | None:
+    """A header value as a number; ``None`` if it is not one."""
     try:
-        return float(text_of(header, keyword))
+        return float(read_text(header, keyword))
     except ValueError:
         return None

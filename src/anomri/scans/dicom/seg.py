@@ -1,7 +1,8 @@
 """DICOM out: a mask as a DICOM segmentation (SEG) of the series it was found in.
 
-A SEG belongs to its source's study, so it carries that study's patient module: name, PatientID, birth date and sex
-as the source has them. The standard asks for it (PS3.3, A.51); it is as identifying as the source series.
+A SEG belongs to its source's study, so it carries that study's patient module: name, PatientID,
+birth date and sex as the source has them. The standard requires it (PS3.3, A.51); it is as
+identifying as the source series.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.files import whole_file
 from anomri.scans.dicom.channels import Series
-from anomri.scans.dicom.files import import_dicom, quiet, reason_of
-from anomri.scans.dicom.read import stack
+from anomri.scans.dicom.files import describe_error, import_dicom, quiet
+from anomri.scans.dicom.stack import stack_slices
 from anomri.scans.geometry import Geometry
+from anomri.scans.resample import VoxelGrid
 
-PATIENT_AND_STUDY = ["PatientName", "PatientID", "PatientBirthDate", "PatientSex"]
-PATIENT_AND_STUDY += [
+PATIENT_AND_STUDY = [
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
     "AccessionNumber",
     "StudyDate",
     "StudyTime",
     "StudyID",
     "ReferringPhysicianName",
 ]
+"""Elements that the standard requires in a SEG, perhaps empty."""
 OFFSET_TOLERANCE = 0.1
-"""How far, in voxels, a voxel of the mask may lie from the pixel of the source series that it becomes."""
+"""How far, in voxels, a voxel of the mask may lie from its pixel of the source series."""
 
 
 def write_segmentation(
@@ -43,74 +49,76 @@ def write_segmentation(
     *,
     parameters: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a mask as DICOM SEG (binary, one segment ``Anomaly``) on the slices of ``source``, whole or not at all.
+    """Write a mask as DICOM SEG (binary, one segment ``Anomaly``) on the slices of ``source``.
 
-    ``mask`` (x, y, z) lies in the working orientation of ``geometry``, which has to be that of the series'
-    own NIfTI, whatever its axes. ``parameters``, such as the method and the threshold on the score, are listed as
-    those of the algorithm. Slices without a finding are left out; of an empty mask all are written, all empty.
-    Raises `AnomriError` naming the file, or the series if the mask lies on another grid or its headers do not do.
+    ``mask`` (x, y, z) is in the working orientation of ``geometry``, which must be that of the
+    series' own NIfTI. ``parameters``, such as the method and the threshold, are listed as those of
+    the algorithm. Slices without a finding are left out; an empty mask is written with all slices.
+    Raises `AnomriError` naming the file, or the series if the mask lies on another grid or the
+    headers do not suffice.
     """
-    pydicom, highdicom = import_dicom("pydicom"), import_dicom("highdicom")
-    where = f"{source.files[0].parent}, series {source}"
+    highdicom = import_dicom("highdicom")
     with quiet():
-        try:
-            headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in source.files]
-        except Exception as error:  # damaged bytes make pydicom raise about anything
-            raise AnomriError(
-                f"{where}: cannot be read as DICOM ({reason_of(error)}); copy it again."
-            ) from error
-        ordered, affine = stack(source, headers)
-        for one in ordered:
-            # Where names were taken out the whole element may be gone; the standard wants it there, empty.
-            for keyword in PATIENT_AND_STUDY:
-                if keyword not in one:
-                    setattr(one, keyword, "")
-            if not one.get("SliceThickness"):
-                one.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.6g}"
-        shape = (int(ordered[0].Columns), int(ordered[0].Rows), len(ordered))
-        frames = _onto(mask, geometry, shape, affine, where).transpose(2, 1, 0)
+        slices, affine = _read_source(source)
+        shape = (int(slices[0].Columns), int(slices[0].Rows), len(slices))
+        frames = _turn_onto(mask, geometry, VoxelGrid(shape, affine), source.place)
         with whole_file(path) as partial:
             try:
-                _segmentation(highdicom, ordered, frames, parameters or {}).save_as(partial)
+                frames = frames.transpose(2, 1, 0)
+                _make_segmentation(highdicom, slices, frames, parameters or {}).save_as(partial)
             except OSError:
                 raise
             except (
                 Exception
-            ) as error:  # highdicom raises what a missing or odd header value leads to
-                reason = reason_of(error)
+            ) as error:  # highdicom raises anything for a missing or odd header value
                 raise AnomriError(
-                    f"{where}: its headers do not do for a DICOM SEG ({reason})."
+                    f"{source.place}: its headers do not suffice for a DICOM SEG "
+                    f"({describe_error(error)}); leave --dicom-seg out, or correct the headers."
                 ) from error
 
 
-def _onto(
-    mask: NDArray[np.bool_],
-    geometry: Geometry,
-    shape: tuple[int, int, int],
-    affine: NDArray[np.float64],
-    where: str,
-) -> NDArray[np.bool_]:
-    """The mask on the axes (column, row, slice) of a series, whose voxel centres have to be the mask's own."""
-    here = geometry.canonical_affine
-    # The axes are taken from where voxels lie in mm: which way the mask's file was stored does not matter.
-    turn = orientations.io_orientation(np.linalg.inv(affine) @ here)
-    turned = orientations.apply_orientation(mask, turn)
-    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (
-        np.array(shape) - 1
-    )
-    there = apply_affine(
-        np.linalg.inv(here @ orientations.inv_ornt_aff(turn, mask.shape)) @ affine, corners
-    )
-    apart = float(np.abs(there - corners).max())
-    if turned.shape != shape or apart > OFFSET_TOLERANCE:
+def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64]]:
+    """The headers of a series in the order of its slices, completed for a SEG, and its affine."""
+    pydicom = import_dicom("pydicom")
+    try:
+        headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in source.files]
+    except Exception as error:  # damaged bytes make pydicom raise about anything
         raise AnomriError(
-            f"{where}: the mask lies on another grid ({turned.shape} voxels, up to {apart:.3g} voxels away) than this "
-            f"series ({shape}). Name the series that the scan was converted from, before any resampling."
+            f"{source.place}: cannot be read as DICOM ({describe_error(error)}); copy it again."
+        ) from error
+    slices, affine = stack_slices(source, headers)
+    for one in slices:
+        # Anonymisation may have removed whole elements; the standard wants them there, empty.
+        for keyword in PATIENT_AND_STUDY:
+            if keyword not in one:
+                setattr(one, keyword, "")
+        if not one.get("SliceThickness"):
+            one.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.6g}"
+    return slices, affine
+
+
+def _turn_onto(
+    mask: NDArray[np.bool_], geometry: Geometry, series: VoxelGrid, where: str
+) -> NDArray[np.bool_]:
+    """The mask on the axes (column, row, slice) of a series, whose voxel centres must be its own."""
+    # The axes follow from where voxels lie, in whatever order the mask's file is stored.
+    turn = orientations.io_orientation(np.linalg.inv(series.affine) @ geometry.canonical_affine)
+    turned = orientations.apply_orientation(mask, turn)
+    affine = geometry.canonical_affine @ orientations.inv_ornt_aff(turn, mask.shape)
+    in_series, in_mask = (
+        apply_affine(np.linalg.inv(to_mm), series.corners_mm) for to_mm in (series.affine, affine)
+    )
+    apart = float(np.abs(in_series - in_mask).max())
+    if turned.shape != series.shape or apart > OFFSET_TOLERANCE:
+        raise AnomriError(
+            f"{where}: the mask lies on another grid ({turned.shape} voxels, up to {apart:.3g} voxels "
+            f"away) than this series ({series.shape}). Name the series that the scan was converted "
+            f"from, before any resampling."
         )
     return np.asarray(turned, dtype=bool)
 
 
-def _segmentation(
+def _make_segmentation(
     highdicom: Any, source: list[Any], frames: NDArray[np.bool_], parameters: Mapping[str, object]
 ) -> Any:
     """The DICOM object of ``frames`` (slice, row, column), which lie on the slices ``source``."""

@@ -1,0 +1,302 @@
+"""Reading the files of a case into a `Volume`: checked, on one grid, masked, with its label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.errors import AnomriError
+from anomri.runtime.launch import usable_processors
+from anomri.scans.boxes import box_around, enclosing_box, is_empty
+from anomri.scans.case import Case
+from anomri.scans.geometry import Geometry, check_same_grid, copy_transposed, gives_position
+from anomri.scans.masks import binarise_label, check_brain, check_lesion
+from anomri.scans.nifti import read_image, read_unscaled, read_values
+from anomri.scans.resample import corner_distance_mm, coverage, resample
+from anomri.scans.volume import Volume
+from anomri.spec import Grid
+
+MAX_NEGATIVE_SHARE, MAX_UNDERSHOOT = 0.1, 0.1
+"""An image is standardised or a difference if a larger share of its values is negative, and the
+lowest is deeper than this share of its maximum; interpolation undershoots less."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image as read: ``values`` on the axes of its file, to be multiplied by ``slope``."""
+
+    path: Path
+    header: nib.Nifti1Header
+    values: NDArray[Any]
+    slope: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The first channel of a case: all other images are brought onto its grid."""
+
+    path: Path
+    geometry: Geometry
+    grid: Grid
+
+
+def read_volume(
+    case: Case,
+    channels: Sequence[str],
+    grid: Grid = Grid(),
+    *,
+    with_label: bool = True,
+    resampled: bool = False,
+) -> Volume:
+    """Read ``channels`` of a case in the orientation of ``grid``, checked against each other.
+
+    Negative values are set to zero, and so are voxels outside the case's brain mask, if it has
+    one. With ``resampled``, images on another grid than the first channel's are brought onto it by
+    their headers (channels trilinear, masks by the nearest voxel), with a note; without, they are
+    refused. A label is never resampled, because what is measured against it must not depend on how
+    it was brought over. With ``resampled``, a label that cannot be used is left out, with a note.
+
+    Raises `AnomriError` naming the file that is missing, damaged, empty, not finite, standardised
+    or on another grid, or that is a lesion label in place of a brain mask.
+    """
+    files = case.files(channels)
+    if not files:
+        raise AnomriError(f"{case.name}: no channel is asked for; name at least one.")
+    reference, arrays, slopes, notes = _read_onto_one_grid(files, grid, resampled=resampled)
+    if case.mask is not None:
+        mask = _read_brain_mask(case.mask, reference, arrays[0], notes, resampled=resampled)
+        arrays = [values * mask for values in arrays]
+    inside, brain = _crop_to_brain(files, arrays, slopes)
+    label: NDArray[np.bool_] | None = None
+    label_error = ""
+    if case.label is not None and with_label:
+        try:
+            label, label_notes = _read_label_on(reference, case.label, arrays[0])
+            notes += label_notes
+        except AnomriError as error:
+            if not resampled:
+                raise
+            label_error = str(error)
+            notes.append(f"its label was left out: {error}")
+    return Volume(
+        case.name,
+        tuple(channels),
+        inside,
+        brain,
+        label,
+        reference.geometry,
+        tuple(notes),
+        label_error=label_error,
+    )
+
+
+def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry, list[str]]:
+    """The lesion label (x, y, z) of a case in the grid's orientation, its geometry, and notes."""
+    assert case.label is not None
+    image = read_image(case.label)
+    geometry = Geometry.from_header(case.label, image.header, grid)
+    values = _check_values(case.label, read_values(image))
+    marked, notes = binarise_label(values, case.label.name)
+    return np.ascontiguousarray(geometry.canonical(marked)), geometry, notes
+
+
+def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating[Any]]:
+    """An anomaly map (x, y, z) in the working orientation; it must lie on the grid of ``label``.
+
+    It is float32, or float64 if the file holds values that float32 cannot tell apart.
+    """
+    image = read_image(path)
+    check_same_grid(path, image.header, label, geometry)
+    values = read_values(image)
+    rounded = _check_values(path, values).astype(np.float32, copy=False)
+    exact = rounded if np.array_equal(rounded, values) else values.astype(np.float64)
+    return np.ascontiguousarray(geometry.canonical(exact))
+
+
+def _read_onto_one_grid(
+    files: Sequence[Path], grid: Grid, *, resampled: bool
+) -> tuple[_Reference, list[NDArray[Any]], list[float], list[str]]:
+    """The first channel's place, the values (x, y, z) of all channels and their slopes, and notes."""
+    # Unpacking releases Python's lock, so channels are read in parallel.
+    with ThreadPoolExecutor(min(len(files), usable_processors())) as pool:
+        images = list(pool.map(_read_channel, files))
+    reference = _Reference(files[0], Geometry.from_header(files[0], images[0].header, grid), grid)
+    arrays, notes = [], _note_unknown_position(reference)
+    for image in images:
+        notes += image.notes
+        arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
+    return reference, arrays, [image.slope for image in images], notes
+
+
+def _read_channel(path: Path) -> _Image:
+    """Read an image of intensities; negative values, which interpolation leaves, are set to zero."""
+    image = read_image(path)
+    stored, slope = read_unscaled(image)
+    stored = _check_values(path, stored)
+    if stored.min() >= 0:
+        return _Image(path, image.header, stored, slope)
+    values = _check_values(path, read_values(image))
+    lowest, highest = float(values.min()), float(values.max())
+    negative, positive = int((values < 0).sum()), int((values > 0).sum())
+    share = negative / (negative + positive)
+    if share > MAX_NEGATIVE_SHARE and -lowest > MAX_UNDERSHOOT * highest:
+        raise AnomriError(
+            f"{path}: {share:.0%} of its values that are not zero are negative (down to {lowest:.3g}, "
+            f"up to {highest:.3g}); it looks standardised, or is a difference of images. Give the "
+            f"image before that step, with intensities from zero up."
+        )
+    note = f"{path.name} has {negative:,} negative voxels (down to {lowest:.3g}); they were set to zero."
+    return _Image(path, image.header, np.maximum(values, 0), notes=(note,))
+
+
+def _check_values(path: Path, values: NDArray[Any]) -> NDArray[Any]:
+    """Refuse values that are not finite real numbers; integers stay, others become float32."""
+    if values.dtype.kind not in "iuf":
+        raise AnomriError(
+            f"{path}: holds values of type {values.dtype}; an image of real numbers is expected."
+        )
+    if values.dtype.kind in "iu":
+        return values
+    values = values.astype(np.float32, copy=False)
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise AnomriError(
+            f"{path}: {bad:,} of its {values.size:,} voxels are NaN or infinite; replace them, by 0 "
+            f"outside the brain."
+        )
+    return values
+
+
+def _note_unknown_position(reference: _Reference) -> list[str]:
+    """A note if nothing says where the scan lies."""
+    if gives_position(reference.geometry.header):
+        return []
+    return [
+        f"{reference.path.name} does not say how it lies (sform and qform code 0): left may be right."
+    ]
+
+
+def _bring_onto(
+    reference: _Reference, image: _Image, notes: list[str], *, resampled: bool
+) -> NDArray[Any]:
+    """The values of an image on the reference's grid, in the working orientation.
+
+    With ``resampled``, an image on another grid is resampled, with a note; without, it is refused.
+    """
+    first = reference.geometry
+    if not resampled:
+        check_same_grid(image.path, image.header, reference.path, first)
+        return first.canonical(image.values)
+    if gives_position(image.header) != gives_position(first.header):
+        notes.append(_assume_same_position(reference, image))
+        return first.canonical(image.values)
+    own = Geometry.from_header(image.path, image.header, reference.grid)
+    values, source, target = own.canonical(image.values), own.canonical_grid, first.canonical_grid
+    apart = corner_distance_mm(source, target)
+    if source.shape == target.shape and apart <= first.tolerance_mm:
+        return values
+    covered = coverage(source, target)
+    if not covered:
+        raise AnomriError(
+            f"{image.path}: does not overlap with {reference.path.name} (their corners are up to "
+            f"{apart:.4g} mm apart). They are of different scans, or a header is wrong; register one "
+            f"to the other."
+        )
+    part = "" if covered > 0.995 else f", {covered:.0%} of which it covers"
+    notes.append(
+        f"{image.path.name} lies on another grid than {reference.path.name} ({source} instead of "
+        f"{target}, corners up to {apart:.3g} mm apart); it was resampled to that one{part}, by what "
+        f"the headers say."
+    )
+    if values.dtype != bool:
+        values = values.astype(np.float32)
+    return resample(values, source, target)
+
+
+def _assume_same_position(reference: _Reference, image: _Image) -> str:
+    """A note that an image lies as the reference, where only one of the two says how it lies.
+
+    Nothing is resampled from or to a position that nibabel made up: raises `AnomriError` if the
+    two differ in size.
+    """
+    silent, positioned = image.path, reference.path
+    if gives_position(image.header):
+        silent, positioned = positioned, silent
+    shape = tuple(image.header.get_data_shape())
+    if shape != reference.geometry.shape:
+        raise AnomriError(
+            f"{image.path}: {silent.name} does not say how it lies (sform and qform code 0), "
+            f"{positioned.name} does, and they differ in size ({shape} and "
+            f"{reference.geometry.shape} voxels). Copy the header of the image that it was made from."
+        )
+    return (
+        f"{silent.name} does not say how it lies (sform and qform code 0): it was taken to lie as "
+        f"{positioned.name}, which has as many voxels."
+    )
+
+
+def _read_brain_mask(
+    path: Path,
+    reference: _Reference,
+    values: NDArray[Any],
+    notes: list[str],
+    *,
+    resampled: bool,
+) -> NDArray[np.bool_]:
+    """The voxels of a brain mask above zero on the first channel's grid, whose ``values`` are given."""
+    image = read_image(path)
+    marked = _check_values(path, read_values(image)) > 0
+    own = _Image(path, image.header, marked)
+    mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
+    check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
+    return mask
+
+
+def _read_label_on(
+    reference: _Reference, path: Path, values: NDArray[Any]
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """A lesion label on the grid of the first channel, whose ``values`` are given, and notes."""
+    image = read_image(path)
+    marked, notes = binarise_label(_check_values(path, read_values(image)), path.name)
+    first = reference.geometry
+    check_same_grid(path, image.header, reference.path, first)
+    label = _copy_mask(first.canonical(marked))
+    check_lesion(path, label, reference.path, values, first.voxel_mm3)
+    return label, notes
+
+
+def _copy_mask(turned: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A mask that is a turned view, as an array of its own; most of it is empty and not copied."""
+    mask = np.zeros(turned.shape, dtype=bool)
+    box = box_around(turned)
+    copy_transposed(turned[box], mask[box])
+    return mask
+
+
+def _crop_to_brain(
+    files: Sequence[Path], arrays: Sequence[NDArray[Any]], slopes: Sequence[float]
+) -> tuple[NDArray[np.float32], tuple[slice, ...]]:
+    """The box around the brain in all channels: its content (channels, x, y, z), and the box."""
+    boxes = [box_around(values) for values in arrays]
+    for path, box in zip(files, boxes, strict=True):
+        if is_empty(box):
+            raise AnomriError(
+                f"{path}: no voxel is above zero; the image is empty, or all of it lies outside the "
+                f"brain mask."
+            )
+    brain = enclosing_box(boxes)
+    sides = [side.stop - side.start for side in brain]
+    inside = np.empty((len(arrays), *sides), dtype=np.float32)
+    for values, slope, channel in zip(arrays, slopes, inside, strict=True):
+        copy_transposed(values[brain], channel)
+        if slope != 1:
+            channel *= np.float32(slope)
+    return inside, brain
