@@ -15,7 +15,7 @@ from rich.console import Console
 
 import anomri
 from anomri.cli import main
-from anomri.cli.info import extras, libraries_of_extra
+from anomri.cli.facts import extras, libraries_of_extra
 from anomri.cli.options import app
 from anomri.cli.progress import Stage, _bars
 from anomri.errors import AnomriError
@@ -32,7 +32,7 @@ GOLDEN = Path(__file__).parent / "golden"
     "statement", ["import anomri", "from anomri.cli import main; main(['--help'])"]
 )
 def test_import_and_help_need_no_torch(statement: str) -> None:
-    heavy = ("torch", "nibabel", "matplotlib", "cv2", "nilearn", "lightning_fabric")
+    heavy = ("torch", "nibabel", "matplotlib", "cv2", "nilearn", "lightning_fabric", "pydantic")
     code = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -153,7 +153,7 @@ def test_info_shows_the_machine_and_the_model(
 def test_info_names_the_libraries_that_an_extra_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(libraries_of_extra("dicom")) == ["dicom2nifti", "highdicom", "pydicom"]
     assert dict(extras())["bids"] == "BIDS datasets: found"
-    monkeypatch.setattr("anomri.cli.info._is_installed", lambda name: name != "highdicom")
+    monkeypatch.setattr("anomri.cli.facts._is_installed", lambda name: name != "highdicom")
     found = dict(extras())["dicom"]
     assert found.startswith("DICOM in and out: no highdicom; pip install ") and "[dicom]" in found
 

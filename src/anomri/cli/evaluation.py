@@ -138,7 +138,7 @@ def evaluate(
         "sensitivity": sensitivity,
         "false_positive_ml": false_positive_ml,
     }
-    with case_progress(err) as advance:
+    with case_progress(err, "evaluating") as advance:
 
         def told(case: str, done: int, total: int) -> None:
             advance(case, total)

@@ -27,7 +27,7 @@ from anomri.cli.options import (
     parse_settings,
     within,
 )
-from anomri.methods import registry as methods
+from anomri.methods.registry import PLACES
 from anomri.scoring import registry as scores
 
 METHOD = "Method"
@@ -124,7 +124,7 @@ def train(
         Optional[str],
         typer.Option(
             metavar="NAME",
-            help=f"One of {', '.join(methods.names())} (default: dae).",
+            help=f"One of {', '.join(sorted(PLACES))} (default: dae).",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from anomri.errors import AnomriError
-from anomri.spec import ModelSpec
 
 if TYPE_CHECKING:
     from anomri.methods.base import Method, Preset
+    from anomri.spec import ModelSpec
 
 GROUP = "anomri.methods"
 PLACES = {
@@ -67,6 +66,8 @@ def build(spec: ModelSpec) -> Method:
 
 def load(name: str) -> type[Method]:
     """The class of a method; raises `AnomriError` if there is none, or it is not a complete `base.Method`."""
+    from importlib.metadata import EntryPoint
+
     from anomri.methods.base import Method
 
     # Entry points are looked up only if need be: that reads about all installed packages.
@@ -125,4 +126,6 @@ def _check_types(spec: ModelSpec, method: type[Method]) -> None:
 
 def _all_places() -> dict[str, str]:
     """Places of all methods; another package cannot replace one of these."""
+    from importlib.metadata import entry_points
+
     return {point.name: point.value for point in entry_points(group=GROUP)} | PLACES
