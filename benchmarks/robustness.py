@@ -232,7 +232,7 @@ class Found:
         scores, label = detector.score(stack)[0][counted.numpy()], stack.label[counted].numpy()
         self.scores.append(scores.ravel())
         self.labels.append(label.ravel())
-        if lesions is None and (thresholds := detector.spec.thresholds_of(volume.present)):
+        if lesions is None and (thresholds := detector.spec.thresholds_for(volume.present)):
             self.dice.append(dice(scores > thresholds.threshold, label))
             self.best.append(precision_recall(scores, label).ceil_dice)
 

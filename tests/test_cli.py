@@ -457,9 +457,9 @@ def test_damaged_and_dangerous_checkpoints_are_refused(released: Path, tmp_path:
             import_checkpoint(bad, tmp_path / "m", **arguments)  # type: ignore[arg-type]
         assert not (tmp_path / "m").exists()
 
-    refused({"model_state_dict": Evil()}, "cannot be read as a checkpoint of tensors alone")
+    refused({"model_state_dict": Evil()}, "cannot be read as a checkpoint of tensors only")
     assert not Path("/tmp/anomri-was-here").exists()
-    refused({"weights": state}, "holds no")
+    refused({"weights": state}, "has no ")
     refused(
         {"model_state_dict": {"fc.weight": torch.zeros(2)}},
         "fc.weight is not a parameter of the released U-Net",
@@ -474,7 +474,7 @@ def test_damaged_and_dangerous_checkpoints_are_refused(released: Path, tmp_path:
         {"model_state_dict": dict(list(state.items())[3:])},
         "is not of the released U-Net|do not form",
     )
-    refused({"model_state_dict": state}, "has 4 channels, but 1 are named", channels=["flair"])
+    refused({"model_state_dict": state}, "has 4 channels, but 1 are given", channels=["flair"])
     refused(
         {"model_state_dict": state},
         "two of the channels .* are the same",

@@ -156,14 +156,14 @@ def test_other_channels_are_refused_with_what_to_do(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model.json", None, "holds no model.json"),
+        ("model.json", None, "has no model.json"),
         ("model.json", b"{", "model.json: not a model description"),
         ("model.json", b'{"method": "dae"}', "model.json: .*channels: Field required"),
         ("weights.safetensors", None, "weights.safetensors: cannot be read .No such file"),
         (
             "weights.safetensors",
             b"\x80\x04pickle",
-            "weights.safetensors: does not hold the weights",
+            "weights.safetensors: does not contain the weights",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_weights_of_another_network_are_refused(model: Path, tmp_path: Path) -> 
     description = json.loads((model / "model.json").read_text())
     description["settings"]["widths"] = [8, 16, 32, 64]
     (tmp_path / "m" / "model.json").write_text(json.dumps(description))
-    with pytest.raises(AnomriError, match="does not hold the weights that model.json describes"):
+    with pytest.raises(AnomriError, match="does not contain the weights that model.json describes"):
         Detector.load(tmp_path / "m")
 
 

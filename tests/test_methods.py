@@ -363,7 +363,7 @@ def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
             cache=tmp_path / "cache",
         )
     with pytest.raises(
-        AnomriError, match=r"sees slices of 128 x 128 alone, not of 256 x 256; leave out --grid"
+        AnomriError, match=r"works on slices of 128 x 128 only, not 256 x 256; leave out --grid"
     ):
         train(
             cohort,
@@ -432,7 +432,9 @@ def test_what_could_not_be_read_again_is_not_trained(
         "cache": cache,
     }
     for settings in ({}, {"table": 0, "seed": 5_000_000}):
-        with pytest.raises(AnomriError, match="a model of heavy like this could not be read again"):
+        with pytest.raises(
+            AnomriError, match="a model of heavy with these settings could not be read again"
+        ):
             train(cohort, tmp_path / "model", settings={"table": 2**20, **settings}, **given)
     assert not (tmp_path / "model").exists()
     # A tuple is a list in model.json, and infinity is a number.

@@ -71,7 +71,7 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
         cache=cache,
         progress=lambda state: told.append(state.note),
     )
-    assert "goes on without flair: the new model has t1." in told
+    assert "continues without flair: the new model has t1." in told
     assert part.spec.channels == ("t1",) and part.spec.settings["network_channels"] == [
         "flair",
         "t1",
@@ -165,7 +165,7 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     )
     assert trained.splits["else"] == "train"
     with pytest.raises(
-        AnomriError, match=r"brats18: its network is not that of .*model; a mean is of models"
+        AnomriError, match=r"brats18: its network is not that of .*model; only models that"
     ):
         Pretrained.read_all([marking, "built-in"])
     alike = replace(spec, channels=("t1", "t2"))
@@ -239,20 +239,24 @@ def test_patients_keep_their_sides_where_no_split_is_given(
     before = Pretrained.read(model)
     again = [replace(case, split=None) for case in find_cases(cohort)]
     new = [Case("new0", {}), Case("new1", {})]
-    divided = {case.name: case.split for case in before.divided([*again, *new], seed=0)}
+    divided = {case.name: case.split for case in before.split([*again, *new], seed=0)}
     assert divided == {case.name: case.split for case in find_cases(cohort)} | {
         "new0": "train",
         "new1": "train",
     }
     # Nobody who was held out: some of the new ones are.
-    divided = {case.name: case.split for case in before.divided([*again[:5], *new], seed=0)}
+    divided = {case.name: case.split for case in before.split([*again[:5], *new], seed=0)}
     assert sorted(str(divided[case.name]) for case in new) == ["train", "val"]
     assert (
-        len(before.others([replace(case, split=divided[case.name]) for case in [*again[:5], *new]]))
+        len(
+            before.other_cases(
+                [replace(case, split=divided[case.name]) for case in [*again[:5], *new]]
+            )
+        )
         == 4
     )
     for given in (find_cases(cohort), new):
-        assert before.divided(given, seed=0) == given
+        assert before.split(given, seed=0) == given
 
 
 def sided(**splits: str | None) -> list[Case]:
@@ -268,7 +272,7 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
     validated = next(name for name, side in known.items() if side == "val")
     for seed in range(5):
         # As a data set of nnU-Net: training and test, and nothing in between.
-        found = before.divided(
+        found = before.split(
             sided(case0="train", case1="train", new0="train", new1="test", new2=None), seed
         )
         assert {case.name: case.split for case in found} == {
@@ -278,7 +282,7 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
             "new1": "test",
             "new2": None,
         }
-    found = before.divided(sided(case0="train", new0="train", **{validated: "train"}), 0)
+    found = before.split(sided(case0="train", new0="train", **{validated: "train"}), 0)
     assert {case.name: case.split for case in found} == {
         "case0": "train",
         "new0": "train",
@@ -286,30 +290,30 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
     }
     # Those it was to be tested on it was not trained on.
     tested = [case.name for case in before.cases if case.split == "test"]
-    found = before.divided(sided(case0="train", **dict.fromkeys(tested, "train")), 0)
+    found = before.split(sided(case0="train", **dict.fromkeys(tested, "train")), 0)
     assert sorted(str(case.split) for case in found if case.name in tested) == ["train", "val"]
-    assert before.divided(sided(**dict.fromkeys(tested, "test")), 0) == sided(
+    assert before.split(sided(**dict.fromkeys(tested, "test")), 0) == sided(
         **dict.fromkeys(tested, "test")
     )
     for split in ("train", None):
         with pytest.raises(
             AnomriError, match="was trained on all of these patients; add one that it does not know"
         ):
-            before.divided(sided(case0=split, case1=split), 0)
+            before.split(sided(case0=split, case1=split), 0)
 
 
 def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
     before = Pretrained.read(model)
     validated = next(case.name for case in before.cases if case.split == "val")
     # A case of the cohort that is in none of its splits has still been seen before.
-    kept = {case.name for case in before.others(sided(case0="train", case1=None))}
+    kept = {case.name for case in before.other_cases(sided(case0="train", case1=None))}
     assert "case0" not in kept and {"case1", validated} <= kept
     with pytest.raises(
         AnomriError,
         match="in the split test, but .* was validated on that patient; give it the split val",
     ):
-        before.others(sided(**{validated: "test"}))
-    assert before.others(sided(**{validated: "train"}))
+        before.other_cases(sided(**{validated: "test"}))
+    assert before.other_cases(sided(**{validated: "train"}))
 
 
 def test_a_saved_model_knows_whom_it_has_seen(model: Path, tmp_path: Path) -> None:
@@ -331,12 +335,12 @@ def test_the_terms_of_both_cohorts_are_told(
     arguments = {"pretrained": model, "training": {"steps": 1}, "cache": cache}
     old = ModelSpec.read(model / "model.json").data_licence
     spec = train(cohort, tmp_path / "given", data_licence="CC0", **arguments).spec  # type: ignore[arg-type]
-    assert spec.data_licence == f"CC0; began with weights of: {old}"
+    assert spec.data_licence == f"CC0; started from weights of: {old}"
     assert Pretrained.read(model).licence(old) == old
     assert (
         Pretrained.read(model)
         .licence(None)
-        .startswith("unknown for the scans that it went on with; began with")
+        .startswith("unknown for the scans that it continued with; started from")
     )
 
 
@@ -359,7 +363,7 @@ def test_what_a_model_was_trained_on_is_not_held_out(
     [
         ({"preset": "quick"}, "leave out --method and --preset"),
         ({"method": "vae"}, "leave out --method and --preset"),
-        ({"channels": ["flair"]}, "takes no part of its channels, flair, t1; leave out --channels"),
+        ({"channels": ["flair"]}, "needs all of its channels, flair, t1; leave out --channels"),
         ({"channels": ["flair", "t2"]}, "has the channels flair, t1, not flair, t2"),
         ({"channels": ["t1", "t1"]}, "two of the channels"),
         ({"settings": {"network_channels": ["t1", "flair"]}}, "leave them out"),
@@ -382,7 +386,7 @@ def test_what_has_no_weights_cannot_be_gone_on_from(
     cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     train(cohort, tmp_path / "thresholding", method="thresholding", cache=cache)
-    with pytest.raises(AnomriError, match="thresholding has no weights to begin with"):
+    with pytest.raises(AnomriError, match="thresholding has no weights to start from"):
         train(cohort, tmp_path / "model", pretrained=tmp_path / "thresholding", cache=cache)
 
 

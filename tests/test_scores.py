@@ -424,7 +424,7 @@ def test_the_threshold_of_a_chosen_score_is_the_best_on_spheres(
         and spec.score.chosen_by
         and "Dice of synthetic spheres" in thresholds.chosen_by
     )
-    assert thresholds.chosen <= 0.01 and "+".join(spec.channels) not in spec.subset_thresholds
+    assert thresholds.default_rate <= 0.01 and "+".join(spec.channels) not in spec.subset_thresholds
     held_out = [case for case in find_cases(cohort) if case.split == "val"]
     packed = pack_cohort(held_out, CHANNELS, spec.grid, STANDARD, cache)
     scored = []
@@ -485,7 +485,9 @@ def test_a_chosen_threshold_is_chosen_for_parts_too(
         == lowest.with_channels(["flair"]).detect(case).threshold
     )
     # What is asked for is what there is for the channels that are looked at; others that have no such rate keep theirs.
-    rare = replace(part, false_positive_rate=(*part.false_positive_rate[:-1], 7e-5), chosen=7e-5)
+    rare = replace(
+        part, false_positive_rate=(*part.false_positive_rate[:-1], 7e-5), default_rate=7e-5
+    )
     narrow, own = detector.with_channels(["flair"]), "0.007%"
     narrow.spec = replace(
         narrow.spec, subset_thresholds={**narrow.spec.subset_thresholds, "flair": rare}

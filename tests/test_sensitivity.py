@@ -37,10 +37,12 @@ def test_a_sensitivity_by_name_or_rate(asked: str | float, value: float) -> None
 
 
 def test_a_rate_is_understood_as_it_is_printed_and_steps_lead_somewhere() -> None:
-    own = replace(THRESHOLDS, false_positive_rate=(0.01, 0.005, 0.0012345, 0.001), chosen=0.0012345)
+    own = replace(
+        THRESHOLDS, false_positive_rate=(0.01, 0.005, 0.0012345, 0.001), default_rate=0.0012345
+    )
     for asked in ("0.12%", "0.0012", 0.0012345):
         assert choose_threshold(own, asked).threshold == 3.0  # type: ignore[union-attr]
-    assert "0.12 % of healthy" in false_positive_words(own.voxel_rate, own.chosen_ml)
+    assert "0.12 % of healthy" in false_positive_words(own.voxel_rate, own.asked_ml)
     assert choose_threshold(own, "high").threshold == 2.0  # type: ignore[union-attr]
     with pytest.raises(AnomriError, match="the default is the least sensitive"):
         choose_threshold(own, "low")  # 0.001 is nearly the same
@@ -63,7 +65,7 @@ def test_what_the_model_does_not_store_is_refused() -> None:
     with pytest.raises(
         AnomriError, match="the default is the most sensitive threshold that the model stores"
     ):
-        choose_threshold(replace(THRESHOLDS, chosen=0.05), "high")
+        choose_threshold(replace(THRESHOLDS, default_rate=0.05), "high")
     for most in (9.1, -1.0, float("nan")):
         with pytest.raises(AnomriError, match="from 0 to 9 ml"):
             choose_threshold(THRESHOLDS, false_positive_ml=most)
@@ -129,7 +131,7 @@ def test_what_healthy_scans_look_like_survives_the_model_folder(
     assert healthy.false_positive_ml[0] < 200
     # An older model.json knows none of this.
     facts = json.loads((model / "model.json").read_text())
-    for name in ("healthy", "chosen_ml"):
+    for name in ("healthy", "asked_rate", "asked_ml"):
         facts["thresholds"].pop(name)
     (tmp_path / "model.json").write_text(json.dumps(facts))
     old = ModelSpec.read(tmp_path / "model.json").thresholds

@@ -36,20 +36,20 @@ def trained(slices: HealthySlices, capturable: bool) -> tuple[list[Tensor], list
     fabric = make_fabric("cpu")
     objective = Objective(torch.nn.Conv2d(2, 2, 3, padding=1))
     model, optimizer = fabric.setup(
-        objective.module, steps.optimizer_of(objective, Training(), fabric.device)
+        objective.module, steps.make_optimizer(objective, Training(), fabric.device)
     )
     batches = Batches(fabric, ProcessGroup(), slices, 4)
 
-    def loss_of(x: Tensor, generator: Generator) -> Tensor:
-        loss: Tensor = (model(x) - x + torch.rand((), generator=generator)).square().mean()
-        return loss
+    def loss(x: Tensor, generator: Generator) -> Tensor:
+        value: Tensor = (model(x) - x + torch.rand((), generator=generator)).square().mean()
+        return value
 
-    step = steps.Step(fabric, batches, model, optimizer, loss_of, 0.5)
+    step = steps.Step(fabric, batches, model, objective, optimizer, loss, 0.5)
     assert not step.capturable
     step.capturable = capturable
     losses = [step(batches.load(range(k, k + 4), k), 0.01) for k in range(steps.WARM_UP + 3)]
     assert step.graph is None and not step.capturable
-    return losses, [weight.detach().clone() for weight in model.parameters()], batches.told()
+    return losses, [weight.detach().clone() for weight in model.parameters()], batches.take_note()
 
 
 @pytest.mark.parametrize("reason", ["forbidden", "memory"])

@@ -22,10 +22,10 @@ from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.splits import split_cases
 from anomri.spec import Grid, ModelSpec, Scaling, Training
-from anomri.training.cohort import notes_of, with_images
+from anomri.training.cohort import cases_with_images, collect_notes
 from anomri.training.packing import HealthySlices, cohort_fingerprint, pack_cohort
 from anomri.training.state import TrainingState
-from anomri.training.steps import load_optimizer, optimizer_of
+from anomri.training.steps import load_optimizer, make_optimizer
 from anomri.training.train import batch_numbers, learning_rate, train
 from conftest import write
 
@@ -90,30 +90,28 @@ def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> No
 
 def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path) -> None:
     cases = split_cases(find_cases(cohort), {}, 0)
-    unlabelled = (
-        "no label, all slices taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
-    )
-    assert notes_of(cases) == [unlabelled]
+    unlabelled = "no label, so all slices are taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
+    assert collect_notes(cases) == [unlabelled]
     beside = [replace(case, split=None) if case.name == "case0" else case for case in cases]
-    assert notes_of(beside) == [
+    assert collect_notes(beside) == [
         unlabelled.replace("5 of 7", "4 of 6").replace("case0, ", ""),
-        "in no split, and not used: 1 of 9 cases (case0).",
+        "in no split, not used: 1 of 9 cases (case0).",
     ]
     # What a name that is not known leaves of a case: its label, by itself.
-    assert notes_of([case for case in cases if not case.label]) == [
-        "no label, all slices taken for healthy: every case."
+    assert collect_notes([case for case in cases if not case.label]) == [
+        "no label, so all slices are taken for healthy: every case."
     ]
     alone = Case("x2", {}, label=cases[2].label)
     with pytest.raises(
-        AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2 as it is"
+        AnomriError, match=r"case2_seg.nii.gz: is a label, but no image is called x2. "
     ):
-        with_images([*cases, alone])
+        cases_with_images([*cases, alone])
     labelled = [case for case in cases if case.label]
-    assert with_images([*labelled, alone]) == (
+    assert cases_with_images([*labelled, alone]) == (
         labelled,
-        ["no image, and not used: 1 of 5 cases (x2)."],
+        ["no image, not used: 1 of 5 cases (x2)."],
     )
-    assert with_images([*cases, replace(alone, split="test")])[0] == cases
+    assert cases_with_images([*cases, replace(alone, split="test")])[0] == cases
 
 
 class StopAt:
@@ -163,11 +161,11 @@ def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(
 
 def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
     schedule, networks = Training(), [torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3)]
-    before = optimizer_of(Objective(networks[0]), schedule, torch.device("cpu"))
+    before = make_optimizer(Objective(networks[0]), schedule, torch.device("cpu"))
     networks[0](torch.rand(1, 4, 5, 5)).sum().backward()
     before.step()
     networks[1].to(memory_format=torch.channels_last)
-    after = optimizer_of(
+    after = make_optimizer(
         Objective(networks[1]), replace(schedule, learning_rate=0.5), torch.device("cpu")
     )
     load_optimizer(after, before.state_dict())
@@ -187,7 +185,7 @@ def test_what_is_killed_between_validations_goes_on_from_the_last_save(
 
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
     with monkeypatch.context() as patch:
-        patch.setattr("anomri.training.train.SAVE_EVERY_S", 0.0)
+        patch.setattr("anomri.training.state.SAVE_EVERY_S", 0.0)
         with pytest.raises(MemoryError):
             train(cohort, tmp_path / "m", progress=killed, **arguments)  # type: ignore[arg-type]
     assert TrainingState.load(tmp_path / "m", {}).step == 34
@@ -470,7 +468,8 @@ def test_a_validation_that_is_no_number_is_told(
 ) -> None:
     monkeypatch.setattr("anomri.training.train.validation_loss", lambda *_: float("nan"))
     with pytest.raises(
-        AnomriError, match=r"the validation loss was never a number; look at .*case5, case6"
+        AnomriError,
+        match=r"the validation loss was NaN or infinite every time; look at .*case5, case6",
     ):
         train(cohort, tmp_path / "m", preset="tiny", training={"steps": 2}, cache=cache)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,66 +132,79 @@ class Training:
 
 @dataclass(frozen=True)
 class HealthyScores:
-    """What maps of held-out healthy slices look like, on the working grid: a table, peaks and a histogram.
+    """What anomaly maps of held-out healthy slices look like, on the working grid.
 
-    ``threshold`` rises, and ``false_positive_ml`` is the volume above the same position's value in a mean held-out
-    scan, small components dropped. Only a scan's healthy slices are looked at, and their volume is divided by their
-    share of its slices. ``scan_peaks`` holds each scan's highest score on those slices, rising.
-    ``histogram`` counts the foreground voxels' scores in bins of equal width from 0 to ``histogram_top``.
+    Only a scan's healthy slices count; their volume is divided by their share of its slices.
     """
 
     threshold: tuple[float, ...]
+    """Rising scores."""
     false_positive_ml: tuple[float, ...]
+    """Volume above each threshold in a mean held-out scan, small components dropped."""
     scan_peaks: tuple[float, ...]
+    """The highest score of each scan, rising."""
     histogram: tuple[int, ...]
+    """Foreground voxels by score, in bins of equal width from 0 to ``histogram_top``."""
     histogram_top: float
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Scores that healthy foreground voxels exceed at given rates, from held-out healthy slices.
+    """Scores that make a mask, by how often healthy held-out tissue exceeds them.
 
-    ``false_positive_rate`` is the share of healthy foreground voxels above the value of the same position in
-    ``value``, on the working grid.
+    A training stores the table, `HealthyScores` and a default. A threshold is asked for by a voxel
+    rate, by a volume, or is the default: one of them is `threshold`.
     """
 
     false_positive_rate: tuple[float, ...]
+    """Shares of the healthy foreground voxels, on the working grid."""
     value: tuple[float, ...]
-    chosen: float
-    """The false positive rate whose value makes the mask: an entry of ``false_positive_rate``."""
+    """The score that each share exceeds."""
+    default_rate: float
+    """The entry of ``false_positive_rate`` whose score makes the mask by default."""
     healthy_slices: int
     healthy_cases: int
     healthy: HealthyScores | None = None
-    chosen_ml: float | None = None
-    """A false positive volume per scan (an entry of ``healthy.false_positive_ml``) that makes the mask instead."""
     chosen_by: str = ""
-    """How it was chosen, if not as a fixed rate."""
-
-    @property
-    def voxel_rate(self) -> float | None:
-        """The false positive rate that makes the mask; ``None`` where a volume does."""
-        return self.chosen if self.chosen_ml is None else None
+    """How the default was chosen, unless it is a fixed rate."""
+    asked_rate: float | None = None
+    """Instead of the default: another entry of ``false_positive_rate``."""
+    asked_ml: float | None = None
+    """Instead of both: an entry of ``healthy.false_positive_ml``."""
 
     @property
     def threshold(self) -> float:
         """The score above which a voxel is part of the mask."""
-        if self.chosen_ml is not None and self.healthy is not None:
-            return self.healthy.threshold[self.healthy.false_positive_ml.index(self.chosen_ml)]
-        return self.value[self.false_positive_rate.index(self.chosen)]
+        if self.asked_ml is not None and self.healthy is not None:
+            place = self.healthy.false_positive_ml.index(self.asked_ml)
+            return self.healthy.threshold[place]
+        rate = self.default_rate if self.asked_rate is None else self.asked_rate
+        return self.value[self.false_positive_rate.index(rate)]
+
+    @property
+    def voxel_rate(self) -> float | None:
+        """The voxel rate that makes the mask; ``None`` if a volume was asked for."""
+        if self.asked_ml is not None:
+            return None
+        return self.default_rate if self.asked_rate is None else self.asked_rate
+
+    def asking(self, rate: float | None = None, ml: float | None = None) -> Thresholds:
+        """The same, with the threshold for a stored rate or volume; without either, the default."""
+        return replace(self, asked_rate=rate, asked_ml=ml)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a model was trained on, without a name or a path: counts and a fingerprint of the files' content."""
+    """What a model was trained on, without names or paths: counts, and a hash of the files."""
 
     fingerprint: str
     training_cases: int
     validation_cases: int
     training_slices: int
     left_out_slices: int
-    """Slices of training cases that were not used because a lesion is labelled on them."""
+    """Slices of training cases that were not used, because a lesion is labelled on them."""
     unused_cases: int = 0
-    """Cases of the cohort for testing, or in no split."""
+    """Cases of the cohort that are for testing, or in no split."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +230,8 @@ class ModelSpec:
     data_licence: str = "unknown: ask the people who trained this model"
     format_version: int = FORMAT_VERSION
 
-    def thresholds_of(self, channels: Sequence[str]) -> Thresholds | None:
-        """The thresholds for scans of which these channels are seen, in the model's order; ``None`` if it stores none."""
+    def thresholds_for(self, channels: Sequence[str]) -> Thresholds | None:
+        """The thresholds for scans with these channels, in the model's order, if it stores any."""
         if tuple(channels) == self.channels:
             return self.thresholds
         return self.subset_thresholds.get("+".join(channels))

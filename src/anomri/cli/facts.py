@@ -117,7 +117,7 @@ def describe_model(detector: Detector) -> Facts:
         )
     facts.append(("score", describe(spec.score)))
     if spec.thresholds:
-        default = f"{100 * spec.thresholds.chosen:.2g}%"
+        default = f"{100 * spec.thresholds.default_rate:.2g}%"
         rates = [f"{100 * rate:.2g}%" for rate in spec.thresholds.false_positive_rate]
         others = ", ".join(rate for rate in dict.fromkeys(rates) if rate != default)
         facts += [

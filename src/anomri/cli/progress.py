@@ -19,7 +19,9 @@ STAGES = {
     "make": "making synthetic scans",
     "pack": "preparing slices",
     "train": "training",
-    "score": "choosing the score and thresholds",
+    "score": "choosing the score",
+    "thresholds": "choosing thresholds",
+    "subsets": "choosing thresholds for subsets of the channels",
     "evaluate": "evaluating test scans",
 }
 """What the stages of a training or a demo are called (`training.train.Progress`)."""

@@ -180,7 +180,7 @@ class Detection:
             "method": self.spec.method,
             "threshold": self.threshold,
             "voxel_false_positive_rate": chosen.voxel_rate if chosen else None,
-            "false_positive_ml": chosen.chosen_ml if chosen else None,
+            "false_positive_ml": chosen.asked_ml if chosen else None,
             "peak": float(self.anomaly_map.max()),
             "lesion_volume_mm3": sum(lesion.volume_mm3 for lesion in self.lesions),
             "lesions": [asdict(lesion) for lesion in self.lesions],

@@ -21,7 +21,7 @@ from anomri.files import output_folder
 from anomri.methods import registry as methods
 from anomri.methods.base import Method
 from anomri.model.detection import Detection
-from anomri.model.files import cases_of_model, read_model, write_model
+from anomri.model.files import read_model, read_model_cases, write_model
 from anomri.model.inference import Inference
 from anomri.model.lesions import Lesion, find_lesions
 from anomri.model.sensitivity import choose_threshold
@@ -109,7 +109,7 @@ class Detector:
     @property
     def thresholds(self) -> Thresholds | None:
         """The model's thresholds for scans that have all the channels that are looked at."""
-        return self.spec.thresholds_of(self.channels)
+        return self.spec.thresholds_for(self.channels)
 
     @property
     def takes_subsets(self) -> bool:
@@ -135,9 +135,10 @@ class Detector:
             method.load_state_dict(state)
         except RuntimeError as error:
             raise AnomriError(
-                f"{folder / 'weights.safetensors'}: does not hold the weights that model.json describes ({error})."
+                f"{folder / 'weights.safetensors'}: does not contain the weights that model.json describes "
+                f"({error})."
             ) from error
-        return cls(spec, method, resolve_device(device), precision, cases_of_model(folder))
+        return cls(spec, method, resolve_device(device), precision, read_model_cases(folder))
 
     def detect(
         self,
@@ -170,7 +171,7 @@ class Detector:
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
-        spec = replace(self.spec, thresholds=self.spec.thresholds_of(volume.present))
+        spec = replace(self.spec, thresholds=self.spec.thresholds_for(volume.present))
         if threshold is None and spec.thresholds is not None:
             threshold = spec.thresholds.threshold
         threshold = None if threshold is None else float(threshold)
@@ -197,32 +198,32 @@ class Detector:
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
     ) -> Detector:
-        """The same model with another of its label-free thresholds, for all parts of its channels.
+        """The same model with another of its label-free thresholds, for all subsets of its channels.
 
-        See `sensitivity.choose_threshold`; what there is to choose from is what the model stores for the channels that
-        are looked at. A part that does not store it has its own default.
+        See `sensitivity.choose_threshold`. There is to choose from what the model stores for the
+        channels that are looked at; a subset that does not store it has its own default.
         """
         choose_threshold(self.thresholds, sensitivity, false_positive_ml)
 
-        def alike(part: Thresholds) -> Thresholds | None:
+        def choose(stored: Thresholds) -> Thresholds | None:
             most = false_positive_ml
             if most is not None:
-                if part.healthy is None:  # of a model that an earlier anomri trained
+                if stored.healthy is None:  # of a model that an earlier anomri trained
                     return None
-                # Its volumes may end below that; the lowest threshold that it has then.
-                most = min(most, part.healthy.false_positive_ml[0])
+                # Its volumes may end below that: then the lowest threshold that it has.
+                most = min(most, stored.healthy.false_positive_ml[0])
             try:
-                return choose_threshold(part, sensitivity, most)
+                return choose_threshold(stored, sensitivity, most)
             except AnomriError:
-                # A rate that was chosen for other channels, or a step beyond the part's last.
-                return part
+                # A rate that was chosen for other channels, or a step beyond its last.
+                return stored.asking()
 
-        parts = {names: alike(part) for names, part in self.spec.subset_thresholds.items()}
+        subsets = {names: choose(one) for names, one in self.spec.subset_thresholds.items()}
         detector = copy(self)
         detector.spec = replace(
             self.spec,
-            thresholds=alike(self.spec.thresholds) if self.spec.thresholds else None,
-            subset_thresholds={name: one for name, one in parts.items() if one},
+            thresholds=choose(self.spec.thresholds) if self.spec.thresholds else None,
+            subset_thresholds={names: one for names, one in subsets.items() if one},
         )
         return detector
 
@@ -330,7 +331,7 @@ class Detector:
     def _notes_on(self, scan: Case) -> list[str]:
         """What the owner of a scan should know that lacks channels."""
         absent = [name for name in self.channels if name not in scan.channels]
-        stored = self.spec.thresholds_of([name for name in self.channels if name in scan.channels])
+        stored = self.spec.thresholds_for([name for name in self.channels if name in scan.channels])
         known = (
             ", and has a threshold for that"
             if stored

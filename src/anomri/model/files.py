@@ -1,4 +1,4 @@
-"""Model folders as a stranger may hand them over: tensors and JSON, and never more memory than their files are large."""
+"""Model folders, read as if a stranger sent them: JSON and tensors, no code, bounded memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from anomri.scoring.positions import unpacked_maps
 from anomri.spec import FORMAT_VERSION, ModelSpec
 
 MAX_DESCRIPTION = 2**20
-"""Bytes of a ``model.json``; those written here have some thousand."""
+"""Bytes of a ``model.json``; the usual ones have some thousand."""
 MAX_TABLE = 2**26
+"""Bytes of a ``splits.csv``."""
 MAX_HEADER = 2**20
 """Bytes of a weights file beyond its tensors."""
+MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
+"""Limits for a setting, for the length of a list of them, and for a side of the working grid."""
 LOADING_ERRORS = (
     OSError,
     RuntimeError,
@@ -39,47 +42,48 @@ LOADING_ERRORS = (
     AttributeError,
     UnpicklingError,
 )
-"""What ``torch.load`` makes of bytes that are none of its own, or damaged."""
-MAX_NUMBER, MAX_LENGTH, MAX_SIDE = 10**6, 64, 4096
-"""How large a setting, how long a list of them, and how wide a working grid may be."""
+"""What ``torch.load`` raises for files that are damaged, or not its own."""
+BUILDING_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+    LookupError,
+    AttributeError,
+)
+"""What building a method raises for a description that does not make sense."""
 
 
 def read_model(folder: Path) -> tuple[ModelSpec, Method, dict[str, Tensor]]:
-    """The specification of a model folder, its method without weights, and the weights; nothing in it is executed.
+    """The specification of a model folder, its method without weights, and the weights.
 
-    Before anything is built it is seen, without memory, how large it would be: a description that asks for more than
-    the weights file holds is refused. Raises `AnomriError` naming the file that is missing, damaged, a device or a
-    pipe, or does not fit.
+    Nothing in the folder is executed. The method is measured before it is built: a description
+    that asks for more memory than the weights file holds is refused. Raises `AnomriError` naming
+    the file that is missing, damaged, a device or a pipe, or does not fit.
     """
     description, weights = folder / "model.json", folder / "weights.safetensors"
     if not description.is_file():
         raise AnomriError(
-            f"{folder}: holds no model.json; name a folder that `anomri train` or `import-checkpoint` wrote."
+            f"{folder}: has no model.json; give a folder that `anomri train` or "
+            f"`import-checkpoint` wrote."
         )
-    plain_file(description, MAX_DESCRIPTION)
-    spec = _as_named_here(ModelSpec.read(description))
+    check_regular_file(description, MAX_DESCRIPTION)
+    spec = _with_known_channel_names(ModelSpec.read(description))
     if spec.format_version > FORMAT_VERSION:
         raise AnomriError(
             f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri."
         )
     try:
-        size = _bytes(_outline(spec, description))
-        content = plain_file(weights, size + MAX_HEADER).read_bytes()
-        # What the method keeps beside its weights is made anew, and has to be in proportion.
+        size = _bytes(_build_without_memory(spec, description))
+        content = check_regular_file(weights, size + MAX_HEADER).read_bytes()
+        # Buffers that are not saved must be in proportion to the weights.
         if size > 2 * len(content) + MAX_HEADER:
             raise ValueError(
                 f"it describes {size:,} bytes of numbers, but the weights have {len(content):,}"
             )
-        method = _built(spec, description)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        MemoryError,
-        LookupError,
-        AttributeError,
-    ) as error:
+        method = _build(spec, description)
+    except BUILDING_ERRORS as error:
         raise AnomriError(f"{description}: does not describe a model ({error}).") from error
     except OSError as error:
         raise AnomriError(f"{weights}: cannot be read ({error.strerror}).") from error
@@ -87,83 +91,76 @@ def read_model(folder: Path) -> tuple[ModelSpec, Method, dict[str, Tensor]]:
         tensors = load_tensors(content)
     except SafetensorError as error:
         raise AnomriError(
-            f"{weights}: does not hold the weights that model.json describes ({error})."
+            f"{weights}: does not contain the weights that model.json describes ({error})."
         ) from error
-    broken = [
-        name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()
-    ]
-    if broken:
-        raise AnomriError(
-            f"{weights}: is damaged ({broken[0]} holds what is no number); copy it again."
-        )
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise AnomriError(
+                f"{weights}: is damaged ({name} contains NaN or infinite values); copy it again."
+            )
     return spec, method, tensors
 
 
 def check_readable(spec: ModelSpec) -> None:
-    """Raise `AnomriError` if `read_model` would refuse a model of this specification: before it is trained, not after."""
+    """Raise `AnomriError` if `read_model` would refuse a model like this, before it is trained."""
     try:
-        outline = _outline(spec, Path("model.json"))
-        size, kept = _bytes(outline), sum(value.nbytes for value in outline.state_dict().values())
-        if size > 2 * kept + MAX_HEADER or kept > size + MAX_HEADER:
-            raise ValueError(f"it has {size:,} bytes of parameters and buffers, and saves {kept:,}")
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-    ) as error:
+        method = _build_without_memory(spec, Path("model.json"))
+        size = _bytes(method)
+        saved = sum(value.nbytes for value in method.state_dict().values())
+        if size > 2 * saved + MAX_HEADER or saved > size + MAX_HEADER:
+            raise ValueError(
+                f"it has {size:,} bytes of parameters and buffers, and saves {saved:,}"
+            )
+    except BUILDING_ERRORS as error:
         raise AnomriError(
-            f"a model of {spec.method} like this could not be read again ({error})."
+            f"a model of {spec.method} with these settings could not be read again ({error})."
         ) from error
 
 
-def _outline(spec: ModelSpec, description: Path) -> Method:
-    """The method without memory for its values, to see how large it would be."""
-    _modest(spec)
+def _build_without_memory(spec: ModelSpec, description: Path) -> Method:
+    """The method on torch's ``meta`` device, to see how large it would be."""
+    _check_limits(spec)
     with torch.device("meta"):
-        return _built(spec, description)
+        return _build(spec, description)
 
 
 def _bytes(method: Method) -> int:
     return sum(value.nbytes for value in [*method.parameters(), *method.buffers()])
 
 
-def _built(spec: ModelSpec, description: Path) -> Method:
+def _build(spec: ModelSpec, description: Path) -> Method:
     try:
         return methods.build(spec)
     except AnomriError as error:
         raise AnomriError(f"{description}: {error}") from error
 
 
-def _as_named_here(spec: ModelSpec) -> ModelSpec:
-    """The same with its channels by the names that scans' are given (`names.ALIASES`)."""
+def _with_known_channel_names(spec: ModelSpec) -> ModelSpec:
+    """The same with the channel names that scans have here (`names.ALIASES`)."""
 
     def names(channels: Iterable[str]) -> tuple[str, ...]:
         return tuple(map(channel_name, channels))
 
     if names(spec.channels) == spec.channels:
         return spec
-    named = ("alone", "network_channels")
-    settings = {
-        k: list(names(value)) if k in named else value for k, value in spec.settings.items()
-    }
-    thresholds = {
-        "+".join(names(part.split("+"))): one for part, one in spec.subset_thresholds.items()
-    }
-    score = replace(spec.score, channels=names(spec.score.channels))
+    settings = dict(spec.settings)
+    for name in ("alone", "network_channels"):
+        if name in settings:
+            settings[name] = list(names(settings[name]))
     return replace(
         spec,
         channels=names(spec.channels),
         settings=settings,
-        subset_thresholds=thresholds,
-        score=score,
+        score=replace(spec.score, channels=names(spec.score.channels)),
+        subset_thresholds={
+            "+".join(names(subset.split("+"))): thresholds
+            for subset, thresholds in spec.subset_thresholds.items()
+        },
     )
 
 
 def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None:
-    """Write a model folder; ``model.json`` comes last, so that a folder that has one is complete."""
+    """Write a model folder; ``model.json`` comes last, so a folder that has one is complete."""
     output_folder(folder)
     with whole_file(folder / "weights.safetensors") as partial:
         partial.write_bytes(
@@ -172,51 +169,59 @@ def write_model(folder: Path, spec: ModelSpec, state: dict[str, Tensor]) -> None
     write_text(folder / "model.json", spec.to_json())
 
 
-def cases_of_model(folder: Path) -> list[Case]:
-    """The cases that a model was trained on and held out, without their files; none where its folder does not say."""
+def read_model_cases(folder: Path) -> list[Case]:
+    """The cases that a model was trained on or held out, without files; none if it does not say."""
     splits = folder / "splits.csv"
-    return read_split_cases(plain_file(splits, MAX_TABLE)) if splits.is_file() else []
+    return read_split_cases(check_regular_file(splits, MAX_TABLE)) if splits.is_file() else []
 
 
-def plain_file(path: Path, limit: int) -> Path:
-    """``path``, if it is a file of at most ``limit`` bytes; raises `AnomriError` otherwise, before it is opened."""
+def check_regular_file(path: Path, limit: int) -> Path:
+    """``path``, if it is a regular file of at most ``limit`` bytes; else raises `AnomriError`.
+
+    The file is not opened.
+    """
     try:
         facts = path.stat()
     except OSError as error:
         raise AnomriError(f"{path}: cannot be read ({error.strerror}).") from error
     if not stat.S_ISREG(facts.st_mode):
         raise AnomriError(
-            f"{path}: is no plain file but a folder, a pipe or a device, or a link to one; refused."
+            f"{path}: is not a regular file but a folder, a pipe or a device, or a link to one; "
+            f"it is not read."
         )
     if facts.st_size > limit:
         raise AnomriError(
-            f"{path}: has {facts.st_size:,} bytes, more than the {limit:,} that make sense; refused."
+            f"{path}: has {facts.st_size:,} bytes, more than the {limit:,} that this model can "
+            f"need; it is not read."
         )
     return path
 
 
-def _modest(spec: ModelSpec) -> None:
-    """Raise ``ValueError`` for what no model has: sizes that cost time or memory wherever they are used, broken maps."""
-    for side in spec.grid.size:
-        if not 1 <= side <= MAX_SIDE:
-            raise ValueError(f"its working grid is {spec.grid.size}")
-    for one in filter(None, (spec.thresholds, *spec.subset_thresholds.values())):
+def _check_limits(spec: ModelSpec) -> None:
+    """Raise ``ValueError`` for sizes that would cost time or memory, and for tables that do not fit."""
+    if not all(1 <= side <= MAX_SIDE for side in spec.grid.size):
+        raise ValueError(f"its working grid is {spec.grid.size}")
+    for thresholds in filter(None, (spec.thresholds, *spec.subset_thresholds.values())):
+        rates, healthy = thresholds.false_positive_rate, thresholds.healthy
+        volumes = healthy.false_positive_ml if healthy else ()
         if (
-            len(one.value) != len(one.false_positive_rate)
-            or one.chosen not in one.false_positive_rate
+            len(thresholds.value) != len(rates)
+            or thresholds.default_rate not in rates
+            or thresholds.asked_rate not in (None, *rates)
+            or thresholds.asked_ml not in (None, *volumes)
         ):
-            raise ValueError("its thresholds do not belong together")
+            raise ValueError("its thresholds do not fit each other")
     if spec.score.healthy_maps:
         unpacked_maps(spec.score.healthy_maps, len(spec.channels))
     for name, value in {**spec.settings, **vars(spec.score)}.items():
-        _modest_value(name, value)
+        _check_setting(name, value)
 
 
-def _modest_value(name: str, value: object) -> None:
+def _check_setting(name: str, value: object) -> None:
     if isinstance(value, list | tuple | dict):
         if len(value) > MAX_LENGTH:
             raise ValueError(f"its setting {name} has {len(value):,} entries")
-        for one in value.values() if isinstance(value, dict) else value:
-            _modest_value(name, one)
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_setting(name, entry)
     elif isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER:
         raise ValueError(f"its setting {name} is {value:.4g}")

@@ -1,4 +1,4 @@
-"""Models of the program released with the paper, as model folders of this package."""
+"""Import of models that the program released with the paper trained."""
 
 from __future__ import annotations
 
@@ -18,55 +18,33 @@ from anomri.scans.case import check_unique
 from anomri.spec import ModelSpec
 
 RELEASED_CHANNELS = ("flair", "t1", "t1ce", "t2")
+"""Channels of the released program, in its order."""
 
 
 def import_checkpoint(
     file: str | Path, model: str | Path, channels: Sequence[str] = RELEASED_CHANNELS
 ) -> Detector:
-    """Turn a checkpoint ``{"model_state_dict": ...}`` of the released program into the model folder ``model``.
+    """Turn a checkpoint ``{"model_state_dict": ...}`` of the released program into a model folder.
 
-    The file is read with ``weights_only=True``: tensors, and no code. The model has no label-free thresholds,
-    since those need healthy scans. Raises `AnomriError` naming what does not fit.
+    The file is read with ``weights_only=True``: tensors, and no code. The model has no thresholds,
+    since these need healthy scans. Raises `AnomriError` naming what does not fit.
     """
     file, folder = Path(file), Path(model)
     if (folder / "model.json").exists():
-        raise AnomriError(f"{folder}: already holds a model; name another folder with -o.")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except LOADING_ERRORS as error:
-        raise AnomriError(
-            f"{file}: cannot be read as a checkpoint of tensors alone ({first_line(error)})."
-        ) from error
-    state = content.get("model_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise AnomriError(
-            f'{file}: holds no {{"model_state_dict": ...}} with the parameters of a network.'
-        )
-    try:
-        renamed = rename_released_parameters(state)
-        widths = [
-            int(renamed[f"encoder.{k}.conv2.weight"].shape[0]) for k in range(_levels(renamed))
-        ]
-        count = int(renamed["head.weight"].shape[0])
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise AnomriError(
-            f"{file}: is not of the released U-Net: {error.args[0] if error.args else error}."
-        ) from error
+        raise AnomriError(f"{folder}: already holds a model; choose another folder with -o.")
+    weights, widths, count = _released_network(file)
     check_unique(channels)
     if count != len(channels):
         raise AnomriError(
-            f"{file}: has {count} channels, but {len(channels)} are named ({', '.join(channels)}); use --channels."
+            f"{file}: has {count} channels, but {len(channels)} are given ({', '.join(channels)}); "
+            f"use --channels."
         )
     spec = ModelSpec(
         tuple(channels), "dae", {"widths": widths}, versions={"anomri": version("anomri")}
     )
     network = methods.build(spec)
     try:
-        network.load_state_dict(
-            {f"network.{name}": value.float() for name, value in renamed.items()}
-        )
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise AnomriError(
             f"{file}: its parameters do not form the released U-Net ({error})."
@@ -76,5 +54,33 @@ def import_checkpoint(
     return detector
 
 
-def _levels(state: dict[str, Tensor]) -> int:
-    return len({name.split(".")[1] for name in state if name.startswith("encoder.")})
+def _released_network(file: Path) -> tuple[dict[str, Tensor], list[int], int]:
+    """The weights by their names here, the U-Net's widths, and its number of channels."""
+    state = _read_parameters(file)
+    try:
+        renamed = rename_released_parameters(state)
+        levels = {name.split(".")[1] for name in renamed if name.startswith("encoder.")}
+        widths = [
+            int(renamed[f"encoder.{level}.conv2.weight"].shape[0]) for level in range(len(levels))
+        ]
+        count = int(renamed["head.weight"].shape[0])
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise AnomriError(
+            f"{file}: is not of the released U-Net: {error.args[0] if error.args else error}."
+        ) from error
+    return {f"network.{name}": value.float() for name, value in renamed.items()}, widths, count
+
+
+def _read_parameters(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        raise AnomriError(
+            f"{file}: cannot be read as a checkpoint of tensors only ({first_line(error)})."
+        ) from error
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise AnomriError(
+            f'{file}: has no {{"model_state_dict": ...}} with the parameters of a network.'
+        )
+    return state

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import replace
 
 from anomri.errors import AnomriError
 from anomri.spec import HealthyScores, Thresholds
 
 NAMES = ("highest", "high", "default", "low", "lowest")
+"""Names of sensitivities, from the most sensitive one on."""
 STEP = 1.3
-"""Rates that differ by less than this factor are the same to ``high`` and ``low``."""
+"""Rates that differ from the default by less than this factor are no step for ``high`` and ``low``."""
 
 
 def choose_threshold(
@@ -18,12 +18,17 @@ def choose_threshold(
     sensitivity: str | float | None = None,
     false_positive_ml: float | None = None,
 ) -> Thresholds | None:
-    """The thresholds with another one chosen; the same if nothing is asked for.
+    """The thresholds of a model with the one that is asked for; the same if nothing is.
 
-    ``sensitivity`` is one of the voxel false positive rates that the model stores (0.005, or ``0.5%``) or its name:
-    ``default`` the model's own, ``high`` and ``low`` the next more and less sensitive one, ``highest`` and ``lowest``
-    the ends. ``false_positive_ml`` takes the lowest stored threshold above which the mean held-out healthy scan has
-    at most that volume (see `HealthyScores`). Raises `AnomriError` naming what there is.
+    Args:
+        thresholds: What the model stores.
+        sensitivity: A stored voxel false positive rate (``0.005`` or ``0.5%``) or a name:
+            ``default`` is the model's own, ``high`` and ``low`` the next more and less sensitive
+            one, ``highest`` and ``lowest`` the ends.
+        false_positive_ml: Instead: the lowest stored threshold above which the mean held-out
+            healthy scan has at most this volume (see `HealthyScores`).
+
+    Raises `AnomriError` that says what there is to choose from.
     """
     if sensitivity is None and false_positive_ml is None:
         return thresholds
@@ -33,23 +38,24 @@ def choose_threshold(
         )
     if thresholds is None:
         raise AnomriError(
-            "the model stores no thresholds: it was imported, or trained without held-out healthy slices; "
-            "train with cases for validation."
+            "the model stores no thresholds: it was imported, or trained without held-out healthy "
+            "slices; train with cases for validation."
         )
-    if sensitivity is not None:
-        return replace(
-            thresholds, chosen=_rate(thresholds, str(sensitivity).strip().lower()), chosen_ml=None
-        )
-    return replace(thresholds, chosen_ml=_volume(thresholds.healthy, float(false_positive_ml or 0)))
+    if false_positive_ml is not None:
+        return thresholds.asking(ml=_stored_volume(thresholds.healthy, float(false_positive_ml)))
+    asked = str(sensitivity).strip().lower()
+    if asked in NAMES:
+        return thresholds.asking(rate=_named_rate(thresholds, asked))
+    return thresholds.asking(rate=_stored_rate(thresholds, asked))
 
 
 def confidence(peak: float, healthy: HealthyScores | None) -> float | None:
-    """Share of healthy scans whose peak lies below ``peak``, as k / (n + 1) for k of n held-out healthy scans.
+    """Share of healthy scans whose peak is below ``peak``: k / (n + 1) for k of n held-out scans.
 
-    One more than n, as the scan itself might be the healthy one with the highest peak: 1 minus this is the p-value
-    of a rank test. With 3 held-out scans it is at most 0.75, with 19 at most 0.95. A healthy scan's peak is taken
-    over its healthy slices, so where many were left out it is too low and the confidence too high. ``None`` where
-    the model stores no peaks.
+    One more than n, as the scan itself might be the healthy one with the highest peak: 1 minus
+    this is the p-value of a rank test. With 3 held-out scans it is at most 0.75, with 19 at most
+    0.95. A healthy scan's peak is that of its healthy slices: if many were left out, it is too low
+    and the confidence too high. ``None`` if the model stores no peaks.
     """
     if healthy is None or not healthy.scan_peaks:
         return None
@@ -57,7 +63,7 @@ def confidence(peak: float, healthy: HealthyScores | None) -> float | None:
 
 
 def false_positive_words(voxel_rate: float | None, false_positive_ml: float | None) -> str:
-    """In words, how much of healthy tissue scores above a threshold; empty if neither figure is known.
+    """In words, how much healthy tissue scores above a threshold; empty if neither is known.
 
     >>> false_positive_words(0.00104, None)
     '0.1 % of healthy voxels score above it'
@@ -69,49 +75,58 @@ def false_positive_words(voxel_rate: float | None, false_positive_ml: float | No
     return ""
 
 
-def _rate(thresholds: Thresholds, asked: str) -> float:
+def _named_rate(thresholds: Thresholds, name: str) -> float:
+    default = thresholds.default_rate
     falling = sorted(thresholds.false_positive_rate, reverse=True)
-    rates = ", ".join(f"{rate:.2g}" for rate in falling)
-    own = thresholds.chosen
-    steps = [rate for rate in falling if rate == own or not own / STEP < rate < own * STEP]
-    default = steps.index(own)
-    places = {
-        "highest": 0,
-        "high": default - 1,
-        "default": default,
-        "low": default + 1,
-        "lowest": len(steps) - 1,
-    }
-    if asked in places:
-        if 0 <= places[asked] < len(steps):
-            return steps[places[asked]]
-        raise AnomriError(
-            f"the default is the {'most' if asked == 'high' else 'least'} sensitive threshold that the model stores; its "
-            f"voxel false positive rates are {rates}."
-        )
-    try:
-        rate = float(asked.removesuffix("%")) / (100 if asked.endswith("%") else 1)
-    except ValueError:
-        rate = float("nan")
-    close = [one for one in falling if abs(one - rate) < 1e-9]
-    # As they are printed.
-    close = close or [one for one in falling if f"{one:.2g}" == f"{rate:.2g}"]
-    if close:
-        return close[0]
+    steps = [r for r in falling if r == default or not default / STEP < r < default * STEP]
+    place = steps.index(default)
+    if name == "highest":
+        return steps[0]
+    if name == "lowest":
+        return steps[-1]
+    if name == "default":
+        return default
+    place += {"high": -1, "low": 1}[name]
+    if 0 <= place < len(steps):
+        return steps[place]
     raise AnomriError(
-        f"the model stores no sensitivity {asked!r}; there are the voxel false positive rates "
-        f"{rates} (default: {thresholds.chosen:.2g}) and the names {', '.join(NAMES)}."
+        f"the default is the {'most' if name == 'high' else 'least'} sensitive threshold that the "
+        f"model stores; its voxel false positive rates are {_listed(falling)}."
     )
 
 
-def _volume(healthy: HealthyScores | None, most_ml: float) -> float:
+def _stored_rate(thresholds: Thresholds, text: str) -> float:
+    falling = sorted(thresholds.false_positive_rate, reverse=True)
+    try:
+        rate = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        rate = float("nan")
+    equal = [one for one in falling if abs(one - rate) < 1e-9]
+    # A rate may be given as it is printed.
+    alike = equal or [one for one in falling if f"{one:.2g}" == f"{rate:.2g}"]
+    if alike:
+        return alike[0]
+    raise AnomriError(
+        f"the model stores no sensitivity {text!r}; there are the voxel false positive rates "
+        f"{_listed(falling)} (default: {thresholds.default_rate:.2g}) and the names "
+        f"{', '.join(NAMES)}."
+    )
+
+
+def _listed(rates: list[float]) -> str:
+    return ", ".join(f"{rate:.2g}" for rate in rates)
+
+
+def _stored_volume(healthy: HealthyScores | None, most_ml: float) -> float:
     if healthy is None:
         raise AnomriError(
-            "the model stores no false positive volumes (an earlier anomri trained it); use --sensitivity."
+            "the model stores no false positive volumes (an earlier anomri trained it); use "
+            "--sensitivity."
         )
-    if not 0 <= most_ml <= healthy.false_positive_ml[0]:
+    largest = healthy.false_positive_ml[0]
+    if not 0 <= most_ml <= largest:
         raise AnomriError(
-            f"the model stores thresholds for false positive volumes from 0 to {healthy.false_positive_ml[0]:.3g} ml "
+            f"the model stores thresholds for false positive volumes from 0 to {largest:.3g} ml "
             f"per scan; {most_ml:g} ml is not among them."
         )
     return next(volume for volume in healthy.false_positive_ml if volume <= most_ml)

@@ -216,7 +216,7 @@ def _about_mask(detection: Detection, thresholds: Thresholds) -> dict[str, objec
     }
     if thresholds.voxel_rate is not None:
         return about | {"VoxelFalsePositiveRate": thresholds.voxel_rate}
-    return about | {"FalsePositiveVolume": f"{thresholds.chosen_ml} ml in a mean healthy scan"}
+    return about | {"FalsePositiveVolume": f"{thresholds.asked_ml} ml in a mean healthy scan"}
 
 
 def _about_lesions() -> dict[str, object]:

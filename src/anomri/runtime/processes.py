@@ -120,13 +120,13 @@ class ProcessGroup:
         torch.distributed.all_reduce(values)
         return values / self.world_size
 
-    def all_reduce_max(self, number: int, device: torch.device) -> int:
-        """The largest of a whole number over the processes."""
+    def all_reduce_max(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """The largest of each of some whole numbers over the processes."""
         if self.world_size == 1:
-            return number
-        largest = torch.tensor(number, device=device)
+            return list(numbers)
+        largest = torch.tensor(numbers, device=device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return int(largest)
+        return [int(number) for number in largest.tolist()]
 
     def no_gradient_sync(self, fabric: Fabric, model: Any) -> Any:
         """A context in which gradients stay in this process, to be added to those of later parts."""

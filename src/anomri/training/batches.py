@@ -1,4 +1,4 @@
-"""A training's batches, divided among processes and, where memory asks for it, into parts one after another."""
+"""Batches of a training: shared by processes, and in parts one after another where memory is short."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Loss = Callable[[Tensor, Generator], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """Slices (n, c, h, w) that go through the network at once, their random numbers, and their share of the gradient."""
+    """Slices (n, c, h, w) that go through the network at once.
+
+    ``generator`` gives their random numbers; ``weight`` is their share of the gradient.
+    """
 
     x: Tensor
     generator: Generator
@@ -30,7 +33,7 @@ class Part:
 
 @dataclass
 class Batch:
-    """The slices ``numbers`` of one step, of all processes, and this process's ``parts`` of them."""
+    """The slices ``numbers`` of one step for all processes, and this process's ``parts`` of them."""
 
     numbers: Sequence[int]
     seed: int
@@ -40,9 +43,10 @@ class Batch:
 class Batches:
     """Gives each process its slices of a step's batch, and sums up the gradient of the whole.
 
-    What a step does is what one process does that takes the batch at once, up to the order of sums: a loss is a mean
-    over slices that know nothing of each other, and random numbers are drawn as for the whole batch (`draws`). Where
-    slices do know of each other, or several networks take turns (``divisible`` is false), a batch stays in one piece.
+    The result is that of one process that takes the batch at once, up to the order of sums: a loss
+    is a mean over independent slices, and random numbers are drawn as for the whole batch
+    (`draws`). Where slices are not independent, or several networks take turns (``divisible`` is
+    false), a batch stays in one piece.
     """
 
     def __init__(
@@ -56,93 +60,91 @@ class Batches:
     ) -> None:
         if (processes.world_size > 1 or accumulate > 1) and not divisible:
             raise AnomriError(
-                "networks that take turns are trained by one process, with the whole batch at once; start one "
-                "process, without --accumulate."
+                "networks that take turns are trained by one process, with the whole batch at "
+                "once; start one process, without --accumulate."
             )
         if processes.world_size > batch_size:
             raise AnomriError(
-                f"a batch of {batch_size} slices cannot be shared by {processes.world_size} processes; start fewer, or raise "
-                f"--batch-size."
+                f"a batch of {batch_size} slices cannot be shared by {processes.world_size} processes; "
+                f"start fewer, or raise --batch-size."
             )
-        self.fabric, self.processes, self.slices, self.divisible = (
-            fabric,
-            processes,
-            slices,
-            divisible,
-        )
+        self.fabric = fabric
+        self.processes = processes
+        self.slices = slices
+        self.divisible = divisible
         self.count = min(max(accumulate, 1), len(processes.batch_rows(batch_size)))
         self._note = ""
 
-    def tell(self, note: str) -> None:
-        """Leave something for `told`."""
+    def warn(self, note: str) -> None:
+        """Leave a message for the user, which `take_note` returns."""
         self._note = note
 
-    def told(self) -> str:
-        """What the user should know of how batches are worked on, once."""
+    def take_note(self) -> str:
+        """The message that was left, once; else an empty string."""
         note, self._note = self._note, ""
         return note
 
     def load(self, numbers: Sequence[int], seed: int) -> Batch:
-        """Read this process's slices of the batch ``numbers``; ``seed`` decides all that is random in the step."""
-        rows, parts = self.processes.batch_rows(len(numbers)), []
+        """Read this process's slices of the batch; ``seed`` decides all that is random in the step."""
+        total = len(numbers)
+        rows = self.processes.batch_rows(total)
+        parts = []
         for part in range(self.count):
             chosen = rows[len(rows) * part // self.count : len(rows) * (part + 1) // self.count]
             x = self.slices.batch([numbers[row] for row in chosen])
-            generator = PartGenerator(self.fabric.device, chosen.start, len(numbers)).manual_seed(
-                seed
-            )
-            # Processes' gradients are averaged, parts' are added.
-            parts.append(Part(x, generator, len(chosen) * self.processes.world_size / len(numbers)))
+            generator = PartGenerator(self.fabric.device, chosen.start, total).manual_seed(seed)
+            # The gradients of processes are averaged, those of parts are added.
+            parts.append(Part(x, generator, len(chosen) * self.processes.world_size / total))
         return Batch(numbers, seed, parts)
 
     def gradient(
-        self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
+        self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss: Loss
     ) -> Tensor:
         """Leave the gradient of a batch in the parameters; returns this process's share of the loss.
 
-        A batch that memory does not hold is tried again in twice as many parts, and so are those after it. Raises
-        `AnomriError` where that is not possible.
+        A batch that memory does not hold is tried again in twice as many parts, and so are those
+        after it. Raises `AnomriError` where that is not possible.
         """
         while True:
             try:
                 optimizer.zero_grad()
-                return self.sum(model, batch.parts, loss_of)
+                return self.sum(model, batch.parts, loss)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._divide(len(self.processes.batch_rows(len(batch.numbers))), error)
-            # Out of the handler: the error holds on to the attempt's tensors.
+            # Outside the handler, since the error keeps the attempt's tensors.
             batch.parts = []
             free_memory()
             batch.parts = self.load(batch.numbers, batch.seed).parts
 
-    def sum(self, model: Any, parts: Sequence[Part], loss_of: Loss) -> Tensor:
-        """Add the gradient of ``parts`` to what the parameters have; returns their loss."""
+    def sum(self, model: Any, parts: Sequence[Part], loss: Loss) -> Tensor:
+        """Add the gradient of ``parts`` to that of the parameters; returns their loss."""
         losses = []
         for part in parts[:-1]:
             with self.processes.no_gradient_sync(self.fabric, model):
-                losses.append(self._backward(part, loss_of))
-        return torch.stack([*losses, self._backward(parts[-1], loss_of)]).sum()
+                losses.append(self._backward(part, loss))
+        return torch.stack([*losses, self._backward(parts[-1], loss)]).sum()
 
-    def _backward(self, part: Part, loss_of: Loss) -> Tensor:
-        loss = loss_of(part.x, part.generator)
+    def _backward(self, part: Part, loss: Loss) -> Tensor:
+        value = loss(part.x, part.generator)
         if part.weight != 1:
-            loss = loss * part.weight
-        self.fabric.backward(loss)
-        return loss.detach()
+            value = value * part.weight
+        self.fabric.backward(value)
+        return value.detach()
 
     def _divide(self, rows: int, error: BaseException) -> None:
-        advice = (
-            f"--accumulate {2 * self.count}"
-            if self.divisible and 2 * self.count <= rows
-            else "a smaller --batch-size"
-        )
-        if self.processes.world_size > 1 or "accumulate" not in advice:
-            # The other processes wait for this one's gradient: they cannot be asked to begin the step anew.
+        """Take batches in twice as many parts from now on; ``rows`` are this process's slices."""
+        can_divide = self.divisible and 2 * self.count <= rows
+        # Other processes wait for this one's gradient and cannot begin the step again.
+        if not can_divide or self.processes.world_size > 1:
+            advice = f"--accumulate {2 * self.count}" if can_divide else "a smaller --batch-size"
             raise AnomriError(
-                f"memory does not hold a batch ({first_line(error):.200}); continue with --resume and {advice}."
+                f"memory does not hold a batch ({first_line(error):.200}); continue with --resume "
+                f"and {advice}."
             ) from error
         self.count *= 2
-        self.tell(
-            f"memory does not hold a batch at once; it is taken in {self.count} parts, with the same result."
+        self.warn(
+            f"memory does not hold a batch at once; it is taken in {self.count} parts, with the "
+            f"same result."
         )

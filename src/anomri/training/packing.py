@@ -1,4 +1,4 @@
-"""A cohort packed once into memory-mapped slices, so that training reads a random slice in microseconds."""
+"""Cohorts packed into memory-mapped slices: a training reads a random slice in microseconds."""
 
 from __future__ import annotations
 
@@ -28,36 +28,37 @@ from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_vo
 from anomri.spec import Grid, Scaling
 
 PACKING_VERSION = 8
+"""Part of the name of a packed file; a new number packs every case anew."""
 
 
 @dataclass(frozen=True)
 class PackedCase:
-    """The slices of one case on disk: ``<file>`` holds (n, c, h, w) float16.
-
-    ``healthy`` lists the slices without a labelled lesion (all, where there is no label); ``box`` holds the
-    brain; ``fingerprint`` is a SHA-256 of the source files' content, ``spacing_mm`` the spacing of slices, rows and
-    columns.
-    ``checksums`` holds a CRC-32 of every slice: a disk or network that gave other bytes is noticed when a slice is
-    read, without reading the rest of the file, and ``pack`` packs the case anew.
-    """
+    """The slices of one case on disk."""
 
     name: str
     file: Path
+    """Holds the slices, (n, c, h, w) float16."""
     slices: int
     healthy: tuple[int, ...]
+    """Numbers of the slices without a labelled lesion; all, if there is no label."""
     box: tuple[int, int, int, int]
+    """Rows and columns (first, last + 1) that hold the brain."""
     fingerprint: str
+    """A SHA-256 of the content of the source files."""
     spacing_mm: tuple[float, float, float]
+    """Of slices, rows and columns."""
     checksums: NDArray[np.uint32] = field(compare=False, repr=False)
+    """A CRC-32 of every slice: damage is noticed without reading the rest of the file."""
     pack: Callable[[], PackedCase] = field(compare=False, repr=False)
+    """Packs the case again."""
 
     @property
     def memory_map(self) -> NDArray[np.float16]:
-        """The slices, mapped and neither read nor checked."""
+        """The slices, mapped into memory, neither read nor checked."""
         return _memory_map(self.file)
 
     def stack(self, scaling: Scaling) -> SliceStack:
-        """All slices as those of a scan."""
+        """All slices of the case, as those of a scan."""
         x = torch.from_numpy(np.stack(self.read(range(self.slices))).astype(np.float32))
         window = Window(0, 0, *x.shape[2:])
         return SliceStack(
@@ -65,42 +66,43 @@ class PackedCase:
         )
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
-        """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed anew, once."""
+        """The slices ``numbers``, (c, h, w) each, checked; a damaged file is packed again, once."""
         try:
             return self._checked(numbers)
         except (OSError, ValueError, LookupError):
-            anew = self.pack()
+            again = self.pack()
             _memory_map.cache_clear()
-        if anew.fingerprint != self.fingerprint:
+        if again.fingerprint != self.fingerprint:
             raise AnomriError(
-                f"{self.file}: is damaged, and the files of {self.name} have changed since it was packed; begin anew."
+                f"{self.file}: is damaged, and the files of {self.name} have changed since it was "
+                f"packed; start a new training."
             )
         try:
-            return anew._checked(numbers)
+            return again._checked(numbers)
         except (OSError, ValueError, LookupError) as error:
             raise AnomriError(
-                f"{self.file}: is damaged, also after packing it anew ({error}); check the disk."
+                f"{self.file}: is damaged, also after packing it again ({error}); check the disk."
             ) from error
 
     def _checked(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
         rows = [np.array(self.memory_map[number]) for number in numbers]
         for number, row in zip(numbers, rows, strict=True):
             if isal_zlib.crc32(row.data) != self.checksums[number]:
-                raise ValueError(f"the checksum of slice {number} does not fit")
+                raise ValueError(f"the checksum of slice {number} does not match")
         return rows
 
 
 class HealthySlices:
-    """The healthy slices of several packed cases, by one running number, as tensors on ``device``.
+    """The healthy slices of several packed cases, numbered through, as tensors on ``device``.
 
-    On a GPU of whose free memory they take no more than a quarter, they are read once and stay there.
+    On a GPU they are read once and stay there, if they take at most a quarter of its free memory.
     """
 
     def __init__(self, cases: Sequence[PackedCase], device: torch.device | str = "cpu") -> None:
         self.cases, self.device = list(cases), torch.device(device)
-        # One number a case, not one a slice: a large cohort has millions of slices.
+        # One number for each case, not for each slice: a large cohort has millions of slices.
         self._ends = np.cumsum([len(case.healthy) for case in cases], dtype=np.int64)
-        self._resident = self._all() if self.device.type == "cuda" and len(self) else None
+        self._resident = self._read_all() if self.device.type == "cuda" and len(self) else None
 
     def __len__(self) -> int:
         """Number of slices."""
@@ -109,19 +111,20 @@ class HealthySlices:
     def batch(self, numbers: Sequence[int]) -> Tensor:
         """The slices ``numbers`` as (n, c, h, w) float32."""
         if self._resident is not None:
-            return self._resident[self._moved(torch.tensor(numbers))].float()
+            return self._resident[self._to_device(torch.tensor(numbers))].float()
         rows = [row for case, index in map(self._find, numbers) for row in case.read([index])]
-        return self._moved(torch.from_numpy(np.stack(rows))).float()
+        return self._to_device(torch.from_numpy(np.stack(rows))).float()
 
     def names(self, numbers: Sequence[int]) -> list[str]:
-        """The names of the cases that the slices ``numbers`` are of, each once."""
+        """The names of the cases that the slices ``numbers`` come from, each once."""
         return sorted({self._find(number)[0].name for number in numbers})
 
-    def _all(self) -> Tensor | None:
-        """All slices on the GPU, or ``None`` where they would take more than a quarter of what it has free."""
+    def _read_all(self) -> Tensor | None:
+        """All slices on the GPU; ``None`` if they take more than a quarter of its free memory."""
         case, index = self._find(0)
         (first,) = case.read([index])
-        if len(self) * first.nbytes > torch.cuda.mem_get_info(self.device)[0] // 4:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if len(self) * first.nbytes > free // 4:
             return None
         slices = torch.empty((len(self), *first.shape), dtype=torch.float16, device=self.device)
         for case, end in zip(self.cases, self._ends.tolist(), strict=True):
@@ -131,11 +134,10 @@ class HealthySlices:
                 )
         return slices
 
-    def _moved(self, x: Tensor) -> Tensor:
-        """On the device; from pinned memory a GPU fetches it without the processor waiting for all that it does before."""
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(
-            self.device, non_blocking=True
-        )
+    def _to_device(self, x: Tensor) -> Tensor:
+        # From pinned memory a GPU fetches it without the processor waiting for earlier work.
+        x = x.pin_memory() if self.device.type == "cuda" else x
+        return x.to(self.device, non_blocking=True)
 
     def _find(self, number: int) -> tuple[PackedCase, int]:
         place = int(np.searchsorted(self._ends, number, side="right"))
@@ -144,7 +146,7 @@ class HealthySlices:
 
 
 def default_cache() -> Path:
-    """The folder that packed cohorts go to: ``$ANOMRI_CACHE``, else the user's cache folder."""
+    """The folder for packed cohorts: ``$ANOMRI_CACHE``, else the user's cache folder."""
     return Path(os.environ.get("ANOMRI_CACHE") or platformdirs.user_cache_dir("anomri"))
 
 
@@ -154,12 +156,12 @@ def pack_cohort(
     grid: Grid,
     scaling: Scaling,
     folder: Path,
-    progress: Callable[[Case], None] = lambda case: None,
+    on_case: Callable[[Case], None] = lambda case: None,
 ) -> list[PackedCase]:
-    """Pack every case into ``folder``; a case packed before from the same files and settings is reused.
+    """Pack every case into ``folder``, several at once.
 
-    Several cases are read at once. Raises one `AnomriError` that lists every case that cannot be used; what
-    was packed stays.
+    A case that was packed before from the same files and settings is reused. Raises one
+    `AnomriError` that lists every case that cannot be used; what was packed stays.
     """
     remove_abandoned(output_folder(folder))
     problems: list[str] = []
@@ -171,32 +173,34 @@ def pack_cohort(
             problems.append(str(error))
             return None
         finally:
-            progress(case)
+            on_case(case)
 
     with worker_threads(max(min(len(cases), usable_processors(), 8), 1)) as pool:
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(
-            f"{len(problems)} of {len(cases)} cases cannot be used; mend them or leave them out:\n  "
+            f"{len(problems)} of {len(cases)} cases cannot be used; repair them or leave them out:\n  "
             + "\n  ".join(sorted(problems))
         )
     return [case for case in packed if case is not None]
 
 
 def spread_healthy(cases: Sequence[PackedCase], most: int) -> list[PackedCase]:
-    """At most so many of the cases that have a healthy slice, spread evenly over all of them."""
+    """At most ``most`` of the cases that have a healthy slice, spread evenly over all of them."""
     usable = [case for case in cases if case.healthy]
-    return [usable[k] for k in np.linspace(0, len(usable) - 1, min(len(usable), most)).astype(int)]
+    places = np.linspace(0, len(usable) - 1, min(len(usable), most)).astype(int)
+    return [usable[place] for place in places]
 
 
 def cohort_fingerprint(packed: Sequence[PackedCase]) -> str:
     """A SHA-256 of the content of all files of the cases, whatever their names and order."""
-    return hashlib.sha256("".join(sorted(case.fingerprint for case in packed)).encode()).hexdigest()
+    fingerprints = sorted(case.fingerprint for case in packed)
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 @lru_cache(maxsize=128)
 def _memory_map(file: Path) -> NDArray[np.float16]:
-    # A map holds a file open, and a process may not hold one per case of a large cohort.
+    # A map keeps a file open, and a process may not have one open for each case of a large cohort.
     return np.load(file, mmap_mode="r")
 
 
@@ -206,12 +210,12 @@ def _pack_case(
     grid: Grid,
     scaling: Scaling,
     folder: Path,
-    anew: bool = False,
+    again: bool = False,
 ) -> PackedCase:
     sources = [*case.files(channels), case.mask, case.label]
     key = _key(sources, channels, grid, scaling)
     file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
-    facts = None if anew else _packed_before(file, sidecar)
+    facts = None if again else _read_facts(file, sidecar)
     if facts is None:
         volume = prepare(case, channels, grid, resampled=False)
         stack = slice_volume(volume, grid, scaling)
@@ -221,7 +225,7 @@ def _pack_case(
         facts = _facts(stack, volume.label, [path for path in sources if path is not None])
         facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
-        # Written last: a packed case counts from the moment its sidecar is there.
+        # Written last: a case counts as packed once its sidecar exists.
         write_text(
             sidecar,
             json.dumps({"bytes": file.stat().st_size, "crc32": _crc32(facts), "facts": facts}),
@@ -232,18 +236,17 @@ def _pack_case(
         "spacing_mm": tuple(facts["spacing_mm"]),
     }
     facts["checksums"] = np.array(facts["checksums"], dtype=np.uint32)
-    again = partial(_pack_case, case, channels, grid, scaling, folder, True)
-    return PackedCase(case.name, file, **facts, pack=again)
+    pack = partial(_pack_case, case, channels, grid, scaling, folder, True)
+    return PackedCase(case.name, file, **facts, pack=pack)
 
 
-def _packed_before(file: Path, sidecar: Path) -> dict[str, Any] | None:
-    """The facts of a packed case; ``None`` if there is none, or nothing whole."""
+def _read_facts(file: Path, sidecar: Path) -> dict[str, Any] | None:
+    """The facts of a case that was packed before; ``None`` if there are none, or damaged ones."""
     try:
         stored = json.loads(sidecar.read_text(encoding="utf-8"))
-        whole = (
-            stored["crc32"] == _crc32(stored["facts"]) and stored["bytes"] == file.stat().st_size
-        )
-        return dict(stored["facts"]) if whole else None
+        facts = dict(stored["facts"])
+        whole = stored["crc32"] == _crc32(facts) and stored["bytes"] == file.stat().st_size
+        return facts if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -255,7 +258,7 @@ def _crc32(facts: object) -> int:
 def _facts(
     stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence[Path]
 ) -> dict[str, Any]:
-    # Of the label as it was drawn: on the working grid the smallest lesions are lost.
+    # The label as it was drawn: on the working grid the smallest lesions would be lost.
     lesion: NDArray[np.bool_] = np.zeros(len(stack.x), dtype=bool)
     if label is not None:
         lesion |= label[..., stack.index.start : stack.index.stop].any(axis=(0, 1))

@@ -131,7 +131,7 @@ def _thresholds(
     return Thresholds(
         false_positive_rate=tuple(rates),
         value=tuple(values[rate] for rate in rates),
-        chosen=chosen,
+        default_rate=chosen,
         chosen_by=why,
         healthy_slices=sum(len(case.healthy) for case in cases),
         healthy_cases=len(cases),
