@@ -336,7 +336,7 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ),
         ({"settings": {"depth": 3}}, "dae has no setting depth; it has widths, noise_resolution"),
         ({"settings": {"widths": 3}}, "the setting widths of dae: input should be .*; found 3"),
-        ({"score": {"kind": "best"}}, "no score 'best'; there are own, auto, .*positive"),
+        ({"score": {"kind": "best"}}, "no score 'best'; the scores are own, auto, .*positive"),
         (
             {"score": {"kind": "anomaly_probability"}},
             "the score anomaly_probability needs a segmentation head, which the model does not have",
