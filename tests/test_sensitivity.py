@@ -148,7 +148,8 @@ def test_detect_with_a_sensitivity_as_json(
         document = json.loads(capsys.readouterr().out)
         (case,) = document["cases"]
         volumes.append(case["lesion_volume_mm3"])
-        assert case["status"] == "done" and set(case["files"]) == {"anomaly", "mask", "summary"}
+        assert case["status"] == "done"
+        assert set(case["files"]) == {"anomaly", "mask", "lesions", "summary"}
         written = json.loads(Path(case["files"]["summary"]).read_text())
         assert written == {key: case[key] for key in written}
         assert np.asarray(nib.load(case["files"]["mask"]).dataobj).any() == bool(case["lesions"])
