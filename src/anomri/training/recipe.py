@@ -70,7 +70,7 @@ def plan(
         versions={name: version(name) for name in ("anomri", "torch", "numpy", "nibabel")},
     ).checked()
     network = methods.build(spec)
-    check_score(network, spec.score, spec.channels)
+    check_score(spec.score, spec.channels, network.segmentation_head)
     check_grid(network, spec.grid)
     check_readable(spec)
     if pretrained:
