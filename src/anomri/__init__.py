@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anomri.model.detector import Detector
     from anomri.runs.detect import detect_cohort
     from anomri.scans.case import Case
-    from anomri.scans.find import find_cases
+    from anomri.scans.find import find_cases, read_cohort
     from anomri.training.train import train
 
     load = Detector.load
@@ -41,6 +41,7 @@ _HOMES = {  # the module of each public name
     "find_cases": "scans.find",
     "load": "model.detector",
     "merge": "evaluation.merge",
+    "read_cohort": "scans.find",
     "report": "evaluation.report",
     "train": "training.train",
 }

@@ -127,12 +127,12 @@ def detect(
     from anomri.runs.detect import detect_cohort
     from anomri.runs.tables import CaseResult, cases_before, write_dicom_seg
     from anomri.runtime.processes import join_processes
-    from anomri.scans.intake import named, take_in
+    from anomri.scans.intake import collect_cases, parse_pairs
     from anomri.scans.prepare import Preparation
 
     preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
-    files = named(
+    files = parse_pairs(
         [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel"
     )
     team = join_processes(device)
@@ -150,12 +150,12 @@ def detect(
                 "--dicom-seg: this model has no threshold, so there is no mask to write."
             )
     intake = team.run_on_main(
-        lambda: take_in(
+        lambda: collect_cases(
             input,
             files,
             output,
             detector.find_cases,
-            series=named(series or [], "--series"),
+            series=parse_pairs(series or [], "--series"),
             keep_identifiers=keep_identifiers,
             dicom_seg=dicom_seg,
             note=_note,

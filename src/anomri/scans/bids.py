@@ -258,14 +258,14 @@ def _choose_files(
             continue
         paths[what] = found[0]
         for path in found[1:]:
-            reasons[path] = f"{found[0].name} is taken for {what}"
+            reasons[path] = f"another file is taken for {what}"
         if len(found) > 1:
             others = ", ".join(path.name for path in found[1:])
             notes.append(
                 f"{name}: {len(found)} files for {what}; {found[0].name} is taken, not {others}."
             )
     left_out = [
-        LeftOut(file.path, reasons.get(file.path, "lies in another space, or is not known"))
+        LeftOut(file.path, reasons.get(file.path, "lies in another space or shows something else"))
         for file in files
         if file.path not in paths.values()
     ]

@@ -78,16 +78,8 @@ def write_cases(path: Path, cases: Sequence[Case]) -> None:
     if path.suffix.lower() != ".tsv":
         raise AnomriError(f"{path}: a table of cases ends in .tsv; name it so.")
     text = case_table(cases, path.parent)
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError as error:
-        line = text[: error.start].count("\n") + 1
-        raise AnomriError(
-            f"{path}, line {line}: a name there is not valid UTF-8; rename that file or folder."
-        ) from error
-    if path.exists():
-        if path.is_file() and path.read_bytes() == encoded:
-            return
+    # Also a table that anomri wrote is not overwritten: it may have been edited.
+    if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
         raise AnomriError(
             f"{path}: exists and would be overwritten; choose another file with -o, or delete it."
         )
@@ -101,6 +93,8 @@ def _has(cases: Sequence[Case], attribute: str) -> bool:
 def _path_text(path: Path, folder: Path | None) -> str:
     """A path for the table: relative to the table's folder if it lies below, else absolute."""
     absolute = os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+    if not _is_unicode(absolute):
+        raise AnomriError(f"{absolute!r}: is not valid UTF-8; rename that file or folder.")
     if folder is None:
         return absolute
     start = os.path.abspath(folder)  # noqa: PTH100
@@ -120,8 +114,16 @@ def _check_names(cases: Sequence[str], channels: Sequence[str]) -> None:
             raise AnomriError(f"case {name!r} is there twice; rename the files of one of them.")
         seen.add(name)
     for channel in channels:
-        if channel in {"case", "split", "subject", *ANNOTATIONS}:
+        if channel in {"case", "split", "subject", *ANNOTATIONS} or not _is_unicode(channel):
             raise AnomriError(
-                f"a channel called {channel!r} does not fit in a table, where that column has"
-                " another meaning; rename its files."
+                f"a channel called {channel!r} does not fit in a table; rename its files."
             )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a name can be written as UTF-8; the bytes of a file's name can be anything."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -114,9 +114,13 @@ def _files(case: Case) -> Iterator[Path]:
 
 
 def _all_images(folder: Path) -> Iterator[Path]:
-    """All NIfTI files in a folder and below, without hidden ones."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(here) / name
+    """All NIfTI files in a folder and below; links are followed, but not in a circle."""
+    seen: set[str] = set()
+    waiting = [Place(folder)]
+    while waiting:
+        place = waiting.pop()
+        real = os.path.realpath(place.path)
+        if real not in seen:
+            seen.add(real)
+            yield from place.images
+            waiting += place.folders

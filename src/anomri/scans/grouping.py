@@ -15,6 +15,7 @@ from anomri.scans.names import (
     ANNOTATIONS,
     IMAGES,
     LABEL_NAMES,
+    MASK_NAMES,
     STEPS,
     FileName,
     channel_name,
@@ -129,7 +130,7 @@ def _choose(name: str, files: Files) -> tuple[Case, list[LeftOut]]:
         if kind not in LABEL_NAMES:
             chosen[kind] = _preferred(name, kind, paths)
             left_out += [
-                LeftOut(path, f"{chosen[kind].name} is taken for {kind}")
+                LeftOut(path, f"another file is taken for {kind}")
                 for path in paths
                 if path != chosen[kind]
             ]
@@ -142,15 +143,11 @@ def _choose(name: str, files: Files) -> tuple[Case, list[LeftOut]]:
     if _is_label_of_folder(case):
         label = case.label.name if case.label else ""
         notes.append(f"{name}: {label} is taken for its label, as it is in its folder.")
+    left_out += [LeftOut(path, "another file is taken for the label") for _, path in labels[1:]]
     left_out += [
-        LeftOut(path, f"{case.label.name} is taken for the label")
-        for _, path in labels
-        if case.label and path != case.label
-    ]
-    left_out += [
-        LeftOut(path, f"{case.mask.name} is taken for the brain mask")
+        LeftOut(path, "another file is taken for the brain mask")
         for kind, path in chosen.items()
-        if case.mask and kind in ANNOTATIONS and path not in (case.label, case.mask)
+        if kind in MASK_NAMES and path != case.mask
     ]
     return replace(case, notes=(*notes, *step_note)), left_out
 

@@ -259,7 +259,6 @@ def _plainest(masks: Sequence[Annotation], left_out: dict[Path, str]) -> list[An
     for mask in sorted(masks):
         first.setdefault(mask.case, mask)
     for mask in masks:
-        best = first[mask.case]
-        if mask.match != best.match:
-            left_out[mask.path] = f"{best.path.name} is taken for the brain mask"
+        if mask.match != first[mask.case].match:
+            left_out[mask.path] = "another file is taken for the brain mask"
     return [mask for mask in masks if mask.path not in left_out]
