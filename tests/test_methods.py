@@ -465,7 +465,7 @@ def test_methods_of_others(
             EntryPoint("dae", "x:y", "anomri.methods"),
         ]
     )
-    monkeypatch.setattr(methods, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points.select(group=group))
     assert (
         "theirs" in methods.names()
         and methods.load("theirs") is Mine
