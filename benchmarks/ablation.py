@@ -27,7 +27,8 @@ from anomri.model.detector import Detector
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.volume import Volume
-from anomri.scoring.scores import BRIGHT, anomaly_score, describe, score_of
+from anomri.scoring.filters import anomaly_score
+from anomri.scoring.scores import BRIGHT, describe, raw_score
 from anomri.slices import SliceStack, on_published_grid, slice_volume
 from anomri.spec import Scaling, Score
 
@@ -96,7 +97,7 @@ class Trial:
                 for case, (volume, stack, output) in zip(
                     cases, self._seen(cases, detector), strict=True
                 ):
-                    raw = score_of(stack.x, output, detector.spec.channels, score, stack.position)
+                    raw = raw_score(stack.x, output, detector.spec.channels, score, stack.position)
                     scores = anomaly_score(raw, stack.foreground, score, stack.spacing_mm)
                     *found, voxel_mm3 = on_published_grid(scores, stack, volume, detector.spec.grid)
                     dropped = score.max_dropped(stack.spacing_mm, voxel_mm3)
@@ -153,7 +154,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.folds and (arguments.model or arguments.train):
         parser.error(
-            "--folds trains networks of its own, on other patients; give it without --model and --train."
+            "--folds trains networks of its own, on other patients; give it without --model and "
+            "--train."
         )
     wanted = tuple(arguments.only or ("",))
     steps = {"steps": arguments.steps} if arguments.steps else {}

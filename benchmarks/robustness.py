@@ -190,7 +190,10 @@ CHANGES: dict[str, Change] = {
 def with_spheres(
     volume: Volume, count: int, radii_mm: tuple[float, float], draw: Generator
 ) -> Volume:
-    """A scan with spheres in slices without a lesion, if it has such; its label says where they are."""
+    """A scan with spheres in slices without a lesion, if it has such.
+
+    Its label says where they are.
+    """
     assert volume.label is not None
     inside, scales = volume.inside.copy(), intensity_scale(volume.inside, Scaling("standard"))
     healthy = ~np.asarray(volume.label.any((0, 1)))[volume.brain[2]]
@@ -254,7 +257,10 @@ def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
 
 
 def labelled_of(detector: Detector, cases: Sequence[Case], split: str) -> list[Case]:
-    """The cases of a split that have a label; whom a model was trained on, its own folder knows best."""
+    """The cases of a split that have a label.
+
+    Whom a model was trained on, its own folder knows best.
+    """
     own = any(case.name in detector.splits for case in cases)
     known = detector.splits if own else {case.name: case.split for case in cases}
     return [case for case in cases if case.label is not None and known.get(case.name) == split]
@@ -281,7 +287,8 @@ def main() -> None:
     changes = {name: change for name, change in CHANGES.items() if given.only in name}
     if not scans or not changes:
         parser.error(
-            f"no labelled case of the split {given.split}, or no change with {given.only!r} in its name."
+            f"no labelled case of the split {given.split}, or no change with {given.only!r} in its "
+            "name."
         )
     kinds = ["lesions", *({} if given.lesions else BALLS)]
     parts = parts_of(scans[0][0])

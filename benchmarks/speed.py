@@ -38,7 +38,7 @@ from anomri.runtime.devices import resolve_precision
 from anomri.scans.find import find_cases
 from anomri.scans.read import read_volume
 from anomri.scoring.metrics import drop_small_components
-from anomri.slices import brain_box, foreground_of, join_boxes, slice_volume
+from anomri.slices import brain_box, find_foreground, join_boxes, slice_volume
 from anomri.spec import Grid, ModelSpec, Scaling, Training
 from anomri.training.packing import pack_cohort
 
@@ -240,7 +240,7 @@ def _training(
         .to(memory_format=torch.channels_last if half else torch.contiguous_format)
     )
     optimizer = plain.optimizer_of(method)
-    generator, foreground = torch.Generator().manual_seed(0), foreground_of(x, Scaling())
+    generator, foreground = torch.Generator().manual_seed(0), find_foreground(x, Scaling())
 
     def step(part: tuple[int, int, int, int] | None) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

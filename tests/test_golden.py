@@ -14,9 +14,10 @@ from anomri.methods.networks.unet import (
 from anomri.methods.noise import add_on_foreground, upsample_noise
 from anomri.scans.geometry import Geometry
 from anomri.scans.volume import Volume
+from anomri.scoring.filters import anomaly_score
 from anomri.scoring.metrics import dice, drop_small_components, precision_recall
-from anomri.scoring.scores import anomaly_score, mean_absolute_residual
-from anomri.slices import foreground_of, slice_volume
+from anomri.scoring.scores import mean_absolute_residual
+from anomri.slices import find_foreground, slice_volume
 from anomri.spec import Grid, Scaling, Score
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,7 +48,7 @@ def test_network(network_file: dict[str, np.ndarray], folded: bool) -> None:
 def test_score(network_file: dict[str, np.ndarray], median: int, key: str) -> None:
     x, reconstruction = (torch.from_numpy(network_file[name]) for name in ("x", "reconstruction"))
     raw = mean_absolute_residual(x, reconstruction)
-    score = anomaly_score(raw, foreground_of(x, Scaling()), Score(median=median))
+    score = anomaly_score(raw, find_foreground(x, Scaling()), Score(median=median))
     np.testing.assert_allclose(score, network_file[key][:, 0], atol=1e-4, rtol=0)
 
 
@@ -58,7 +59,7 @@ def test_noise() -> None:
     noise = upsample_noise(
         torch.from_numpy(golden["low_resolution_noise"]), (128, 128), (rows, columns)
     )
-    noisy = add_on_foreground(x, noise, foreground_of(x, Scaling())[:, None])
+    noisy = add_on_foreground(x, noise, find_foreground(x, Scaling())[:, None])
     np.testing.assert_allclose(noisy.numpy(), golden["noisy"], atol=1e-5, rtol=0)
 
 

@@ -7,12 +7,12 @@ import torch
 
 from anomri.scoring.positions import (
     CELLS,
-    packed_maps,
-    spread_over,
+    interpolate_cells,
+    pack_maps,
     statistics_by_position,
-    unpacked_maps,
+    unpack_maps,
 )
-from anomri.scoring.scores import score_of
+from anomri.scoring.scores import raw_score
 from anomri.slices import Position, SliceStack, Window
 from anomri.spec import Score
 
@@ -50,8 +50,8 @@ def test_slices_that_do_not_count_are_not_looked_at() -> None:
 def test_cells_follow_the_brain_wherever_it_lies() -> None:
     """A brain in another place, of another size, in more slices, gets the same values at the same relative place."""
     cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
-    here = spread_over(cells, Position.from_foreground(brain(first=0)), (40, 40))[:, 0]
-    there = spread_over(cells, Position.from_foreground(brain(48, 40, 8)), (40, 40))[:, 0]
+    here = interpolate_cells(cells, Position.from_foreground(brain(first=0)), (40, 40))[:, 0]
+    there = interpolate_cells(cells, Position.from_foreground(brain(48, 40, 8)), (40, 40))[:, 0]
     torch.testing.assert_close(here[0, 0:32], there[0, 8:40])
     assert float(there[0, 0, 0]) == 0.0  # what lies outside takes the edge's
     assert float(there[0, -1, 0]) == 1.0
@@ -65,19 +65,19 @@ def test_some_slices_of_a_brain_stay_in_their_place() -> None:
     stack = SliceStack(inside[:, None].float(), inside, range(24), (), None, window)
     part = stack.take([20, 3]).take([0])
     cells = torch.rand(2, CELLS, CELLS, CELLS)
-    among = spread_over(cells, stack.position, (40, 40))[[20]]
-    torch.testing.assert_close(spread_over(cells, part.position, (40, 40)), among)
+    among = interpolate_cells(cells, stack.position, (40, 40))[[20]]
+    torch.testing.assert_close(interpolate_cells(cells, part.position, (40, 40)), among)
 
 
 def test_maps_survive_their_text() -> None:
     """Base64 of float16: exact to three digits; anything else is refused."""
     mean, spread = torch.rand(2, 3, CELLS, CELLS, CELLS)
-    text = packed_maps(mean, spread)
-    for there, here in zip(unpacked_maps(text, 3), (mean, spread), strict=True):
+    text = pack_maps(mean, spread)
+    for there, here in zip(unpack_maps(text, 3), (mean, spread), strict=True):
         torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)
     for wrong, channels in ((text, 4), ("!", 3), (text[:-8], 3)):
         with pytest.raises(ValueError, match=r".+"):
-            unpacked_maps(wrong, channels)
+            unpack_maps(wrong, channels)
 
 
 def test_the_score_measures_a_residual_by_what_is_usual_there() -> None:
@@ -86,9 +86,9 @@ def test_the_score_measures_a_residual_by_what_is_usual_there() -> None:
     cells = torch.full((2, CELLS, CELLS, CELLS), 0.1)
     usual = cells.clone()
     usual[:, :, CELLS // 2 :] = 0.5
-    score = Score("standardised_by_position", healthy_maps=packed_maps(usual, cells))
-    found = score_of(x, x - 0.5, ("flair", "t1"), score)
+    score = Score("standardised_by_position", healthy_maps=pack_maps(usual, cells))
+    found = raw_score(x, x - 0.5, ("flair", "t1"), score)
     assert float(found[12, 6, 20]) == pytest.approx(4.0, abs=0.02)
     assert float(found[12, 34, 20]) == 0.0
-    alone = score_of(x * torch.tensor([1.0, 0.0])[:, None, None], x - 0.5, ("flair", "t1"), score)
+    alone = raw_score(x * torch.tensor([1.0, 0.0])[:, None, None], x - 0.5, ("flair", "t1"), score)
     assert float(alone[12, 6, 20]) == pytest.approx(4.0, abs=0.02)

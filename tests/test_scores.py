@@ -23,16 +23,12 @@ from anomri.errors import AnomriError
 from anomri.scans.find import find_cases
 from anomri.scans.read import read_volume
 from anomri.scoring import registry
+from anomri.scoring.filters import anomaly_score, erode_foreground
 from anomri.scoring.metrics import dice
-from anomri.scoring.positions import CELLS, packed_maps
+from anomri.scoring.positions import CELLS, pack_maps
 from anomri.scoring.registry import SCORES
-from anomri.scoring.scores import (
-    anomaly_score,
-    erode_foreground,
-    score_of,
-    structural_similarity,
-)
-from anomri.slices import SliceStack, foreground_of, intensity_scale, slice_volume
+from anomri.scoring.scores import raw_score, structural_similarity
+from anomri.slices import SliceStack, find_foreground, intensity_scale, slice_volume
 from anomri.spec import FLOOR, LEVEL, SPREAD, ModelSpec, Scaling, Score
 from anomri.training.choose_score import candidates, choose_score
 from anomri.training.packing import PackedCase, pack_cohort
@@ -71,7 +67,7 @@ def test_each_score_is_its_formula() -> None:
     output = torch.cat([reconstruction, torch.full((2, 1, 16, 16), 0.25)], 1)
 
     def at(kind: str, **settings: Any) -> float:
-        return float(score_of(x, output, CHANNELS, Score(kind, **settings))[0, 8, 4])
+        return float(raw_score(x, output, CHANNELS, Score(kind, **settings))[0, 8, 4])
 
     assert at("absolute") == pytest.approx(0.35)
     assert at("positive") == pytest.approx(0.2)
@@ -82,7 +78,7 @@ def test_each_score_is_its_formula() -> None:
     )
     assert at("anomaly_probability") == pytest.approx(0.25)
     assert at("probability_with_residual") == pytest.approx(0.5 * 0.22)
-    maps = packed_maps(
+    maps = pack_maps(
         torch.full((2, CELLS, CELLS, CELLS), 0.1), torch.full((2, CELLS, CELLS, CELLS), 0.2)
     )
     assert at("standardised_by_position", healthy_maps=maps) == pytest.approx(
@@ -97,11 +93,11 @@ def test_each_score_is_its_formula() -> None:
         1.25, abs=2e-3
     )
     assert at("probability_with_residual", channels=("t2",)) == pytest.approx(0.5 * 0.37)
-    assert at("ssim") > 0.1 > float(score_of(x, x, CHANNELS, Score("ssim")).abs().max())
+    assert at("ssim") > 0.1 > float(raw_score(x, x, CHANNELS, Score("ssim")).abs().max())
     with pytest.raises(AnomriError, match="no score 'best'"):
         at("best")
     with pytest.raises(AnomriError, match="has no segmentation head"):
-        score_of(x, reconstruction, CHANNELS, Score("anomaly_probability"))
+        raw_score(x, reconstruction, CHANNELS, Score("anomaly_probability"))
     with pytest.raises(AnomriError, match="mean and spread"):
         at("standardised")
 
@@ -118,17 +114,17 @@ def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
         kind,
         healthy_mean=(0.1, 0.2),
         healthy_spread=(0.1, 0.2),
-        healthy_maps=packed_maps(mean, spread),
+        healthy_maps=pack_maps(mean, spread),
     )
     x[:, 1] = 0
-    with_both = score_of(x, output, CHANNELS, score)
+    with_both = raw_score(x, output, CHANNELS, score)
     alone = replace(
         score,
         healthy_mean=(0.1,),
         healthy_spread=(0.1,),
-        healthy_maps=packed_maps(mean[:1], spread[:1]),
+        healthy_maps=pack_maps(mean[:1], spread[:1]),
     )
-    assert torch.equal(with_both, score_of(x[:, :1], output[:, [0, 2]], ("flair",), alone))
+    assert torch.equal(with_both, raw_score(x[:, :1], output[:, [0, 2]], ("flair",), alone))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMULAS if SCORES[kind].without_flair])
@@ -142,15 +138,15 @@ def test_without_flair_where_it_would_count_the_marks_count_alone(
         torch.rand((2, 3, 16, 16), generator=generator),
     )
     mean, spread = torch.rand((2, 2, CELLS, CELLS, CELLS), generator=generator)
-    score = Score(kind, looked_at, healthy_maps=packed_maps(mean, spread))
+    score = Score(kind, looked_at, healthy_maps=pack_maps(mean, spread))
     names, marks = ("flair", "t2"), Score("anomaly_probability", looked_at)
-    assert not torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
+    assert not torch.equal(raw_score(x, output, names, score), raw_score(x, output, names, marks))
     x[:, 0] = 0
-    assert torch.equal(score_of(x, output, names, score), score_of(x, output, names, marks))
+    assert torch.equal(raw_score(x, output, names, score), raw_score(x, output, names, marks))
     # A model without FLAIR has its residual as it is.
     other = ("t1", "t2")
     score = replace(score, channels=tuple(name for name in looked_at if name in other))
-    assert not torch.equal(score_of(x, output, other, score), score_of(x, output, other, marks))
+    assert not torch.equal(raw_score(x, output, other, score), raw_score(x, output, other, marks))
 
 
 def test_the_names_of_scores_are_known_without_torch() -> None:
@@ -407,7 +403,7 @@ def test_thresholds_for_parts_are_of_all_healthy_slices(
     ):
         stack = packed.stack(STANDARD)
         x = stack.x * torch.tensor([1, 0])[:, None, None]
-        seen = replace(stack, x=x, foreground=foreground_of(x, STANDARD))
+        seen = replace(stack, x=x, foreground=find_foreground(x, STANDARD))
         healthy = list(packed.healthy)
         scores.append(detector.score(seen)[0][healthy][seen.foreground[healthy].numpy()])
     for rate, value in zip(part.false_positive_rate, part.value, strict=True):
@@ -542,7 +538,7 @@ def test_dark_lesions_count_where_no_bright_channel_is_seen(
     x = torch.full((1, len(channels), 40, 40), 0.6)
     healthy = torch.cat([x, torch.ones(1, 1, 40, 40)], 1)
     x[:, :, 15:25, 15:25] = 0.3
-    score = score_of(x, healthy, channels, Score("probability_with_residual"))[0]
+    score = raw_score(x, healthy, channels, Score("probability_with_residual"))[0]
     assert bool(score[20, 20] > 2 * score[5, 5]) == counted
 
 

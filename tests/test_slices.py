@@ -8,17 +8,17 @@ from scipy import ndimage
 from anomri.errors import AnomriError
 from anomri.methods.noise import coarse_noise
 from anomri.scans.boxes import box_around, is_empty
-from anomri.scoring.scores import anomaly_score, erode_foreground, median_filter
+from anomri.scoring.filters import anomaly_score, erode_foreground, median_filter
 from anomri.slices import (
     Window,
     brain_box,
+    find_window,
     from_slices,
     join_boxes,
     percentile_scale,
     resize,
     slice_range,
     to_slices,
-    window_of,
 )
 from anomri.spec import Grid, Score
 
@@ -65,15 +65,15 @@ def test_a_brain_resized_alone_is_what_the_whole_window_gives(
 
 def test_the_window_follows_a_brain_that_lies_off_the_middle() -> None:
     shape, mm, brain = (320, 300, 4), (1.0, 1.0), (slice(120, 200), slice(100, 200), slice(0, 4))
-    assert window_of(shape, brain, mm, Grid()) == Window(40, 30, 240, 240)
+    assert find_window(shape, brain, mm, Grid()) == Window(40, 30, 240, 240)
     off = (slice(220, 300), *brain[1:])
-    assert window_of(shape, off, mm, Grid()) == Window(140, 30, 240, 240)
-    assert window_of((60, 60, 4), (slice(9, 60), slice(0, 60), slice(0, 4)), mm, Grid()) == Window(
-        -90, -90, 240, 240
-    )
-    assert window_of(shape, off, mm, Grid(field_of_view_mm=None)) == Window(0, 0, 320, 300)
+    assert find_window(shape, off, mm, Grid()) == Window(140, 30, 240, 240)
+    assert find_window(
+        (60, 60, 4), (slice(9, 60), slice(0, 60), slice(0, 4)), mm, Grid()
+    ) == Window(-90, -90, 240, 240)
+    assert find_window(shape, off, mm, Grid(field_of_view_mm=None)) == Window(0, 0, 320, 300)
     with pytest.raises(AnomriError, match="above zero over 320 mm, more than the 240 mm"):
-        window_of(shape, tuple(slice(0, side) for side in shape), mm, Grid())
+        find_window(shape, tuple(slice(0, side) for side in shape), mm, Grid())
 
 
 @given(st.lists(st.integers(0, 63), min_size=4, max_size=4), st.sampled_from([1, 8, 16]))
@@ -98,7 +98,7 @@ def test_there_and_back_keeps_a_blob_in_place(shape: tuple[int, int, int]) -> No
     data = np.zeros(shape, np.float32)
     x, y = shape[0] // 2 + 17, shape[1] // 2 - 23
     data[x - 8 : x + 9, y - 8 : y + 9, 2] = 1
-    window = window_of(shape, box_around(data), (1.0, 1.0), Grid())
+    window = find_window(shape, box_around(data), (1.0, 1.0), Grid())
     slices = to_slices(data[None], window, Grid(), range(1, 4))
     assert slices.shape == (3, 1, 128, 128)
     back = from_slices(slices[:, 0], shape, window, range(1, 4))

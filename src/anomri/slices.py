@@ -25,7 +25,10 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """The part of an axial slice that is resized to the grid, in voxels; it may reach beyond the slice."""
+    """The part of an axial slice that is resized to the grid, in voxels.
+
+    It may reach beyond the slice.
+    """
 
     top: int
     left: int
@@ -33,46 +36,43 @@ class Window:
     columns: int
 
     def cut(self, data: NDArray[Any]) -> NDArray[Any]:
-        """(c, h, w, n) -> (c, rows, columns, n), zero beyond the slice; a view of it, where it does not reach beyond."""
-        starts, sizes = (self.top, self.left), (self.rows, self.columns)
-        inside = [
-            slice(max(start, 0), max(start + size, 0))
-            for start, size in zip(starts, sizes, strict=True)
-        ]
-        part = data[:, inside[0], inside[1]]
-        if part.shape[1:3] == sizes:
+        """(c, h, w, n) -> (c, rows, columns, n), zero beyond the slice.
+
+        A view, if it does not reach beyond.
+        """
+        bottom, right = self.top + self.rows, self.left + self.columns
+        part = data[:, max(self.top, 0) : max(bottom, 0), max(self.left, 0) : max(right, 0)]
+        if part.shape[1:3] == (self.rows, self.columns):
             return part
-        before = [max(-start, 0) for start in starts]
-        after = [
-            size - first - have
-            for size, first, have in zip(sizes, before, part.shape[1:3], strict=True)
-        ]
-        return np.pad(part, [(0, 0), *zip(before, after, strict=True), (0, 0)])
+        above, before = max(-self.top, 0), max(-self.left, 0)
+        below = self.rows - above - part.shape[1]
+        after = self.columns - before - part.shape[2]
+        return np.pad(part, [(0, 0), (above, below), (before, after), (0, 0)])
 
     def around(
         self, brain: Sequence[slice], size: tuple[int, int]
     ) -> tuple[Window, tuple[slice, slice]]:
-        """The least of this window that holds a part of the slice and becomes whole pixels of a grid of ``size``.
+        """The smallest part of this window that holds the brain and becomes whole pixels of a grid of ``size``.
 
-        Returns that and the pixels, which are those the whole window would give, and all others zero.
+        Returns it and these pixels, which have the values that the whole window would give; all others are zero.
         """
-        rows, across = _steps(brain[0], self.top, self.rows, size[0])
-        columns, along = _steps(brain[1], self.left, self.columns, size[1])
-        return Window(
+        rows, across = _in_whole_pixels(brain[0], self.top, self.rows, size[0])
+        columns, along = _in_whole_pixels(brain[1], self.left, self.columns, size[1])
+        part = Window(
             rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
-        ), (across, along)
+        )
+        return part, (across, along)
 
     def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(..., rows, columns) -> (..., *size), zero beyond the window: what `cut` took, back in its place."""
         h, w = size
         if self == Window(0, 0, h, w):
             return x
-        return functional.pad(
-            x, (self.left, w - self.left - self.columns, self.top, h - self.top - self.rows)
-        )
+        right, bottom = w - self.left - self.columns, h - self.top - self.rows
+        return functional.pad(x, (self.left, right, self.top, bottom))
 
 
-class Affine(NamedTuple):
+class IntensityScale(NamedTuple):
     """How a channel is scaled: voxels above zero become (v - ``offset``) / ``scale``, no less than ``floor``."""
 
     scale: float
@@ -82,7 +82,10 @@ class Affine(NamedTuple):
     def __call__(
         self, values: NDArray[np.float32], out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Scaled values of an image (x, ...) >= 0, in ``out`` if that is given; zeros stay zeros."""
+        """Scaled values of an image (x, ...) >= 0, in ``out`` if that is given.
+
+        Zeros stay zeros.
+        """
         scaled = np.empty_like(values) if out is None else out
         if not self.offset and not self.floor:
             return np.divide(values, np.float32(self.scale), out=scaled)
@@ -100,37 +103,43 @@ class Affine(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where slices lie in a brain: the ``box`` around all of it, and each slice's height, from 0 (lowest) to 1 (n,)."""
+    """Where slices lie in a brain: the ``box`` around all of it, and their heights (n,) from 0 (lowest) to 1."""
 
     box: Box
     heights: Tensor
 
     @classmethod
     def from_foreground(cls, foreground: Tensor) -> Position:
-        """Of all slices of a brain, by their foreground (n, h, w) bool."""
-        return cls(
-            brain_box(foreground, 1), (torch.arange(len(foreground)) + 0.5) / len(foreground)
-        )
+        """The position of all slices of a brain, from their foreground (n, h, w) bool."""
+        heights = (torch.arange(len(foreground)) + 0.5) / len(foreground)
+        return cls(brain_box(foreground, 1), heights)
+
+    def within(self, box: Box) -> Position:
+        """The same for slices of which only ``box`` is left."""
+        top, bottom, left, right = self.box
+        return self._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
 
 
 @dataclass(frozen=True)
 class SliceStack:
-    """The axial slices of one scan on the working grid.
-
-    ``x`` (n, c, h, w) float32, scaled; ``foreground`` (n, h, w) bool; ``index`` their place along z; ``scale``
-    how each channel was scaled; ``label`` (n, h, w) bool, if the scan has one. ``window`` is what the grid
-    shows of the scan; ``spacing_mm`` that of slices, rows and columns. ``part`` says where they lie in the brain, if
-    they are not all of it.
-    """
+    """The axial slices of one scan on the working grid."""
 
     x: Tensor
+    """(n, c, h, w) float32, scaled."""
     foreground: Tensor
+    """(n, h, w) bool."""
     index: range
-    scale: tuple[Affine, ...]
+    """Their places along z."""
+    scale: tuple[IntensityScale, ...]
+    """How each channel was scaled."""
     label: Tensor | None
+    """(n, h, w) bool, if the scan has one."""
     window: Window
+    """The part of the scan that the grid shows."""
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of slices, rows and columns."""
     part: Position | None = None
+    """Where the slices lie in the brain, if they are not all of it."""
 
     @property
     def position(self) -> Position:
@@ -148,69 +157,76 @@ class SliceStack:
 
 
 def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling()) -> SliceStack:
-    """Scale a scan and cut it into slices on the working grid; raises `AnomriError` if no slice holds brain."""
+    """Scale a scan and cut it into slices on the working grid.
+
+    Raises `AnomriError` if no slice holds brain.
+    """
     try:
-        window = window_of(volume.geometry.canonical_shape, volume.brain, volume.in_plane_mm, grid)
+        window = find_window(
+            volume.geometry.canonical_shape, volume.brain, volume.in_plane_mm, grid
+        )
     except AnomriError as error:
         raise AnomriError(f"{volume.name}: {error}") from error
-    # Outside the brain all is zero: that, three fifths of most scans, is neither scaled nor resized.
-    across, along, high = volume.brain
-    view, pixels = window.around((across, along), grid.size)
+    # Three fifths of most scans lie outside the brain: all zero, neither scaled nor resized.
+    rows, columns, high = volume.brain
+    view, pixels = window.around((rows, columns), grid.size)
     scale = intensity_scale(volume.inside, scaling)
-    scaled = np.zeros(
-        (len(scale), view.rows, view.columns, high.stop - high.start), dtype=np.float32
-    )
-    place = scaled[
-        :,
-        across.start - view.top : across.stop - view.top,
-        along.start - view.left : along.stop - view.left,
-    ]
-    for affine, channel, target in zip(scale, volume.inside, place, strict=True):
-        affine(channel, out=target)
+    shape = (len(scale), view.rows, view.columns, high.stop - high.start)
+    scaled = np.zeros(shape, dtype=np.float32)
+    down = slice(rows.start - view.top, rows.stop - view.top)
+    across = slice(columns.start - view.left, columns.stop - view.left)
+    for rescale, channel, target in zip(scale, volume.inside, scaled[:, down, across], strict=True):
+        rescale(channel, out=target)
     chosen = slice_range(scaled, scaling.slice_sum)
     if not chosen:
         raise AnomriError(f"{volume.name}: no slice holds enough brain; is the image nearly empty?")
-    x = _on_grid(scaled, pixels, grid, chosen)
+    x = _resize_to_grid(scaled, pixels, grid, chosen)
     index = range(high.start + chosen.start, high.start + chosen.stop)
     label = None if volume.label is None else label_slices(volume.label, window, grid, index)
     mm = volume.geometry.spacing_mm
-    rows, columns = mm[0] * window.rows / grid.size[0], mm[1] * window.columns / grid.size[1]
-    return SliceStack(
-        x, foreground_of(x, scaling), index, scale, label, window, (mm[2], rows, columns)
-    )
+    row_mm, column_mm = mm[0] * window.rows / grid.size[0], mm[1] * window.columns / grid.size[1]
+    foreground = find_foreground(x, scaling)
+    return SliceStack(x, foreground, index, scale, label, window, (mm[2], row_mm, column_mm))
 
 
 def present_channels(x: Tensor) -> list[bool]:
     """Whether slices (n, c, h, w) show each channel: one that a scan does not have is zero in all of them."""
-    # The first slice mostly tells.
+    # The first slice mostly decides.
     return [any(bool(one.any()) for one in x[:, k]) for k in range(x.shape[1])]
 
 
-def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[Affine, ...]:
-    """How each channel of (c, x, y, z) is scaled, by its voxels > 0; one without any stays as it is."""
+def intensity_scale(data: NDArray[np.float32], scaling: Scaling) -> tuple[IntensityScale, ...]:
+    """How each channel of (c, x, y, z) is scaled, from its voxels > 0.
+
+    One without any stays as it is.
+    """
     if scaling.kind == "percentile":
-        return tuple(Affine(scale) for scale in percentile_scale(data, scaling.percentile))
-    affines = []
+        return tuple(IntensityScale(scale) for scale in percentile_scale(data, scaling.percentile))
+    scales = []
     for channel in data:
         quartiles = _percentiles(channel, [25, 50, 75])
         if quartiles is None:
-            affines.append(Affine(1.0))
+            scales.append(IntensityScale(1.0))
             continue
         low, median, high = quartiles
         # A channel of one value only has no spread; any will do.
         scale = (high - low or abs(median)) / SPREAD
-        affines.append(Affine(scale, median - LEVEL * scale, FLOOR))
-    return tuple(affines)
+        scales.append(IntensityScale(scale, median - LEVEL * scale, FLOOR))
+    return tuple(scales)
 
 
 def percentile_scale(data: NDArray[np.float32], percentile: float = 99.0) -> tuple[float, ...]:
-    """The ``percentile`` of each channel of (c, x, y, z) over its voxels > 0; 1 for a channel without any."""
+    """The ``percentile`` of each channel of (c, x, y, z) over its voxels > 0.
+
+    1 for a channel without any.
+    """
     return tuple((_percentiles(channel, [percentile]) or [1.0])[0] for channel in data)
 
 
 def _percentiles(channel: NDArray[np.float32], percents: Sequence[float]) -> list[float] | None:
     """`numpy.percentile` of the values > 0, linear between ranks; ``None`` if there are none."""
-    # NumPy sorts with vector instructions, several times as fast as it looks for two ranks next to each other.
+    # NumPy sorts with vector instructions, several times as fast as it looks for two ranks next to
+    # each other.
     values = np.sort(channel[channel > 0])
     if not values.size:
         return None
@@ -230,7 +246,7 @@ def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
     return range(int(above[0]), int(above[-1]) + 1) if above.size else range(0)
 
 
-def window_of(
+def find_window(
     shape: Sequence[int], brain: Sequence[slice], spacing_mm: tuple[float, float], grid: Grid
 ) -> Window:
     """The grid's field of view on a scan (x, y, z): in the middle, or around a brain that lies off it.
@@ -239,22 +255,33 @@ def window_of(
     """
     if grid.field_of_view_mm is None:
         return Window(0, 0, *shape[:2])
-    starts, sizes = [], []
-    for axis, (mm, spacing) in enumerate(zip(grid.field_of_view_mm, spacing_mm, strict=True)):
-        have, size = shape[axis], max(round(mm / spacing), 1)
-        start = (have - size) // 2 if have > size else -((size - have) // 2)
-        if have > size:
-            first, stop = brain[axis].start, brain[axis].stop
-            if stop - first > size:
-                raise AnomriError(
-                    f"the image is above zero over {(stop - first) * spacing:.0f} mm, more than the {mm:.0f} mm that "
-                    f"the model sees; take the skull and the neck off first."
-                )
-            if first < start or stop > start + size:
-                start = (first + stop - size) // 2
-        starts.append(start)
-        sizes.append(size)
-    return Window(*starts, *sizes)
+    rows, columns = (
+        _field_of_view(shape[axis], brain[axis], grid.field_of_view_mm[axis], spacing_mm[axis])
+        for axis in (0, 1)
+    )
+    return Window(rows.start, columns.start, len(rows), len(columns))
+
+
+def _field_of_view(length: int, brain: slice, mm: float, spacing_mm: float) -> range:
+    """The voxels of an axis of ``length`` that ``mm`` cover.
+
+    They may reach beyond it at both ends.
+    """
+    size = max(round(mm / spacing_mm), 1)
+    if length <= size:
+        start = -((size - length) // 2)
+        return range(start, start + size)
+    brain_size = brain.stop - brain.start
+    if brain_size > size:
+        raise AnomriError(
+            f"the image is above zero over {brain_size * spacing_mm:.0f} mm, more than the "
+            f"{mm:.0f} mm that "
+            f"the model sees; take the skull and the neck off first."
+        )
+    start = (length - size) // 2
+    if brain.start < start or brain.stop > start + size:
+        start = (brain.start + brain.stop - size) // 2
+    return range(start, start + size)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -267,7 +294,7 @@ def to_slices(data: NDArray[Any], window: Window, grid: Grid, index: range) -> T
     chosen = data[..., index.start : index.stop]
     view, pixels = window.around(box_around(chosen)[1:3], grid.size)
     part = view.cut(chosen).astype(np.float32, copy=False)
-    return _on_grid(part, pixels, grid, range(len(index)))
+    return _resize_to_grid(part, pixels, grid, range(len(index)))
 
 
 def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: range) -> Tensor:
@@ -278,7 +305,10 @@ def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: ra
 def from_slices(
     slices: Tensor, shape: tuple[int, int, int], window: Window, index: range
 ) -> NDArray[np.float32]:
-    """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``; what the grid did not see is zero."""
+    """Bring (n, h, w) on the working grid back to (x, y, z) = ``shape``.
+
+    What the grid did not see is zero.
+    """
     z_last = slices[None].float().contiguous(memory_format=torch.channels_last)
     native = window.paste(resize(z_last, (window.rows, window.columns)), shape[:2])
     volume = np.zeros(shape, dtype=np.float32)
@@ -286,7 +316,7 @@ def from_slices(
     return volume
 
 
-def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:
+def find_foreground(slices: Tensor, scaling: Scaling) -> Tensor:
     """Where the channels of (n, c, h, w) sum to more than the scaling's limit: (n, h, w) bool."""
     return slices.sum(dim=1) > scaling.foreground_sum
 
@@ -294,15 +324,16 @@ def foreground_of(slices: Tensor, scaling: Scaling) -> Tensor:
 def brain_box(foreground: Tensor, multiple: int) -> Box:
     """The smallest box (first row, last + 1, first column, last + 1) around (n, h, w) foreground.
 
-    Its sides are rounded up to ``multiple`` (what the network's downsamplings divide by) within the grid.
+    Its sides are rounded up to ``multiple`` (what the network's downsamplings divide by) within the
+    grid.
     """
     _, h, w = foreground.shape
     _, rows, columns = box_around(foreground.numpy())
     if rows.start == rows.stop:
         return 0, h, 0, w
     return (
-        *_rounded(rows.start, rows.stop, multiple, h),
-        *_rounded(columns.start, columns.stop, multiple, w),
+        *_round_up(rows.start, rows.stop, multiple, h),
+        *_round_up(columns.start, columns.stop, multiple, w),
     )
 
 
@@ -312,21 +343,39 @@ def cut_box(x: Tensor, box: Box | None) -> Tensor:
 
 
 def paste_box(part: Tensor, size: tuple[int, int], box: Box | None) -> Tensor:
-    """Zeros of (..., *size) with ``part`` in the box it was cut from; ``part`` itself without one."""
+    """Zeros of (..., *size) with ``part`` in the box it was cut from.
+
+    ``part`` itself without one.
+    """
     if box is None:
         return part
     return functional.pad(part, (box[2], size[1] - box[3], box[0], size[0] - box[1]))
 
 
-def join_boxes(a: Box, b: Box, multiple: int, size: tuple[int, int]) -> Box:
-    """The smallest box around two boxes, its sides rounded up to ``multiple`` within a grid of ``size``."""
+def widen_box(box: Box, margin: int, size: tuple[int, int]) -> Box:
+    """A box with ``margin`` pixels more on every side, within a grid of ``size``.
+
+    >>> widen_box((2, 10, 30, 40), 5, (128, 128))
+    (0, 15, 25, 45)
+    """
+    top, bottom, left, right = box
     return (
-        *_rounded(min(a[0], b[0]), max(a[1], b[1]), multiple, size[0]),
-        *_rounded(min(a[2], b[2]), max(a[3], b[3]), multiple, size[1]),
+        max(top - margin, 0),
+        min(bottom + margin, size[0]),
+        max(left - margin, 0),
+        min(right + margin, size[1]),
     )
 
 
-def _on_grid(
+def join_boxes(a: Box, b: Box, multiple: int, size: tuple[int, int]) -> Box:
+    """The smallest box around two boxes, its sides rounded up to ``multiple`` within a grid of ``size``."""
+    return (
+        *_round_up(min(a[0], b[0]), max(a[1], b[1]), multiple, size[0]),
+        *_round_up(min(a[2], b[2]), max(a[3], b[3]), multiple, size[1]),
+    )
+
+
+def _resize_to_grid(
     part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid, index: range
 ) -> Tensor:
     """The part of slices (c, h, w, n) that becomes ``pixels`` of the grid, and of them those of ``index``."""
@@ -341,20 +390,30 @@ def _on_grid(
     return torch.from_numpy(x)
 
 
-def _steps(part: slice, start: int, length: int, pixels: int) -> tuple[slice, slice]:
-    """Of ``length`` places from ``start`` that become ``pixels``: those around ``part``, in whole steps, and their pixels.
+def _in_whole_pixels(part: slice, start: int, length: int, pixels: int) -> tuple[slice, slice]:
+    """The voxels around ``part``, of ``length`` from ``start``, that become whole pixels, and these pixels.
 
-    A step is the least that becomes whole pixels, 15 places to 8 pixels for 240 to 128, so that each pixel is
-    interpolated at the very place as without. One place more on either side, a zero, is what a pixel at the end blends with.
+    All ``length`` voxels would become ``pixels``. They are taken in steps, the fewest voxels that become whole pixels
+    (15 voxels to 8 pixels for 240 to 128): each pixel is then interpolated at the very place as without. One voxel
+    more on either side, a zero, is what a pixel at the end blends with.
+
+    >>> _in_whole_pixels(slice(40, 100), 0, 240, 128)
+    (slice(30, 105, None), slice(16, 56, None))
     """
     steps = math.gcd(length, pixels)
-    places, one = length // steps, pixels // steps
-    first = min(max(part.start - 1 - start, 0) // places, steps - 1)
-    last = max(min(-(-(part.stop + 1 - start) // places), steps), first + 1)
-    return slice(start + first * places, start + last * places), slice(first * one, last * one)
+    voxels_a_step, pixels_a_step = length // steps, pixels // steps
+    first = min(max(part.start - 1 - start, 0) // voxels_a_step, steps - 1)
+    last = max(min(math.ceil((part.stop + 1 - start) / voxels_a_step), steps), first + 1)
+    voxels = slice(start + first * voxels_a_step, start + last * voxels_a_step)
+    return voxels, slice(first * pixels_a_step, last * pixels_a_step)
 
 
-def _rounded(first: int, stop: int, multiple: int, size: int) -> tuple[int, int]:
+def _round_up(first: int, stop: int, multiple: int, size: int) -> tuple[int, int]:
+    """``first`` to ``stop``, made longer on both sides to a ``multiple``, within 0 to ``size``.
+
+    >>> _round_up(3, 13, 8, 20)
+    (0, 16)
+    """
     length = min(-(-(stop - first) // multiple) * multiple, size)
     first = min(max(first - (length - (stop - first)) // 2, 0), size - length)
     return first, first + length

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CITATION = (
-    "Kascenas A, Pugeault N, O'Neil AQ. Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI. "
+    "Kascenas A, Pugeault N, O'Neil AQ. Denoising Autoencoders for Unsupervised Anomaly Detection "
+    "in Brain MRI. "
     "MIDL 2022, PMLR 172:653-664."
 )
 
@@ -26,9 +27,9 @@ CITATION = (
 class Grid:
     """The working grid: axial slices of one size, whatever the scan.
 
-    ``field_of_view_mm`` is cut from (or padded around) the middle of the scan and resized to ``size``;
-    ``None`` stretches the scan's whole field, as the released program does. For the 240 x 240 mm of BraTS the
-    two are the same.
+    ``field_of_view_mm`` is cut from (or padded around) the middle of the scan and resized to
+    ``size``; ``None`` stretches the scan's whole field, as the released program does. For the 240 x
+    240 mm of BraTS the two are the same.
     """
 
     size: tuple[int, int] = (128, 128)
@@ -43,9 +44,9 @@ LEVEL, SPREAD, FLOOR = 0.6, 0.15, 0.02
 class Scaling:
     """How intensities are scaled, channel by channel, by what its voxels > 0 are.
 
-    ``percentile`` (the paper): divided by their 99th percentile, which a large bright lesion moves. ``standard``:
-    the median becomes `LEVEL` and the interquartile range `SPREAD`, which a lesion hardly moves; what would be darker
-    than `FLOOR` becomes that, and voxels at 0 stay 0.
+    ``percentile`` (the paper): divided by their 99th percentile, which a large bright lesion moves.
+    ``standard``: the median becomes `LEVEL` and the interquartile range `SPREAD`, which a lesion
+    hardly moves; what would be darker than `FLOOR` becomes that, and voxels at 0 stay 0.
     """
 
     kind: Literal["percentile", "standard"] = "percentile"
@@ -71,7 +72,7 @@ class Score:
     healthy_spread: tuple[float, ...] = ()
     """Its standard deviation."""
     healthy_maps: str = ""
-    """Both for parts of the brain (`positions.packed_maps`), for the scores by position."""
+    """Both for parts of the brain (`positions.pack_maps`), for the scores by position."""
     flips: bool = False
     """Average over the scan and its mirror image."""
     erosion: int = 5
@@ -82,15 +83,17 @@ class Score:
     chosen_by: str = ""
     """Why it is this score, in words."""
     max_dropped_voxels: int = 20
-    """Components of the mask up to the volume of so many voxels of the working grid, were they 1 mm high, are dropped."""
+    """Components of the mask up to the volume of so many voxels of the working grid, were they 1 mm
+    high, are dropped."""
     min_volume_mm3: float | None = None
     """Instead: those below this volume."""
 
     def max_dropped(self, spacing_mm: Sequence[float], voxel_mm3: float | None = None) -> int:
-        """The largest component that is dropped, in voxels of ``voxel_mm3``; by default those of the working grid.
+        """The largest component that is dropped, in voxels of ``voxel_mm3``.
 
-        ``spacing_mm`` is the working grid's: of slices, rows and columns. What is dropped is a volume, so that a scan of
-        thick slices does not lose what one of thin slices keeps.
+        By default those of the working grid. ``spacing_mm`` is the working grid's: of slices, rows
+        and columns. What is dropped is a volume, so that a scan of thick slices does not lose what
+        one of thin slices keeps.
         """
         pixel_mm2 = spacing_mm[1] * spacing_mm[2]
         voxel = pixel_mm2 * spacing_mm[0] if voxel_mm3 is None else voxel_mm3
@@ -111,7 +114,8 @@ class Training:
     batch_size: Annotated[int, Ge(1)] = 16
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     schedule: Literal["published", "cosine", "constant"] = "published"
-    """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again; ``cosine``: one fall."""
+    """``published``: a cosine stepped once per 32 iterations with T_max = 100, so it rises again;
+    ``cosine``: one fall."""
     weight_decay: Annotated[float, Ge(0)] = 1e-5
     warmup: Annotated[int, Ge(0)] = 0
     """Steps over which the learning rate rises to its schedule."""
@@ -120,7 +124,8 @@ class Training:
     precision: Precision = "32-true"
     """``auto``: bfloat16 where the processor has it; a finished model says which one it was."""
     average: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of the weights' moving average that a step keeps; 0: the weights themselves are taken."""
+    """Share of the weights' moving average that a step keeps; 0: the weights themselves are
+    taken."""
     crop_to_brain: bool = False
     """Leave out the margin of the grid that no training brain reaches."""
     validate_every: Annotated[int, Ge(1)] = 500
@@ -209,7 +214,10 @@ class Cohort:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that a model folder says about its model; `to_json` and `read` are each other's inverse."""
+    """Everything that a model folder says about its model.
+
+    `to_json` and `read` are each other's inverse.
+    """
 
     channels: tuple[str, ...]
     method: str = "dae"
@@ -220,7 +228,8 @@ class ModelSpec:
     score: Score = Score()
     training: Training | None = None
     crop: tuple[int, int, int, int] | None = None
-    """Rows and columns (first, last + 1, first, last + 1) of the grid that the network sees; ``None``: all."""
+    """Rows and columns (first, last + 1, first, last + 1) of the grid that the network sees;
+    ``None``: all."""
     thresholds: Thresholds | None = None
     subset_thresholds: dict[str, Thresholds] = field(default_factory=dict)
     """For scans that have only some of the channels, named as ``flair+t2``."""
@@ -243,7 +252,10 @@ class ModelSpec:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def checked(self) -> ModelSpec:
-        """The same, as it would be read back; raises `AnomriError` naming a value that would not be."""
+        """The same, as it would be read back.
+
+        Raises `AnomriError` naming a value that would not be.
+        """
         from pydantic import TypeAdapter, ValidationError
 
         try:

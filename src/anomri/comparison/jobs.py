@@ -34,7 +34,7 @@ from anomri.runs.records import files_of
 from anomri.runtime.interruption import StopRequest
 from anomri.scans.case import Case, shown_channel
 from anomri.scans.volume import Volume
-from anomri.scoring.scores import anomaly_score
+from anomri.scoring.filters import anomaly_score
 from anomri.slices import SliceStack, on_published_grid, slice_volume
 from anomri.training.state import TrainingState
 from anomri.training.train import Progress, train

@@ -25,13 +25,13 @@ from anomri.scoring.metrics import (
     bootstrap_weights,
     count_at,
     count_lesions,
-    curve_of,
+    curve_from_counts,
     dice,
     drop_small_components,
     lesion_thresholds,
     mean_interval,
     percentile_interval,
-    precision_recall_of_sorted,
+    precision_recall_from_sorted,
 )
 
 BOOTSTRAP_STEPS = 2048
@@ -216,14 +216,14 @@ class Pool:
             lesion += count_at(rising[0], thresholds)
             healthy += count_at(rising[1], thresholds)
             counted[:, names.index(case["patient"])] += [count_at(one, steps) for one in rising]
-            curve = precision_recall_of_sorted(*rising)
+            curve = precision_recall_from_sorted(*rising)
             found = (curve.positives, curve.average_precision, curve.ceil_dice)
             row = PatientScores(case["case"], case["patient"], *found)
             its = case["threshold"]
             patients.append(
                 row if its is None else _at_threshold(row, case["max_dropped"], scores, label, its)
             )
-        curve = curve_of(
+        curve = curve_from_counts(
             thresholds, lesion, healthy, int(lesion.sum()), self.voxels - int(lesion.sum())
         )
 

@@ -19,8 +19,9 @@ SMALL = replace(LAPTOP, steps=900)
 class AE(Method):
     """The network of the denoising autoencoder without skip connections, and without noise.
 
-    ``bottleneck`` is the number of channels of the coarsest map (16 x 16 of a whole slice): few, or the network
-    learns to copy lesions as well. 16 is our choice; with it 4 channels of 128 x 128 are squeezed 16-fold.
+    ``bottleneck`` is the number of channels of the coarsest map (16 x 16 of a whole slice): few, or
+    the network learns to copy lesions as well. 16 is our choice; with it 4 channels of 128 x 128
+    are squeezed 16-fold.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {

@@ -1,12 +1,14 @@
 """Synthetic anomalies: places where a healthy slice is changed, without looking at any lesion.
 
-They teach a network what to segment, and show on held-out healthy slices which score finds them (Zavrtanik et al.
-2021, DRAEM; Tan et al. 2020, foreign patch interpolation; Kascenas et al. 2023 on the role of noise). Contrasts are
-those of the physics: water is bright on T2 and FLAIR, and dark on T1.
+They teach a network what to segment, and show on held-out healthy slices which score finds them
+(Zavrtanik et al. 2021, DRAEM; Tan et al. 2020, foreign patch interpolation; Kascenas et al. 2023 on
+the role of noise). Contrasts are those of the physics: water is bright on T2 and FLAIR, and dark on
+T1.
 
-Intensities are in the units of the scaling ``standard``, in which the interquartile range of a brain is 0.15. Lengths
-are in pixels of the published grid of 128 x 128, about 1.9 mm; ``pixel`` is the size of a pixel at hand in these units
-(0.5 on a grid of 256 x 256). Arrays are float32; all random numbers come from the generator.
+Intensities are in the units of the scaling ``standard``, in which the interquartile range of a
+brain is 0.15. Lengths are in pixels of the published grid of 128 x 128, about 1.9 mm; ``pixel`` is
+the size of a pixel at hand in these units (0.5 on a grid of 256 x 256). Arrays are float32; all
+random numbers come from the generator.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ PLAQUE_SHARE = 0.3
 TYPICAL = 0.85
 """Share of the anomalies that follow `CONTRASTS`; the others change every channel either way."""
 CONTRASTS = {"flair": (0.40, 0.18), "t2": (0.35, 0.22), "t1": (-0.15, 0.12), "t1ce": (-0.08, 0.15)}
-"""Mean and standard deviation of a channel's change: oedema, gliosis and most tumours hold water."""
+"""Mean and standard deviation of a channel's change: oedema, gliosis and most tumours hold
+water."""
 UNKNOWN_CONTRAST = (0.0, 0.3)
 AMPLITUDE = (0.3, 1.6)
 VISIBLE = 0.1
@@ -44,7 +47,8 @@ CORE_SHARE, CORE_RADIUS = 0.4, 6
 RING_CHANNEL, RING_SHARE, RING_SHIFT = "t1ce", 0.6, (0.2, 1.0)
 """A contrast agent lights up around such a share of the cores, by so much."""
 NEIGHBOURHOOD, SMALL_WEIGHT = 9, 4.0
-"""The less of so large a square an anomaly fills, the more each of its pixels counts, up to this weight."""
+"""The less of so large a square an anomaly fills, the more each of its pixels counts, up to this
+weight."""
 
 
 def plant_anomalies(
@@ -58,8 +62,9 @@ def plant_anomalies(
 ) -> tuple[Tensor, Tensor]:
     """Plant up to three blobs in each slice, and plaques in a share of them.
 
-    Returns the changed slices (n, c, h, w) and where they were changed (n, h, w) bool. An anomaly that cannot be seen
-    in any channel that is ``shown``, (n, c, 1, 1) of 0 and 1, does not count as a change: nobody could find it.
+    Returns the changed slices (n, c, h, w) and where they were changed (n, h, w) bool. An anomaly
+    that cannot be seen in any channel that is ``shown``, (n, c, 1, 1) of 0 and 1, does not count as
+    a change: nobody could find it.
     """
     changed, where = x, torch.zeros_like(foreground)
     for chance in CHANCES:
@@ -88,7 +93,8 @@ def segmentation_loss(
     entropy = (entropy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
     probability = logits.sigmoid() * inside
     overlap = (probability * truth).sum((1, 2))
-    # With this constant an unchanged slice that is predicted empty is right, and tiny blobs do not rule the gradient.
+    # With this constant an unchanged slice that is predicted empty is right, and tiny blobs do not
+    # rule the gradient.
     little = 20 / pixel**2
     dice = (2 * overlap + little) / (probability.sum((1, 2)) + truth.sum((1, 2)) + little)
     return entropy.mean() + 0.5 * (1 - dice.mean())
@@ -129,7 +135,10 @@ def random_depths(
 def typical_shifts(
     n: int, channels: Sequence[str], generator: Generator, typical: float = TYPICAL
 ) -> Tensor:
-    """Changes (n, c) of the channels in n anomalies; a share of them, ``typical``, follows `CONTRASTS`."""
+    """Changes (n, c) of the channels in n anomalies.
+
+    A share of them, ``typical``, follows `CONTRASTS`.
+    """
     contrasts = tuple(CONTRASTS.get(name, UNKNOWN_CONTRAST) for name in channels)
     mean, spread = constants(contrasts, generator.device).T
     drawn = normal((n, len(channels)), generator)
@@ -142,7 +151,8 @@ def _random_pixels(foreground: Tensor, count: int, generator: Generator) -> tupl
     """Rows and columns, (n, count) each, of pixels drawn from each (n, h, w) bool foreground."""
     n, h, w = foreground.shape
     inside = foreground.flatten(1).cumsum(1)
-    # The pixel with the drawn number among those of the foreground; the first of a slice without any.
+    # The pixel with the drawn number among those of the foreground; the first of a slice without
+    # any.
     drawn = uniform((n, count), generator) * inside[:, -1:]
     number = torch.searchsorted(inside.double(), drawn.double(), right=True).clamp_max(h * w - 1)
     return number // w, number % w
@@ -157,9 +167,10 @@ def _plant_blob(
     generator: Generator,
     pixel: float,
 ) -> tuple[Tensor, Tensor]:
-    """A blob with soft edges in some of the slices, by ``chance``; some of the larger ones have a core.
+    """A blob with soft edges in some of the slices, by ``chance``.
 
-    In it every channel is shifted, gets a random texture and loses a part of its own detail.
+    Some of the larger ones have a core. In it every channel is shifted, gets a random texture and
+    loses a part of its own detail.
     """
     n, c, h, w = x.shape
     depth, radius = random_depths(foreground, generator, pixel)

@@ -18,11 +18,11 @@ from anomri.spec import FLOOR
 class Augmentation:
     """How much training slices are varied; all of it is off by default, as in the paper.
 
-    ``flip`` mirrors half of the slices left to right. ``turn`` degrees, ``zoom`` (a share) and ``shift`` (a share of
-    half the slice) move them. ``blur`` softens half of the channels by up to so many pixels. ``gain`` g multiplies each
-    channel by U(1 - g, 1 + g). ``contrast`` g stretches a channel about the mean of its own brain by exp(U(-g, g)),
-    ``brightness`` b adds U(-b, b), and ``shading`` adds a smooth field of that standard deviation; these three change
-    the brain only.
+    ``flip`` mirrors half of the slices left to right. ``turn`` degrees, ``zoom`` (a share) and
+    ``shift`` (a share of half the slice) move them. ``blur`` softens half of the channels by up to
+    so many pixels. ``gain`` g multiplies each channel by U(1 - g, 1 + g). ``contrast`` g stretches
+    a channel about the mean of its own brain by exp(U(-g, g)), ``brightness`` b adds U(-b, b), and
+    ``shading`` adds a smooth field of that standard deviation; these three change the brain only.
     """
 
     flip: bool = False

@@ -26,7 +26,8 @@ class Preset:
     """The kind ``auto`` is chosen on held-out healthy slices at the end of the training."""
     grid: Grid = field(default_factory=Grid)
     weights_of: str | None = None
-    """A method whose preset of the same name has the same weights: a comparison trains them once."""
+    """A method whose preset of the same name has the same weights: a comparison trains them
+    once."""
 
 
 LAPTOP = Training(
@@ -50,9 +51,10 @@ def always(step: int, steps: int) -> bool:
 class Objective:
     """One loss of a training, with its own optimiser: most methods have one, a GAN has several.
 
-    ``module`` holds the parameters that it trains. ``rate`` multiplies the learning rate of the training; ``betas``
-    are those of Adam. ``active(step, steps)`` says whether it takes part in a step, counted from 0, of ``steps``.
-    Its loss is ``method(x, foreground, generator, box, objective=name)``, without ``objective`` if it has no name.
+    ``module`` holds the parameters that it trains. ``rate`` multiplies the learning rate of the
+    training; ``betas`` are those of Adam. ``active(step, steps)`` says whether it takes part in a
+    step, counted from 0, of ``steps``. Its loss is ``method(x, foreground, generator, box,
+    objective=name)``, without ``objective`` if it has no name.
     """
 
     module: nn.Module
@@ -94,25 +96,33 @@ class Method(nn.Module, ABC):
     half_precision: bool = False
     """Whether `reconstruct` may be computed in bfloat16."""
     capturable: bool = False
-    """Whether its loss may be captured in a CUDA graph: always the same kernels, and it never waits for the GPU."""
+    """Whether its loss may be captured in a CUDA graph: always the same kernels, and it never waits
+    for the GPU."""
     finest_width: int | None = None
-    """Feature channels at full resolution, for batches that fit a processor's cache; ``None`` if the reconstruction
-    of a slice depends on those beside it in a batch."""
+    """Feature channels at full resolution, for batches that fit a processor's cache; ``None`` if
+    the reconstruction of a slice depends on those beside it in a batch."""
 
     @abstractmethod
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
     ) -> Tensor:
-        """Training loss of a batch, a scalar; random numbers come from ``generator``. Never called without training."""
+        """Training loss of a batch, a scalar; random numbers come from ``generator``.
+
+        Never called without training.
+        """
 
     @abstractmethod
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """The healthy version of ``x``, of the same shape; with a segmentation head, the anomaly probability follows."""
+        """The healthy version of ``x``, of the same shape.
+
+        With a segmentation head, the anomaly probability follows.
+        """
 
     def residual(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """How anomalous each pixel is, (n, h, w) >= 0, before any filter; ``x`` holds all slices of one scan.
+        """How anomalous each pixel is, (n, h, w) >= 0, before any filter.
 
-        By default the mean over the channels of the absolute residual.
+        ``x`` holds all slices of one scan. By default the mean over the channels of the absolute
+        residual.
         """
         return mean_absolute_residual(x, reconstruction)
 

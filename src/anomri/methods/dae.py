@@ -53,34 +53,42 @@ SCHEDULE = replace(
     validate_every=200,
 )
 FREE = replace(SCHEDULE, weight_decay=0.0)
-"""Without weight decay: Adam divides it by the size of the gradient, so it takes filters that learn slowly to zero."""
+"""Without weight decay: Adam divides it by the size of the gradient, so it takes filters that learn
+slowly to zero."""
 ALONE_SHARE = 0.5
 """Of the slices with channel dropout, the share that shows one of the channels ``alone``."""
 SEGMENTATION_WEIGHT = 0.025
-"""Weight of the segmentation head's loss beside the squared error: each is about half of a trained network's loss."""
+"""Weight of the segmentation head's loss beside the squared error: each is about half of a trained
+network's loss."""
 
 
 class DAE(Method):
     """A U-Net learns to remove coarse noise from healthy slices; at test it removes lesions.
 
-    In training, noise N(0, ``noise_std``^2), drawn at ``noise_resolution`` x ``noise_resolution`` and enlarged, is
-    added to the brain, and the network gives back the slice without it. At test no noise is added, and the residual
-    shows what the network changed. ``widths`` are the channels of the network at each level. The noise covers what
-    the network sees: the whole grid, or the box of the brain if a training is cropped to it.
+    In training, noise N(0, ``noise_std``^2), drawn at ``noise_resolution`` x ``noise_resolution``
+    and enlarged, is added to the brain, and the network gives back the slice without it. At test no
+    noise is added, and the residual shows what the network changed. ``widths`` are the channels of
+    the network at each level. The noise covers what the network sees: the whole grid, or the box of
+    the brain if a training is cropped to it.
 
     Not in the paper, and off by default:
 
-    * Several ``noise_resolution``: each batch draws one. Several ``noise_std``: each slice draws one between the
-      smallest and the largest. ``noise_share``: the share of the slices that get noise.
+    * Several ``noise_resolution``: each batch draws one. Several ``noise_std``: each slice draws
+      one between the smallest and the largest. ``noise_share``: the share of the slices that get
+      noise.
     * ``augmentation``: fields of `augmentation.Augmentation`, applied to the target too.
-    * ``anomalies``: synthetic anomalies are planted in healthy slices (`anomalies.plant_anomalies`), and the network
-      learns to give back what was there; ``plaques`` is the share of slices that get several small ones.
-    * ``segmentation_head``: one more map of the network, the probability that a pixel belongs to such an anomaly.
-    * ``channel_dropout``: the share of the slices that show a random subset of their channels; the network then takes
-      scans with any of its channels. Half of these slices show one of the channels ``alone``, if the network has any
-      of these: channels that people often have without the others.
-    * ``network_channels``: all channels of the network, if a scan's ``channels`` are a part of them. The network sees
-      zeros in place of the others. A network that takes subsets can be trained further with fewer channels this way.
+    * ``anomalies``: synthetic anomalies are planted in healthy slices
+      (`anomalies.plant_anomalies`), and the network learns to give back what was there; ``plaques``
+      is the share of slices that get several small ones.
+    * ``segmentation_head``: one more map of the network, the probability that a pixel belongs to
+      such an anomaly.
+    * ``channel_dropout``: the share of the slices that show a random subset of their channels; the
+      network then takes scans with any of its channels. Half of these slices show one of the
+      channels ``alone``, if the network has any of these: channels that people often have without
+      the others.
+    * ``network_channels``: all channels of the network, if a scan's ``channels`` are a part of
+      them. The network sees zeros in place of the others. A network that takes subsets can be
+      trained further with fewer channels this way.
     """
 
     half_precision = True
@@ -132,12 +140,14 @@ class DAE(Method):
             )
         if not (0 <= channel_dropout <= 1 and 0 <= plaques <= 1):
             raise AnomriError(
-                f"channel_dropout and plaques are from 0 to 1; found {channel_dropout} and {plaques}."
+                f"channel_dropout and plaques are from 0 to 1; found {channel_dropout} and "
+                f"{plaques}."
             )
         every = tuple(network_channels) or tuple(channels)
         if not set(channels) <= set(every) or (network_channels and len(set(every)) < len(every)):
             raise AnomriError(
-                f"network_channels are the channels and others, each of them once; found {', '.join(every):.200}."
+                "network_channels are the channels and others, each of them once; found "
+                f"{', '.join(every):.200}."
             )
         self.channels = tuple(channels)
         # Plain tuples, no buffers: several processes would synchronise buffers at every call.
@@ -158,7 +168,10 @@ class DAE(Method):
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
     ) -> Tensor:
-        """Squared error of the denoised slice on the foreground, mean over all pixels; + the segmentation head's loss."""
+        """Squared error of the denoised slice on the foreground, mean over all pixels.
+
+        + the segmentation head's loss.
+        """
         pixel = Grid().size[1] / x.shape[3]
         x, foreground = cut_box(x, box), cut_box(foreground, box)
         if self.training:
@@ -180,7 +193,10 @@ class DAE(Method):
         return loss
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """The denoised slice, then the anomaly probability (0 to 1) with a segmentation head; zero outside ``box``."""
+        """The denoised slice, then the anomaly probability (0 to 1) with a segmentation head.
+
+        Zero outside ``box``.
+        """
         output = self._denoise(cut_box(x, box))
         if self.segmentation_head:
             c = len(self.channels)
@@ -188,7 +204,10 @@ class DAE(Method):
         return paste_box(output, (x.shape[-2], x.shape[-1]), box)
 
     def _denoise(self, x: Tensor) -> Tensor:
-        """What the network makes of slices (n, c, h, w), float32; with a segmentation head, its logits follow."""
+        """What the network makes of slices (n, c, h, w), float32.
+
+        With a segmentation head, its logits follow.
+        """
         if self.channel_numbers == tuple(range(self.network_maps)):
             output: Tensor = self.network(x)
             return output.float()
@@ -206,7 +225,10 @@ class DAE(Method):
         return every
 
     def _kept_channels(self, x: Tensor, generator: Generator) -> Tensor:
-        """Which channels each slice shows, (n, c, 1, 1) of 0 and 1: at least one; all of them without channel dropout."""
+        """Which channels each slice shows, (n, c, 1, 1) of 0 and 1: at least one.
+
+        All of them without channel dropout.
+        """
         n, c = x.shape[:2]
         if not (self.training and self.channel_dropout):
             return torch.ones((n, c, 1, 1), device=x.device)

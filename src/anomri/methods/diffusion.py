@@ -1,4 +1,7 @@
-"""A diffusion model that noises a slice part of the way and denoises it back (AnoDDPM; Wyatt et al. 2022)."""
+"""A diffusion model that noises a slice part of the way and denoises it back (AnoDDPM.
+
+Wyatt et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ TEST_SEED = 2022
 class Diffusion(Method):
     """The U-Net, told the time, learns the noise in a slice noised to a random step of ``steps``.
 
-    A slice is noised to step ``start`` (a quarter of the way, as AnoDDPM) and denoised back in ``strides`` jumps
-    that are even in time; ``start`` of them is step by step. ``eta`` is the share of fresh noise at each jump (Song et
-    al. 2021): 1 is Ho et al.'s ancestral sampling, 0 none. ``noise`` is ``gaussian`` (Ho et al. 2020), ``simplex``
-    (AnoDDPM) or ``coarse`` (Kascenas et al. 2022), all of variance near 1; ``schedule`` ``linear`` (Ho et al.) or
-    ``cosine`` (Nichol and Dhariwal 2021). ``paper`` is this package's network with AnoDDPM's scheme; ``small`` takes
-    10 jumps, which a processor has time for. What is drawn at test is the same in every call.
+    A slice is noised to step ``start`` (a quarter of the way, as AnoDDPM) and denoised back in
+    ``strides`` jumps that are even in time; ``start`` of them is step by step. ``eta`` is the share
+    of fresh noise at each jump (Song et al. 2021): 1 is Ho et al.'s ancestral sampling, 0 none.
+    ``noise`` is ``gaussian`` (Ho et al. 2020), ``simplex`` (AnoDDPM) or ``coarse`` (Kascenas et al.
+    2022), all of variance near 1; ``schedule`` ``linear`` (Ho et al.) or ``cosine`` (Nichol and
+    Dhariwal 2021). ``paper`` is this package's network with AnoDDPM's scheme; ``small`` takes 10
+    jumps, which a processor has time for. What is drawn at test is the same in every call.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {
@@ -65,7 +69,8 @@ class Diffusion(Method):
             )
         if not 0 <= start <= steps or strides < 1:
             raise AnomriError(
-                f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and {strides}."
+                f"diffusion can start at steps 0 to {steps} and needs a stride, not {start} and "
+                f"{strides}."
             )
         self.network = TimedUNet(len(channels), widths)
         self.side_multiple = 2 ** (len(widths) - 1)
@@ -104,7 +109,10 @@ class Diffusion(Method):
         return paste_box(from_unit_range(part), (x.shape[-2], x.shape[-1]), box)
 
     def denoise(self, x: Tensor, now: int, then: int, generator: Generator) -> Tensor:
-        """Noisy slices of step ``now`` as they are at the earlier step ``then`` (Song et al. 2021, equation 12)."""
+        """Noisy slices of step ``now`` as they are at the earlier step ``then`` (Song et al.
+
+        2021, equation 12).
+        """
         noise = self.network(x, torch.full((len(x),), now, device=x.device)).float()
         share, earlier = self.signal[now], self.signal[then]
         clean = (x - (1 - share).sqrt() * noise) / share.sqrt()

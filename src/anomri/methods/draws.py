@@ -46,7 +46,10 @@ def uniform(shape: Sequence[int], generator: Generator | None) -> Tensor:
 
 
 def integers(low: int, high: int, shape: Sequence[int], generator: Generator | None) -> Tensor:
-    """Whole numbers from ``low`` to ``high`` - 1 of ``shape`` (n, ...), a row for each slice; int64."""
+    """Whole numbers from ``low`` to ``high`` - 1 of ``shape`` (n, ...), a row for each slice.
+
+    Int64.
+    """
     drawn = torch.randint(
         low, high, _whole_batch(shape, generator), generator=generator, device=_device(generator)
     )
@@ -66,7 +69,10 @@ def log_between(
 
 
 def for_all(below: int, count: int, generator: Generator | None) -> Tensor:
-    """``count`` whole numbers from 0 to ``below`` - 1, the same for all slices of a batch; int64."""
+    """``count`` whole numbers from 0 to ``below`` - 1, the same for all slices of a batch.
+
+    Int64.
+    """
     return torch.randint(0, below, (count,), generator=generator, device=_device(generator))
 
 
@@ -75,7 +81,8 @@ def one_of(
 ) -> Tensor:
     """``make(option)`` of one of the options, drawn for the whole batch.
 
-    On a GPU all different options are made and one is taken: to know which one, the processor would have to wait.
+    On a GPU all different options are made and one is taken: to know which one, the processor would
+    have to wait.
     """
     if len(options) == 1:
         return make(options[0])

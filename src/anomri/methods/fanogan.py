@@ -28,14 +28,16 @@ SMALL = replace(FULL, steps=600, batch_size=8, validate_every=50, validation_sli
 
 
 class FAnoGAN(Method):
-    """A Wasserstein GAN with gradient penalty (Gulrajani et al. 2017) and, after it, an encoder (``izi_f``).
+    """A Wasserstein GAN with gradient penalty (Gulrajani et al.
 
-    The critic has a turn at each step of the first ``gan_share`` of the training, the generator at every fifth; then
-    both rest and the encoder learns |x - G(E(x))|^2 + ``kappa`` * |f(x) - f(G(E(x)))|^2, with f the critic's last
-    features. The rate is 1e-3 for both, and ``encoder_rate`` times that for the encoder: 1e-5 in the paper, more in
-    ``small``, whose few steps would not move it (its batches of 8, too, are what a processor has time for). The share
-    is ours; so is a linear last layer, since our slices are not confined to (-1, 1). The score is the image residual:
-    the feature residual is one number a slice, and at kappa 1e-8 moves no voxel.
+    2017) and, after it, an encoder (``izi_f``). The critic has a turn at each step of the first
+    ``gan_share`` of the training, the generator at every fifth; then both rest and the encoder
+    learns |x - G(E(x))|^2 + ``kappa`` * |f(x) - f(G(E(x)))|^2, with f the critic's last features.
+    The rate is 1e-3 for both, and ``encoder_rate`` times that for the encoder: 1e-5 in the paper,
+    more in ``small``, whose few steps would not move it (its batches of 8, too, are what a
+    processor has time for). The share is ours; so is a linear last layer, since our slices are not
+    confined to (-1, 1). The score is the image residual: the feature residual is one number a
+    slice, and at kappa 1e-8 moves no voxel.
     """
 
     fixed_size = True
@@ -104,7 +106,10 @@ class FAnoGAN(Method):
         box: Box | None = None,
         objective: str | None = None,
     ) -> Tensor:
-        """The loss of a objective; without one the encoder's on the foreground, NaN before its training has begun."""
+        """The loss of a objective.
+
+        Without one the encoder's on the foreground, NaN before its training has begun.
+        """
         for network in (self.critic, self.generator, self.encoder):
             network.requires_grad_(network is getattr(self, objective or "encoder"))
         # At rest the generator's batch norm must not go on averaging.
@@ -131,7 +136,10 @@ class FAnoGAN(Method):
         return self.critic(made_up).mean() - self.critic(x).mean() + PENALTY * penalty
 
     def reconstruct(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """The slice that the generator makes at the place the encoder finds; always of the whole grid."""
+        """The slice that the generator makes at the place the encoder finds.
+
+        Always of the whole grid.
+        """
         return self.generator(self.encoder(x)).float()
 
     def _draw(self, count: int, generator: Generator, device: torch.device) -> Tensor:

@@ -57,8 +57,8 @@ def smooth_field(shape: Sequence[int], resolution: int, generator: Generator) ->
 class Noise:
     """The noise of a training; the defaults are the paper's.
 
-    With several ``resolution`` a batch draws one of them; with several ``std`` every slice draws one between the
-    smallest and the largest. A ``share`` of the slices gets noise.
+    With several ``resolution`` a batch draws one of them; with several ``std`` every slice draws
+    one between the smallest and the largest. A ``share`` of the slices gets noise.
     """
 
     resolution: int | Sequence[int] = 16

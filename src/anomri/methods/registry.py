@@ -1,7 +1,8 @@
 """The methods by name: `names`, `preset`, `build`, and `register` for one of your own.
 
-A new method in this package is a file with a subclass of `base.Method` and a line in `PLACES`. Another package names
-its class as an entry point of the group ``anomri.methods``. No method, nor torch, is imported before it is used.
+A new method in this package is a file with a subclass of `base.Method` and a line in `PLACES`.
+Another package names its class as an entry point of the group ``anomri.methods``. No method, nor
+torch, is imported before it is used.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def preset(method: str, name: str) -> Preset:
 
 
 def build(spec: ModelSpec) -> Method:
-    """The method that ``spec`` describes, untrained; raises `AnomriError` if its name or a setting is wrong."""
+    """The method that ``spec`` describes, untrained.
+
+    Raises `AnomriError` if its name or a setting is wrong.
+    """
     method = load(spec.method)
     _check_settings(spec, method)
     try:
@@ -82,7 +86,8 @@ def load(name: str) -> type[Method]:
         ) from error
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise AnomriError(
-            f"the method {name!r} is {place!r}, which is not a subclass of anomri.methods.base.Method."
+            f"the method {name!r} is {place!r}, which is not a subclass of "
+            "anomri.methods.base.Method."
         )
     missing = sorted(method.__abstractmethods__) + ["PRESETS"] * (not hasattr(method, "PRESETS"))
     if missing:
@@ -98,7 +103,8 @@ def _check_settings(spec: ModelSpec, method: type[Method]) -> None:
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     if unknown and not takes_any:
         raise AnomriError(
-            f"{spec.method} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
+            f"{spec.method} has no setting {', '.join(unknown)}; it has "
+            f"{', '.join(known) or 'none'}."
         )
     _check_types(spec, method)
 
@@ -120,7 +126,8 @@ def _check_types(spec: ModelSpec, method: type[Method]) -> None:
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
             raise AnomriError(
-                f"the setting {name} of {spec.method}: {problem[:1].lower()}{problem[1:]}; found {value!r:.80}."
+                f"the setting {name} of {spec.method}: {problem[:1].lower()}{problem[1:]}; found "
+                f"{value!r:.80}."
             ) from error
 
 

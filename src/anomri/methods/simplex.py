@@ -1,4 +1,7 @@
-"""Simplex noise, smooth at every scale (Perlin 2001; Gustavson, Simplex noise demystified, 2005), on tensors."""
+"""Simplex noise, smooth at every scale (Perlin 2001.
+
+Gustavson, Simplex noise demystified, 2005), on tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from anomri.methods.draws import uniform
 SKEW = (math.sqrt(3) - 1) / 2
 UNSKEW = (3 - math.sqrt(3)) / 6
 OCTAVE_STD = 0.00544
-"""Standard deviation of one octave before it is scaled, over the plane and over gradients of length 1."""
+"""Standard deviation of one octave before it is scaled, over the plane and over gradients of length
+1."""
 
 
 def simplex_noise(
@@ -24,9 +28,10 @@ def simplex_noise(
 ) -> Tensor:
     """Draw noise of mean 0 and variance 1, independent per slice and channel: (n, c, h, w) float32.
 
-    The first octave's lattice is ``wavelength`` pixels wide; each further one is half as wide and ``persistence``
-    times as strong. The defaults are AnoDDPM's (Wyatt et al. 2022), which draws in three dimensions; every slice is
-    new here, so two suffice. All fields of a call share the lattice's random place. On the generator's device.
+    The first octave's lattice is ``wavelength`` pixels wide; each further one is half as wide and
+    ``persistence`` times as strong. The defaults are AnoDDPM's (Wyatt et al. 2022), which draws in
+    three dimensions; every slice is new here, so two suffice. All fields of a call share the
+    lattice's random place. On the generator's device.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     total = torch.zeros(shape, device=device)

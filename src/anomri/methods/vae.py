@@ -1,4 +1,7 @@
-"""The variational autoencoder, with reconstruction (Baur et al. 2021) or restoration (You et al., MIDL 2019)."""
+"""The variational autoencoder, with reconstruction (Baur et al.
+
+2021) or restoration (You et al., MIDL 2019).
+"""
 
 from __future__ import annotations
 
@@ -89,9 +92,10 @@ class VAE(Method):
         return self.restore(x) if self.restoration_steps else self.decode(self.posterior(x)[0])
 
     def restore(self, x: Tensor) -> Tensor:
-        """The healthy slices near ``x``, of the same shape; every slice of a batch goes its own way.
+        """The healthy slices near ``x``, of the same shape.
 
-        A step that would raise a slice's objective is not taken, and its rate is halved.
+        Every slice of a batch goes its own way. A step that would raise a slice's objective is not
+        taken, and its rate is halved.
         """
         inside = (x != 0).any(dim=1, keepdim=True)
         restored, rate = x, torch.full((len(x), 1, 1, 1), self.restoration_rate, device=x.device)
@@ -116,7 +120,10 @@ class VAE(Method):
         return objective.detach(), gradient * inside
 
     def restoration_objective(self, restored: Tensor, x: Tensor, inside: Tensor) -> Tensor:
-        """What restoration lowers, one value a slice (n,); ``inside`` (n, 1, h, w) is where there is brain."""
+        """What restoration lowers, one value a slice (n,).
+
+        ``inside`` (n, 1, h, w) is where there is brain.
+        """
         mean, log_variance = self.posterior(restored)
         error = ((self.decode(mean) - restored) * inside).square().mean(dim=(1, 2, 3))
         objective = error + self.kl_weight * kl_divergence(mean, log_variance).mean(dim=(1, 2, 3))
@@ -127,7 +134,8 @@ class VAE(Method):
 class VAERestoration(VAE):
     """The same trained network with the restoration score, as a method of its own.
 
-    100 steps as in the paper; ``small`` takes 25 steps four times as long, which a processor has time for.
+    100 steps as in the paper; ``small`` takes 25 steps four times as long, which a processor has
+    time for.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {

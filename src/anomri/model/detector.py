@@ -33,8 +33,9 @@ from anomri.scans.nifti import as_files
 from anomri.scans.prepare import Preparation, prepare
 from anomri.scans.splits import splits_by_name, write_splits
 from anomri.scans.volume import Volume
+from anomri.scoring.filters import anomaly_score
 from anomri.scoring.metrics import drop_small_components
-from anomri.scoring.scores import anomaly_score, check_score, check_values, score_of
+from anomri.scoring.scores import check_score, check_values, raw_score
 from anomri.slices import (
     SliceStack,
     brain_box,
@@ -366,7 +367,7 @@ class Detector:
                 raw = self.method.residual(stack.x, output[:, :c], stack.foreground)
             check_values(raw, stack.foreground, self.spec.method)
         else:
-            raw = score_of(stack.x, output, self.spec.channels, self.spec.score, stack.position)
+            raw = raw_score(stack.x, output, self.spec.channels, self.spec.score, stack.position)
         # Outside the brain a method is free to make up anything; nobody should see it.
         return raw, output[:, :c] * stack.foreground[:, None]
 

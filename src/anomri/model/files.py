@@ -21,7 +21,7 @@ from anomri.methods.base import Method
 from anomri.scans.case import Case
 from anomri.scans.names import channel_name
 from anomri.scans.splits import read_split_cases
-from anomri.scoring.positions import unpacked_maps
+from anomri.scoring.positions import unpack_maps
 from anomri.spec import FORMAT_VERSION, ModelSpec
 
 MAX_DESCRIPTION = 2**20
@@ -212,7 +212,7 @@ def _check_limits(spec: ModelSpec) -> None:
         ):
             raise ValueError("its thresholds do not fit each other")
     if spec.score.healthy_maps:
-        unpacked_maps(spec.score.healthy_maps, len(spec.channels))
+        unpack_maps(spec.score.healthy_maps, len(spec.channels))
     for name, value in {**spec.settings, **vars(spec.score)}.items():
         _check_setting(name, value)
 

@@ -16,17 +16,21 @@ from anomri.runtime.threads import worker_threads
 from anomri.slices import Box, cut_box
 
 CACHED = 2**21
-"""Values of the finest maps that a processor has at once: four times as many take it a sixth longer (docs/performance.md)."""
+"""Values of the finest maps that a processor has at once: four times as many take it a sixth longer
+(docs/performance.md)."""
 MOST_WORKERS = 4
-"""How many batches go through the network side by side, on a processor of so many cores or more: each takes memory."""
+"""How many batches go through the network side by side, on a processor of so many cores or more:
+each takes memory."""
 
 
 class Inference:
-    """Calls ``method.reconstruct`` on any number of slices; weight standardisation is folded into the filters, in place.
+    """Calls ``method.reconstruct`` on any number of slices.
 
-    ``precision`` is ``auto``, ``32-true`` or ``bf16-mixed``. A method whose ``half_precision`` is true is computed in
-    bfloat16 where that is asked for, or where (``auto``) the hardware has instructions for it; all others in float32.
-    ``batch`` is how many slices go through the network at once, at most; it falls where memory is short.
+    Weight standardisation is folded into the filters, in place. ``precision`` is ``auto``,
+    ``32-true`` or ``bf16-mixed``. A method whose ``half_precision`` is true is computed in bfloat16
+    where that is asked for, or where (``auto``) the hardware has instructions for it; all others in
+    float32. ``batch`` is how many slices go through the network at once, at most; it falls where
+    memory is short.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class Inference:
             x, box = x.flip(2), box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
         if self.half:
             x = x.contiguous(memory_format=torch.channels_last)
-        # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one thread alone.
+        # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one
+        # thread alone.
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             output: Tensor = self.method.reconstruct(x, box)
         return (output.flip(2) if mirrored else output).float().cpu().contiguous()

@@ -1,4 +1,7 @@
-"""What a comparison of maps and labels says: average precision, ceil-Dice, lesions; exact, in bounded memory."""
+"""What a comparison of maps and labels says: average precision, ceil-Dice, lesions.
+
+Exact, in bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ class Figure:
 class Curve:
     """True and false positives at every threshold that matters, pooled over what was counted.
 
-    The thresholds are the distinct scores of lesion voxels, falling: between two of them only false positives
-    change, so precision at a step of recall and the best Dice are always found on one of them. A voxel is
-    positive where score >= threshold.
+    The thresholds are the distinct scores of lesion voxels, falling: between two of them only false
+    positives change, so precision at a step of recall and the best Dice are always found on one of
+    them. A voxel is positive where score >= threshold.
     """
 
     thresholds: Scores
@@ -71,14 +74,20 @@ class Curve:
 
     @property
     def average_precision(self) -> float:
-        """Area under the precision-recall curve as scikit-learn's ``average_precision_score``; NaN without a lesion."""
+        """Area under the precision-recall curve as scikit-learn's ``average_precision_score``.
+
+        NaN without a lesion.
+        """
         if not self.positives:
             return float("nan")
         return float(np.sum(np.diff(self.recall, prepend=0.0) * self.precision))
 
     @property
     def ceil_dice(self) -> float:
-        """The best Dice over all thresholds, chosen on the labels themselves: an upper bound; NaN without a lesion."""
+        """The best Dice over all thresholds, chosen on the labels themselves: an upper bound.
+
+        NaN without a lesion.
+        """
         return float(self.dice.max()) if self.positives else float("nan")
 
     @property
@@ -100,7 +109,7 @@ def count_at(rising: Scores, thresholds: Scores) -> Counts:
     return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
 
-def curve_of(
+def curve_from_counts(
     thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int
 ) -> Curve:
     """The `Curve` from counts per rising threshold, as `lesion_thresholds` and `count_at` give them."""
@@ -117,10 +126,12 @@ def precision_recall(
     scores: Scores, labels: NDArray[np.bool_], thresholds: Scores | None = None
 ) -> Curve:
     """The exact `Curve` of scores and labels of the same shape, or what rising ``thresholds`` show of it."""
-    return precision_recall_of_sorted(np.sort(scores[labels]), np.sort(scores[~labels]), thresholds)
+    return precision_recall_from_sorted(
+        np.sort(scores[labels]), np.sort(scores[~labels]), thresholds
+    )
 
 
-def precision_recall_of_sorted(
+def precision_recall_from_sorted(
     lesion: Scores, healthy: Scores, thresholds: Scores | None = None
 ) -> Curve:
     """`precision_recall` of the rising scores of lesion voxels and of all others."""
@@ -128,7 +139,9 @@ def precision_recall_of_sorted(
         thresholds, counts = lesion_thresholds([lesion])
     else:
         counts = count_at(lesion, thresholds)
-    return curve_of(thresholds, counts, count_at(healthy, thresholds), lesion.size, healthy.size)
+    return curve_from_counts(
+        thresholds, counts, count_at(healthy, thresholds), lesion.size, healthy.size
+    )
 
 
 def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
@@ -150,8 +163,8 @@ def count_components(mask: NDArray[np.bool_]) -> int:
 def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> NDArray[np.bool_]:
     """``mask`` (3D) without 26-connected components of at most ``max_dropped_voxels``.
 
-    The paper counts a component's holes as its own. With 26-connected holes that changes nothing up to 26
-    voxels: it takes all 26 neighbours of a voxel to enclose it.
+    The paper counts a component's holes as its own. With 26-connected holes that changes nothing up
+    to 26 voxels: it takes all 26 neighbours of a voxel to enclose it.
     """
     box = box_around(mask)
     if not mask[box].size:
@@ -174,7 +187,10 @@ class LesionCounts:
 
 
 def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> LesionCounts:
-    """Compare 26-connected components; a lesion counts as detected if one voxel of it is predicted."""
+    """Compare 26-connected components.
+
+    A lesion counts as detected if one voxel of it is predicted.
+    """
     lesions, n_lesions = cc3d.connected_components(
         label.astype(np.uint8), connectivity=26, return_N=True
     )
@@ -195,7 +211,10 @@ def bootstrap_weights(patients: int, resamples: int = 2000, seed: int = 0) -> ND
 
 
 def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
-    """The interval that holds the middle ``level`` of a bootstrap's values; those that are NaN do not count."""
+    """The interval that holds the middle ``level`` of a bootstrap's values.
+
+    Those that are NaN do not count.
+    """
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -17,9 +17,11 @@ from torch.nn import functional
 from anomri.slices import Position, cut_box
 
 CELLS = 8
-"""Cells along each axis of the brain's box, about 2 cm: finer than this, twenty patients do not tell tissue from chance."""
+"""Cells along each axis of the brain's box, about 2 cm: finer than this, twenty patients do not
+tell tissue from chance."""
 LEAST = 50
-"""Pixels that a cell needs for a mean and a spread of its own; one with fewer takes the channel's."""
+"""Pixels that a cell needs for a mean and a spread of its own; one with fewer takes the
+channel's."""
 
 
 def statistics_by_position(
@@ -34,7 +36,8 @@ def statistics_by_position(
         inside = (foreground & counted[:, None, None])[:, None].double()
         parts = torch.cat([inside, residual * inside, residual.square() * inside], 1)
         box = cut_box(parts, Position.from_foreground(foreground).box).movedim(0, 1)
-        # A mean over cells, times their size: cells of a scan with few slices count for as many pixels as they have.
+        # A mean over cells, times their size: cells of a scan with few slices count for as many
+        # pixels as they have.
         sums = sums + functional.adaptive_avg_pool3d(box, CELLS) * (box[0].numel() / CELLS**3)
     everywhere = sums.sum((1, 2, 3), keepdim=True)
     smooth = ndimage.gaussian_filter(sums.numpy(), (0, 0.7, 0.7, 0.7), mode="nearest")
@@ -44,7 +47,7 @@ def statistics_by_position(
     return mean.float(), (second / count - mean.square()).clamp_min(1e-12).sqrt().float()
 
 
-def spread_over(cells: Tensor, position: Position, size: tuple[int, int]) -> Tensor:
+def interpolate_cells(cells: Tensor, position: Position, size: tuple[int, int]) -> Tensor:
     """Values of cells (k, 8, 8, 8), interpolated for every pixel of slices (n, h, w) in their place: (n, k, h, w).
 
     Outside the brain's box they are those of its edge.
@@ -63,15 +66,18 @@ def _weights(places: Tensor) -> Tensor:
     return (1 - (nearest[:, None] - torch.arange(CELLS)).abs()).clamp_min(0)
 
 
-def packed_maps(mean: Tensor, spread: Tensor) -> str:
+def pack_maps(mean: Tensor, spread: Tensor) -> str:
     """Both as text: float16, (2, c, 8, 8, 8), base64."""
     return base64.b64encode(torch.stack([mean, spread]).numpy().astype("<f2").tobytes()).decode(
         "ascii"
     )
 
 
-def unpacked_maps(text: str, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread, (channels, 8, 8, 8) float32; raises ``ValueError`` if the text holds anything else."""
+def unpack_maps(text: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread, (channels, 8, 8, 8) float32.
+
+    Raises ``ValueError`` if the text holds anything else.
+    """
     values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float32)
     mean, spread = torch.from_numpy(values.reshape(2, channels, CELLS, CELLS, CELLS))
     return mean, spread

@@ -1,7 +1,7 @@
 """The scores by name: what each is, what it needs, and when a training may choose it.
 
-A new score is a function from `scores.Evidence` to (n, h, w), and a line in `SCORES`. Neither torch nor a function is
-imported before it is used.
+A new score is a function from `scores.Evidence` to (n, h, w), and a line in `SCORES`. Neither torch
+nor a function is imported before it is used.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from anomri.scoring.scores import Evidence
 
 DEFAULT_RATE = 0.01
-"""Share of healthy voxels above the threshold: healthy tissue differs a little from its reconstruction nearly everywhere."""
+"""Share of healthy voxels above the threshold: healthy tissue differs a little from its
+reconstruction nearly everywhere."""
 SPARING_RATE = 0.002
-"""The same for scores by sign or probability: healthy tissue is seldom much brighter, and seldom segmented.
+"""The same for scores by sign or probability: healthy tissue is seldom much brighter, and seldom
+segmented.
 
 Both had the best Dice on 23 cross-validated patients (docs/notes).
 """
 AutoChannels = Literal["all", "each bright", "bright"]
-"""Channels that ``auto`` tries a score on: all, FLAIR and T2 one by one, or FLAIR and T2 together."""
+"""Channels that ``auto`` tries a score on: all, FLAIR and T2 one by one, or FLAIR and T2
+together."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ SCORES = {
         SPARING_RATE,
         needs_segmentation_head=True,
     ),
-    # Neither the probability alone nor a residual by position alone is tried by ``auto``: each wins on synthetic
+    # Neither the probability alone nor a residual by position alone is tried by ``auto``: each wins
+    # on synthetic
     # spheres at times, but both together are better on tumours of patients not seen (docs/notes).
     "probability_with_residual": ScoreKind(
         "probability and positive residual together",
@@ -129,7 +133,10 @@ def find(name: str) -> ScoreKind:
 
 @cache
 def load(name: str) -> Callable[[Evidence], Tensor]:
-    """The function of a score; raises `AnomriError` if there is none of that name, or it only stands for another."""
+    """The function of a score.
+
+    Raises `AnomriError` if there is none of that name, or it only stands for another.
+    """
     place = find(name).place
     if not place:
         raise AnomriError(f"the score {name!r} stands for another one; name that.")

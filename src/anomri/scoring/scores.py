@@ -1,4 +1,4 @@
-"""From a residual to an anomaly map (Kascenas et al. 2022, section 3.3), on stacks of slices."""
+"""How anomalous each pixel is, from a slice and its reconstruction: the formulas behind the table of scores."""
 
 from __future__ import annotations
 
@@ -6,55 +6,54 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
 from anomri.errors import AnomriError
 from anomri.scoring import registry
-from anomri.scoring.positions import spread_over, unpacked_maps
-from anomri.slices import Box, Position, brain_box, cut_box, paste_box, present_channels
+from anomri.scoring.filters import MEDIANS
+from anomri.scoring.positions import interpolate_cells, unpack_maps
+from anomri.slices import Position, cut_box, paste_box, present_channels, widen_box
 from anomri.spec import Score
 
 BRIGHT = ("flair", "t2")
 """Channels on which most lesions are bright."""
 SSIM_WINDOWS = (5, 9, 15)
-TRUNCATE = 3.0
-"""Standard deviations at which a Gaussian filter ends."""
-MEDIANS = (0, 3, 5)
-"""How wide the median filter of a slice can be; 0: none. OpenCV sorts floats in no larger windows."""
-AT_ONCE = 16
-"""Slices that are scored at the same time."""
+SLICES_AT_ONCE = 16
+"""Slices that are scored together: what lies between a scan and its score is several times as large
+as either."""
 RESIDUAL_FLOOR = 0.02
-"""Weight of the anomaly probability where nothing is brighter than reconstructed."""
+"""Added to the positive residual where it weighs the anomaly probability."""
 DEVIATION_FLOOR = 0.2
 """The same in standard deviations."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a score looks at: scan and reconstruction (n, k, h, w) of its k channels, and the anomaly probability.
-
-    ``probability`` is (n, h, w), or ``None`` without a segmentation head; ``mean`` and ``spread`` are the absolute residual's in
-    healthy tissue, (k, 1, 1) or for each pixel, (n, k, h, w).
-    """
+    """What a score looks at: scan and reconstruction (n, k, h, w) of its k channels, and the anomaly probability."""
 
     x: Tensor
     reconstruction: Tensor
     probability: Tensor | None = None
+    """(n, h, w); ``None`` without a segmentation head."""
     mean: Tensor | None = None
+    """Mean absolute residual of healthy tissue, (k, 1, 1) or for each pixel (n, k, h, w)."""
     spread: Tensor | None = None
+    """Its standard deviation."""
     bright: bool = True
-    """Whether lesions are bright in one of these channels, as far as the score knows; else they may be dark."""
+    """Whether lesions are bright on one of these channels, as far as the score knows; else they may
+    be dark."""
 
     @property
     def residual(self) -> Tensor:
         """Scan - reconstruction."""
         return self.x - self.reconstruction
+
+
+def mean_absolute_residual(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Mean over the channels of \\|x - reconstruction\\|: (n, c, h, w) twice -> (n, h, w)."""
+    return (x - reconstruction).abs().mean(dim=1)
 
 
 def absolute(seen: Evidence) -> Tensor:
@@ -63,7 +62,10 @@ def absolute(seen: Evidence) -> Tensor:
 
 
 def positive(seen: Evidence) -> Tensor:
-    """How much brighter than reconstructed: the residual above 0 (Baur et al. 2021, section 3.4)."""
+    """How much brighter than reconstructed: the residual above 0 (Baur et al.
+
+    2021, section 3.4).
+    """
     return seen.residual.clamp_min(0).mean(dim=1)
 
 
@@ -73,7 +75,10 @@ def negative(seen: Evidence) -> Tensor:
 
 
 def standardised(seen: Evidence) -> Tensor:
-    """Mean of the channels' absolute residual in standard deviations above its healthy mean, no less than 0."""
+    """Absolute residual in standard deviations above its healthy mean, at least 0.
+
+    Mean over the channels.
+    """
     if seen.mean is None or seen.spread is None:
         raise AnomriError(
             "the score standardised needs the healthy residual's mean and spread; train with it."
@@ -82,14 +87,14 @@ def standardised(seen: Evidence) -> Tensor:
 
 
 def standardised_by_position(seen: Evidence) -> Tensor:
-    """The same with the mean and spread of healthy tissue in that part of the brain."""
+    """`standardised` with the mean and spread of healthy tissue in that part of the brain."""
     return standardised(seen)
 
 
 def positive_by_position(seen: Evidence) -> Tensor:
-    """How much brighter than reconstructed, in standard deviations above what healthy tissue in that part of the brain is.
+    """How much brighter than reconstructed, in standard deviations above healthy tissue in that part of the brain.
 
-    Of a scan without any of the score's channels, say T1 alone, the residual counts either way.
+    For a scan without any of the score's channels, for example T1 alone, the residual counts either way.
     """
     if seen.mean is None or seen.spread is None or not seen.bright:
         return standardised(seen)
@@ -97,7 +102,10 @@ def positive_by_position(seen: Evidence) -> Tensor:
 
 
 def ssim(seen: Evidence) -> Tensor:
-    """1 - structural similarity (Wang et al. 2004), mean of three windows and the channels (Behrendt et al. 2024)."""
+    """1 - structural similarity (Wang et al.
+
+    2004), mean of three windows and the channels (Behrendt et al. 2024).
+    """
     windows = [
         1 - structural_similarity(seen.x, seen.reconstruction, window) for window in SSIM_WINDOWS
     ]
@@ -108,135 +116,32 @@ def anomaly_probability(seen: Evidence) -> Tensor:
     """The segmentation head's probability of an anomaly, 0 to 1 (Zavrtanik et al. 2021)."""
     if seen.probability is None:
         raise AnomriError(
-            "the model has no segmentation head; train with the settings anomalies and segmentation_head (preset quick "
+            "the model has no segmentation head; train with the settings anomalies and "
+            "segmentation_head (preset quick "
             "or accurate)."
         )
     return seen.probability
 
 
 def probability_with_residual(seen: Evidence) -> Tensor:
-    """Square root of the anomaly probability x the positive residual (+ `RESIDUAL_FLOOR`): what two witnesses agree on.
+    """Square root of the anomaly probability x (positive residual + `RESIDUAL_FLOOR`): where both agree.
 
-    Of a scan without any of the score's channels, say T1 alone, the residual counts either way; of one that lacks FLAIR
-    where the score looks at it, the probability alone counts.
+    For a scan without any of the score's channels, for example T1 alone, the residual counts either way.
     """
-    return anomaly_probability(seen).sqrt() * (
-        (positive(seen) if seen.bright else absolute(seen)) + RESIDUAL_FLOOR
-    )
+    residual = positive(seen) if seen.bright else absolute(seen)
+    return anomaly_probability(seen).sqrt() * (residual + RESIDUAL_FLOOR)
 
 
 def probability_with_residual_by_position(seen: Evidence) -> Tensor:
-    """The same with `positive_by_position` (+ `DEVIATION_FLOOR`) in place of the plain positive residual."""
+    """`probability_with_residual` with `positive_by_position` + `DEVIATION_FLOOR` in place of the plain residual."""
     return anomaly_probability(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
-def check_score(score: Score, channels: Sequence[str], segmentation_head: bool) -> None:
-    """Raise `AnomriError` if a model of ``channels``, with or without a segmentation head, cannot compute a score."""
-    if registry.find(score.kind).needs_segmentation_head and not segmentation_head:
-        raise AnomriError(
-            f"the score {score.kind} needs a segmentation head, which the model does not have; train with the settings "
-            f"anomalies and segmentation_head (preset quick or accurate)."
-        )
-    if score.erosion < 0:
-        raise AnomriError(f"the score's erosion is 0 or more; found {score.erosion}.")
-    unknown = sorted(set(score.channels) - set(channels))
-    if unknown:
-        raise AnomriError(
-            f"the score looks at {', '.join(unknown)}; the model's channels are {', '.join(channels)}."
-        )
-    if score.median not in MEDIANS:
-        raise AnomriError(
-            f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not {score.median}."
-        )
-
-
-def describe(score: Score) -> str:
-    """A score in a few words."""
-    words = score.kind + (f" of {'+'.join(score.channels)}" if score.channels else "")
-    return words + (f", smoothed {score.smoothing_mm:g} mm" if score.smoothing_mm else "")
-
-
-def score_of(
-    x: Tensor,
-    output: Tensor,
-    channels: Sequence[str],
-    score: Score,
-    position: Position | None = None,
-) -> Tensor:
-    """The score ``score.kind`` of slices (n, c, h, w) and what a method made of them, before erosion: (n, h, w).
-
-    ``output`` (n, c or c + 1, h, w) is a reconstruction and, with a segmentation head, the anomaly probability. A channel that is zero in all slices is one
-    that the scan does not have, and is left out. ``position`` says where in the brain the slices lie, if they are not all
-    of its; the score is zero beyond the brain's box and a margin. Raises `AnomriError` if there is no such score.
-    """
-    c = x.shape[1]
-    present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
-    asked = [k for k in present if channels[k] in score.channels]
-    chosen = asked or present
-    place = position or Position.from_foreground(x.amax(1) > 0)
-    size = (x.shape[2], x.shape[3])
-    box = _wider(place.box, max(SSIM_WINDOWS) // 2, size)
-    x, output = cut_box(x, box), cut_box(output, box)
-    top, bottom, left, right = place.box
-    place = place._replace(box=(top - box[0], bottom - box[0], left - box[2], right - box[2]))
-
-    score = _for_channels(score, channels, present)
-    formula = registry.load(score.kind)
-
-    def of(some: slice) -> Tensor:
-        here = place._replace(heights=place.heights[some])
-        mean, spread = _healthy_residual(x.shape, score, here, chosen)
-        probability = output[some, c] if output.shape[1] > c else None
-        bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
-        seen = Evidence(x[some, chosen], output[some, chosen], probability, mean, spread, bright)
-        return paste_box(formula(seen), size, box)
-
-    # What lies between a scan and its score is several times as large as either.
-    return torch.cat([of(slice(first, first + AT_ONCE)) for first in range(0, len(x), AT_ONCE)])
-
-
-def _for_channels(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
-    """The score, but by the probability alone for a scan that lacks FLAIR where it would count.
-
-    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion (docs/notes).
-    """
-    first = BRIGHT[0]
-    lacks = first in (score.channels or channels) and first not in [channels[k] for k in present]
-    substitute = registry.find(score.kind).without_flair
-    return replace(score, kind=substitute) if lacks and substitute else score
-
-
-def _wider(box: Box, margin: int, size: tuple[int, int]) -> Box:
-    """A box with so many pixels more on every side, as far as the grid has them."""
-    top, bottom, left, right = box
-    return (
-        max(top - margin, 0),
-        min(bottom + margin, size[0]),
-        max(left - margin, 0),
-        min(right + margin, size[1]),
-    )
-
-
-def _healthy_residual(
-    shape: torch.Size, score: Score, position: Position, chosen: list[int]
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Mean and spread of the ``chosen`` channels' absolute residual in healthy tissue, as far as the score knows them."""
-    kind = registry.find(score.kind)
-    if kind.needs_healthy_maps and score.healthy_maps:
-        maps = unpacked_maps(score.healthy_maps, shape[1])
-        mean, spread = (
-            spread_over(cells[chosen], position, (shape[2], shape[3])) for cells in maps
-        )
-        return mean, spread.clamp_min(1e-4)
-    if kind.needs_healthy_residual and score.healthy_mean and score.healthy_spread:
-        known = (score.healthy_mean, score.healthy_spread)
-        mean, spread = (torch.tensor(values)[chosen, None, None] for values in known)
-        return mean, spread
-    return None, None
-
-
 def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0) -> Tensor:
-    """SSIM of (n, c, h, w) and the same, in windows of ``window`` pixels of even weight; ``reach`` is a usual range."""
+    """SSIM of two (n, c, h, w), in square windows of equal weights.
+
+    ``reach`` is the range of intensities.
+    """
     c1, c2 = (0.01 * reach) ** 2, (0.03 * reach) ** 2
 
     def mean(z: Tensor) -> Tensor:
@@ -248,72 +153,121 @@ def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0)
     variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return (
-        luminance * (2 * covariance + c2) / (variance_x.clamp_min(0) + variance_y.clamp_min(0) + c2)
-    )
+    spread = variance_x.clamp_min(0) + variance_y.clamp_min(0)
+    return luminance * (2 * covariance + c2) / (spread + c2)
 
 
-def mean_absolute_residual(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Mean over the channels of \\|x - reconstruction\\|: (n, c, h, w) twice -> (n, h, w)."""
-    return (x - reconstruction).abs().mean(dim=1)
+def raw_score(
+    x: Tensor,
+    output: Tensor,
+    channels: Sequence[str],
+    score: Score,
+    position: Position | None = None,
+) -> Tensor:
+    """The score ``score.kind`` of slices (n, c, h, w), before any filter: (n, h, w).
 
-
-def erode_foreground(foreground: Tensor, kernel: int = 5, level: float = 0.95) -> Tensor:
-    """Pixels whose ``kernel`` x ``kernel`` neighbourhood is foreground by more than ``level``: (n, h, w) bool -> bool.
-
-    What lies outside the slice counts as background.
+    ``output`` (n, c or c + 1, h, w) is a reconstruction and, with a segmentation head, the anomaly
+    probability. A channel that is zero in all slices is one that the scan does not have, and does
+    not count. ``position`` says where in the brain the slices lie, if they are not all of it. The
+    score is zero beyond the brain's box and a margin. Raises `AnomriError` if there is no such
+    score.
     """
-    shares = [
-        cv2.boxFilter(inside, cv2.CV_32F, (kernel, kernel), borderType=cv2.BORDER_CONSTANT)
-        for inside in foreground.cpu().numpy().astype(np.uint8)
-    ]
-    return torch.from_numpy(np.stack(shares) > level).to(foreground.device)
+    c, size = x.shape[1], (x.shape[2], x.shape[3])
+    present = [k for k, there in enumerate(present_channels(x)) if there] or list(range(c))
+    asked = [k for k in present if channels[k] in score.channels]
+    chosen = asked or present
+    bright = bool(asked) if score.channels else any(channels[k] in BRIGHT for k in chosen)
+    score = _without_flair(score, channels, present)
+    formula = registry.load(score.kind)
+
+    position = position or Position.from_foreground(x.amax(1) > 0)
+    box = widen_box(position.box, max(SSIM_WINDOWS) // 2, size)
+    x, output = cut_box(x, box), cut_box(output, box)
+    position = position.within(box)
+    parts = []
+    for first in range(0, len(x), SLICES_AT_ONCE):
+        some = slice(first, first + SLICES_AT_ONCE)
+        here = position._replace(heights=position.heights[some])
+        mean, spread = _healthy_residual(x.shape, score, here, chosen)
+        probability = output[some, c] if output.shape[1] > c else None
+        seen = Evidence(x[some, chosen], output[some, chosen], probability, mean, spread, bright)
+        parts.append(paste_box(formula(seen), size, box))
+    return torch.cat(parts)
 
 
-def median_filter(score: NDArray[np.float32], kernel: int = 5) -> NDArray[np.float32]:
-    """Median of each pixel's ``kernel`` x ``kernel`` neighbourhood, slice by slice; borders are reflected.
+def _without_flair(score: Score, channels: Sequence[str], present: Sequence[int]) -> Score:
+    """The score that takes the place of another for a scan without FLAIR, where FLAIR would count.
 
-    ``score`` is (n, h, w) float32, ``kernel`` 3 or 5 (what OpenCV sorts in float32).
+    Without it the residual is no second witness: on T2 cerebrospinal fluid is as bright as a lesion
+    (docs/notes).
     """
-    margin = kernel // 2
-    filtered = np.empty_like(score)
-    for target, image in zip(filtered, score, strict=True):
-        padded = cv2.copyMakeBorder(image, margin, margin, margin, margin, cv2.BORDER_REFLECT_101)
-        target[:] = cv2.medianBlur(padded, kernel)[margin:-margin, margin:-margin]
-    return filtered
+    flair = BRIGHT[0]
+    counts = flair in (score.channels or channels)
+    substitute = registry.find(score.kind).without_flair
+    if substitute and counts and flair not in [channels[k] for k in present]:
+        return replace(score, kind=substitute)
+    return score
 
 
-def check_values(raw: Tensor, foreground: Tensor, method: str) -> None:
-    """Raise `AnomriError` if a method scores foreground (n, h, w) as what is no number, or below the background's zero."""
-    low, high = map(float, raw.masked_fill(~foreground, 0).aminmax())
-    if not (low >= 0 and high < math.inf):
+def _healthy_residual(
+    shape: torch.Size, score: Score, position: Position, chosen: list[int]
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and spread of the absolute residual of healthy tissue in the ``chosen`` channels, if the score has them."""
+    kind = registry.find(score.kind)
+    if kind.needs_healthy_maps and score.healthy_maps:
+        maps = unpack_maps(score.healthy_maps, shape[1])
+        mean, spread = (
+            interpolate_cells(cells[chosen], position, (shape[2], shape[3])) for cells in maps
+        )
+        return mean, spread.clamp_min(1e-4)
+    if kind.needs_healthy_residual and score.healthy_mean and score.healthy_spread:
+        mean = torch.tensor(score.healthy_mean)[chosen, None, None]
+        return mean, torch.tensor(score.healthy_spread)[chosen, None, None]
+    return None, None
+
+
+def describe(score: Score) -> str:
+    """A score in a few words.
+
+    >>> describe(Score("positive", ("flair", "t2"), smoothing_mm=1.7))
+    'positive of flair+t2, smoothed 1.7 mm'
+    """
+    words = score.kind
+    if score.channels:
+        words += f" of {'+'.join(score.channels)}"
+    if score.smoothing_mm:
+        words += f", smoothed {score.smoothing_mm:g} mm"
+    return words
+
+
+def check_score(score: Score, channels: Sequence[str], segmentation_head: bool) -> None:
+    """Raise `AnomriError` if a model of ``channels``, with or without a segmentation head, cannot compute a score."""
+    if registry.find(score.kind).needs_segmentation_head and not segmentation_head:
         raise AnomriError(
-            f"the method {method} scores from {low:.4g} to {high:.4g} here; scores are numbers from 0 up."
+            f"the score {score.kind} needs a segmentation head, which the model does not have; "
+            "train with the settings "
+            f"anomalies and segmentation_head (preset quick or accurate)."
+        )
+    if score.erosion < 0:
+        raise AnomriError(f"the score's erosion is 0 or more; found {score.erosion}.")
+    unknown = sorted(set(score.channels) - set(channels))
+    if unknown:
+        raise AnomriError(
+            f"the score looks at {', '.join(unknown)}; the model's channels are "
+            f"{', '.join(channels)}."
+        )
+    if score.median not in MEDIANS:
+        raise AnomriError(
+            f"a median filter of a slice can be {', '.join(map(str, MEDIANS))} wide, not "
+            f"{score.median}."
         )
 
 
-def anomaly_score(
-    raw: Tensor,
-    foreground: Tensor,
-    score: Score,
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
-) -> NDArray[np.float32]:
-    """The anomaly map of a stack of slices: ``median(F * raw)``, with F the eroded foreground.
-
-    ``raw`` is (n, h, w), what a method could not explain; ``foreground`` (n, h, w) bool. A kernel of 0 in
-    ``score`` leaves that filter out. ``spacing_mm`` is that of slices, rows and columns.
-    """
-    size = (raw.shape[1], raw.shape[2])
-    reach = math.ceil(TRUNCATE * score.smoothing_mm / min(spacing_mm[1:])) + score.median // 2 + 1
-    # Beyond the brain, and what a filter carries out of it, all is zero.
-    box = _wider(brain_box(foreground.cpu(), 1), reach, size)
-    raw, foreground = cut_box(raw, box), cut_box(foreground, box)
-    if score.erosion:
-        foreground = erode_foreground(foreground, score.erosion, score.erosion_level)
-    scores = (raw.float() * foreground).cpu().numpy()
-    if score.median:
-        scores = median_filter(scores, score.median)
-    if score.smoothing_mm:
-        sigma = [score.smoothing_mm / mm for mm in spacing_mm]
-        scores = ndimage.gaussian_filter(scores, sigma, truncate=TRUNCATE)
-    return paste_box(torch.from_numpy(scores), size, box).numpy()
+def check_values(raw: Tensor, foreground: Tensor, method: str) -> None:
+    """Raise `AnomriError` if a method scores foreground (n, h, w) below zero, NaN or infinite."""
+    low, high = map(float, raw.masked_fill(~foreground, 0).aminmax())
+    if not (low >= 0 and high < math.inf):
+        raise AnomriError(
+            f"the method {method} scores from {low:.4g} to {high:.4g} here; scores are numbers "
+            "from 0 up."
+        )

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from anomri.model.detector import Detector
+from anomri.scoring.filters import anomaly_score
 from anomri.scoring.metrics import precision_recall
-from anomri.scoring.positions import packed_maps, statistics_by_position
+from anomri.scoring.positions import pack_maps, statistics_by_position
 from anomri.scoring.registry import SCORES, AutoChannels, find
-from anomri.scoring.scores import BRIGHT, anomaly_score, describe, score_of
+from anomri.scoring.scores import BRIGHT, describe, raw_score
 from anomri.slices import SliceStack
 from anomri.spec import ModelSpec, Score
 from anomri.training.packing import PackedCase, spread_healthy
@@ -176,7 +177,7 @@ class _Planted:
         key = score.kind, score.channels
         if key not in self.raw:
             self.raw[key] = [
-                score_of(stack.x, output, self.spec.channels, score, stack.position)
+                raw_score(stack.x, output, self.spec.channels, score, stack.position)
                 for stack, output in zip(self.stacks, self.outputs, strict=True)
             ]
         return self.raw[key]
@@ -213,4 +214,4 @@ def _maps_by_position(
     by_cell, spread = statistics_by_position(residuals())
     # Residuals of slices that were trained on are smaller.
     level = (torch.tensor(mean) / by_cell.mean((1, 2, 3)).clamp_min(1e-6))[:, None, None, None]
-    return packed_maps(by_cell * level, spread * level)
+    return pack_maps(by_cell * level, spread * level)

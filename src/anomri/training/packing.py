@@ -24,7 +24,7 @@ from anomri.runtime.launch import usable_processors
 from anomri.runtime.threads import worker_threads
 from anomri.scans.case import Case
 from anomri.scans.prepare import prepare
-from anomri.slices import SliceStack, Window, brain_box, foreground_of, slice_volume
+from anomri.slices import SliceStack, Window, brain_box, find_foreground, slice_volume
 from anomri.spec import Grid, Scaling
 
 PACKING_VERSION = 8
@@ -62,7 +62,7 @@ class PackedCase:
         x = torch.from_numpy(np.stack(self.read(range(self.slices))).astype(np.float32))
         window = Window(0, 0, *x.shape[2:])
         return SliceStack(
-            x, foreground_of(x, scaling), range(len(x)), (), None, window, self.spacing_mm
+            x, find_foreground(x, scaling), range(len(x)), (), None, window, self.spacing_mm
         )
 
     def read(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from anomri.model.detector import Detector
-from anomri.scoring.metrics import drop_small_components, precision_recall_of_sorted
+from anomri.scoring.metrics import drop_small_components, precision_recall_from_sorted
 from anomri.scoring.registry import DEFAULT_RATE, find
-from anomri.slices import SliceStack, brain_box, foreground_of
+from anomri.slices import SliceStack, brain_box, find_foreground
 from anomri.spec import HealthyScores, Score, Thresholds
 from anomri.training.packing import PackedCase, spread_healthy
 from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
@@ -160,7 +160,7 @@ def _best_on_spheres(
     steps = np.unique(
         np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS))
     )
-    large, small = (precision_recall_of_sorted(*scores, steps).dice[::-1] for scores in scored)
+    large, small = (precision_recall_from_sorted(*scores, steps).dice[::-1] for scores in scored)
     best = int(np.argmax(large * small))
     # A mask is what lies above its threshold, and a voxel at the step belongs to it.
     return float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf))), (
@@ -188,7 +188,7 @@ def _seen(detector: Detector, case: PackedCase, channels: Sequence[str]) -> Slic
         return stack
     x = stack.x * torch.tensor([name in channels for name in detector.spec.channels])[:, None, None]
     # The brain is where a channel that the scan has shows it.
-    return replace(stack, x=x, foreground=foreground_of(x, detector.spec.scaling))
+    return replace(stack, x=x, foreground=find_foreground(x, detector.spec.scaling))
 
 
 def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _Healthy:

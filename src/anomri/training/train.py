@@ -26,7 +26,7 @@ from anomri.runtime.processes import ProcessGroup, join_processes, make_fabric
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.splits import assign_splits, read_splits, split_cases, write_splits
-from anomri.slices import foreground_of
+from anomri.slices import find_foreground
 from anomri.spec import ModelSpec, Training
 from anomri.training.batches import Batches
 from anomri.training.choose_score import choose_score
@@ -347,7 +347,7 @@ def _set_up(
 def _loss(
     model: Any, spec: ModelSpec, objective: Objective, x: Tensor, generator: Generator
 ) -> Tensor:
-    foreground = foreground_of(x, spec.scaling)
+    foreground = find_foreground(x, spec.scaling)
     loss: Tensor = model(x, foreground, generator, spec.crop, **objective.arguments)
     return loss
 
@@ -382,7 +382,7 @@ def validation_loss(
                 start = starts[mine]
                 x = held_out.batch(chosen[start : start + training.batch_size])
                 generator = Generator(fabric.device).manual_seed(VALIDATION_SEED + start)
-                loss = model(x, foreground_of(x, spec.scaling), generator, spec.crop)
+                loss = model(x, find_foreground(x, spec.scaling), generator, spec.crop)
                 total += float(loss) * len(x)
             stopped = stop is not None and team.all_reduce_max(
                 [stop.signal or 0], fabric.device

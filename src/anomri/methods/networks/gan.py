@@ -1,4 +1,7 @@
-"""Generator and critic of the Wasserstein GAN with gradient penalty (Gulrajani et al. 2017), for 128 x 128."""
+"""Generator and critic of the Wasserstein GAN with gradient penalty (Gulrajani et al.
+
+2017), for 128 x 128.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from torch.nn import functional
 
 GRID, COARSEST = 128, 4
 MULTIPLES = (1, 2, 4, 8, 8, 8)
-"""Channels of the levels from 128 x 128 to 4 x 4, in widths: one level more than the original's 64 x 64."""
+"""Channels of the levels from 128 x 128 to 4 x 4, in widths: one level more than the original's 64
+x 64."""
 
 
 class SliceGenerator(nn.Module):
@@ -49,11 +53,15 @@ class Downward(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, ReLU, 3 x 3 convolution, twice, beside a shortcut; twice as large a map (``up``) or half."""
+    """Norm, ReLU, 3 x 3 convolution, twice, beside a shortcut.
+
+    Twice as large a map (``up``) or half.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, *, up: bool) -> None:
         super().__init__()
-        # A critic must not mix the slices of a batch (its penalty is one slice's), so it has layer norm.
+        # A critic must not mix the slices of a batch (its penalty is one slice's), so it has layer
+        # norm.
         self.norm1 = nn.BatchNorm2d(channels_in) if up else nn.GroupNorm(1, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(channels_out) if up else nn.GroupNorm(1, channels_out)

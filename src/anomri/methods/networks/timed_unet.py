@@ -66,7 +66,10 @@ class TimedUNet(UNet):
         self.modulate_up = nn.ModuleList(nn.Linear(embedding, 2 * width) for width in widths[:-1])
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """(n, channels, h, w) at ``time`` (n,), in steps, -> the same shape; without a time, at 0."""
+        """(n, channels, h, w) at ``time`` (n,), in steps, -> the same shape.
+
+        Without a time, at 0.
+        """
         time = x.new_zeros(len(x)) if time is None else time
         angles = time[:, None].float() * self.frequencies
         embedded = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))

@@ -1,4 +1,7 @@
-"""The U-Net of the denoising autoencoder (Kascenas et al. 2022, section 3.2), and what it is built of."""
+"""The U-Net of the denoising autoencoder (Kascenas et al.
+
+2022, section 3.2), and what it is built of.
+"""
 
 from __future__ import annotations
 
@@ -103,8 +106,9 @@ class ConvBlock(nn.Module):
 class UNet(nn.Module):
     """U-Net with skip connections: (n, channels, h, w) -> the same shape.
 
-    ``widths`` gives the channels of each level, from the finest to the coarsest; h and w must be divisible by
-    2 ** (len(widths) - 1), and the coarsest map must be at least 2 x 2 for the reflection padding.
+    ``widths`` gives the channels of each level, from the finest to the coarsest; h and w must be
+    divisible by 2 ** (len(widths) - 1), and the coarsest map must be at least 2 x 2 for the
+    reflection padding.
     """
 
     def __init__(
@@ -125,7 +129,10 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], out_channels or channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, h, w) -> (n, out_channels, h, w); as many as there are channels unless told."""
+        """(n, channels, h, w) -> (n, out_channels, h, w).
+
+        As many as there are channels unless told.
+        """
         skips = []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else functional.avg_pool2d(x, 2))
@@ -133,17 +140,18 @@ class UNet(nn.Module):
         skips.pop()
         for level in reversed(range(len(self.decoder))):
             x = self.decoder[level](torch.cat([self.upsample[level](x), skips[level]], dim=1))
-        # Rounded to bfloat16, a reconstruction would be as coarse as the residuals that it is to show.
+        # Rounded to bfloat16, a reconstruction would be as coarse as the residuals that it is to
+        # show.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.float())
 
 
 def fold_weight_standardisation(network: Network, dtype: torch.dtype = torch.float32) -> Network:
-    """Standardise the filters of ``network`` once, in place, for inference; its output does not change.
+    """Standardise the filters of ``network`` once, in place, for inference.
 
-    ``dtype`` is what autocast would round them to at every call, or float32 without it. Parameters below `TINY`, which
-    weight decay leaves where a network has no use for them, become zero: processors take many times as long for products
-    of subnormal numbers.
+    Its output does not change. ``dtype`` is what autocast would round them to at every call, or
+    float32 without it. Parameters below `TINY`, which weight decay leaves where a network has no
+    use for them, become zero: processors take many times as long for products of subnormal numbers.
     """
     for module in network.modules():
         if isinstance(module, WeightStandardisedConv2d):
@@ -159,8 +167,12 @@ def fold_weight_standardisation(network: Network, dtype: torch.dtype = torch.flo
 
 
 def compile_networks(network: nn.Module) -> None:
-    """Have every `UNet` of ``network`` compiled at its next call, in place; parameters and their names stay."""
-    # Left to itself, torch keeps channels first in networks with a convolution that halves the channels, and then turns
+    """Have every `UNet` of ``network`` compiled at its next call, in place.
+
+    Parameters and their names stay.
+    """
+    # Left to itself, torch keeps channels first in networks with a convolution that halves the
+    # channels, and then turns
     # every map for each convolution.
     options = {"force_layout_optimization": True}
     for module in network.modules():
