@@ -15,7 +15,15 @@ from anomri.errors import AnomriError
 from anomri.evaluation.report import report
 from anomri.model.detection import Detection
 from anomri.reporting.pages import CaseView, Page, Table, write_page
-from anomri.reporting.pictures import MASK_COLOUR, TRUTH_COLOUR, closeups, lightbox, overlay, planes
+from anomri.reporting.pictures import (
+    MASK_COLOUR,
+    PALETTE,
+    TRUTH_COLOUR,
+    closeups,
+    lightbox,
+    overlay,
+    planes,
+)
 from anomri.reporting.plots import curves_plot, histogram, patients_plot
 from anomri.reporting.previews import Picture, Preview, read_preview, save_preview
 from anomri.runs.detect import detect_cohort
@@ -150,7 +158,16 @@ def test_the_report_of_a_run_is_made_again_from_its_files(run: Path) -> None:
     assert report(run).read_text() == first
     assert first.count('<section class="case"') == 2 and first.count("data:image/jpeg;base64,") == 8
     assert first.count('class="healthy" d=') == 2
-    assert "2 of 3" in first and "the file is empty" in first
+    assert "2 of 3" in first and "Anomalies in 2 scans" in first
+    # The damaged case is an error, and has no line in the table of scans.
+    errors = first[first.index('<section class="errors">') : first.index("</section>")]
+    assert "1 failed" in errors and "case6" in errors and "the file is empty" in errors
+    assert "case6" not in first.replace(errors, "")
+    # Each case says its own channels and threshold, and its lesions are in one table.
+    assert first.count("<b>above healthy scans</b>") == 1
+    record = json.loads((run / "logs" / "case7.json").read_text())["summary"]
+    assert f"Threshold: {record['threshold']:.4g} (" in first
+    assert first.count(">from edge (mm)<") == 2
     assert 'href="#case-1"' in first and 'id="case-2"' in first
     for name in ("case7", "case8"):
         sizes = [path.stat().st_size for path in (run / "previews").glob(f"{name}.*")]
@@ -196,8 +213,11 @@ def test_planes_show_the_peak_and_both_outlines_the_right_way_up(detection: Dete
     score = lesion.astype(np.float32)
     volume = replace(detection.volume.with_data(data, "as drawn"), label=label)
     made = replace(detection, anomaly_map=score, mask=lesion, volume=volume)
-    picture = planes(made, 460).astype(int)
-    assert picture.shape[1] == 460
+    both = planes(made, 460).astype(int)
+    assert both.shape[1] == 460
+    # Above is the scan alone, without any colour.
+    alone, picture = np.split(both, 2)
+    assert (alone == alone[..., :1]).all()
 
     def centre(colour: tuple[int, int, int], columns: slice) -> np.ndarray:
         near = (np.abs(picture[:, columns] - np.array(colour)).sum(-1) < 30).nonzero()
@@ -222,9 +242,14 @@ def test_previews_are_read_back_as_they_were_written(detection: Detection, tmp_p
     save_preview(detection, tmp_path)
     preview = read_preview(tmp_path, detection.name)
     assert preview is not None and preview.has_truth and preview.channel == "flair"
-    assert [picture.columns != () for picture in preview.pictures] == [False, False, True, False]
+    kinds = ["planes", "findings", "slices", "row"]
+    assert [picture.kind for picture in preview.pictures] == kinds
+    assert [picture.columns != () for picture in preview.pictures] == [False, False, False, True]
+    assert preview.colours == pytest.approx(
+        (detection.threshold, float(detection.anomaly_map.max()))
+    )
     image = cv2.imread(str(tmp_path / "previews" / f"{detection.name}.slices.jpg"))
-    assert preview.pictures[3].size == image.shape[1::-1] == lightbox(detection).shape[1::-1]
+    assert preview.pictures[2].size == image.shape[1::-1] == lightbox(detection).shape[1::-1]
     assert preview.histogram is not None and preview.histogram.healthy.startswith("M0 40")
     (tmp_path / "previews" / f"{detection.name}.preview.json").write_text("[]")
     assert read_preview(tmp_path, detection.name) is None
@@ -234,6 +259,8 @@ def test_an_overlay_leaves_what_is_below_its_range() -> None:
     image = np.full((2, 2, 3), 100, np.uint8)
     drawn = overlay(image, np.array([[0, 0.1], [0.2, 9]], np.float32), 0.1, 0.3)
     assert (drawn[0] == 100).all() and (drawn[1] != 100).any(axis=-1).all()
+    # Half of what is below shows through, and the highest score has the last colour.
+    assert drawn[1, 1] == pytest.approx((100 + PALETTE[255].astype(int)) / 2, abs=1)
 
 
 def test_a_histogram_is_a_density_on_a_log_scale() -> None:
@@ -248,13 +275,15 @@ def test_closeups_show_the_largest_lesions_by_their_numbers(
 ) -> None:
     assert len(detection.lesions) > 1
     row = closeups(detection, 480, 4)
-    assert row is not None and row.shape == (120, 480, 3)
     shown = min(len(detection.lesions), 4)
-    for number in range(4):
+    assert row is not None and row.shape == (240, shown * 120, 3)
+    for number in range(shown):
         cell = row[:, number * 120 : number * 120 + 118]
-        assert cell.any() == (number < shown)
+        assert cell[:120].any() and cell[120:].any()
+        # Above is the scan alone.
+        assert (cell[:120] == cell[:120, :, :1]).all() and (cell[120:] != cell[120:, :, :1]).any()
     # The first is in the middle of its cell, unless that is at the image's edge.
-    outlined = np.argwhere((np.abs(row[:, :118].astype(int) - MASK_COLOUR) < 12).all(axis=2))
+    outlined = np.argwhere((np.abs(row[120:, :118].astype(int) - MASK_COLOUR) < 12).all(axis=2))
     assert np.abs(outlined.mean(axis=0) - 60).max() < 25
     none = replace(detection, lesions=())
     assert closeups(none) is None
@@ -262,6 +291,6 @@ def test_closeups_show_the_largest_lesions_by_their_numbers(
     preview = read_preview(tmp_path, none.name)
     assert preview is not None and [p.title.split()[0] for p in preview.pictures] == [
         "Three",
-        "Slice",
         "Axial",
+        "The",
     ]

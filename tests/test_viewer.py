@@ -7,6 +7,7 @@ import html
 import http.client
 import json
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -22,6 +23,7 @@ from anomri.errors import AnomriError
 from anomri.reporting import viewer as module
 from anomri.reporting.server import Page, Viewer
 from anomri.reporting.viewer import serve, view
+from anomri.runs.detect import detect_cohort
 from conftest import CHROMIUM, CHROMIUM_FLAGS
 
 NAME = "b<i>&'2"  # a name that is markup
@@ -136,6 +138,25 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
                 headers["Content-Type"] == "application/octet-stream"
                 and "Content-Encoding" not in headers
             )
+
+
+def test_scans_are_found_where_the_run_noted_them(
+    model: Path, cohort: Path, tmp_path: Path
+) -> None:
+    out, scans = tmp_path / "out", tmp_path / "scans"
+    for name in ("case7", "case8"):
+        shutil.copytree(cohort / name, scans / name)
+    detect_cohort(scans, out, model)
+    (scans / "case8" / "case8_t1.nii.gz").unlink()  # what is gone is left out
+    (out / "logs" / "case7.json").write_text("{")  # and a damaged record is not in the way
+    with serve(out, open_browser=False) as server:
+        cases = {case["name"]: case for case in json.loads(ask(server, "/cases.json")[2])["cases"]}
+        labels = {
+            name: [one["label"] for one in case["backgrounds"]] for name, case in cases.items()
+        }
+        assert labels == {"case7": ["anomaly map"], "case8": ["flair", "anomaly map"]}
+        shown = ask(server, cases["case8"]["backgrounds"][0]["url"])[2]
+        assert shown == (scans / "case8" / "case8_flair.nii.gz").read_bytes()
 
 
 def test_every_answer_is_fenced(results: Path) -> None:

@@ -68,7 +68,7 @@ def show_place(place: tuple[float, ...], _: int | None) -> str:
     >>> show_place((-24.13, 51.84, 26.29), None)
     '\u221224, 52, 26'
     """
-    return ", ".join(f"{value:.0f}" for value in place).replace("-", "\N{MINUS SIGN}")
+    return ", ".join(str(round(value)) for value in place).replace("-", "\N{MINUS SIGN}")
 
 
 def show_healthy_below(share: float, healthy_scans: int | None) -> str:

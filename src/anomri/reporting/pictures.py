@@ -15,114 +15,148 @@ from torch import Tensor
 from anomri.files import whole_file
 from anomri.model.detection import Detection
 from anomri.scans.case import shown_channel
+from anomri.scans.geometry import Geometry
 from anomri.scans.volume import Volume
 from anomri.scoring.metrics import drop_small_components
 from anomri.slices import brain_box
 
 Rgb = NDArray[np.uint8]
 
-COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "truth")
+COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "label")
 PALETTE = np.array(
     [matplotlib.colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=np.uint8
 )
+FIRST_COLOUR = 90
+"""Where the colours of an overlay begin in the palette: its darkest would look like shadows."""
 MASK_COLOUR = (60, 220, 255)
 TRUTH_COLOUR = (150, 255, 70)
+NUMBER_COLOUR = (255, 255, 255)
 SIDE = 960
 """Width of the composed pictures in pixels."""
-MOST_CLOSEUPS, CLOSEUP_MM = 8, 80.0
+MOST_CLOSEUPS = 6
+CLOSEUP_MM = 80.0
+OPACITY = 0.5
+"""Of the colours of the anomaly map over a scan."""
 
 
 def preview(detection: Detection, size: int = 192) -> Rgb:
-    """One row of square pictures of a scan's most telling slice, in the order of `COLUMNS`.
+    """One row of square pictures of a scan's most telling slice, as `panel_names` says.
 
     The slice is the one with the most labelled lesion, else the one with the highest summed score, cut to the
-    brain. The last picture is left out where there is no label. (size, size * columns, 3) uint8, patient's right
-    on the left.
+    brain. (size, size * panels, 3) uint8, patient's right on the left.
     """
     label = detection.stack.label
-    weight = (
-        detection.scores.sum(axis=(1, 2))
-        if label is None or not label.any()
-        else label.sum(dim=(1, 2)).numpy()
-    )
+    if label is None or not label.any():
+        weight = detection.scores.sum(axis=(1, 2))
+    else:
+        weight = label.sum(dim=(1, 2)).numpy()
     z = int(np.argmax(weight))
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
-    _, high = detection.display_range
     scan = grey(detection.stack.x[z, shown].numpy())
     healthy = grey(detection.reconstructed[z, shown].numpy())
     score = detection.scores[z]
-    panels = [scan, healthy, heat(score, high)]
-    panels.append(outline(scan, _mask(detection)[z], MASK_COLOUR))
+    panels = [
+        scan,
+        healthy,
+        heat(score, colour_range(detection)[1]),
+        outline(scan, _mask(detection)[z], MASK_COLOUR),
+    ]
     if label is not None:
         panels.append(outline(scan, label[z].numpy(), TRUTH_COLOUR))
     cut = _square_around(detection.stack.foreground)
     return np.concatenate([_upright(panel[cut], size) for panel in panels], axis=1)
 
 
-def columns_of(detection: Detection) -> tuple[str, ...]:
-    """What the panels of `preview` show."""
+def panel_names(detection: Detection) -> tuple[str, ...]:
+    """What the panels of `preview` show; the label is the last, where there is one."""
     return COLUMNS if detection.stack.label is not None else COLUMNS[:-1]
+
+
+def colour_range(detection: Detection) -> tuple[float, float]:
+    """The scores between which a scan's map is coloured: from the threshold to the scan's highest score."""
+    low = detection.threshold
+    if low is None:
+        low = detection.display_range[0]
+    return low, max(float(detection.anomaly_map.max()), 1.05 * low)
 
 
 def planes(detection: Detection, width: int = SIDE) -> Rgb:
     """Axial, coronal and sagittal slices through the highest score of the mask (or map), side by side in one scale.
 
-    The scan is under the map, with the outlines of mask and label. (height, ``width``, 3) uint8; the sides are
-    marked R, L, A, P, S, I.
+    Above is the scan alone, below the same under the map, with the outlines of mask and label. (height, ``width``, 3)
+    uint8; the sides are marked R, L, A, P, S, I.
     """
     x, y, z = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
-    score = detection.anomaly_map
-    weight = (
-        score
-        if detection.mask is None or not detection.mask.any()
-        else np.where(detection.mask, score, -1)
-    )
-    peak = np.unravel_index(int(np.argmax(weight)), score.shape)
+    peak = _peak(detection)
     sizes = np.multiply([s.stop - s.start for s in (x, y, z)], detection.volume.geometry.spacing_mm)
     scale = width / (2 * sizes[0] + sizes[1])
     w, d, h = (max(round(float(size * scale)), 1) for size in sizes)
     views: list[tuple[tuple[int | slice, ...], tuple[int, int], str]] = [
-        ((x, y, int(peak[2])), (w, d), "RLAP"),
-        ((x, int(peak[1]), z), (w, h), "RLSI"),
-        ((int(peak[0]), y, z), (width - 2 * w, h), "APSI"),
+        ((x, y, peak[2]), (w, d), "RLAP"),
+        ((x, peak[1], z), (w, h), "RLSI"),
+        ((peak[0], y, z), (width - 2 * w, h), "APSI"),
     ]
-    panels = []
-    for place, size, marks in views:
-        panel = _marked(_layered(detection, image, place, size, upward=marks[2] == "S"), marks)
-        panels.append(np.pad(panel, ((0, max(d, h) - size[1]), (0, 0), (0, 0))))
-    return np.concatenate(panels, axis=1)
+    rows = []
+    for draw in (_draw_scan, _draw_findings):
+        panels = []
+        for place, size, letters in views:
+            panel = draw(detection, image, place, size, upward=letters[2] == "S")
+            panel = _with_letters(panel, letters)
+            panels.append(np.pad(panel, ((0, max(d, h) - size[1]), (0, 0), (0, 0))))
+        rows.append(np.concatenate(panels, axis=1))
+    return np.concatenate(rows)
+
+
+def _peak(detection: Detection) -> tuple[int, int, int]:
+    """The voxel (x, y, z) of the highest score, in the mask if that has any voxel."""
+    score = detection.anomaly_map
+    if detection.mask is not None and detection.mask.any():
+        score = np.where(detection.mask, score, -1)
+    x, y, z = np.unravel_index(int(np.argmax(score)), score.shape)
+    return int(x), int(y), int(z)
 
 
 def closeups(detection: Detection, width: int = SIDE, most: int = MOST_CLOSEUPS) -> Rgb | None:
     """The largest lesions, numbered, each in an axial square of `CLOSEUP_MM` around its centre; ``None`` without any.
 
-    (``width`` / ``most``, ``width``, 3) uint8, under the map and the outlines.
+    Above is the scan alone, below the same under the map and the outlines. (2 * side, lesions * side, 3) uint8,
+    where side is ``width`` / ``most``.
     """
     if not detection.lesions:
         return None
-    geometry, image = detection.volume.geometry, _shown_image(detection.volume)
-    to_voxels = np.linalg.inv(geometry.canonical_affine)
+    image = _shown_image(detection.volume)
     side = width // most
-    row = np.zeros((side, width, 3), dtype=np.uint8)
-    for number, lesion in enumerate(detection.lesions[:most]):
-        centre = apply_affine(to_voxels, lesion.centroid_mm).round().astype(int)
-        spans = []
-        for axis in (0, 1):
-            length = geometry.canonical_shape[axis]
-            size = min(max(round(CLOSEUP_MM / geometry.spacing_mm[axis]), 1), length)
-            first = min(max(int(centre[axis]) - size // 2, 0), length - size)
-            spans.append(slice(first, first + size))
-        cell = _layered(detection, image, (*spans, int(centre[2])), (side - 2, side))
-        _text(cell, str(lesion.lesion), (4, 14), 0.42)
-        row[:, number * side : number * side + side - 2] = cell
-    return row
+    cells = []
+    for lesion in detection.lesions[:most]:
+        place = _square_at(detection.volume.geometry, lesion.centroid_mm)
+        alone = _draw_scan(detection, image, place, (side - 2, side))
+        below = _draw_findings(detection, image, place, (side - 2, side))
+        _write_number(alone, lesion.lesion, (6, 6), 0.7)
+        cells.append(np.pad(np.concatenate([alone, below]), ((0, 0), (0, 2), (0, 0))))
+    return np.concatenate(cells, axis=1)
+
+
+def _square_at(
+    geometry: Geometry, centre_mm: tuple[float, float, float]
+) -> tuple[slice, slice, int]:
+    """An axial square of `CLOSEUP_MM` around a place in scanner mm, moved into the image where it would leave it."""
+    to_voxels = np.linalg.inv(geometry.canonical_affine)
+    x, y, z = apply_affine(to_voxels, centre_mm).round().astype(int).tolist()
+    spans = []
+    for axis, centre in enumerate((x, y)):
+        length = geometry.canonical_shape[axis]
+        size = min(max(round(CLOSEUP_MM / geometry.spacing_mm[axis]), 1), length)
+        first = min(max(centre - size // 2, 0), length - size)
+        spans.append(slice(first, first + size))
+    return spans[0], spans[1], z
 
 
 def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: int = 3) -> Rgb:
     """Axial slices at equal steps through the brain, lowest first, each under its map and outlines.
 
-    (height, ``width``, 3) uint8; the first slice is marked R and L, each with its height in mm (scanner).
+    The largest findings are numbered in the slices that are nearest to their centres. (height, ``width``, 3) uint8;
+    the first slice is marked R and L, each with its height in mm (scanner).
     """
     x, y, _ = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
@@ -135,11 +169,21 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
     h = round(w * (y.stop - y.start) * down / ((x.stop - x.start) * across))
     middle = ((x.start + x.stop) / 2, (y.start + y.stop) / 2)
     cells = []
-    for number, z in enumerate(chosen.tolist()):
-        cell = _layered(detection, image, (x, y, z), (w, h))
+    for z in chosen.tolist():
+        cell = _draw_findings(detection, image, (x, y, z), (w, h))
         height_mm = float((geometry.canonical_affine @ (*middle, z, 1))[2])
-        _text(cell, f"{height_mm:.0f}", (3, h - 4), 0.33)
-        cells.append(_marked(cell, "RL") if number == 0 else cell)
+        _write(cell, f"{height_mm:.0f}", (3, h - 4), 0.33)
+        cells.append(cell)
+    _with_letters(cells[0], "RL")
+    to_voxels = np.linalg.inv(geometry.canonical_affine)
+    for lesion in reversed(detection.lesions[:MOST_CLOSEUPS]):
+        centre = apply_affine(to_voxels, lesion.centroid_mm)
+        nearest = int(np.argmin(np.abs(chosen - centre[2])))
+        across_px = (centre[0] - x.start) / (x.stop - x.start) * w
+        down_px = (centre[1] - y.start) / (y.stop - y.start) * h
+        _write_number(
+            cells[nearest], lesion.lesion, (round(across_px) + 9, round(down_px) - 7), 0.4
+        )
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
     bands = [np.concatenate(cells[k : k + columns], axis=1) for k in range(0, len(cells), columns)]
     return np.concatenate(bands)
@@ -166,8 +210,8 @@ def brain_sides(volume: Volume, margin: int = 2) -> tuple[slice, slice, slice]:
 def overlay(image: Rgb, score: NDArray[np.float32], low: float, high: float) -> Rgb:
     """``image`` under the colours of a score map; scores up to ``low`` leave it as it is."""
     level = np.clip((score - low) / max(high - low, 1e-6), 0, 1)
-    opacity = 0.6 * np.clip(4 * level, 0, 1)[..., None]
-    colours = PALETTE[(90 + 165 * level).astype(np.intp)]
+    opacity = OPACITY * (score > low)[..., None]
+    colours = PALETTE[(FIRST_COLOUR + (255 - FIRST_COLOUR) * level).astype(np.intp)]
     return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
 
 
@@ -186,10 +230,9 @@ def heat(score: NDArray[np.float32], high: float) -> Rgb:
 def outline(image: Rgb, mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> Rgb:
     """``image`` with ``mask`` tinted and its edge drawn in ``colour``."""
     inside = mask.astype(np.uint8)
-    edge = (inside - cv2.erode(inside, np.ones((3, 3), np.uint8))).astype(bool)
     drawn: Rgb = image.copy()
     drawn[mask] = (0.65 * drawn[mask] + 0.35 * np.array(colour)).astype(np.uint8)
-    drawn[edge] = colour
+    drawn[_edge(inside)] = colour
     return drawn
 
 
@@ -215,7 +258,7 @@ def _shown_image(volume: Volume) -> NDArray[np.float32]:
     return volume.channel(shown_channel(volume.channels, volume.missing))
 
 
-def _layered(
+def _draw_scan(
     detection: Detection,
     image: NDArray[np.float32],
     place: tuple[int | slice, ...],
@@ -223,40 +266,69 @@ def _layered(
     *,
     upward: bool = False,
 ) -> Rgb:
-    """One plane of a scan's ``image`` on its own grid, ``size`` = (width, height), under the map and the outlines."""
-
-    def plane(data: NDArray[Any]) -> NDArray[np.float32]:
-        turned = data[place].T[::-1] if upward else data[place].T
-        resized = cv2.resize(
-            np.ascontiguousarray(turned, np.float32), size, interpolation=cv2.INTER_LINEAR
-        )
-        return np.asarray(resized, np.float32)
-
+    """One plane of a scan's ``image`` on its own grid in grey, ``size`` = (width, height)."""
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
-    low, high = detection.display_range
-    drawn = grey(detection.stack.scale[shown](plane(image)))
-    drawn = overlay(drawn, plane(detection.anomaly_map), low, high)
+    return grey(detection.stack.scale[shown](_plane(image, place, size, upward)))
+
+
+def _draw_findings(
+    detection: Detection,
+    image: NDArray[np.float32],
+    place: tuple[int | slice, ...],
+    size: tuple[int, int],
+    *,
+    upward: bool = False,
+) -> Rgb:
+    """The same under the map and the outlines of mask and label."""
+    drawn = _draw_scan(detection, image, place, size, upward=upward)
+    score = _plane(detection.anomaly_map, place, size, upward)
+    drawn = overlay(drawn, score, *colour_range(detection))
     for mask, colour in ((detection.mask, MASK_COLOUR), (detection.volume.label, TRUTH_COLOUR)):
         if mask is not None and mask[place].any():
-            inside = (plane(mask) > 0.5).astype(np.uint8)
-            drawn[(inside - cv2.erode(inside, np.ones((3, 3), np.uint8))).astype(bool)] = colour
+            inside = (_plane(mask, place, size, upward) > 0.5).astype(np.uint8)
+            drawn[_edge(inside)] = colour
     return drawn
 
 
-def _marked(panel: Rgb, marks: str) -> Rgb:
+def _plane(
+    data: NDArray[Any], place: tuple[int | slice, ...], size: tuple[int, int], upward: bool
+) -> NDArray[np.float32]:
+    """One plane of an array (x, y, z), resized to (width, height); ``upward`` puts the last row on top."""
+    rows = data[place].T
+    turned = np.ascontiguousarray(rows[::-1] if upward else rows, np.float32)
+    return np.asarray(cv2.resize(turned, size, interpolation=cv2.INTER_LINEAR), np.float32)
+
+
+def _edge(inside: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return (inside - cv2.erode(inside, np.ones((3, 3), np.uint8))).astype(bool)
+
+
+def _with_letters(panel: Rgb, letters: str) -> Rgb:
     """``panel`` with letters in the middle of its left, right, upper and lower side."""
     h, w = panel.shape[:2]
-    places = ((4, h // 2 + 5), (w - 15, h // 2 + 5), (w // 2 - 5, 15), (w // 2 - 5, h - 6))
-    for mark, place in zip(marks, places, strict=False):
-        _text(panel, mark, place, 0.45)
+    places = ((4, h // 2 + 6), (w - 18, h // 2 + 6), (w // 2 - 6, 18), (w // 2 - 6, h - 7))
+    for letter, place in zip(letters, places, strict=False):
+        _write(panel, letter, place, 0.55)
     return panel
 
 
-def _text(panel: Rgb, text: str, place: tuple[int, int], size: float) -> None:
+def _write(panel: Rgb, text: str, place: tuple[int, int], size: float) -> None:
     for colour, thickness in (((0, 0, 0), 3), ((235, 235, 235), 1)):
         cv2.putText(
             panel, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA
         )
+
+
+def _write_number(panel: Rgb, number: int, corner: tuple[int, int], size: float) -> None:
+    """Write a number in a dark box with its upper left ``corner`` there, or as near as the panel allows."""
+    text = str(number)
+    (w, h), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+    margin = round(8 * size)
+    left = min(max(corner[0], 0), panel.shape[1] - w - 2 * margin)
+    top = min(max(corner[1], 0), panel.shape[0] - h - 2 * margin)
+    panel[top : top + h + 2 * margin, left : left + w + 2 * margin] = (0, 0, 0)
+    at = (left + margin, top + margin + h)
+    cv2.putText(panel, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, NUMBER_COLOUR, 1, cv2.LINE_AA)
 
 
 def _square_around(foreground: Tensor) -> tuple[slice, slice]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anomri.files import output_folder, write_text
 from anomri.reporting.plots import Histogram, histogram
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 
 BINS = 64
 TITLES = {
-    "planes": "Three planes through the peak",
-    "findings": "The largest findings, numbered by size, axial, 80 mm wide",
-    "row": "Slice with the most {most}",
-    "slices": "Axial slices from below, heights in mm",
+    "planes": "Three planes through the highest score",
+    "findings": "The largest findings, axial, {closeup:.0f} mm wide",
+    "slices": "Axial slices from below, with their heights in mm",
+    "row": "The slice with the most {most}",
 }
+"""The pictures of a case in the order in which they are shown, and what a page calls them."""
 
 
 @dataclass(frozen=True)
@@ -33,53 +35,49 @@ class Picture:
     columns: tuple[str, ...] = ()
     size: tuple[int, int] = (960, 200)
     format: str = "jpeg"
+    kind: str = ""
+    """One of `TITLES`, or empty."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a report shows of one case."""
+    """What a report shows of one case; ``colours`` are the lowest and the highest score that have a colour."""
 
     name: str
     pictures: tuple[Picture, ...] = ()
     histogram: Histogram | None = None
     has_truth: bool = False
     channel: str = ""
+    colours: tuple[float, float] = (0.0, 1.0)
 
 
 def save_preview(detection: Detection, folder: Path) -> None:
-    """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, where `report` looks for them."""
-    from anomri.reporting.pictures import (
-        closeups,
-        columns_of,
-        lightbox,
-        planes,
-        preview,
-        score_counts,
-        write_jpeg,
-    )
+    """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, for `read_preview`."""
+    from anomri.reporting import pictures
 
     place = output_folder(folder / "previews")
+    drawn = {
+        "planes": pictures.planes(detection),
+        "findings": pictures.closeups(detection),
+        "slices": pictures.lightbox(detection),
+        "row": pictures.preview(detection),
+    }
     sizes = {}
-    for kind, draw in (
-        ("planes", planes),
-        ("findings", closeups),
-        ("row", preview),
-        ("slices", lightbox),
-    ):
-        picture = draw(detection)
+    for kind, picture in drawn.items():
         if picture is not None:
-            write_jpeg(place / f"{detection.name}.{kind}.jpg", picture)
+            pictures.write_jpeg(place / f"{detection.name}.{kind}.jpg", picture)
             sizes[kind] = picture.shape[1::-1]
     thresholds = detection.spec.thresholds
     healthy = thresholds.healthy if thresholds else None
-    counts, top = score_counts(detection, BINS)
+    counts, top = pictures.score_counts(detection, BINS)
+    volume = detection.volume
     facts = {
-        "columns": columns_of(detection),
-        "channel": detection.volume.channels[
-            shown_channel(detection.volume.channels, detection.volume.missing)
-        ],
-        "truth": detection.volume.label is not None and bool(detection.volume.label.any()),
+        "columns": pictures.panel_names(detection),
+        "channel": volume.channels[shown_channel(volume.channels, volume.missing)],
+        "truth": volume.label is not None and bool(volume.label.any()),
         "sizes": sizes,
+        "closeup_mm": pictures.CLOSEUP_MM,
+        "colours": pictures.colour_range(detection),
         "scores": counts,
         "scores_top": top,
         "healthy": healthy.histogram if healthy else [],
@@ -96,23 +94,28 @@ def remove_preview(folder: Path, name: str) -> None:
 
 
 def read_preview(folder: Path, name: str) -> Preview | None:
-    """What `save_preview` left of a case in ``folder``; ``None`` if there is nothing, or nothing of use."""
+    """What `save_preview` left of a case in ``folder``; ``None`` if there is nothing, or it is damaged."""
     place = folder / "previews"
     try:
         facts = json.loads((place / f"{name}.preview.json").read_text(encoding="utf-8"))
-        most = "lesion" if facts["truth"] else "anomaly"
         pictures = tuple(
-            Picture(
-                title.format(most=most),
-                base64.b64encode((place / f"{name}.{kind}.jpg").read_bytes()).decode(),
-                tuple(facts["columns"]) if kind == "row" else (),
-                (int(facts["sizes"][kind][0]), int(facts["sizes"][kind][1])),
-            )
-            for kind, title in TITLES.items()
+            _read_picture(place / f"{name}.{kind}.jpg", kind, facts)
+            for kind in TITLES
             if kind in facts["sizes"]
         )
         tops = (float(facts["scores_top"]), float(facts["healthy_top"]))
         bars = histogram(facts["scores"], facts["healthy"], tops, facts["threshold"])
-        return Preview(name, pictures, bars, bool(facts["truth"]), str(facts["channel"]))
+        low, high = facts["colours"]
+        colours = (float(low), float(high))
+        return Preview(name, pictures, bars, bool(facts["truth"]), str(facts["channel"]), colours)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _read_picture(path: Path, kind: str, facts: Mapping[str, Any]) -> Picture:
+    width, height = facts["sizes"][kind]
+    most = "lesion" if facts["truth"] else "anomaly"
+    title = TITLES[kind].format(most=most, closeup=facts["closeup_mm"])
+    columns = tuple(facts["columns"]) if kind == "row" else ()
+    data = base64.b64encode(path.read_bytes()).decode()
+    return Picture(title, data, columns, (int(width), int(height)), kind=kind)

@@ -52,6 +52,7 @@ const viewer = new Niivue({
   isRadiologicalConvention: true,
   sagittalNoseLeft: true,
   multiplanarShowRender: SHOW_RENDER.NEVER,
+  showAllOrientationMarkers: true,
   dragAndDropEnabled: false,
   isColorbar: true,
   colorbarHeight: 0.035,
@@ -110,7 +111,7 @@ function request(item, background, place = null) {
     if (number !== wanted) return
     try {
       await open(item, background, place)
-      const hint = item.backgrounds.some(({ url }) => url.includes('/scan-')) ? '' : ' (no scan: name them with --scans)'
+      const hint = item.backgrounds.some(({ url }) => url.includes('/scan-')) ? '' : ' (the scan was not found; name it with --scans)'
       if (number === wanted) say('ready', item.name + hint)
     } catch (error) {
       if (number === wanted) say('failed', `${item.name}: cannot be shown (${error.message ?? error})`)
@@ -184,12 +185,12 @@ function peakOf(volume) {
   return hdr.affine.slice(0, 3).map((row) => row[0] * i + row[1] * j + row[2] * k + row[3])
 }
 
-// The colours end where the file's header says, the same for all scans of a model.
+// The colours end at the scan's own highest score.
 function setRange(item, anew) {
   const volume = viewer.volumes[ANOMALY]
   const slider = byId('threshold')
   const top = Math.max(volume.global_max, item.threshold ?? 0) || 1
-  item.display ??= [volume.cal_min, volume.cal_max]
+  item.display ??= [volume.cal_min, top]
   slider.max = top
   slider.step = top / 500
   if (anew) resetThreshold()
