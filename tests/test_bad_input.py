@@ -1,6 +1,8 @@
 """Bad input, one named case after the other, through `Detector.detect` and `save`: a clear error, no crash, no half file."""
 
+import bz2
 import gzip
+import lzma
 import os
 import struct
 import subprocess
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anomri.errors import AnomriError
+from anomri.scans.nifti import read_image
 from anomri.scans.prepare import Preparation
 from phantom import scan, thresholding
 
@@ -59,6 +62,28 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         gzip.compress(image()),
         "is compressed with gzip, .* rename it to a_flair.nii.gz",
     ),
+    "gzip of gzip": (
+        "a_flair.nii.gz",
+        gzip.compress(gzip.compress(image())),
+        "is compressed twice with gzip; unpack it once",
+    ),
+    "Git LFS pointer": (
+        "a_flair.nii.gz",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "is a Git LFS pointer .*git lfs pull",
+    ),
+    "git-annex pointer": (
+        "a_flair.nii.gz",
+        b"/annex/objects/MD5E-s12345--1f0c.nii.gz\n",
+        "is a git-annex pointer .*git annex get",
+    ),
+    "web page": ("a_flair.nii.gz", b"\n<!DOCTYPE html>\n<html>", "is a web page"),
+    "web page called nii": ("a_flair.nii", b"<HTML><body>404", "is a web page"),
+    "ZIP archive": ("a_flair.nii.gz", b"PK\x03\x04" + bytes(400), "is a ZIP archive; unpack it"),
+    "bzip2": ("a_flair.nii", bz2.compress(image()), "is compressed with bzip2; unpack it"),
+    "xz in gzip": ("a_flair.nii.gz", gzip.compress(lzma.compress(image())), "compressed with xz"),
+    "DICOM": ("a_flair.nii", bytes(128) + b"DICM" + bytes(400), "is a DICOM file; give the folder"),
+    "NRRD": ("a_flair.nii", b"NRRD0004\ntype: short\n", "is an NRRD image; convert it"),
     "cut in the header": ("a_flair.nii", image()[:200], "is not a NIfTI image|cut short"),
     "cut in the image": ("a_flair.nii", image()[:-7], "is cut short"),
     "cut in the stream": ("a_flair.nii.gz", gzip.compress(image())[:-500], "damaged or cut short"),
@@ -144,6 +169,25 @@ def test_a_bad_file_is_named_and_nothing_is_written(tmp_path: Path, name: str) -
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_to_nowhere_is_named_with_its_target(tmp_path: Path) -> None:
+    path = tmp_path / "a_flair.nii.gz"
+    for target, advice in (
+        ("../elsewhere.nii.gz", "mend the link"),
+        (".git/annex/objects/aa/MD5E-s1.nii.gz", "fetch it with: git annex get"),
+    ):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        with pytest.raises(AnomriError) as caught:
+            read_image(path)
+        assert str(caught.value) == (
+            f"{path}: is a link to {target}, which does not exist; {advice}."
+        )
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AnomriError, match=r"a_flair.nii.gz: cannot be read \(Is a directory\)"):
+        read_image(path)
+
+
 def moved(mm: float) -> bytes:
     affine = AFFINE.copy()
     affine[1, 3] += mm
@@ -173,7 +217,7 @@ def test_a_bad_companion_is_named(tmp_path: Path, name: str) -> None:
     assert ("a_" if kind != "mask" else "a") in str(caught.value)
 
 
-def test_a_bad_label_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_bad_label_is_left_out_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "a_flair.nii").write_bytes(image())
     (tmp_path / "a_seg.nii").write_bytes(image(spoilt(np.nan)))
     detection = thresholding().detect(tmp_path)
@@ -184,7 +228,7 @@ def test_a_bad_label_is_left_out_and_said(tmp_path: Path) -> None:
     )
 
 
-def test_brain_mask_that_is_no_file(tmp_path: Path) -> None:
+def test_a_brain_mask_that_does_not_exist_is_named(tmp_path: Path) -> None:
     (tmp_path / "a_flair.nii").write_bytes(image())
     with pytest.raises(AnomriError, match="gone.nii: no such file"):
         thresholding().detect(

@@ -185,13 +185,13 @@ def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: P
         one.InstanceNumber = (k * 5) % 14 + 1  # interleaved, as acquired
         save(one, path)
     (tmp_path / "notes.txt").write_text("not DICOM")
-    told: list[str] = []
-    series = find_series(tmp_path, told.append)
+    reported: list[str] = []
+    series = find_series(tmp_path, reported.append)
     assert [(s.description, s.slices, s.modality) for s in series] == [
         ("Ax FLAIR", 12, "MR"),
         ("T1 MPRAGE", 14, "MR"),
     ]
-    assert len(told) == 1 and "notes.txt" in told[0]
+    assert len(reported) == 1 and "notes.txt" in reported[0]
     case = convert(tmp_path, tmp_path / "out")
     assert sorted(case.channels) == ["flair", "t1"]
     image = nib.load(case.channels["flair"])
@@ -316,10 +316,10 @@ def test_the_user_names_series_and_doubtful_ones_are_listed(tmp_path: Path) -> N
     write_series(tmp_path / "4", "DWI b1000")
     with pytest.raises(AnomriError, match=r"no series is known(.|\n)*DWI b1000.*channel not known"):
         convert(tmp_path / "4", tmp_path / "out")
-    told: list[str] = []
+    reported: list[str] = []
     write_series(second, "DWI b1000")
-    assert list(choose_series(second, on_skipped=told.append)) == ["t1"]
-    assert "DWI b1000" in told[0]
+    assert list(choose_series(second, on_skipped=reported.append)) == ["t1"]
+    assert "DWI b1000" in reported[0]
 
 
 def test_studies_are_not_mixed(tmp_path: Path) -> None:
@@ -348,10 +348,10 @@ def test_copies_and_localizers_are_left_out(tmp_path: Path) -> None:
         ),
         tmp_path / "pdf.dcm",
     )
-    told: list[str] = []
-    assert [s.slices for s in find_series(tmp_path, told.append)] == [SLICES]
-    assert len(told) == 4 and told[0].startswith("1 files that are copies")
-    assert any("Report" in text and "Encapsulated PDF Storage" in text for text in told)
+    reported: list[str] = []
+    assert [s.slices for s in find_series(tmp_path, reported.append)] == [SLICES]
+    assert len(reported) == 4 and reported[0].startswith("1 files that are copies")
+    assert any("Report" in text and "Encapsulated PDF Storage" in text for text in reported)
 
 
 def spoil(folder: Path, what: str) -> None:
@@ -469,7 +469,7 @@ def test_what_is_wrong_is_said_with_the_folder_or_file(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_folder_that_is_none_and_a_dicomdir_file(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_and_a_dicomdir_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "DICOMDIR").touch()
     for path, says in (
         (tmp_path / "none", "no such folder"),
@@ -489,7 +489,7 @@ def test_a_file_cut_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_without_the_extra_the_user_is_told_what_to_install(
+def test_without_the_extra_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_series(tmp_path / "in")
@@ -617,7 +617,7 @@ def check_frames(folder: Path, mask: np.ndarray, affine: np.ndarray, source: Ser
         np.testing.assert_array_equal(image.ravel().astype(bool), mask[tuple(index.T)])
 
 
-def test_headers_without_names_and_times_do_too(tmp_path: Path) -> None:
+def test_headers_without_names_and_times_suffice_for_a_segmentation(tmp_path: Path) -> None:
     pytest.importorskip("highdicom", reason="needs anomri[dicom]")
     for file in write_series(tmp_path / "in", EchoTime=None, RepetitionTime=None):
         one = pydicom.dcmread(file)
@@ -633,7 +633,7 @@ def test_headers_without_names_and_times_do_too(tmp_path: Path) -> None:
     assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 5
 
 
-def test_series_of_several_frames_of_reference_are_told(tmp_path: Path) -> None:
+def test_series_of_several_frames_of_reference_give_a_note(tmp_path: Path) -> None:
     write_series(tmp_path / "in" / "1", "Ax FLAIR")
     write_series(tmp_path / "in" / "2", "Sag T1")
     assert convert(tmp_path / "in", tmp_path / "out").notes == ()
@@ -686,7 +686,7 @@ def test_an_empty_mask_is_written_with_all_its_slices(tmp_path: Path, scanned: A
     assert seg.NumberOfFrames == SLICES and not seg.pixel_array.any()
 
 
-def test_a_mask_of_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, scanned: Any) -> None:
+def test_a_mask_on_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, scanned: Any) -> None:
     source, volume, affine = scanned("axial")
     mask = volume.data[0] > 1500
     moved = np.diag([1.0, 1, 1, 1])

@@ -238,7 +238,7 @@ def test_shards_and_merge_make_what_one_run_makes(
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "3/40/2", "-1/4"])
-def test_a_shard_that_is_none_is_refused(text: str) -> None:
+def test_an_impossible_shard_is_refused(text: str) -> None:
     with pytest.raises(AnomriError, match="write it as 3/40"):
         Shard.parse(text)
 

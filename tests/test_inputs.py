@@ -145,7 +145,7 @@ def two_grids(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_a_channel_on_another_grid_is_resampled_and_said(
+def test_a_channel_on_another_grid_is_resampled_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = two_grids(tmp_path / "in")
@@ -459,7 +459,7 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
     assert detector.read({"t1w": paths["T1w"], "flair": paths["FLAIR"]}).notes == ()
 
 
-def test_a_header_without_codes_is_told(tmp_path: Path) -> None:
+def test_a_header_without_codes_gives_a_note(tmp_path: Path) -> None:
     image = nib.Nifti1Image(
         scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32), np.diag([3, 3, 3, 1])
     )
@@ -485,14 +485,14 @@ def test_an_image_without_codes_lies_as_the_one_beside_it(tmp_path: Path, unsaid
             image.set_qform(None, 0)
         nib.save(image, tmp_path / f"a_{name}.nii.gz")
     volume = thresholding("flair", "t1").read(tmp_path)
-    (flair, t1), told = (
+    (flair, t1), reported = (
         volume.data,
         [note for note in volume.notes if "was taken to lie as" in note],
     )
     np.testing.assert_array_equal(flair, t1)
     assert (flair > 0).sum() == (data > 0).sum()
-    assert told and all(
-        note.startswith(f"a_{unsaid}.nii.gz does not say how it lies") for note in told
+    assert reported and all(
+        note.startswith(f"a_{unsaid}.nii.gz does not say how it lies") for note in reported
     )
     other = nib.Nifti1Image(data[:-2].astype(np.float32), None if unsaid == "t1" else affine)
     nib.save(other, tmp_path / "a_t1.nii.gz")
@@ -565,7 +565,7 @@ def test_another_scan_of_the_same_name_does_not_replace_results(tmp_path: Path) 
         detect_cohort([Case("one", {"flair": store / "2.nii.gz"})], out, detector)
 
 
-def test_cases_of_a_run_before_are_told(
+def test_cases_of_an_earlier_run_are_named(
     marking: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("case7", "case8"):

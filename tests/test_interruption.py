@@ -61,7 +61,7 @@ def test_a_scheduler_may_ask_twice_and_only_the_second_ctrl_c_is_urgent() -> Non
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stop_is_no_error_that_a_guard_could_take_for_one() -> None:
+def test_a_stop_is_not_caught_as_an_error() -> None:
     before = signal.getsignal(signal.SIGUSR1)
 
     def guarded() -> None:

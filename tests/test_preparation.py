@@ -196,7 +196,7 @@ def test_a_tilted_head_is_turned_and_its_map_turned_back(tmp_path: Path) -> None
     assert "turned into the model's space" in detection.summary()["notes"][-1]
 
 
-def test_what_is_no_brain_is_not_registered(tmp_path: Path) -> None:
+def test_an_image_without_a_brain_is_not_registered(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK", reason="needs anomri[register]")
     data = np.zeros(SHAPE)
     data[30:34, 20:60, 20:24] = np.random.default_rng(0).uniform(10, 99, (4, 40, 4))

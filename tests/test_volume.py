@@ -138,7 +138,7 @@ def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
 
 
-def test_what_interpolation_made_soft_is_cut_at_a_half(tmp_path: Path) -> None:
+def test_a_label_made_soft_by_interpolation_is_cut_at_a_half(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     for most, cut in ((1.0, 0.5), (1.15, 0.5), (255.0, 127.5), (100.0, 50.0), (4.0, 0.5)):
         soft = np.zeros(SHAPE, np.float32)
@@ -260,7 +260,7 @@ def single(path: Path) -> Case:
     return Case("a", {"t1": path})
 
 
-def test_empty_zero_and_not_finite(tmp_path: Path) -> None:
+def test_empty_zero_and_not_finite_images_are_refused(tmp_path: Path) -> None:
     expect(single(write(tmp_path / "a_t1.nii.gz", 0 * image_of_ones())), "no voxel is above zero")
     data = image_of_ones()
     data[3, 3, 3], data[4, 4, 4] = np.nan, np.inf
@@ -276,7 +276,7 @@ def test_empty_zero_and_not_finite(tmp_path: Path) -> None:
     expect(single(tmp_path / "a_text.nii.gz"), "is not a gzip file")
 
 
-def test_truncated_and_flipped_bits(tmp_path: Path) -> None:
+def test_truncated_files_and_flipped_bits_are_refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random(SHAPE).astype(np.float32)
     path = write(tmp_path / "a_t1.nii.gz", noise)
     whole = path.read_bytes()
@@ -310,7 +310,7 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
     expect(single(path), "cannot be read|nothing to read")
 
 
-def test_more_than_one_volume_and_colours(tmp_path: Path) -> None:
+def test_several_volumes_and_colours_are_refused(tmp_path: Path) -> None:
     expect(
         single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))),
         r"4 axes \(5, 5, 5, 2\)",
@@ -319,7 +319,7 @@ def test_more_than_one_volume_and_colours(tmp_path: Path) -> None:
     expect(single(write(tmp_path / "a_t1.nii.gz", colour)), "real numbers")
 
 
-def test_the_label_of_a_lesion_is_no_mask_of_a_brain(tmp_path: Path) -> None:
+def test_a_lesion_label_is_refused_as_a_brain_mask(tmp_path: Path) -> None:
     lesion = np.zeros(SHAPE, np.uint8)
     lesion[20:25, 20:25, 3:9] = 1
     case = Case(
@@ -353,7 +353,7 @@ def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_pat
     assert read_volume(Case("a", {"t1": image}, mask=slab), ["t1"]).foreground.any()
 
 
-def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
+def test_a_brain_mask_is_refused_as_a_lesion_label(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
     expect(
@@ -366,7 +366,7 @@ def test_a_brain_is_no_label_of_a_lesion(tmp_path: Path) -> None:
     expect(Case("a", {"t1": image}, label=half), "a_seg.nii.gz: marks 3,307 ml, 55% of")
 
 
-def test_channels_and_labels_on_other_grids(tmp_path: Path) -> None:
+def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
     t1 = write(tmp_path / "a_t1.nii.gz", image_of_ones())
     smaller = write(tmp_path / "a_t2.nii.gz", image_of_ones((10, 10, 10)))
     moved_affine = AFFINE.copy()
@@ -422,7 +422,7 @@ def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> Non
     assert b"John" not in (tmp_path / "out.nii").read_bytes()
 
 
-def test_an_affine_that_places_nothing(tmp_path: Path) -> None:
+def test_an_unusable_affine_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a_t1.nii", image_of_ones())
     content = bytearray(path.read_bytes())
     for row in ([0, 0, 0, 0], [np.nan, 0, 0, 0]):
