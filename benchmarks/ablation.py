@@ -1,11 +1,13 @@
-"""What each choice of the preset `accurate` gives: every one on its own taken back, on test patients, with intervals.
+"""What each choice of the preset `accurate` gives: each taken back, on test patients.
 
-    python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --model runs/accurate      # scores only: minutes
-    python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --train [--steps 600]      # and training's choices
-    python benchmarks/ablation.py ../shared/data/brats18 runs/folds --folds 3 --steps 1000        # without test patients
+python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --model runs/accurate      #
+scores only: minutes python benchmarks/ablation.py ../shared/data/brats18 runs/ablation --train
+[--steps 600]      # and training's choices python benchmarks/ablation.py ../shared/data/brats18
+runs/folds --folds 3 --steps 1000        # without test patients
 
-The last is for choosing: as many networks as folds, each scored on patients that it has not seen, none of them for testing. It
-prints a Markdown table; trainings that are finished in the folder are reused, and a stopped one goes on.
+The last is for choosing: as many networks as folds, each scored on patients that it has not seen,
+none of them for testing. It prints a Markdown table; trainings that are finished in the folder are
+reused, and a stopped one goes on.
 """
 
 from __future__ import annotations
@@ -72,9 +74,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 class Trial:
-    """Scans read once, and what models make of them computed once for all scores that look at the same.
+    """Scans read once, and reconstructed once for all scores that look at the same.
 
-    ``groups`` are the cases of each model: one group for a table of one model, or one for each fold.
+    ``groups`` are the cases of each model: one group for a table of one model, or one for each
+    fold.
     """
 
     def __init__(self, groups: Sequence[Sequence[Case]]) -> None:
@@ -122,7 +125,10 @@ class Trial:
 
 
 def folds_of(cases: Sequence[Case], folds: int) -> list[list[Case]]:
-    """The cohort ``folds`` times without its test patients, every case once for ``test`` and two of the others ``val``."""
+    """The cohort ``folds`` times without its test patients.
+
+    Every case is once ``test``; two of the others are ``val``.
+    """
     usable = sorted(
         (case for case in cases if case.split in ("train", "val")), key=lambda case: case.name
     )

@@ -1,13 +1,15 @@
-"""What a model still finds in scans that are changed as other scanners, protocols and preparations would change them.
+"""What a model still finds in scans changed as other scanners or protocols would.
 
-python benchmarks/robustness.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split val] [--only slices]
-python benchmarks/robustness.py ../shared/data/brats18 runs/folds/fold* --split test --lesions
+python benchmarks/robustness.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split val]
+[--only slices] python benchmarks/robustness.py ../shared/data/brats18 runs/folds/fold* --split test
+--lesions
 
-All channels of a scan are changed before the model sees it, in mm on the scan's own voxels; labels follow where the head
-is turned. Several models, as `ablation.py --folds` trains them, score each the patients of the split in its own folder.
-Beside the lesions of the cohort, spheres with the contrast of a plaque of multiple sclerosis are sought, planted in the
-slices without a lesion before the change (a turned scan has other slices, so that its spheres are not quite the same ones).
-All channels, and FLAIR alone; on the working grid.
+All channels of a scan are changed before the model sees it, in mm on the scan's own voxels; labels
+follow where the head is turned. Several models, as `ablation.py --folds` trains them, score each
+the patients of the split in its own folder. Beside the lesions of the cohort, spheres with the
+contrast of a plaque of multiple sclerosis are sought, planted in the slices without a lesion before
+the change (a turned scan has other slices, so that its spheres are not quite the same ones). All
+channels, and FLAIR alone; on the working grid.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _each(change: Callable[[Data, Mask, Generator], NDArray[Any]]) -> Change:
 
 
 def _within(blur: Callable[[Data], Data]) -> Change:
-    """A filter that sees the brain alone: what lies around it neither darkens its edge nor grows."""
+    """A filter that sees the brain only, so that its edge neither darkens nor grows."""
     return _each(lambda x, mask, draw: blur(x) / np.maximum(blur(mask.astype(np.float32)), 0.05))
 
 
@@ -118,7 +120,10 @@ def _gamma(power: float) -> Change:
 
 
 def _shaded(share: float) -> Change:
-    """A coil's field for each channel, a polynomial of the second degree: up to so much brighter or darker."""
+    """A coil's field for each channel: up to ``share`` brighter or darker.
+
+    It is a polynomial of the second degree.
+    """
 
     def of(x: Data, mask: Mask, draw: Generator) -> Data:
         axes = np.meshgrid(
@@ -216,7 +221,7 @@ def with_spheres(
 
 @dataclass
 class Found:
-    """Scores and labels of the pixels of every patient, and, for lesions, the Dice of each mask and the best of each."""
+    """Scores and labels of every patient; for lesions, the Dice of each mask and the best."""
 
     scores: list[Data] = field(default_factory=list)
     labels: list[Mask] = field(default_factory=list)
@@ -240,7 +245,7 @@ class Found:
             self.best.append(precision_recall(scores, label).ceil_dice)
 
     def cell(self, ceiling: bool) -> str:
-        """Pooled average precision and, with ``ceiling``, the best Dice and what of it is left at the threshold."""
+        """Pooled average precision; with ``ceiling``, the best Dice and its share kept."""
         curve = precision_recall(np.concatenate(self.scores), np.concatenate(self.labels))
         kept = f", {np.mean(self.dice) / np.mean(self.best):.3f}" if self.dice else ""
         return f"{curve.average_precision:.3f}" + (
@@ -267,7 +272,11 @@ def labelled_of(detector: Detector, cases: Sequence[Case], split: str) -> list[C
 
 
 def main() -> None:
-    """Print a table in Markdown: pooled AUPRC / ceil-Dice, mean Dice at the threshold in parts of the best; spheres' AP."""
+    """Print a table in Markdown.
+
+    Columns: pooled AUPRC / ceil-Dice, mean Dice at the threshold as a share of the best; AP of
+    spheres.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

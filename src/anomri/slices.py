@@ -52,9 +52,10 @@ class Window:
     def around(
         self, brain: Sequence[slice], size: tuple[int, int]
     ) -> tuple[Window, tuple[slice, slice]]:
-        """The smallest part of this window that holds the brain and becomes whole pixels of a grid of ``size``.
+        """The smallest part of this window that holds the brain and becomes whole pixels.
 
-        Returns it and these pixels, which have the values that the whole window would give; all others are zero.
+        Returns it and these pixels, which have the values that the whole window would give; all
+        others are zero.
         """
         rows, across = _in_whole_pixels(brain[0], self.top, self.rows, size[0])
         columns, along = _in_whole_pixels(brain[1], self.left, self.columns, size[1])
@@ -64,7 +65,7 @@ class Window:
         return part, (across, along)
 
     def paste(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(..., rows, columns) -> (..., *size), zero beyond the window: what `cut` took, back in its place."""
+        """What `cut` took, back in its place: (..., rows, columns) -> (..., *size), zero beyond."""
         h, w = size
         if self == Window(0, 0, h, w):
             return x
@@ -73,7 +74,10 @@ class Window:
 
 
 class IntensityScale(NamedTuple):
-    """How a channel is scaled: voxels above zero become (v - ``offset``) / ``scale``, no less than ``floor``."""
+    """How a channel is scaled: voxels above zero become (v - ``offset``) / ``scale``.
+
+    They are at least ``floor``.
+    """
 
     scale: float
     offset: float = 0.0
@@ -103,7 +107,10 @@ class IntensityScale(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where slices lie in a brain: the ``box`` around all of it, and their heights (n,) from 0 (lowest) to 1."""
+    """Where slices lie in a brain: the box around all of it, and their heights (n,).
+
+    Heights go from 0 (lowest) to 1.
+    """
 
     box: Box
     heights: Tensor
@@ -190,7 +197,7 @@ def slice_volume(volume: Volume, grid: Grid = Grid(), scaling: Scaling = Scaling
 
 
 def present_channels(x: Tensor) -> list[bool]:
-    """Whether slices (n, c, h, w) show each channel: one that a scan does not have is zero in all of them."""
+    """Whether slices (n, c, h, w) show each channel: a missing one is zero in all of them."""
     # The first slice mostly decides.
     return [any(bool(one.any()) for one in x[:, k]) for k in range(x.shape[1])]
 
@@ -239,7 +246,10 @@ def _percentiles(channel: NDArray[np.float32], percents: Sequence[float]) -> lis
 
 
 def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
-    """Axial slices from the first to the last whose channel mean sums to more than ``slice_sum``."""
+    """Axial slices from the first to the last with a channel mean above ``slice_sum``.
+
+    The mean is summed over the slice.
+    """
     # In two steps: three times as fast as over all axes but the last at once.
     sums = scaled.sum(axis=(0, 1)).sum(axis=0) / len(scaled)
     (above,) = np.nonzero(sums > slice_sum)
@@ -249,7 +259,7 @@ def slice_range(scaled: NDArray[np.float32], slice_sum: float = 0.5) -> range:
 def find_window(
     shape: Sequence[int], brain: Sequence[slice], spacing_mm: tuple[float, float], grid: Grid
 ) -> Window:
-    """The grid's field of view on a scan (x, y, z): in the middle, or around a brain that lies off it.
+    """The grid's field of view on a scan: in the middle, or around a brain that lies off it.
 
     Raises `AnomriError` if the brain is larger than the field of view.
     """
@@ -290,7 +300,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def to_slices(data: NDArray[Any], window: Window, grid: Grid, index: range) -> Tensor:
-    """Axial slices ``index`` of (c, x, y, z) >= 0 on the working grid: (n, c, *grid.size) float32."""
+    """Axial slices of (c, x, y, z) >= 0 on the working grid: (n, c, *grid.size) float32."""
     chosen = data[..., index.start : index.stop]
     view, pixels = window.around(box_around(chosen)[1:3], grid.size)
     part = view.cut(chosen).astype(np.float32, copy=False)
@@ -298,7 +308,7 @@ def to_slices(data: NDArray[Any], window: Window, grid: Grid, index: range) -> T
 
 
 def label_slices(label: NDArray[np.bool_], window: Window, grid: Grid, index: range) -> Tensor:
-    """A lesion mask (x, y, z) on the working grid, resized like an image and cut at 0.5: (n, *grid.size) bool."""
+    """A lesion mask (x, y, z) on the working grid, cut at 0.5: (n, *grid.size) bool."""
     return to_slices(label[None], window, grid, index)[:, 0] > 0.5
 
 
@@ -368,7 +378,10 @@ def widen_box(box: Box, margin: int, size: tuple[int, int]) -> Box:
 
 
 def join_boxes(a: Box, b: Box, multiple: int, size: tuple[int, int]) -> Box:
-    """The smallest box around two boxes, its sides rounded up to ``multiple`` within a grid of ``size``."""
+    """The smallest box around two boxes, with sides that are a ``multiple``.
+
+    It stays within a grid of ``size``.
+    """
     return (
         *_round_up(min(a[0], b[0]), max(a[1], b[1]), multiple, size[0]),
         *_round_up(min(a[2], b[2]), max(a[3], b[3]), multiple, size[1]),
@@ -378,7 +391,7 @@ def join_boxes(a: Box, b: Box, multiple: int, size: tuple[int, int]) -> Box:
 def _resize_to_grid(
     part: NDArray[np.float32], pixels: tuple[slice, slice], grid: Grid, index: range
 ) -> Tensor:
-    """The part of slices (c, h, w, n) that becomes ``pixels`` of the grid, and of them those of ``index``."""
+    """The slices ``index`` of (c, h, w, n), which become ``pixels`` of the grid."""
     # As they lie in memory, z last: torch resizes "channels last" without turning them first.
     z_last = torch.from_numpy(part).permute(0, 3, 1, 2)
     rows, columns = pixels
@@ -391,11 +404,12 @@ def _resize_to_grid(
 
 
 def _in_whole_pixels(part: slice, start: int, length: int, pixels: int) -> tuple[slice, slice]:
-    """The voxels around ``part``, of ``length`` from ``start``, that become whole pixels, and these pixels.
+    """The voxels around ``part`` that become whole pixels, and these pixels.
 
-    All ``length`` voxels would become ``pixels``. They are taken in steps, the fewest voxels that become whole pixels
-    (15 voxels to 8 pixels for 240 to 128): each pixel is then interpolated at the very place as without. One voxel
-    more on either side, a zero, is what a pixel at the end blends with.
+    All ``length`` voxels would become ``pixels``. They are taken in steps, the fewest voxels that
+    become whole pixels (15 voxels to 8 pixels for 240 to 128): each pixel is then interpolated at
+    the very place as without. One voxel more on either side, a zero, is what a pixel at the end
+    blends with.
 
     >>> _in_whole_pixels(slice(40, 100), 0, 240, 128)
     (slice(30, 105, None), slice(16, 56, None))
@@ -422,9 +436,10 @@ def _round_up(first: int, stop: int, multiple: int, size: int) -> tuple[int, int
 def on_published_grid(
     scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
-    """Scores and label (n, h, w) on the working ``grid``, but on no finer one than the paper's: figures compare.
+    """Scores and label (n, h, w) on the working ``grid``, or on the paper's if it is coarser.
 
-    And the volume of a voxel there, in mm3.
+    Figures of models with different grids compare this way. And the volume of a voxel there, in
+    mm3.
     """
     published, voxel_mm3 = Grid().size, math.prod(stack.spacing_mm)
     assert stack.label is not None

@@ -59,9 +59,10 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Score:
-    """How a residual becomes an anomaly map: median(F eroded * mean absolute residual), and what is dropped.
+    """How a residual becomes an anomaly map: median(F * residual), and what is dropped.
 
-    The defaults are the paper's; `scoring.registry.SCORES` says what each ``kind`` is, ``own`` being the method's own.
+    F is the eroded foreground. The defaults are the paper's; `scoring.registry.SCORES` says what
+    each ``kind`` is, ``own`` being the method's own.
     """
 
     kind: str = "own"
@@ -265,7 +266,10 @@ class ModelSpec:
 
     @classmethod
     def read(cls, path: Path) -> ModelSpec:
-        """Read ``model.json``; raises `AnomriError` that names the file and the entry that does not fit."""
+        """Read ``model.json``.
+
+        Raises `AnomriError` that names the file and the entry that does not fit.
+        """
         from pydantic import TypeAdapter, ValidationError
 
         try:

@@ -81,9 +81,10 @@ def plant_anomalies(
 def segmentation_loss(
     logits: Tensor, where: Tensor, foreground: Tensor, pixel: float = 1.0
 ) -> Tensor:
-    """Cross-entropy over the foreground + half of 1 - Dice, between logits (n, h, w) and planted anomalies (n, h, w).
+    """Cross-entropy over the foreground + half of 1 - Dice.
 
-    A pixel of a small anomaly counts for more than one of a large anomaly or of none, up to `SMALL_WEIGHT`.
+    ``logits`` and ``where``, the planted anomalies, are (n, h, w). A pixel of a small anomaly
+    counts for more than one of a large anomaly or of none, up to `SMALL_WEIGHT`.
     """
     inside, truth = foreground.float(), where.float()
     window = _largest_odd_number(NEIGHBOURHOOD / pixel)
@@ -112,10 +113,10 @@ def _largest_odd_number(limit: float) -> int:
 def random_depths(
     foreground: Tensor, generator: Generator, pixel: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """One ragged ellipse in each (n, h, w) bool foreground: the depth below its edge, and its radius.
+    """One ragged ellipse in each (n, h, w) bool foreground: depth and radius.
 
-    The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS`, so that small ones are
-    as frequent as large ones.
+    The depth (n, h, w) is negative outside; radii (n,) are log-uniform within `RADIUS`, so that
+    small ones are as frequent as large ones.
     """
     n, h, w = foreground.shape
     row, column = _random_pixels(foreground, 1, generator)
@@ -224,7 +225,10 @@ def _plant_plaques(
     pixel: float,
     share: float,
 ) -> tuple[Tensor, Tensor]:
-    """Up to `PLAQUES` small round anomalies in a share of the slices, of about the same contrast within a slice."""
+    """Up to `PLAQUES` small round anomalies in a share of the slices.
+
+    Within a slice they have about the same contrast.
+    """
     n, _, h, w = x.shape
     each = (n, PLAQUES, 1, 1)
     row, column = _random_pixels(foreground, PLAQUES, generator)
@@ -244,5 +248,5 @@ def _plant_plaques(
 
 
 def _visible(blob: Tensor, shift: Tensor, shown: Tensor) -> Tensor:
-    """Where a blob (n, h, w) is, if its shift (n, c, 1, 1) can be seen in a channel that is shown."""
+    """Where a blob (n, h, w) is, if its shift (n, c, 1, 1) is visible in a shown channel."""
     return (blob > 0.5) & ((shift * shown).abs().amax(1) > VISIBLE)

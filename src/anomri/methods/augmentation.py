@@ -1,4 +1,4 @@
-"""Augmentation: the variety that scanners and heads bring to healthy slices, in side, place, contrast and sharpness."""
+"""Augmentation: the variety that scanners and heads bring to healthy slices."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Augmentation:
 def augment(
     x: Tensor, foreground: Tensor, how: Augmentation, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Vary slices (n, c, h, w) float32, >= 0, and their foreground (n, h, w) bool in the same way."""
+    """Vary slices (n, c, h, w) float32, >= 0, and their foreground (n, h, w) bool alike."""
     if how.flip:
         x, foreground = _flip(x, foreground, generator)
     if how.turn or how.zoom or how.shift:

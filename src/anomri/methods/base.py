@@ -1,4 +1,4 @@
-"""What every method offers: the base class `Method`, its presets, and the objectives of its training."""
+"""What every method offers: `Method`, its presets, the objectives of its training."""
 
 from __future__ import annotations
 
@@ -70,17 +70,19 @@ class Objective:
 
 
 class Method(nn.Module, ABC):
-    """A way to find anomalies: it learns from healthy slices, and reconstructs any slice as if it were healthy.
+    """A way to find anomalies, learnt from healthy slices.
 
-    A subclass is built from (channels, settings) and has at least `PRESETS`, `forward` and `reconstruct`. The
-    attributes below describe it to the rest of the package; a class or an instance sets those that differ.
+    It reconstructs any slice as if it were healthy. A subclass is built from (channels, settings)
+    and has at least `PRESETS`, `forward` and `reconstruct`. The attributes below describe it to the
+    rest of the package; a class or an instance sets those that differ.
 
-    Tensors are slices (n, c, h, w) float32 on the working grid, and foregrounds (n, h, w) bool. A ``box`` (first row,
-    last + 1, first column, last + 1) holds all of the foreground; nothing outside has to be computed.
+    Tensors are slices (n, c, h, w) float32 on the working grid, and foregrounds (n, h, w) bool. A
+    ``box`` (first row, last + 1, first column, last + 1) holds all of the foreground; nothing
+    outside has to be computed.
 
-    A subclass can also be built on torch's ``meta`` device, without values, and keeps most of its parameters and
-    buffers in its state: the size of a model from elsewhere is known before any memory is taken. Settings are
-    numbers of at most a million, texts and short lists.
+    A subclass can also be built on torch's ``meta`` device, without values, and keeps most of its
+    parameters and buffers in its state: the size of a model from elsewhere is known before any
+    memory is taken. Settings are numbers of at most a million, texts and short lists.
     """
 
     PRESETS: ClassVar[dict[str, Preset]]

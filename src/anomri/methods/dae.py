@@ -1,4 +1,4 @@
-"""The coarse-noise denoising autoencoder (Kascenas, Pugeault, O'Neil, MIDL 2022), and what may be added to it."""
+"""The coarse-noise denoising autoencoder (Kascenas et al., MIDL 2022), and additions to it."""
 
 from __future__ import annotations
 
@@ -216,7 +216,10 @@ class DAE(Method):
         return output.index_select(1, constants(maps, output.device, torch.int64)).float()
 
     def _with_empty_channels(self, x: Tensor) -> Tensor:
-        """The channels (n, c, h, w) among all of the network, the others zero, in the same memory format."""
+        """The channels (n, c, h, w) among all of the network, the others zero.
+
+        The memory format stays.
+        """
         n, _, h, w = x.shape
         numbers = constants(self.channel_numbers, x.device, torch.int64)
         every = x.new_zeros((n, self.network_maps, h, w)).index_copy(1, numbers, x)

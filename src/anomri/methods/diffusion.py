@@ -84,7 +84,7 @@ class Diffusion(Method):
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
     ) -> Tensor:
-        """Mean squared error of the noise that the network sees at a random step, on every pixel."""
+        """Mean squared error, over all pixels, of the noise predicted at a random step."""
         x = to_unit_range(cut_box(x, box))
         time = integers(1, len(self.signal), (len(x),), generator)
         noise = self.draw(x, generator)
@@ -132,7 +132,10 @@ class Diffusion(Method):
 
 
 def signal_share(steps: int, schedule: str) -> Tensor:
-    """How much of a slice's variance is left at steps 0 (all) to ``steps``: the cumulative alphas, (steps + 1,)."""
+    """The share of a slice's variance that is left at steps 0 (all) to ``steps``.
+
+    These are the cumulative alphas, (steps + 1,).
+    """
     if schedule == "linear":  # Ho et al. 2020: 1e-4 to 0.02 over 1,000 steps
         beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, equation 17
@@ -146,7 +149,10 @@ def signal_share(steps: int, schedule: str) -> Tensor:
 
 
 def to_unit_range(x: Tensor) -> Tensor:
-    """Slices, mostly within 0 and 1, to mostly within -1 and 1, where noise of variance 1 drowns them."""
+    """Slices, mostly within 0 and 1, to mostly within -1 and 1.
+
+    Noise of variance 1 drowns them there.
+    """
     return 2 * x - 1
 
 

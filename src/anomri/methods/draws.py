@@ -1,4 +1,7 @@
-"""Random numbers for a batch that several processes divide: each part gets the rows that the whole batch would have."""
+"""Random numbers for a batch that several processes divide.
+
+Each part gets the rows that the whole batch would have.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ Option = TypeVar("Option")
 
 
 class PartGenerator(Generator):
-    """A generator for the rows from ``first`` of a batch of ``total``, with the seed of the whole batch.
+    """A generator for the rows from ``first`` of a batch of ``total``.
 
-    A process draws for the whole batch and keeps its own rows. What is drawn once for a batch, such as a shift, is
-    then the same for all processes, and none has to know of the others.
+    Its seed is that of the whole batch. A process draws for the whole batch and keeps its own rows.
+    What is drawn once for a batch, such as a shift, is then the same for all processes, and none
+    has to know of the others.
     """
 
     first: int
@@ -64,7 +68,10 @@ def between(low: float, high: float, shape: Sequence[int], generator: Generator 
 def log_between(
     low: float, high: float, shape: Sequence[int], generator: Generator | None
 ) -> Tensor:
-    """Numbers from ``low`` to ``high`` of ``shape`` (n, ...), every octave as likely, a row for each slice."""
+    """Numbers from ``low`` to ``high`` of ``shape`` (n, ...), every octave as likely.
+
+    There is a row for each slice.
+    """
     return between(math.log(low), math.log(high), shape, generator).exp()
 
 
@@ -101,7 +108,10 @@ def constants(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A tensor of constants, kept on its device: to copy it to a GPU again, the processor would have to wait."""
+    """A tensor of constants, kept on its device.
+
+    To copy it to a GPU again, the processor would have to wait.
+    """
     return torch.tensor(values, device=device, dtype=dtype)
 
 

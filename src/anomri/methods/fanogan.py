@@ -1,4 +1,4 @@
-"""f-AnoGAN: a generator of healthy slices, and an encoder that finds a slice's place in it (Schlegl et al. 2019)."""
+"""f-AnoGAN: a generator of healthy slices and an encoder (Schlegl et al. 2019)."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class FAnoGAN(Method):
         return torch.where(self.encoder_begun, loss, torch.nan)
 
     def critic_loss(self, x: Tensor, generator: Generator) -> Tensor:
-        """How little the critic tells real from made-up slices apart, + the penalty on gradients off norm 1."""
+        """The Wasserstein loss of the critic + the penalty on gradients off norm 1."""
         with torch.no_grad():
             made_up = self.generator(self._draw(len(x), generator, x.device))
         share = torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)

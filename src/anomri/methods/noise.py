@@ -19,7 +19,10 @@ Number = TypeVar("Number", int, float)
 def upsample_noise(
     low_resolution: Tensor, size: tuple[int, int], shift: Sequence[int] | Tensor
 ) -> Tensor:
-    """Noise of (n, c, r, r) enlarged bilinearly (corners aligned) to ``size`` and rolled by ``shift`` pixels."""
+    """Enlarge noise (n, c, r, r) bilinearly to ``size``, and roll it by ``shift`` pixels.
+
+    Corners are aligned.
+    """
     noise = functional.interpolate(low_resolution, size=size, mode="bilinear", align_corners=True)
     # Not torch.roll: if the shift is on a GPU, the processor would have to wait for it.
     h, w = size
@@ -31,10 +34,10 @@ def upsample_noise(
 def coarse_noise(
     shape: Sequence[int], resolution: int, std: float, generator: Generator | None = None
 ) -> Tensor:
-    """Draw N(0, std^2) at ``resolution`` x ``resolution`` for each channel, enlarged to ``shape`` (n, c, h, w).
+    """Draw N(0, std^2) at ``resolution`` x ``resolution``, enlarged to ``shape`` (n, c, h, w).
 
-    The whole batch is rolled by one random shift, so that the coarse grid has no fixed place. Float32, on the
-    generator's device.
+    Channels are independent. The whole batch is rolled by one random shift, so that the coarse grid
+    has no fixed place. Float32, on the generator's device.
     """
     n, c, h, w = shape
     low_resolution = std * normal((n, c, resolution, resolution), generator)
@@ -47,7 +50,7 @@ def add_on_foreground(x: Tensor, noise: Tensor, foreground: Tensor) -> Tensor:
 
 
 def smooth_field(shape: Sequence[int], resolution: int, generator: Generator) -> Tensor:
-    """Standard normal noise at ``resolution`` x ``resolution``, enlarged smoothly to ``shape`` (n, c, h, w)."""
+    """N(0, 1) at ``resolution`` x ``resolution``, enlarged smoothly to ``shape`` (n, c, h, w)."""
     n, c, h, w = shape
     low_resolution = normal((n, c, resolution, resolution), generator)
     return functional.interpolate(low_resolution, size=(h, w), mode="bicubic", align_corners=False)

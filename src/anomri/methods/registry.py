@@ -36,9 +36,10 @@ def names() -> list[str]:
 
 
 def register(name: str, place: str) -> None:
-    """Make the class ``place``, written ``module:Class``, known as the method ``name`` in this process.
+    """Make a class known as the method ``name`` in this process.
 
-    The class is a subclass of `base.Method`. Raises `AnomriError` if another method has that name.
+    ``place`` is written ``module:Class``. The class is a subclass of `base.Method`. Raises
+    `AnomriError` if another method has that name.
     """
     if _all_places().setdefault(name, place) != place:
         raise AnomriError(f"there is a method {name!r} already; choose another name.")
@@ -69,7 +70,10 @@ def build(spec: ModelSpec) -> Method:
 
 
 def load(name: str) -> type[Method]:
-    """The class of a method; raises `AnomriError` if there is none, or it is not a complete `base.Method`."""
+    """The class of a method.
+
+    Raises `AnomriError` if there is none, or it is not a complete `base.Method`.
+    """
     from importlib.metadata import EntryPoint
 
     from anomri.methods.base import Method
@@ -96,7 +100,7 @@ def load(name: str) -> type[Method]:
 
 
 def _check_settings(spec: ModelSpec, method: type[Method]) -> None:
-    """Raise `AnomriError` for a setting that the method does not have, or of another type than it declares."""
+    """Raise `AnomriError` for a setting that a method does not have, or of another type."""
     parameters = inspect.signature(method).parameters
     known = list(parameters)[1:]  # channels come first
     unknown = [name for name in spec.settings if name not in known]

@@ -1,4 +1,4 @@
-"""Thresholding of one bright channel, the baseline without a network (Meissen, Kaissis, Rueckert 2021)."""
+"""Thresholding of one bright channel, without a network (Meissen et al. 2021)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from anomri.slices import Box
 
 
 class Thresholding(Method):
-    """Histogram-equalised FLAIR inside the foreground: how much of the brain is darker than a voxel.
+    """Histogram-equalised FLAIR in the brain: the share that is darker than a pixel.
 
-    ``channel`` names another channel in which lesions are bright; FLAIR is taken if there is one, else the first.
+    ``channel`` names another channel in which lesions are bright; FLAIR is taken if there is one,
+    else the first.
     """
 
     PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset(), "small": Preset(), "demo": Preset()}
@@ -41,7 +42,7 @@ class Thresholding(Method):
         return x
 
     def residual(self, x: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
-        """The share of the scan's foreground that is at most as bright (exact histogram equalisation)."""
+        """The share of the foreground that is at most as bright: histogram equalisation."""
         image = x[:, self.channel].contiguous()
         inside = image[foreground]
         rank = torch.searchsorted(inside.sort().values, inside, right=True)

@@ -24,19 +24,21 @@ PAPER_WIDTHS, SMALL_WIDTHS = [64, 128, 256, 512], [16, 32, 64, 128]
 
 
 class VAE(Method):
-    """The network of the denoising autoencoder without skip connections, squeezed into one vector a slice.
+    """A variational autoencoder: the network of the DAE without skips, through one vector.
 
-    A convolution as large as the coarsest map (16 x 16 of a slice of 128 x 128: the grid is fixed) gives 2 x
-    ``latent`` = 256 channels, the means and log variances of the posterior; a transposed one leads back. The loss is
-    the squared error on the foreground + ``kl_weight`` * KL, each averaged (over pixels; over the latent
-    dimensions): the paper does not say how they are reduced, and summed they would let the KL drown the image.
+    A convolution as large as the coarsest map (16 x 16 of a slice of 128 x 128: the grid is fixed)
+    gives 2 x ``latent`` = 256 channels, the means and log variances of the posterior; a transposed
+    one leads back. The loss is the squared error on the foreground + ``kl_weight`` * KL, each
+    averaged (over pixels; over the latent dimensions): the paper does not say how they are reduced,
+    and summed they would let the KL drown the image.
 
-    Restoration looks for the healthy slice y near x: ``restoration_steps`` gradient steps from y = x on
-    |f(y) - y|^2 + KL + ``restoration_weight`` * TV(x - y), the first two weighed against each other as in training,
-    where TV, total variation, is the price of leaving the image. 0 steps: plain reconstruction. You et al. tune rate
-    and weight by hand. Ours: 100 steps of 0.01 take a pixel 1 - 0.98^100 = 87 % of the way to what the network makes
-    of it; and a lone pixel, whose TV grows by 4 a unit, stays where its error is below 2 x 0.1 = 0.2, the spread of
-    healthy tissue, while of a region only the rim is held back.
+    Restoration looks for the healthy slice y near x: ``restoration_steps`` gradient steps from y =
+    x on |f(y) - y|^2 + KL + ``restoration_weight`` * TV(x - y), the first two weighed against each
+    other as in training, where TV, total variation, is the price of leaving the image. 0 steps:
+    plain reconstruction. You et al. tune rate and weight by hand. Ours: 100 steps of 0.01 take a
+    pixel 1 - 0.98^100 = 87 % of the way to what the network makes of it; and a lone pixel, whose TV
+    grows by 4 a unit, stays where its error is below 2 x 0.1 = 0.2, the spread of healthy tissue,
+    while of a region only the rim is held back.
     """
 
     fixed_size = True
@@ -80,7 +82,7 @@ class VAE(Method):
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None
     ) -> Tensor:
-        """Squared error on the foreground, mean over all pixels, + ``kl_weight`` * mean KL of a latent dimension."""
+        """Squared error on the foreground, mean over all pixels, + ``kl_weight`` * mean KL."""
         mean, log_variance = self.posterior(x)
         noise = normal(mean.shape, generator)
         reconstruction = self.decode(mean + noise * (0.5 * log_variance).exp())
@@ -156,5 +158,5 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Sum of absolute differences of neighbouring pixels of (n, c, h, w), one value a slice (n,)."""
+    """Sum of absolute differences of neighbouring pixels of (n, c, h, w): (n,)."""
     return x.diff(dim=2).abs().sum(dim=(1, 2, 3)) + x.diff(dim=3).abs().sum(dim=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""A method at work on the slices of a scan: on which device, in which arithmetic, how many slices at once."""
+"""A method at work on slices: on which device, in which arithmetic, how many at once."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class Inference:
         self.batch = 64 if self.device.type != "cpu" else 8
 
     def __call__(self, x: Tensor, box: Box | None = None, mirrored: bool = False) -> Tensor:
-        """What the method makes of slices (n, c, h, w), computed in the box: (n, c + its further maps, h, w) float32.
+        """The method's reconstruction of slices (n, c, h, w), float32; zero outside the box.
 
-        If it is to see them ``mirrored``, its output is turned back.
+        With a segmentation head one more map follows. If it is to see them ``mirrored``, its output
+        is turned back.
         """
         output: Tensor | None = None
         guard = Lock()
@@ -85,7 +86,7 @@ class Inference:
         return output
 
     def _fast(self, x: Tensor, box: Box | None) -> int:
-        """How many slices keep a network's finest maps near what a processor's cache holds, if the method knows their size."""
+        """How many slices keep the finest maps of a network near a processor's cache."""
         values = self.method.finest_width
         if self.device.type != "cpu" or values is None:
             return self.batch

@@ -104,7 +104,7 @@ def lesion_thresholds(lesion_scores: Iterable[Scores]) -> tuple[Scores, Counts]:
 
 
 def count_at(rising: Scores, thresholds: Scores) -> Counts:
-    """How many of some ``rising`` (sorted) scores lie at or above each rising threshold but below the next."""
+    """How many ``rising`` scores lie from each rising threshold up to the next."""
     # The thresholds are looked up among the scores, not the scores among them: there are far fewer.
     return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
@@ -112,7 +112,10 @@ def count_at(rising: Scores, thresholds: Scores) -> Counts:
 def curve_from_counts(
     thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int
 ) -> Curve:
-    """The `Curve` from counts per rising threshold, as `lesion_thresholds` and `count_at` give them."""
+    """The `Curve` from counts at rising thresholds.
+
+    The counts are those of `lesion_thresholds` and `count_at`.
+    """
     return Curve(
         thresholds=thresholds[::-1],
         true_positives=np.cumsum(lesion[::-1]),
@@ -125,7 +128,10 @@ def curve_from_counts(
 def precision_recall(
     scores: Scores, labels: NDArray[np.bool_], thresholds: Scores | None = None
 ) -> Curve:
-    """The exact `Curve` of scores and labels of the same shape, or what rising ``thresholds`` show of it."""
+    """The exact `Curve` of scores and labels of the same shape.
+
+    With rising ``thresholds``, the curve at those only.
+    """
     return precision_recall_from_sorted(
         np.sort(scores[labels]), np.sort(scores[~labels]), thresholds
     )
@@ -179,7 +185,7 @@ def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> N
 
 @dataclass(frozen=True)
 class LesionCounts:
-    """Lesions of one case: of the label, of those found, and components of the mask that touch none."""
+    """Lesions of one case: in the label, detected, and found where there is none."""
 
     lesions: int
     detected: int
@@ -203,7 +209,10 @@ def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> Le
 
 
 def bootstrap_weights(patients: int, resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
-    """How often each of the ``patients`` is drawn when as many are drawn with replacement: (resamples, patients)."""
+    """How often each patient is drawn with replacement: (resamples, patients).
+
+    Every resample draws as many patients as there are.
+    """
     rng = np.random.default_rng(seed)
     return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(
         np.float64

@@ -1,6 +1,7 @@
-"""Where in a brain a pixel lies, roughly: its place in the box around the brain, so that no common space is needed.
+"""Statistics by position in the brain, in cells of the box around it.
 
-In a cohort that is in one space a cell holds the same tissue in every scan; in another, nearly the same.
+No common space is needed. In a cohort that is in one space a cell holds the same tissue in every
+scan; in another, nearly the same.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ channel's."""
 def statistics_by_position(
     residuals: Iterable[tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Mean and spread of residuals in each cell, (c, 8, 8, 8) twice, smoothed over neighbouring cells.
+    """Mean and spread of residuals in each cell, (c, 8, 8, 8) each.
 
-    Each scan gives its residual (n, c, h, w), its foreground (n, h, w) bool, and which slices count (n,) bool.
+    Both are smoothed over neighbouring cells. Each scan gives its residual (n, c, h, w), its
+    foreground (n, h, w) bool, and which slices count (n,) bool.
     """
     sums = torch.zeros(())
     for residual, foreground, counted in residuals:
@@ -48,7 +50,7 @@ def statistics_by_position(
 
 
 def interpolate_cells(cells: Tensor, position: Position, size: tuple[int, int]) -> Tensor:
-    """Values of cells (k, 8, 8, 8), interpolated for every pixel of slices (n, h, w) in their place: (n, k, h, w).
+    """Values of cells (k, 8, 8, 8) at every pixel of slices, interpolated: (n, k, h, w).
 
     Outside the brain's box they are those of its edge.
     """
@@ -61,7 +63,7 @@ def interpolate_cells(cells: Tensor, position: Position, size: tuple[int, int]) 
 
 
 def _weights(places: Tensor) -> Tensor:
-    """What each cell along an axis gives to places (m,), 0 and 1 being the ends of the axis: (m, 8)."""
+    """Weights (m, 8) of the cells along an axis at places (m,) from 0 to 1."""
     nearest = (places * CELLS - 0.5).clamp(0, CELLS - 1)
     return (1 - (nearest[:, None] - torch.arange(CELLS)).abs()).clamp_min(0)
 

@@ -1,4 +1,4 @@
-"""How anomalous each pixel is, from a slice and its reconstruction: the formulas behind the table of scores."""
+"""How anomalous each pixel is: the formulas behind the table of scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEVIATION_FLOOR = 0.2
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a score looks at: scan and reconstruction (n, k, h, w) of its k channels, and the anomaly probability."""
+    """Scan and reconstruction (n, k, h, w) of the k channels that a score looks at."""
 
     x: Tensor
     reconstruction: Tensor
@@ -92,9 +92,10 @@ def standardised_by_position(seen: Evidence) -> Tensor:
 
 
 def positive_by_position(seen: Evidence) -> Tensor:
-    """How much brighter than reconstructed, in standard deviations above healthy tissue in that part of the brain.
+    """How much brighter than reconstructed, in standard deviations of healthy tissue there.
 
-    For a scan without any of the score's channels, for example T1 alone, the residual counts either way.
+    For a scan without any of the score's channels, for example T1 alone, the residual counts either
+    way.
     """
     if seen.mean is None or seen.spread is None or not seen.bright:
         return standardised(seen)
@@ -124,16 +125,20 @@ def anomaly_probability(seen: Evidence) -> Tensor:
 
 
 def probability_with_residual(seen: Evidence) -> Tensor:
-    """Square root of the anomaly probability x (positive residual + `RESIDUAL_FLOOR`): where both agree.
+    """Square root of the anomaly probability x (positive residual + `RESIDUAL_FLOOR`).
 
-    For a scan without any of the score's channels, for example T1 alone, the residual counts either way.
+    For a scan without any of the score's channels, for example T1 alone, the residual counts either
+    way.
     """
     residual = positive(seen) if seen.bright else absolute(seen)
     return anomaly_probability(seen).sqrt() * (residual + RESIDUAL_FLOOR)
 
 
 def probability_with_residual_by_position(seen: Evidence) -> Tensor:
-    """`probability_with_residual` with `positive_by_position` + `DEVIATION_FLOOR` in place of the plain residual."""
+    """`probability_with_residual` by position in the brain.
+
+    `positive_by_position` + `DEVIATION_FLOOR` takes the place of the plain residual.
+    """
     return anomaly_probability(seen).sqrt() * (positive_by_position(seen) + DEVIATION_FLOOR)
 
 
@@ -212,7 +217,10 @@ def _without_flair(score: Score, channels: Sequence[str], present: Sequence[int]
 def _healthy_residual(
     shape: torch.Size, score: Score, position: Position, chosen: list[int]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Mean and spread of the absolute residual of healthy tissue in the ``chosen`` channels, if the score has them."""
+    """Mean and spread of the healthy residual in the ``chosen`` channels.
+
+    ``None`` where the score does not need them, or does not have them.
+    """
     kind = registry.find(score.kind)
     if kind.needs_healthy_maps and score.healthy_maps:
         maps = unpack_maps(score.healthy_maps, shape[1])
@@ -241,7 +249,7 @@ def describe(score: Score) -> str:
 
 
 def check_score(score: Score, channels: Sequence[str], segmentation_head: bool) -> None:
-    """Raise `AnomriError` if a model of ``channels``, with or without a segmentation head, cannot compute a score."""
+    """Raise `AnomriError` if a model of ``channels`` cannot compute a score."""
     if registry.find(score.kind).needs_segmentation_head and not segmentation_head:
         raise AnomriError(
             f"the score {score.kind} needs a segmentation head, which the model does not have; "

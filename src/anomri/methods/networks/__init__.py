@@ -1,1 +1,1 @@
-"""The networks that methods are made of: the U-Net of the paper, one that knows the time step, and those of a GAN."""
+"""The networks of the methods: the U-Net, one that knows the time step, those of a GAN."""

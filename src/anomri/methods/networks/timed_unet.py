@@ -1,4 +1,4 @@
-"""Networks of the methods beside the U-Net, from its blocks: encoder and decoder without skips, a U-Net told the time."""
+"""Encoder and decoder without skip connections, and a U-Net that knows the time step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from anomri.methods.networks.unet import ConvBlock, UNet
 
 
 class Encoder(nn.Module):
-    """The way down of the U-Net: (n, channels, h, w) -> (n, widths[-1], h / 2^k, w / 2^k), k = len(widths) - 1."""
+    """The way down of the U-Net: (n, channels, h, w) -> (n, widths[-1], h / 2^k, w / 2^k).
+
+    k = len(widths) - 1.
+    """
 
     def __init__(self, channels: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up of the U-Net without skip connections: from the coarsest map back to (n, channels, h, w)."""
+    """The way up of the U-Net without skip connections: back to (n, channels, h, w)."""
 
     def __init__(self, channels: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class Decoder(nn.Module):
 
 
 class TimedUNet(UNet):
-    """The U-Net with every level's features scaled and shifted by a sinusoidal embedding of a time (Ho et al. 2020)."""
+    """The U-Net with features scaled and shifted by the embedding of a time (Ho et al. 2020)."""
 
     frequencies: Tensor
 

@@ -31,14 +31,17 @@ def group_count(channels: int) -> int:
 
 
 def standardise_weight(weight: Tensor) -> Tensor:
-    """Each filter of ``weight`` (out, in, h, w) with its mean subtracted, divided by (unbiased std + 1e-5)."""
+    """Filters (out, in, h, w) with their mean subtracted, divided by (unbiased std + 1e-5)."""
     mean = weight.mean(dim=(1, 2, 3), keepdim=True)
     std = weight.std(dim=(1, 2, 3), keepdim=True)
     return (weight - mean) / (std + 1e-5)
 
 
 class WeightStandardisedConv2d(nn.Conv2d):
-    """A 3 x 3 convolution, padded by reflection, whose filters are standardised at every call (Qiao et al. 2019)."""
+    """A convolution whose filters are standardised at every call (Qiao et al. 2019).
+
+    It is 3 x 3 and padded by reflection.
+    """
 
     standardised = False  # True once `fold_weight_standardisation` has done it for good
 
@@ -77,7 +80,10 @@ class WeightStandardisedConv2d(nn.Conv2d):
 
 @cache
 def can_fuse_swish(dtype: torch.dtype) -> bool:
-    """Whether torch has, for this processor, the operator that `torch.compile` makes of a convolution and a Swish."""
+    """Whether torch can fuse a convolution and a Swish on this processor.
+
+    The operator is the one that `torch.compile` uses.
+    """
     # Elsewhere oneDNN may have no fast kernel for it.
     if platform.machine() not in ("x86_64", "AMD64") or not hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
@@ -87,7 +93,7 @@ def can_fuse_swish(dtype: torch.dtype) -> bool:
 
 
 class ConvBlock(nn.Module):
-    """Two times: 3 x 3 weight-standardised convolution with reflection padding, Swish, group norm."""
+    """Twice: weight-standardised 3 x 3 convolution, padded by reflection; Swish; group norm."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -181,9 +187,10 @@ def compile_networks(network: nn.Module) -> None:
 
 
 def rename_released_parameters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of the program released with the paper (``down_path.0.block.1.weight``) under `UNet`'s names.
+    """Parameters of the program released with the paper, under the names of `UNet`.
 
-    Raises ``KeyError`` naming the parameter that is not one of that program's U-Net.
+    One of its names is ``down_path.0.block.1.weight``. Raises ``KeyError`` naming the parameter
+    that is not one of that program's U-Net.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
     levels = 1 + max(
