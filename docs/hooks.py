@@ -11,6 +11,8 @@ from mkdocs.exceptions import PluginError
 
 COMMANDS = "<!-- commands -->"
 """The line of a page that the command reference replaces."""
+INTERVAL = re.compile(r"\[(\d\.\d+) - (\d\.\d+)\]")
+"""A confidence interval."""
 ELSEWHERE = re.compile(
     r"""<(?:script|img|iframe|source)[^>]+src=["']?https?:|<link[^>]+rel=["']?"""
     r"""(?:stylesheet|preload|icon|preconnect)["']?[^>]*href=["']?https?:"""
@@ -19,8 +21,10 @@ ELSEWHERE = re.compile(
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the command reference where a page asks for it."""
-    return markdown.replace(COMMANDS, command_reference()) if COMMANDS in markdown else markdown
+    """Put the command reference where a page asks for it, and keep intervals on one line."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, command_reference())
+    return INTERVAL.sub(r'<span class="interval">[\1 - \2]</span>', markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
