@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,6 +12,8 @@ from mkdocs.exceptions import PluginError
 
 COMMANDS = "<!-- commands -->"
 """The line of a page that the command reference replaces."""
+SCORES = "<!-- scores -->"
+"""The line of a page that the table of scores replaces."""
 INTERVAL = re.compile(r"\[(\d\.\d+) - (\d\.\d+)\]")
 """A confidence interval."""
 ELSEWHERE = re.compile(
@@ -21,9 +24,10 @@ ELSEWHERE = re.compile(
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the command reference where a page asks for it, and keep intervals on one line."""
-    if COMMANDS in markdown:
-        markdown = markdown.replace(COMMANDS, command_reference())
+    """Write commands and scores where a page asks for them, and keep intervals on one line."""
+    for line, write in ((COMMANDS, command_reference), (SCORES, score_table)):
+        if line in markdown:
+            markdown = markdown.replace(line, write())
     return INTERVAL.sub(r'<span class="interval">[\1 - \2]</span>', markdown)
 
 
@@ -40,8 +44,29 @@ def command_reference() -> str:
 
     from anomri.cli import app
 
-    group = typer.main.get_command(app)
-    return "\n\n".join(_section(name, command) for name, command in group.commands.items())
+    group: Any = typer.main.get_command(app)
+    sections = [_section(name, command) for name, command in group.commands.items()]
+    shared = [(_spelled(one, "N"), _about(one)) for one in _shown(group) if one.name != "help"]
+    if shared:
+        table = _table(("option", "what it does"), shared)
+        sections.append(f"## Before the command's name\n\n`anomri [OPTIONS] COMMAND`\n\n{table}")
+    return "\n\n".join(sections)
+
+
+def score_table() -> str:
+    """Markdown for the registered scores: what each is, and what a model needs for it."""
+    from anomri.scoring import registry
+
+    rows = []
+    for name, score in registry.SCORES.items():
+        needs = ["a segmentation head"] if score.needs_segmentation_head else []
+        needs += ["healthy residuals measured in training"] if score.needs_healthy_slices else []
+        rows.append((f"`{name}`", score.help, ", ".join(needs)))
+    return _table(("score", "what it is", "needs"), rows)
+
+
+def _shown(command: Any) -> list[Any]:
+    return [one for one in command.params if not getattr(one, "hidden", False)]
 
 
 def _section(name: str, command: Any) -> str:
@@ -50,7 +75,7 @@ def _section(name: str, command: Any) -> str:
     def metavar(parameter: Any) -> str:
         return _metavar(parameter, hints[parameter.name])
 
-    parameters = [one for one in command.params if not getattr(one, "hidden", False)]
+    parameters = _shown(command)
     arguments = [one for one in parameters if one.param_type_name == "argument"]
     options = [one for one in parameters if one.param_type_name == "option" and one.name != "help"]
     required = [one for one in options if one.required]
@@ -59,6 +84,8 @@ def _section(name: str, command: Any) -> str:
     usage += ["[OPTIONS]"] if len(options) > len(required) else []
     text = inspect.cleandoc(command.help or "").replace("\f", "")
     lines = [f"## anomri {name}", text, "```sh\n" + " ".join(usage) + "\n```"]
+    if examples := [one for one in (command.epilog or "").split("\n\n") if "anomri" in one]:
+        lines.append("```sh\n" + "\n".join(examples) + "\n```")
     if arguments:
         rows = [(f"`{metavar(one)}`", _about(one)) for one in arguments]
         lines.append(_table(("argument", "what it is"), rows))
@@ -91,10 +118,9 @@ def _about(parameter: Any) -> str:
     return about + (" **Required.**" if parameter.required else "")
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    lines += [f"| {_cell(left)} | {_cell(right)} |" for left, right in rows]
-    return "\n".join(lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:

@@ -1,11 +1,13 @@
-"""Draw the pictures of "Reading the results" from the synthetic scans of the demo.
+"""Draw the pictures of "Reading the results": the model in the package on synthetic scans.
 
-anomri demo -o demo --keep && python docs/pictures.py demo docs/images
+python docs/pictures.py docs/images
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -18,29 +20,32 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 import anomri
+from anomri.demo.cohort import make_cohort
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
+from anomri.scans.case import Case
 
 LESION, MASK, TRUTH = "#d9590b", "#4cc9f0", "#a7f05a"
 CHOSEN = "synthetic_lesion_003"
 
 
-def main(demo: str, images: str) -> None:
-    """Write the four pictures into the folder ``images``."""
-    detector = anomri.load(Path(demo) / "model-dae", device="cpu")
-    cases = {case.name: case for case in anomri.find_cases(Path(demo) / "cohort")}
-    tested = [case for case in cases.values() if case.split == "test"]
-    found = {case.name: detector.detect(case) for case in tested}
-    label = nib.as_closest_canonical(nib.load(cases[CHOSEN].label))
-    # To the working orientation, LPS.
-    truth = np.asanyarray(label.dataobj)[::-1, ::-1] > 0
+def main(images: str) -> None:
+    """Make the demo's synthetic scans and write the four pictures into the folder ``images``."""
+    detector = anomri.load(device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        make_cohort(Path(folder) / "cohort")
+        cases = [case for case in anomri.find_cases(Path(folder) / "cohort") if case.label]
+        found = {case.name: detector.detect(case) for case in cases}
+        truth = _label(next(case for case in cases if case.name == CHOSEN))
     height = int(np.argmax(truth.sum((0, 1))))
-    target = Path(images)
-    draw_case(found[CHOSEN], truth, height).savefig(target / "reading_case.png", dpi=140)
-    thresholds = draw_thresholds(detector, found[CHOSEN], height)
-    thresholds.savefig(target / "reading_thresholds.png", dpi=140)
-    draw_false_positives(detector).savefig(target / "reading_false_positive.png", dpi=140)
-    draw_confidence(detector, found).savefig(target / "reading_confidence.png", dpi=140)
+    pictures = {
+        "case": draw_case(found[CHOSEN], truth, height),
+        "thresholds": draw_thresholds(detector, found[CHOSEN], height),
+        "false_positive": draw_false_positives(detector),
+        "confidence": draw_confidence(detector, found),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(Path(images) / f"reading_{name}.png", dpi=140)
 
 
 def draw_case(detection: Detection, truth: NDArray[np.bool_], height: int) -> plt.Figure:
@@ -110,21 +115,32 @@ def draw_confidence(detector: Detector, found: dict[str, Detection]) -> plt.Figu
     peaks = stored.healthy.scan_peaks
     lesions = [lesion for detection in found.values() for lesion in detection.lesions]
     figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
-    confidences = sorted({lesion.confidence or 0.0 for lesion in lesions})
-    shades = plt.get_cmap("YlOrRd")(np.linspace(0.35, 0.85, len(confidences)))
-    for shade, confidence in zip(shades, confidences, strict=True):
-        those = [lesion.peak for lesion in lesions if (lesion.confidence or 0.0) == confidence]
-        label = f"findings with confidence {confidence:.2f}"
-        axes.plot(those, np.ones(len(those)), "o", color=shade, ms=9, alpha=0.8, label=label)
-    axes.plot(peaks, np.zeros(len(peaks)), "^", color="#1f6572", ms=10, label="healthy scans")
-    for peak in peaks:
-        axes.axvline(peak, color="#1f6572", lw=0.8, ls=":")
-    axes.set_yticks([0, 1], ["highest score of a\nhealthy scan", "peak of a\nfinding"])
-    axes.set_ylim(-0.6, 1.6)
+    scores = [lesion.peak for lesion in lesions]
+    colours = [lesion.confidence or 0.0 for lesion in lesions]
+    axes.scatter(scores, np.ones(len(scores)), 70, colours, cmap="YlOrRd", vmin=-0.3, vmax=0.9)
+    axes.plot(peaks, np.zeros(len(peaks)), "^", color="#1f6572", ms=10)
+    edges = [min(scores) - 0.6, *peaks, max(scores) + 0.4]
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+        axes.axvline(low, color="#1f6572", lw=0.8, ls=":" if number else "none")
+        text = f"{number / (len(peaks) + 1):.2f}"
+        axes.text((low + high) / 2, 1.5, text, ha="center", va="center", fontsize=10)
+    axes.set_yticks(
+        [0, 1, 1.5],
+        ["highest score of each\nheld-out healthy scan", "peak of a finding", "its confidence"],
+    )
+    axes.set_ylim(-0.5, 1.8)
+    axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("score")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, frameon=False, fontsize=9)
+    axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _label(case: Case) -> NDArray[np.bool_]:
+    assert case.label is not None
+    label = nib.as_closest_canonical(nib.load(case.label))
+    # To the working orientation, LPS.
+    return np.asanyarray(label.dataobj)[::-1, ::-1] > 0
 
 
 def _flair_number(detection: Detection) -> int:
@@ -136,7 +152,8 @@ def _flair(detection: Detection) -> NDArray[np.float32]:
 
 
 def _dark_panels(count: int) -> tuple[plt.Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, count, figsize=(2.2 * count, 3.0), layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(2.2 * count, 2.9), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     figure.set_facecolor("black")
     for panel in axes:
         panel.axis("off")
@@ -145,7 +162,9 @@ def _dark_panels(count: int) -> tuple[plt.Figure, list[Axes]]:
 
 def _show(panel: Axes, image: NDArray[np.float32], colours: str, low: float, high: float) -> None:
     panel.imshow(image.T, cmap=colours, vmin=low, vmax=high, interpolation="bicubic")
-    panel.set_xlim(0.14 * len(image), 0.86 * len(image))
+    rows, columns = image.T.shape
+    panel.set_xlim(0.14 * columns, 0.86 * columns)
+    panel.set_ylim(0.93 * rows, 0.07 * rows)
 
 
 def _outline(panel: Axes, mask: NDArray[np.bool_], colour: str) -> None:
