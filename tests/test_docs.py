@@ -36,7 +36,8 @@ def test_every_message_in_troubleshooting_is_one_of_the_source() -> None:
     # Names and numbers are written as an ellipsis there.
     parts = [part.strip() for message in quoted for part in message.split("…") if part.strip()]
     known = "\n".join(_texts())
-    assert [part for part in parts if part not in known] == []
+    gone = [part for part in parts if part not in known]
+    assert not gone, "no longer in the source, update docs/troubleshooting.md: " + "; ".join(gone)
 
 
 def _texts() -> list[str]:
