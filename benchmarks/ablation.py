@@ -23,7 +23,8 @@ from torch import Tensor
 
 import anomri
 from anomri.errors import AnomriError
-from anomri.evaluation.pooling import Pool, Scored
+from anomri.evaluation.pooling import Pool
+from anomri.evaluation.scored import Scored
 from anomri.methods.dae import DAE
 from anomri.model.detector import Detector
 from anomri.scans.case import Case

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 
 import plain
 from anomri.comparison.jobs import peak_memory_mb
-from anomri.evaluation.pooling import Pool, Scored
+from anomri.evaluation.pooling import Pool
+from anomri.evaluation.scored import Scored
 from anomri.methods import registry as methods
 from anomri.model.detector import Detector
-from anomri.runs.detect import read_ahead
+from anomri.runs.pipeline import read_ahead
 from anomri.runtime.devices import resolve_precision
 from anomri.scans.find import find_cases
 from anomri.scans.read import read_volume

@@ -74,7 +74,7 @@ def warm_up() -> None:
     changes.setattr("anomri.files.ABANDONED_S", 0.0)
     # A case takes no time, so that tables and reports can be compared to the byte.
     clock = {name: getattr(time, name) for name in ("time", "strftime", "localtime")}
-    changes.setattr("anomri.runs.detect.time", SimpleNamespace(**clock, monotonic=lambda: 0.0))
+    changes.setattr("anomri.runs.pipeline.time", SimpleNamespace(**clock, monotonic=lambda: 0.0))
     torch.set_num_threads(1)
     small = DAE.PRESETS["small"]
     assert small.training is not None

@@ -1,5 +1,6 @@
 """Several methods compared by one command: what is trained, reused, resumed and written."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -145,15 +146,22 @@ def test_a_comparison_writes_a_table_curves_and_pictures_and_reuses_finished_job
     (scan,) = (cohort / "case0").glob("*_flair.nii.gz")
     label = cohort / "case8" / "case8_seg.nii.gz"
     times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (scan, label)}
-    os.utime(scan)
+    contents = {path: path.read_bytes() for path in (scan, label)}
+    before = list(here)
+    for path in (scan, label):
+        os.utime(path)
+    compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
+    assert here == before, "a file that was only touched is the same"
+    scan.write_bytes(gzip.compress(gzip.decompress(contents[scan]), 1))
     with pytest.raises(AnomriError, match="was begun with other files; give"):
         compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
-    os.utime(scan, ns=times[scan])
-    os.utime(label)
-    before = list(here)
+    scan.write_bytes(contents[scan])
+    label.write_bytes(gzip.compress(gzip.decompress(contents[label]), 1))
     compare(cohort, tmp_path, **given)  # type: ignore[arg-type]
     assert here[len(before) :] == [("evaluate_job", "dae-seed0"), ("evaluate_job", "dae-seed1")]
-    os.utime(label, ns=times[label])
+    label.write_bytes(contents[label])
+    for path in (scan, label):
+        os.utime(path, ns=times[path])
 
 
 def test_a_stopped_comparison_continues(

@@ -207,7 +207,7 @@ def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
     detect_cohort(folder, tmp_path / "alone", model)
     # As beside a GPU with eight processors.
     monkeypatch.setattr(Detector, "device", property(lambda detector: torch.device("cuda")))
-    monkeypatch.setattr("anomri.runs.detect.usable_processors", lambda: 8)
+    monkeypatch.setattr("anomri.runs.pipeline.usable_processors", lambda: 8)
     at_once, most = set[int](), list[int]()
     detect = Detector.detect
 

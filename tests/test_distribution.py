@@ -24,7 +24,7 @@ from anomri.methods import registry as methods
 from anomri.methods.draws import PartGenerator, integers, normal, uniform
 from anomri.methods.noise import coarse_noise
 from anomri.methods.simplex import simplex_noise
-from anomri.runs.records import Shard
+from anomri.runs.shards import Shard
 from anomri.runtime import launch
 from anomri.runtime.launch import Launch, read_launch
 from anomri.runtime.processes import ProcessGroup, ReportedElsewhere

@@ -11,16 +11,11 @@ import torch
 from sklearn.metrics import average_precision_score
 
 import anomri
-import anomri.evaluation.evaluate as evaluation_module
+import anomri.evaluation.scored as scored_module
 from anomri.cli import main
 from anomri.errors import AnomriError
-from anomri.evaluation.evaluate import (
-    choose_cases,
-    evaluate,
-    evaluate_shard,
-    make_plan,
-    merge_evaluations,
-)
+from anomri.evaluation.cases import choose_cases
+from anomri.evaluation.evaluate import evaluate, evaluate_shard, merge_evaluations
 from anomri.model.detector import Detector
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
@@ -208,7 +203,7 @@ def test_cases_that_failed_are_tried_again_and_no_others(
 ) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     expected = evaluate(cases, maps=tmp_path).figures
-    read, tried, broken = evaluation_module.read_map, list[str](), {"c1.nii.gz"}
+    read, tried, broken = scored_module.read_map, list[str](), {"c1.nii.gz"}
 
     def read_or_fail(path: Path, *others: Any) -> Any:
         tried.append(path.name)
@@ -216,7 +211,7 @@ def test_cases_that_failed_are_tried_again_and_no_others(
             raise MemoryError
         return read(path, *others)
 
-    monkeypatch.setattr(evaluation_module, "read_map", read_or_fail)
+    monkeypatch.setattr(scored_module, "read_map", read_or_fail)
     assert list(evaluate(cases, tmp_path / "out", maps=tmp_path).failed) == ["c1"]
     broken.clear()
     tried.clear()
@@ -228,16 +223,11 @@ def test_cases_that_failed_are_tried_again_and_no_others(
     ]
     # The same with shards, of which one is given again after the merge.
     broken.add("c2.nii.gz")
-    plan = make_plan(cases, tmp_path / "shards", maps=tmp_path)
-    failed = [
-        evaluate_shard(plan, tmp_path / "shards", f"{k}/2", lambda *state: None) for k in (1, 2)
-    ]
+    shards = tmp_path / "shards"
+    failed = [evaluate_shard(cases, shards, f"{k}/2", maps=tmp_path) for k in (1, 2)]
     assert sum(failed) == 1 and list(merge_evaluations(tmp_path / "shards").failed) == ["c2"]
     broken.clear()
-    assert (
-        evaluate_shard(plan, tmp_path / "shards", f"{failed.index(1) + 1}/2", lambda *state: None)
-        == 0
-    )
+    assert evaluate_shard(cases, shards, f"{failed.index(1) + 1}/2", maps=tmp_path) == 0
     merged = merge_evaluations(tmp_path / "shards")
     assert (merged.failed, merged.figures) == ({}, expected)
 
@@ -450,7 +440,7 @@ def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
         mask = drop_small_components(found.scores > found.threshold, 2)
         assert row.dice == pytest.approx(dice(mask, found.stack.label.numpy()))
     assert evaluation.protocol["threshold"].endswith(
-        "of 1 that lack channels, the one for the channels they have, if any"
+        "for 1 that lack channels, the one for the channels they have, if there is one"
     )
     preview = json.loads((tmp_path / "previews" / f"{cases[0].name}.preview.json").read_text())
     assert preview["threshold"] == detector.spec.subset_thresholds["flair"].threshold

@@ -14,7 +14,7 @@ import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.model.detector import Detector
-from anomri.runs.records import Shard
+from anomri.runs.shards import Shard
 from anomri.runs.tables import CaseResult, write_dicom_seg
 from anomri.runtime.folders import sole_use
 from anomri.scans.case import Case

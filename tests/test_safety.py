@@ -145,7 +145,7 @@ def test_no_case_is_called_so_that_its_files_leave_the_folder(
         AnomriError, match="case .* is empty, named twice or holds a '/'|cannot read the table"
     ):
         find_cases(table)
-    with pytest.raises(AnomriError, match="is no name for its files"):
+    with pytest.raises(AnomriError, match="cannot name its files"):
         anomri.detect_cohort([Case(name, {"flair": scan, "t1": scan})], tmp_path / "out", model)
     assert sorted(path.name for path in tmp_path.iterdir()) in (
         ["cohort.tsv"],
@@ -293,6 +293,6 @@ def test_a_case_that_is_called_as_markup_is_shown_as_text(model: Path, tmp_path:
 def test_no_case_is_called_as_a_file_of_the_run(cohort: Path, model: Path, tmp_path: Path) -> None:
     case = Case("run", dict(find_cases(cohort)[0].channels))
     with pytest.raises(
-        AnomriError, match="a case is called 'run', which is no name for its files; rename it"
+        AnomriError, match="a case is called 'run', which cannot name its files; rename it"
     ):
         anomri.detect_cohort([case], tmp_path / "out", model)

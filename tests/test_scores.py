@@ -571,5 +571,5 @@ def test_parts_without_thresholds_have_no_mask(marking: Path, cohort: Path, tmp_
     evaluation = anomri.evaluate([alone, case_of(cohort, "case8")], tmp_path, model=detector)
     assert [row.dice is None for row in evaluation.patients] == [True, False]
     assert evaluation.protocol["threshold"].endswith(
-        "of 1 that lack channels, the one for the channels they have, if any"
+        "for 1 that lack channels, the one for the channels they have, if there is one"
     )

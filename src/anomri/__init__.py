@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from anomri.errors import AnomriError
     from anomri.evaluation.evaluate import evaluate
     from anomri.evaluation.merge import merge
-    from anomri.evaluation.pooling import Evaluation
     from anomri.evaluation.report import report
+    from anomri.evaluation.result import Evaluation
     from anomri.model.detection import Detection
     from anomri.model.detector import Detector
     from anomri.runs.detect import detect_cohort
@@ -34,7 +34,7 @@ _HOMES = {  # the module of each public name
     "Case": "scans.case",
     "Detection": "model.detection",
     "Detector": "model.detector",
-    "Evaluation": "evaluation.pooling",
+    "Evaluation": "evaluation.result",
     "compare": "comparison.compare",
     "detect_cohort": "runs.detect",
     "evaluate": "evaluation.evaluate",

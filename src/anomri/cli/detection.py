@@ -30,6 +30,7 @@ from anomri.cli.options import (
     flag,
     load_detector,
     out,
+    parse_channels,
     within,
 )
 from anomri.errors import AnomriError
@@ -122,60 +123,30 @@ def detect(
     On several GPUs or machines, start it with torchrun or srun.
     """
     from anomri.cli.progress import case_progress
-    from anomri.model.detector import BUILT_IN, model_folder
-    from anomri.optional import import_extra
-    from anomri.runs.detect import detect_cohort
-    from anomri.runs.tables import CaseResult, cases_before, write_dicom_seg
+    from anomri.model.detector import BUILT_IN, Detector, model_folder
+    from anomri.runs.detect import DicomOptions, detect_cohort
+    from anomri.runs.tables import CaseResult
     from anomri.runtime.processes import join_processes
-    from anomri.scans.intake import collect_cases, parse_pairs
+    from anomri.scans.intake import parse_pairs
     from anomri.scans.prepare import Preparation
 
-    preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
-    files = parse_pairs(
-        [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)], "--channel"
-    )
+    pairs = [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)]
+    files = parse_pairs(pairs, "--channel")
+    if input is not None and files:
+        raise AnomriError(
+            "name the scan either with -i, or a file for each channel (--flair FILE --t1 FILE ...)."
+        )
+    preparation = Preparation(brain_mask, skull_strip, bias_correction, register)
     team = join_processes(device)
-    detector = load_detector(
-        model, device, precision, sensitivity, false_positive_ml, min_volume, channels
-    )
+    detector = Detector.load(model, device, precision)
     if model_folder(model) == BUILT_IN and team.is_main:
         _note(
             f"using the model in the package, for research only; see {BUILT_IN / 'MODEL_CARD.md'}"
         )
-    if dicom_seg:
-        import_extra("highdicom", "dicom", "--dicom-seg")
-        if detector.thresholds is None:
-            raise AnomriError(
-                "--dicom-seg: this model has no threshold, so there is no mask to write."
-            )
-    intake = team.run_on_main(
-        lambda: collect_cases(
-            input,
-            files,
-            output,
-            detector.find_cases,
-            series=parse_pairs(series or [], "--series"),
-            keep_identifiers=keep_identifiers,
-            dicom_seg=dicom_seg,
-            note=_note,
-        )
-    )
-    if brain_mask is not None and len(intake.cases) > 1:
-        raise AnomriError(
-            f"--brain-mask is the mask of one scan, but there are {len(intake.cases)}; name masks in a TSV."
-        )
-    if (
-        team.is_main
-        and not shard
-        and (before := cases_before(output, [case.name for case in intake.cases]))
-    ):
-        _note(
-            f"{output} has maps of {before} from another run; the tables and the report will be of this run alone."
-        )
     with case_progress(err) as advance:
 
-        def told(result: CaseResult, total: int) -> None:
+        def on_progress(result: CaseResult, total: int) -> None:
             advance(result.case, total)
             for text in (result.summary or {}).get("notes", []):  # type: ignore[attr-defined]
                 _note(f"{result.case}: {text.removeprefix(f'{result.case}: ')}")
@@ -183,19 +154,23 @@ def detect(
                 err.print(f"failed: {result.error}", style="red", soft_wrap=True)
 
         results = detect_cohort(
-            intake.cases,
+            files if input is None else input,
             output,
             detector,
+            sensitivity=sensitivity,
+            false_positive_ml=false_positive_ml,
+            min_volume=min_volume,
+            channels=parse_channels(channels),
             reconstruction=reconstruction,
             preparation=preparation,
+            dicom=DicomOptions(parse_pairs(series or [], "--series"), keep_identifiers, dicom_seg),
             shard=shard,
-            progress=told,
+            notify=_note,
+            progress=on_progress,
         )
-    if dicom_seg and team.is_main:
-        results = [write_dicom_seg(output, result, intake.series) for result in results]
-        for result in results:
-            if result.error and result.summary:
-                err.print(f"failed: {result.error}", style="red", soft_wrap=True)
+    for result in results:
+        if result.error and result.summary:  # its DICOM SEG could not be written
+            err.print(f"failed: {result.error}", style="red", soft_wrap=True)
     failed = sum(result.error is not None for result in results)
     if format == "json" and team.is_main:
         report = None if shard else str((output / "report.html").resolve())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -38,7 +37,7 @@ from anomri.cli.options import (
 from anomri.scoring import registry as scores
 
 if TYPE_CHECKING:
-    from anomri.evaluation.pooling import Evaluation
+    from anomri.evaluation.result import Evaluation
 
 Split = Annotated[
     Optional[str],
@@ -109,44 +108,33 @@ def evaluate(
     to resume. On several GPUs or machines, start it with torchrun or srun.
     """
     from anomri.cli.progress import case_progress
-    from anomri.errors import AnomriError
     from anomri.evaluation.evaluate import evaluate as run
-    from anomri.evaluation.evaluate import evaluate_shard, make_plan
+    from anomri.evaluation.evaluate import evaluate_shard
     from anomri.model.detector import Detector
     from anomri.runtime.processes import join_processes
-    from anomri.spec import Score
 
     join_processes(device)
-    if maps is not None and not model and (channels or score or min_volume is not None):
-        raise AnomriError(
-            "--channels, --score and --min-volume are a model's; maps are measured as they are."
-        )
-    detector = Detector.load(model, device, precision) if maps is None or model else None
-    if detector and score:
-        paper = asdict(Score("absolute")) if score == "paper" else {"kind": score}
-        detector = detector.with_score(**paper)
-    if detector:
-        detector = detector.with_min_volume(min_volume)
-    if detector and channels:
-        detector = detector.with_channels(parse_channels(channels) or ())
-    arguments = {
-        "model": detector,
+    arguments: dict[str, Any] = {
+        "model": Detector.load(model, device, precision) if maps is None or model else None,
         "maps": maps,
         "grid": grid,
         "split": split,
         "threshold": threshold,
         "sensitivity": sensitivity,
         "false_positive_ml": false_positive_ml,
+        "min_volume": min_volume,
+        "channels": parse_channels(channels),
+        "score": score,
     }
     with case_progress(err, "evaluating") as advance:
 
-        def told(case: str, done: int, total: int) -> None:
+        def on_progress(case: str, done: int, total: int) -> None:
             advance(case, total)
 
         if shard:
-            failed = evaluate_shard(make_plan(input, output, **arguments), output, shard, told)  # type: ignore[arg-type]
+            failed = evaluate_shard(input, output, shard, on_progress, **arguments)
         else:
-            evaluation = run(input, output, **arguments, progress=told)  # type: ignore[arg-type]
+            evaluation = run(input, output, progress=on_progress, **arguments)
     if shard:
         out.print(
             f"{failed} cases failed. After the last shard: anomri merge {output}", soft_wrap=True

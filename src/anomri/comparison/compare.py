@@ -22,11 +22,11 @@ from anomri.comparison.jobs import (
 from anomri.comparison.report import write_comparison
 from anomri.comparison.tables import Row
 from anomri.errors import AnomriError
-from anomri.evaluation.evaluate import choose_cases
+from anomri.evaluation.cases import choose_cases
 from anomri.files import output_folder, read_json, write_text
 from anomri.methods import registry
 from anomri.methods.base import Method
-from anomri.runs.records import files_of
+from anomri.runs.identity import are_same, identify, store_scans
 from anomri.runtime.folders import RUN_FACTS, refuse_foreign, refuse_foreign_tables, sole_use
 from anomri.runtime.launch import require_single_process
 from anomri.scans.case import Case, common_channels
@@ -220,9 +220,8 @@ def _remove_abandoned_scores(folder: Path) -> None:
 def _is_done(job: Job) -> bool:
     """Whether all test cases were evaluated, as their files are now."""
     result = read_result(job)
-    return not result.get("failed", True) and result.get("files") == files_of(
-        job.test_cases, job.channels or ()
-    )
+    scans = identify(job.test_cases, job.channels or ())
+    return not result.get("failed", True) and are_same(result.get("scans"), scans)
 
 
 def _same_comparison(folder: Path, first: Job) -> None:
@@ -236,17 +235,18 @@ def _same_comparison(folder: Path, first: Job) -> None:
         "channels": list(first.channels or ()),
         "cases": {case.name: case.split for case in first.training_cases},
         "test cases": [case.name for case in first.test_cases],
-        "files": files_of(
-            [case for case in first.training_cases if case.split != "test"], first.channels or ()
-        ),
         "version of anomri": version("anomri"),
     }
+    used = [case for case in first.training_cases if case.split != "test"]
+    scans = identify(used, first.channels or ())
     if path.is_file():
         before = read_json(path)
         changed = [name for name, value in facts.items() if before.get(name, value) != value]
+        if not are_same(before.get("files"), scans):
+            changed.append("files")
         if changed:
             raise AnomriError(
                 f"{path}: was begun with other {', '.join(changed)}; give the same ones, or choose "
                 f"another folder with -o."
             )
-    write_text(path, json.dumps(facts, indent=2) + "\n")
+    write_text(path, json.dumps({**facts, "files": store_scans(scans)}, indent=2) + "\n")

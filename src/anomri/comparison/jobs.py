@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomri.errors import AnomriError, Interrupted
-from anomri.evaluation.pooling import Evaluation, Pool, Scored
+from anomri.evaluation.pooling import Pool
+from anomri.evaluation.result import Evaluation
+from anomri.evaluation.scored import Scored
 from anomri.files import output_folder, read_json, whole_file, write_text
 from anomri.methods import registry
 from anomri.model.detector import Detector
-from anomri.runs.detect import problem, read_ahead
-from anomri.runs.records import files_of
+from anomri.runs.identity import identify, store_scans
+from anomri.runs.pipeline import describe_error, read_ahead
 from anomri.runtime.interruption import StopRequest
 from anomri.scans.case import Case, shown_channel
 from anomri.scans.volume import Volume
@@ -130,7 +132,7 @@ def evaluate_job(job: Job, on_progress: OnProgress) -> None:
                     raise volume
                 scoring.add(case, volume)
             except Exception as error:
-                scoring.add_failure(case, problem(case, error))
+                scoring.add_failure(case, describe_error(case, error))
             on_progress(Progress("evaluate", done, len(job.test_cases)))
         facts = {
             "variant": job.variant,
@@ -140,7 +142,7 @@ def evaluate_job(job: Job, on_progress: OnProgress) -> None:
             "channels": detector.spec.channels,
             "seed": job.seed,
             **scoring.evaluate(),
-            "files": files_of(job.test_cases, job.channels or ()),
+            "scans": store_scans(identify(job.test_cases, job.channels or ())),
             "peak_memory_mb": peak_memory_mb(),
             "threads": torch.get_num_threads(),
             "device": str(detector.device),

@@ -15,7 +15,7 @@ from pathlib import Path
 from anomri.demo.cohort import make_cohort, make_one
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
-from anomri.evaluation.pooling import Evaluation
+from anomri.evaluation.result import Evaluation
 from anomri.files import output_folder, write_text
 from anomri.model.detector import Detector
 from anomri.reporting.pages import CaseView, Page, Table, case_views, write_page

@@ -1,4 +1,4 @@
-"""How well maps agree with labels, patient by patient and pooled, with intervals.
+"""How well anomaly maps agree with lesion labels, by patient and pooled, with intervals.
 
-`evaluate.evaluate` is the way in.
+`evaluate.evaluate` is the way in; shards are joined by `merge.merge`.
 """

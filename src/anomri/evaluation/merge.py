@@ -8,7 +8,7 @@ from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import SCORES, merge_evaluations
 from anomri.evaluation.report import EVALUATION
 from anomri.runs.detect import merge_detections
-from anomri.runs.records import PLAN
+from anomri.runs.ledger import PLAN
 from anomri.runs.tables import LOGS
 
 

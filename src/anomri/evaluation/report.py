@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from anomri.errors import AnomriError
-from anomri.evaluation.pooling import Evaluation, PatientScores
+from anomri.evaluation.result import Evaluation, PatientScores
 from anomri.reporting.pages import CaseView, Page, Table, case_views, pictured, write_page
 from anomri.reporting.plots import curves_plot, patients_plot
 from anomri.runs.report import read_report

@@ -22,11 +22,14 @@ from anomri.files import output_folder, read_json, remove_abandoned, write_text
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
 from anomri.model.lesions import Lesion, lesion_labels, table_columns, table_row
-from anomri.runs.detect import detect_each, finished
-from anomri.runs.records import Records, keys_of
+from anomri.runs.identity import identify
+from anomri.runs.ledger import Ledger, Task, check_names
+from anomri.runs.pipeline import detect_each
 from anomri.runs.report import detection_report
 from anomri.runs.tables import (
+    LOGS,
     CaseResult,
+    load_result,
     read_results,
     run_facts,
     write_run,
@@ -95,9 +98,15 @@ def run_participant(
         validate(root, warn)
     facts = run_facts(detector, len(cases), preparation)
     _start(root, out, facts)
-    keys = keys_of(cases, detector.spec.channels, detector.fingerprint, asdict(preparation))
-    records, started = Records(output_folder(out / "logs"), keys, {}), time.time()
-    results = {case.name: result for case in cases if (result := finished(records, case.name, out))}
+    check_names(cases)
+    task = Task(detector.fingerprint, asdict(preparation))
+    logs = output_folder(out / LOGS)
+    ledger = Ledger(out, logs, task, identify(cases, detector.spec.channels))
+    started = time.time()
+    results = {}
+    for case in cases:
+        if result := load_result(ledger, case.name):
+            results[case.name] = result
     waiting = [case for case in cases if case.name not in results]
     for result in results.values():
         progress(result, len(cases))
@@ -107,7 +116,7 @@ def run_participant(
         for result in detect_each(detector, waiting, read, save, out):
             results[result.case] = result
             _remove_former(out, result.case, result.files)
-            records.save(result.case, result.to_record(out))
+            ledger.save(result.case, result.to_record(out))
             progress(result, len(cases))
     finally:
         write_run(out, facts, started)

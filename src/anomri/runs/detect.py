@@ -1,144 +1,145 @@
-"""Detection over a cohort: one model, many scans, every file whole, one bad scan no reason to stop."""
+"""Detection over a cohort: one model, many scans; every file is written whole, and a bad scan fails alone."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 from anomri.errors import AnomriError
-from anomri.model.detection import (
-    Detection,
-    refuse_foreign_results,
-    remove_results,
-    without_own_results,
-)
+from anomri.model.detection import refuse_foreign_results, remove_results, without_own_results
 from anomri.model.detector import Detector
-from anomri.reporting.previews import save_preview
-from anomri.runs.records import Records, Shard, check_same_scans, keys_of, origin_of
+from anomri.optional import import_extra
+from anomri.runs.identity import identify
+from anomri.runs.ledger import Ledger, Task, check_names
+from anomri.runs.pipeline import detect_each
 from anomri.runs.report import write_run_tables
-from anomri.runs.tables import LOGS, CaseResult, run_facts
+from anomri.runs.shards import Shard
+from anomri.runs.tables import (
+    LOGS,
+    CaseResult,
+    cases_before,
+    load_result,
+    run_facts,
+    write_dicom_seg,
+)
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
-from anomri.runtime.launch import usable_processors
 from anomri.runtime.processes import ProcessGroup, join_processes
-from anomri.runtime.threads import divide_torch_threads
 from anomri.scans.case import Case
+from anomri.scans.intake import Intake, collect_cases
 from anomri.scans.prepare import Preparation
-from anomri.scans.volume import Volume
 
 TABLES = ("cases.tsv", "lesions.tsv", "run.json", "report.html")
-MOST_SCANS = 8
-"""How many scans are worked on side by side beside a GPU: each takes some hundred megabytes."""
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DicomOptions:
+    """How a folder of DICOM files is read and written.
+
+    ``series`` says by channel which series it is, by a part of its description. ``keep_identifiers`` names
+    the case by its PatientID and not by a hash. ``segmentation`` writes the mask also as DICOM SEG.
+    """
+
+    series: Mapping[str, str] = field(default_factory=dict)
+    keep_identifiers: bool = False
+    segmentation: bool = False
 
 
 def detect_cohort(
-    cohort: str | Path | Sequence[Case],
+    cohort: str | Path | Mapping[str, str | Path] | Sequence[Case],
     out: str | Path,
-    model: Detector | str | Path,
+    model: Detector | str | Path | None = None,
     *,
-    reconstruction: bool = False,
     sensitivity: str | float | None = None,
     false_positive_ml: float | None = None,
+    min_volume: float | None = None,
+    channels: Sequence[str] | None = None,
+    reconstruction: bool = False,
     preparation: Preparation = Preparation(),
+    dicom: DicomOptions = DicomOptions(),
     shard: str | None = None,
+    notify: Callable[[str], None] = lambda note: None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
-    """Detect in every case of ``cohort`` and write maps, tables and ``report.html`` to the folder ``out``.
+    """Detect in every case of ``cohort`` and write maps, masks, tables and ``report.html`` to the folder ``out``.
 
-    ``preparation`` is done to every case. A case that fails is noted in ``case.tsv`` and the run goes on. Scans are
-    worked on as `detect_each` says, so memory holds a few of them, however many there are.
-    ``sensitivity`` or ``false_positive_ml`` choose another of the model's thresholds, as `sensitivity.choose_threshold`
-    says.
+    ``cohort`` is a scan, a folder (also of DICOM files), a table of cases, the files of one scan by channel, or
+    cases. ``model`` is by default the one in the package. ``sensitivity`` or ``false_positive_ml`` choose
+    another of its thresholds (see `sensitivity.choose_threshold`), ``min_volume`` (mm3) which components its
+    masks keep, and ``channels`` which of its channels are looked at. ``reconstruction`` also writes what the
+    network takes for healthy. ``preparation`` is done to every scan.
 
-    What an earlier call with the same scans, model and settings finished in ``out`` is kept; what another one left of
-    these cases is replaced. Where torchrun or srun started several processes, each calls this with the same arguments
-    and they share the cases. ``shard``, as ``3/40``, does one share of the cases alone; `merge.merge` then writes the
-    tables of all.
+    Memory holds a few scans, however many there are. A case that fails is noted in ``cases.tsv``, and the run
+    goes on. ``notify`` is called with what the user should know, ``progress`` with each result and how many
+    cases there are. What an earlier call with the same scans, model and settings finished in ``out`` is kept.
+    What another call left of these cases is replaced.
 
-    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written or holds files, or
-    results of another scan of the same name, that results would replace, or another run is writing to it.
+    Where torchrun or srun started several processes, each calls this with the same arguments and they share the
+    cases. ``shard``, as ``3/40``, does one share of the cases alone; `merge.merge` then writes the tables.
+
+    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written, files of others
+    or results of another scan of the same name would be overwritten, or another run is writing to ``out``.
     """
-    folder, part = Path(out), Shard.parse(shard)
-    team = ProcessGroup(part.number - 1, part.count) if part else join_processes(_device_of(model))
-    detector = model if isinstance(model, Detector) else Detector.load(model)
-    detector = detector.with_threshold(sensitivity, false_positive_ml)
-    listed = detector.find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    cases = [without_own_results(case) for case in listed]
-    keys = keys_of(
-        cases, detector.spec.channels, detector.fingerprint, _settings(preparation), reconstruction
-    )
-    with part.sole_use(folder) if part else team.sole_use(folder):
-        facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
-        begin = partial(Records.begin, folder / LOGS, keys, facts)
-        mine = team.share(cases)
-
-        def check() -> None:
-            of_this_run = mine if part else cases
-            refuse_foreign_results(folder, of_this_run)
-            refuse_foreign_tables(folder, TABLES)
-            check_same_scans(folder / LOGS, of_this_run)
-
-        check() if part else team.run_on_main(check)
-        records = begin() if part else team.run_on_main(begin)
-        results = {
-            case.name: result for case in mine if (result := finished(records, case.name, folder))
-        }
-
-        def detect() -> None:
-            for result in results.values():
-                progress(result, len(mine))
-            waiting = [case for case in mine if case.name not in results]
-            found = detect_each(
-                detector,
-                waiting,
-                lambda case: detector.read(case, preparation),
-                lambda case, detection: detection.save(folder, reconstruction=reconstruction),
-                folder,
+    folder, part = Path(out), Shard.parse(shard) if shard else None
+    team = join_processes(model.device.type if isinstance(model, Detector) else "auto")
+    base = model if isinstance(model, Detector) else Detector.load(model)
+    detector = base.with_channels(channels) if channels else base
+    detector = detector.with_threshold(sensitivity, false_positive_ml).with_min_volume(min_volume)
+    if dicom.segmentation:
+        import_extra("highdicom", "dicom", "--dicom-seg")
+        if detector.thresholds is None:
+            raise AnomriError(
+                "--dicom-seg: this model has no threshold, so there is no mask to write."
             )
-            for case, result in zip(waiting, found, strict=True):
-                results[result.case] = result
-                remove_results(folder, result.case, result.files)
-                origin: dict[str, Any] = {}
-                if not result.error:
-                    origin = {"origin": origin_of(case), "scans": scans_from(folder, case)}
-                records.save(result.case, result.to_record(folder) | origin)
-                progress(result, len(mine))
-
-        if part:
-            detect()
-            return [results[case.name] for case in mine]
-        try:
-            team.run_on_all(detect)
-        except BaseException:
-            # Also after Ctrl-C: what is done is listed.
-            if team.world_size == 1:
-                write_run_tables(folder, records, list(results.values()))
-            raise
-        return team.run_on_main(lambda: _collected(folder, records))
-
-
-def merge_detections(folder: Path) -> list[CaseResult]:
-    """Write the tables and report of a run whose cases were done shard by shard; raises `AnomriError` if some are missing."""
-    with sole_use(folder):
-        return _collected(folder, Records.open(folder / LOGS))
-
-
-def _collected(folder: Path, records: Records) -> list[CaseResult]:
-    results = [CaseResult.from_record(record, folder) for record in records.all()]
-    write_run_tables(folder, records, results)
+    say = notify if team.is_main else lambda note: None
+    intake = team.run_on_main(lambda: _collect_cases(cohort, folder, detector, dicom, say))
+    cases = [without_own_results(case) for case in intake.cases]
+    if preparation.brain_mask is not None and len(cases) > 1:
+        raise AnomriError(
+            f"--brain-mask is the mask of one scan, but there are {len(cases)}; name masks in a TSV."
+        )
+    check_names(cases)
+    settings = {
+        "sensitivity": sensitivity,
+        "false_positive_ml": false_positive_ml,
+        "min_volume": min_volume,
+        "channels": detector.channels,
+        "reconstruction": reconstruction,
+        "skull_strip": preparation.skull_strip,
+        "bias_correction": preparation.bias_correction,
+        "register": preparation.register,
+    }
+    facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
+    scans = identify([_with_mask(case, preparation) for case in cases], detector.spec.channels)
+    ledger = Ledger(folder, folder / LOGS, Task(base.fingerprint, settings), scans, facts)
+    run = _Run(detector, ledger, preparation, reconstruction, say, progress)
+    if part:
+        with part.sole_use(folder):
+            mine = part.process.share(cases)
+            run.check(mine)
+            return run.detect(mine, ledger.begin())
+    before = cases_before(folder, [case.name for case in cases])
+    if before:
+        say(
+            f"{folder} has maps of {before} from another run; the tables and the report will be of this "
+            f"run alone."
+        )
+    with team.sole_use(folder):
+        results = run.share(cases, team)
+    if dicom.segmentation and team.is_main:
+        results = [write_dicom_seg(folder, result, intake.series) for result in results]
     return results
 
 
-def _device_of(model: Detector | str | Path) -> str:
-    return model.device.type if isinstance(model, Detector) else "auto"
+def merge_detections(folder: Path) -> list[CaseResult]:
+    """Write the tables and the report of a run that was done shard by shard.
+
+    Raises `AnomriError` if cases are missing.
+    """
+    with sole_use(folder):
+        return _write_results(Ledger.open(folder, folder / LOGS))
 
 
 def scans_from(folder: Path, case: Case) -> dict[str, str]:
@@ -151,113 +152,104 @@ def scans_from(folder: Path, case: Case) -> dict[str, str]:
         return {name: str(path) for name, path in files.items()}
 
 
-def _settings(preparation: Preparation) -> list[object]:
-    """A preparation as what a case's key is made of; a brain mask counts by its content's age."""
-    mask = preparation.brain_mask
-    return [asdict(preparation), mask and mask.exists() and mask.stat().st_mtime_ns]
+@dataclass(frozen=True)
+class _Run:
+    """The work on the cases of one call of `detect_cohort`."""
 
+    detector: Detector
+    ledger: Ledger
+    preparation: Preparation
+    reconstruction: bool
+    notify: Callable[[str], None]
+    progress: Callable[[CaseResult, int], None]
 
-def finished(records: Records, case: str, folder: Path) -> CaseResult | None:
-    """What a run before this one found in a case; ``None`` if it did not come to it, failed, or its files are gone."""
-    record = records.load(case)
-    if record is None or record["error"]:
-        return None
-    result = CaseResult.from_record(record, folder)
-    return result if all(path.is_file() for path in result.files) else None
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raise `AnomriError` if results of the ``cases`` would overwrite others' files or another scan's results."""
+        folder = self.ledger.root
+        refuse_foreign_results(folder, cases)
+        refuse_foreign_tables(folder, TABLES)
+        self.ledger.refuse_other_scans(cases)
+        changes, count = self.ledger.changes(cases)
+        if count:
+            self.notify(
+                f"settings differ from those of an earlier run ({'; '.join(changes)}); {count} "
+                f"{'case is' if count == 1 else 'cases are'} done again."
+            )
 
-
-def detect_each(
-    detector: Detector,
-    cases: Sequence[Case],
-    read: Callable[[Case], Volume],
-    save: Callable[[Case, Detection], Sequence[Path] | None],
-    folder: Path,
-) -> Iterator[CaseResult]:
-    """What becomes of each case as soon as that is known: ``read``, detected, ``save`` called, its preview in ``folder``.
-
-    Beside a GPU of CUDA, whose part is short, several scans are read, searched and written side by side; else one after
-    another, each read while the network works on the one before.
-    """
-    workers = (
-        min(usable_processors() // 2, MOST_SCANS, len(cases))
-        if detector.device.type == "cuda"
-        else 1
-    )
-    if workers < 2:
-        for case, volume, begun in read_ahead(cases, read):
-            yield _detect_case(detector, case, volume, begun, save, folder)
-        return
-
-    def work(case: Case) -> CaseResult:
-        return _detect_case(detector, *_attempt(case, read), save, folder)
-
-    with divide_torch_threads(workers):
-        yield from _ahead((partial(work, case) for case in cases), workers - 1)
-
-
-def read_ahead(
-    cases: Sequence[Case], read: Callable[[Case], Volume]
-) -> Iterator[tuple[Case, Volume | AnomriError, float]]:
-    """Each case with its volume (or why there is none) and when work on it began; one is read ahead."""
-    return _ahead((partial(_attempt, case, read) for case in cases), 1)
-
-
-def _ahead(works: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
-    """The results of ``works`` in their order, with so many of those after it begun before each is given."""
-    begun = deque[Future[T]]()
-    for work in works:
-        begun.append(_in_background(work))
-        if len(begun) > count:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
-def _attempt(
-    case: Case, read: Callable[[Case], Volume]
-) -> tuple[Case, Volume | AnomriError, float]:
-    begun = time.monotonic()
-    try:
-        return case, read(case), begun
-    except Exception as error:  # whatever a library makes of an odd scan: a run over many goes on
-        return case, AnomriError(problem(case, error)), begun
-
-
-def _in_background(work: Callable[[], T]) -> Future[T]:
-    """The result of ``work``, done in a thread that nobody waits for when the process is asked to end."""
-    future: Future[T] = Future()
-
-    def run() -> None:
+    def share(self, cases: Sequence[Case], team: ProcessGroup) -> list[CaseResult]:
+        """Detect in all cases, shared among processes, and write the tables."""
+        team.run_on_main(lambda: self.check(cases))
+        ledger = team.run_on_main(self.ledger.begin)
+        done: list[CaseResult] = []
         try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
+            team.run_on_all(lambda: self.detect(team.share(cases), ledger, done))
+        except BaseException:
+            # Also after Ctrl-C: what is done is listed.
+            if team.world_size == 1:
+                write_run_tables(ledger.root, ledger, done)
+            raise
+        return team.run_on_main(lambda: _write_results(ledger))
 
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    def detect(
+        self, cases: Sequence[Case], ledger: Ledger, done: list[CaseResult] | None = None
+    ) -> list[CaseResult]:
+        """The result of each of the ``cases``; ``done`` collects them as they come, earlier ones first."""
+        done = [] if done is None else done
+        folder = ledger.root
+        for case in cases:
+            if result := load_result(ledger, case.name):
+                done.append(result)
+                self.progress(result, len(cases))
+        finished = {result.case for result in done}
+        waiting = [case for case in cases if case.name not in finished]
+        results = detect_each(
+            self.detector,
+            waiting,
+            lambda case: self.detector.read(case, self.preparation),
+            lambda case, detection: detection.save(folder, reconstruction=self.reconstruction),
+            folder,
+        )
+        for case, result in zip(waiting, results, strict=True):
+            done.append(result)
+            remove_results(folder, case.name, result.files)
+            ledger.save(case.name, result.to_record(folder) | {"scans": scans_from(folder, case)})
+            self.progress(result, len(cases))
+        by_name = {result.case: result for result in done}
+        return [by_name[case.name] for case in cases]
 
 
-def _detect_case(
-    detector: Detector,
-    case: Case,
-    volume: Volume | AnomriError,
-    begun: float,
-    save: Callable[[Case, Detection], Sequence[Path] | None],
+def _collect_cases(
+    cohort: str | Path | Mapping[str, str | Path] | Sequence[Case],
     folder: Path,
-) -> CaseResult:
-    try:
-        if isinstance(volume, AnomriError):
-            raise volume
-        detection = detector.detect(volume)
-        files = tuple(save(case, detection) or ())
-        save_preview(detection, folder)
-        return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
-    except Exception as error:
-        return CaseResult(case.name, time.monotonic() - begun, error=problem(case, error))
+    detector: Detector,
+    dicom: DicomOptions,
+    notify: Callable[[str], None],
+) -> Intake:
+    if not isinstance(cohort, str | Path | Mapping):
+        if dicom != DicomOptions():
+            raise AnomriError(
+                "the options of DICOM are for a folder of DICOM files, not for cases."
+            )
+        return Intake(list(cohort))
+    return collect_cases(
+        None if isinstance(cohort, Mapping) else Path(cohort),
+        cohort if isinstance(cohort, Mapping) else {},
+        folder,
+        detector.find_cases,
+        series=dicom.series,
+        keep_identifiers=dicom.keep_identifiers,
+        dicom_seg=dicom.segmentation,
+        note=notify,
+    )
 
 
-def problem(case: Case, error: BaseException) -> str:
-    """An error of one case in words that name the case or its file."""
-    if isinstance(error, AnomriError):
-        return str(error)
-    return f"{case.name}: {type(error).__name__}: {' '.join(str(error).split()) or 'not enough memory'}"
+def _with_mask(case: Case, preparation: Preparation) -> Case:
+    """The case with the brain mask that its preparation brings, which its results depend on."""
+    mask = preparation.brain_mask
+    return case if mask is None else replace(case, mask=mask)
+
+
+def _write_results(ledger: Ledger) -> list[CaseResult]:
+    results = [CaseResult.from_record(entry, ledger.root) for entry in ledger.entries()]
+    write_run_tables(ledger.root, ledger, results)
+    return results

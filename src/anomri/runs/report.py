@@ -11,7 +11,7 @@ from anomri.files import read_json
 from anomri.model.lesions import Lesion, healthy_scans, lesion_columns, page_row
 from anomri.model.sensitivity import false_positive_words
 from anomri.reporting.pages import CaseView, Page, Table, case_views, pictured, write_page
-from anomri.runs.records import Records
+from anomri.runs.ledger import Ledger
 from anomri.runs.tables import CaseResult, read_results, write_run, write_tables
 
 MAX_LESIONS = 8
@@ -32,11 +32,11 @@ GLOSSARY = (
 )
 
 
-def write_run_tables(folder: Path, records: Records, results: Sequence[CaseResult]) -> None:
+def write_run_tables(folder: Path, ledger: Ledger, results: Sequence[CaseResult]) -> None:
     """Write the tables, ``run.json`` and the report of a run."""
     write_tables(folder, results)
-    write_run(folder, records.facts["run"], records.facts["started"])
-    detection_report(folder, results, records.facts["run"])
+    write_run(folder, ledger.facts["run"], ledger.facts["started"])
+    detection_report(folder, results, ledger.facts["run"])
 
 
 def read_report(folder: Path, note: str = "") -> Path:

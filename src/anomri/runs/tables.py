@@ -17,7 +17,7 @@ from anomri.errors import AnomriError
 from anomri.files import read_json, write_text
 from anomri.model.detector import Detector
 from anomri.model.lesions import Lesion, read_lesion, table_columns, table_row
-from anomri.runs.records import Records
+from anomri.runs.ledger import Ledger
 from anomri.scans.case import Case
 from anomri.scans.dicom.channels import Series
 from anomri.scans.dicom.seg import write_segmentation
@@ -115,11 +115,17 @@ def read_results(folder: Path) -> list[CaseResult]:
     """What a run noted of each case in ``logs``; in the order of its plan, if there is one."""
     logs = folder / LOGS
     try:
-        names = list(Records.open(logs).keys)
+        names = list(Ledger.open(folder, logs).scans)
     except AnomriError:
         names = sorted(path.stem for path in logs.glob("*.json"))
     records = [read_json(path) for name in names if (path := logs / f"{name}.json").is_file()]
     return [CaseResult.from_record(record, folder) for record in records]
+
+
+def load_result(ledger: Ledger, case: str) -> CaseResult | None:
+    """The result of a case that an earlier run finished; ``None`` if there is none that counts."""
+    entry = ledger.finished(case)
+    return None if entry is None else CaseResult.from_record(entry, ledger.root)
 
 
 def cases_before(folder: Path, cases: Sequence[str]) -> str:

@@ -1,0 +1,150 @@
+"""Scores and label of each case: of a model's detections, or of maps that lie in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomri.errors import AnomriError
+from anomri.model.detector import Detector
+from anomri.reporting.previews import remove_preview, save_preview
+from anomri.runs.pipeline import describe_error, read_ahead
+from anomri.scans.case import Case
+from anomri.scans.names import SUFFIXES
+from anomri.scans.read import read_label, read_map
+from anomri.scans.volume import Volume
+from anomri.scoring.metrics import Scores, count_components
+from anomri.slices import on_published_grid
+from anomri.spec import Score
+
+PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
+"""Voxels of the paper's working grid on BraTS in mm: slices, rows and columns."""
+
+
+@dataclass
+class Scored:
+    """Scores and label of one case on the same grid, or the ``error`` that kept it from having them.
+
+    ``threshold`` is the score above which its mask lies, if there is one. Components of at most ``max_dropped``
+    voxels are dropped where filtered. ``patient`` is by default the case itself. ``notes`` are about its label.
+    ``lesions`` counts those of the label as it was drawn, where it was brought to another grid, and ``lost``
+    those that are not there any more.
+    """
+
+    case: str
+    scores: Scores | None = None
+    label: NDArray[np.bool_] | None = None
+    max_dropped: int = 0
+    error: str | None = None
+    threshold: float | None = None
+    patient: str | None = None
+    notes: Sequence[str] = ()
+    lesions: int = 0
+    lost: int = 0
+
+
+def score_with_model(
+    detector: Detector,
+    cases: Sequence[Case],
+    grid: str,
+    folder: Path | None,
+    threshold: float | None,
+) -> Iterator[Scored]:
+    """Each case searched by a model, on its working ``grid`` (``model``) or the scan's own (``input``).
+
+    Previews are written to ``folder``, if there is one.
+    """
+    for case, volume, _ in read_ahead(cases, detector.read):
+        try:
+            if isinstance(volume, AnomriError):
+                raise volume
+            yield _score_volume(detector, case, volume, grid, folder, threshold)
+        except Exception as error:
+            yield Scored(case.name, error=describe_error(case, error))
+
+
+def _score_volume(
+    detector: Detector,
+    case: Case,
+    volume: Volume,
+    grid: str,
+    folder: Path | None,
+    threshold: float | None,
+) -> Scored:
+    label = volume.lesions()
+    detection = detector.detect(volume, threshold=threshold)
+    if folder is not None:
+        save_preview(detection, folder)
+    scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
+    lesions = lost = 0
+    if grid == "model":
+        lesions = count_components(label)
+        scores, label, voxel_mm3 = on_published_grid(
+            detection.scores, detection.stack, volume, detector.spec.grid
+        )
+        lost = max(lesions - count_components(label), 0)
+    return Scored(
+        case.name,
+        scores,
+        label,
+        max_dropped=detector.spec.score.max_dropped(detection.stack.spacing_mm, voxel_mm3),
+        threshold=detection.threshold,
+        patient=case.patient,
+        notes=_notes_on_label(case, volume.notes),
+        lesions=lesions,
+        lost=lost,
+    )
+
+
+def score_maps(
+    maps: Path, cases: Sequence[Case], folder: Path | None, threshold: float | None
+) -> Iterator[Scored]:
+    """Each case with its map in the folder ``maps``, on the label's grid.
+
+    Previews in ``folder`` that a model left are removed: they do not show these maps.
+    """
+    for case in cases:
+        try:
+            if folder is not None and folder.resolve() != maps.resolve():
+                remove_preview(folder, case.name)
+            yield _score_map(maps, case, threshold)
+        except Exception as error:
+            yield Scored(case.name, error=describe_error(case, error))
+
+
+def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
+    path, names = find_map(maps, case), _map_names(case)
+    if path is None:
+        raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
+    label, geometry, notes = read_label(case)
+    assert case.label is not None
+    return Scored(
+        case.name,
+        read_map(path, case.label, geometry),
+        label,
+        max_dropped=Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3),
+        threshold=threshold,
+        patient=case.patient,
+        notes=_notes_on_label(case, [*case.notes, *notes]),
+    )
+
+
+def find_map(maps: Path, case: Case) -> Path | None:
+    """The map of a case in the folder ``maps``, if it is there."""
+    return next((maps / name for name in _map_names(case) if (maps / name).is_file()), None)
+
+
+def _map_names(case: Case) -> list[str]:
+    return [case.name + ending + suffix for ending in ("_anomaly", "") for suffix in SUFFIXES]
+
+
+def _notes_on_label(case: Case, notes: Sequence[str]) -> list[str]:
+    """The ``notes`` about the case's label, each with the case's name: labels may have the same name."""
+    if case.label is None:
+        return []
+    start = f"{case.name}: "
+    return [start + note.removeprefix(start) for note in notes if case.label.name in note]
