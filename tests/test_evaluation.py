@@ -165,8 +165,8 @@ def test_patients_the_model_knows_are_left_out_unless_asked_for(
     given = evaluate(cases, tmp_path, model=model, threshold=0.3)
     assert given.protocol["threshold"] == "0.3, given by the user"
     anomri.detect_cohort([case for case in cases if case.name == "case7"], tmp_path, model)
-    assert "Anomalies found" in (tmp_path / "report.html").read_text()
-    assert "Anomalies found" in anomri.report(tmp_path).read_text()
+    assert "Anomalies in the scan case7" in (tmp_path / "report.html").read_text()
+    assert "Anomalies in the scan case7" in anomri.report(tmp_path).read_text()
 
 
 def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_path: Path) -> None:
