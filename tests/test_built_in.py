@@ -19,8 +19,8 @@ from anomri.scans.find import find_cases
 
 def test_it_is_small_and_has_its_card() -> None:
     assert sum(path.stat().st_size for path in BUILT_IN.iterdir()) < 16 * 2**20
-    card = (BUILT_IN / "MODEL_CARD.md").read_text()
-    for word in ("Not a medical device", "Menze", "Bakas", "Where it fails", "AUPRC"):
+    card = " ".join((BUILT_IN / "MODEL_CARD.md").read_text().split())
+    for word in ("not a medical device", "Menze", "Bakas", "Where it fails", "AUPRC"):
         assert word in card
     spec = anomri.load().spec
     assert spec.channels == ("flair", "t1", "t1ce", "t2")

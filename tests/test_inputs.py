@@ -347,7 +347,7 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
     for more in (["--dicom-seg"], ["--dicom-seg"], []):
         assert main([*arguments, *more]) == 0
         written.append({path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")})
-    assert written[0] == written[1] == written[2] and len(written[0]) == 4
+    assert written[0] == written[1] == written[2] and len(written[0]) == 5
     (name,) = (path.name.removesuffix("_mask.dcm") for path in out.glob("*_mask.dcm"))
     for scans in (find_scans(out), named_scans(out, folder)):
         assert scans[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
@@ -439,7 +439,7 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
         thresholding("t1").read(paths["FLAIR"])
     volume = detector.read(paths["visit"])
     assert volume.missing == ("t1",) and volume.notes[0].startswith(
-        "p_visit.nii.gz is taken for flair, since its name"
+        "p_visit.nii.gz is read as flair, because its name"
     )
     table = tmp_path / "one.tsv"
     table.write_text("case\tvisit\na\tp_visit.nii.gz\n")
@@ -448,13 +448,13 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
     notes = detector.read({"FLAIR": paths["FLAIR"], "swi": paths["swi"]}).notes
     assert (
         "has no t1" in notes[0]
-        and notes[1] == "swi is no channel of the model, and is not looked at."
+        and notes[1] == "swi is not a channel of the model and is not used."
     )
     detector.spec = replace(detector.spec, score=replace(detector.spec.score, channels=("flair",)))
     assert (
         detector.read(paths["T1w"])
         .notes[-1]
-        .startswith("without flair, which the score rests on, far fewer")
+        .startswith("the score is computed on flair; without, far fewer")
     )
     assert detector.read({"t1w": paths["T1w"], "flair": paths["FLAIR"]}).notes == ()
 

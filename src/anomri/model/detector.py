@@ -24,13 +24,13 @@ from anomri.model.detection import Detection
 from anomri.model.files import read_model, read_model_cases, write_model
 from anomri.model.inference import Inference
 from anomri.model.lesions import Lesion, find_lesions
-from anomri.model.sensitivity import choose_threshold
+from anomri.model.reading import find_cases_for, read_case
+from anomri.model.sensitivity import choose_nearest_threshold, choose_threshold
 from anomri.runtime.devices import resolve_device
 from anomri.scans.case import Case, case_from_files
-from anomri.scans.find import find_cases
-from anomri.scans.names import OTHER_IMAGES, SUFFIXES, bare_name, channel_name
+from anomri.scans.names import channel_name
 from anomri.scans.nifti import as_files
-from anomri.scans.prepare import Preparation, prepare
+from anomri.scans.prepare import Preparation
 from anomri.scans.splits import splits_by_name, write_splits
 from anomri.scans.volume import Volume
 from anomri.scoring.filters import anomaly_score
@@ -74,10 +74,10 @@ class Detector:
     ) -> None:
         self.spec = spec
         self.channels = spec.channels
-        """Those of the model's channels that are looked at; see `with_channels`."""
+        """The channels of the model that are looked at; see `with_channels`."""
         self.cases = cases
-        """Those that the model was trained on and held out, if its folder says so; maybe without files."""
-        # Kept for `save`: folding changes the filters in place.
+        """The cases that the model was trained on and that were held out, if its folder names them; maybe without files."""
+        # For `save`: folding changes the filters in place.
         self._state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, value in method.state_dict().items()
@@ -86,7 +86,7 @@ class Detector:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.inference.device
 
     @property
@@ -151,49 +151,52 @@ class Detector:
     ) -> Detection:
         """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
 
-        A file may also be an image of nibabel; one alone is the model's only channel, or FLAIR. Name such scans by
-        ``name``, which their files are called by.
-        ``preparation`` says what is done to files before (a `Volume` is taken as it is); ``threshold`` is a score that
-        makes the mask in place of the model's own. Raises `AnomriError` if the scan lacks a channel of the model or
-        cannot be read.
+        A file may also be an image of nibabel; a single one is the model's only channel, or FLAIR. ``name`` names
+        such scans and their results. ``preparation`` is done to files first (a `Volume` is used as it is).
+        ``threshold`` makes the mask instead of the model's own threshold. Raises `AnomriError` if the scan lacks a
+        channel of the model or cannot be read.
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation, name)
         if volume.channels != self.spec.channels:
             raise AnomriError(
                 f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
-                f"{', '.join(self.spec.channels)}; read it by the model's `read`, or complete it (`Volume.completed`)."
+                f"{', '.join(self.spec.channels)}; read it with the model's `read`, or add the missing "
+                f"ones with `Volume.completed`."
             )
         volume = volume.without([name for name in volume.present if name not in self.channels])
         stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
-        before = self.inference.batch
+        batch = self.inference.batch
         scores, reconstructed = self.score(stack)
-        if self.inference.batch < before:
-            note = f"memory was short: the network takes {self.inference.batch} slices at once from here on, not {before}."
+        if self.inference.batch < batch:
+            note = (
+                f"memory was short: the network takes {self.inference.batch} slices at once from here "
+                f"on, not {batch}."
+            )
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
         spec = replace(self.spec, thresholds=self.spec.thresholds_for(volume.present))
         if threshold is None and spec.thresholds is not None:
             threshold = spec.thresholds.threshold
-        threshold = None if threshold is None else float(threshold)
         mask: NDArray[np.bool_] | None = None
         lesions: tuple[Lesion, ...] = ()
         if threshold is not None:
+            threshold = float(threshold)
             dropped = spec.score.max_dropped(stack.spacing_mm, volume.geometry.voxel_mm3)
             mask = drop_small_components(anomaly_map > threshold, dropped)
             healthy = spec.thresholds.healthy if spec.thresholds else None
             lesions = find_lesions(mask, anomaly_map, volume.geometry, volume.foreground, healthy)
         return Detection(
-            volume.name,
-            spec,
-            volume,
-            stack,
-            scores,
-            reconstructed,
-            anomaly_map,
-            threshold,
-            mask,
-            lesions,
+            name=volume.name,
+            spec=spec,
+            volume=volume,
+            stack=stack,
+            scores=scores,
+            reconstructed=reconstructed,
+            anomaly_map=anomaly_map,
+            threshold=threshold,
+            mask=mask,
+            lesions=lesions,
         )
 
     def with_threshold(
@@ -205,26 +208,16 @@ class Detector:
         channels that are looked at; a subset that does not store it has its own default.
         """
         choose_threshold(self.thresholds, sensitivity, false_positive_ml)
-
-        def choose(stored: Thresholds) -> Thresholds | None:
-            most = false_positive_ml
-            if most is not None:
-                if stored.healthy is None:  # of a model that an earlier anomri trained
-                    return None
-                # Its volumes may end below that: then the lowest threshold that it has.
-                most = min(most, stored.healthy.false_positive_ml[0])
-            try:
-                return choose_threshold(stored, sensitivity, most)
-            except AnomriError:
-                # A rate that was chosen for other channels, or a step beyond its last.
-                return stored.asking()
-
-        subsets = {names: choose(one) for names, one in self.spec.subset_thresholds.items()}
+        chosen = {
+            names: choose_nearest_threshold(stored, sensitivity, false_positive_ml)
+            for names, stored in self.spec.subset_thresholds.items()
+        }
         detector = copy(self)
         detector.spec = replace(
             self.spec,
-            thresholds=choose(self.spec.thresholds) if self.spec.thresholds else None,
-            subset_thresholds={names: one for names, one in subsets.items() if one},
+            thresholds=self.spec.thresholds
+            and choose_nearest_threshold(self.spec.thresholds, sensitivity, false_positive_ml),
+            subset_thresholds={names: one for names, one in chosen.items() if one},
         )
         return detector
 
@@ -236,7 +229,7 @@ class Detector:
         return detector
 
     def with_channels(self, names: Sequence[str]) -> Detector:
-        """The same model, looking at these of its channels only, with the `thresholds` for them.
+        """The same model, looking only at these of its channels, with the `thresholds` for them.
 
         Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
         """
@@ -244,19 +237,20 @@ class Detector:
         chosen = tuple(name for name in self.spec.channels if name in names)
         if not chosen or len(chosen) < len(set(names)):
             raise AnomriError(
-                f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is no part of them."
+                f"the model's channels are {', '.join(self.spec.channels)}; {', '.join(names)} is not a subset of "
+                f"these."
             )
         if chosen != self.spec.channels and not self.takes_subsets:
             raise AnomriError(
                 f"this model needs all of {', '.join(self.spec.channels)}; one trained with channel_dropout (preset "
-                f"quick or accurate) takes a part of them."
+                f"quick or accurate) takes a subset of them."
             )
         detector = copy(self)
         detector.channels = chosen
         return detector
 
     def with_score(self, **score: Any) -> Detector:
-        """The same model with other settings of its `spec.Score`; its thresholds are not theirs, so it has none.
+        """The same model with other settings of its `spec.Score`, and without thresholds, which were for the old ones.
 
         Raises `AnomriError` if there is no such score, or the model does not make what it needs.
         """
@@ -275,23 +269,8 @@ class Detector:
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`find.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR.
-
-        FLAIR it is for a model that takes a part of its channels; a file whose name says that it is something else
-        (`OTHER_IMAGES`) is neither.
-        """
-        cases = find_cases(cohort)
-        if not Path(cohort).name.lower().endswith(SUFFIXES):
-            return cases
-        ((channel, path),) = cases[0].channels.items()
-        taken_for = self.channels[0] if len(self.channels) == 1 else "flair"
-        if channel in (*self.channels, *OTHER_IMAGES) or taken_for not in self.channels:
-            return cases
-        if len(self.channels) > 1 and not self.takes_subsets:
-            return cases
-        note = f"{path.name} is taken for {taken_for}, since its name says no channel of the model."
-        name = cases[0].name if len(self.channels) == 1 else bare_name(path)
-        return [Case(name, {taken_for: path}, notes=(note,))]
+        """`find.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR."""
+        return find_cases_for(cohort, self.channels, self.takes_subsets)
 
     def read(
         self,
@@ -299,7 +278,7 @@ class Detector:
         preparation: Preparation = Preparation(),
         name: str | None = None,
     ) -> Volume:
-        """Read the model's channels of one scan, prepared."""
+        """Read the model's channels of one scan, prepared; ``scan`` and ``name`` as in `detect`."""
         if isinstance(scan, SpatialImage):
             scan = {self.channels[0] if len(self.channels) == 1 else "flair": scan}
         if isinstance(scan, Mapping):
@@ -312,44 +291,7 @@ class Detector:
                     f"{scan}: holds {len(cases)} cases; name one, or loop over find_cases."
                 )
             scan = cases[0]
-        channels = self.spec.channels
-        missing = [channel for channel in channels if channel not in scan.channels]
-        present = [channel for channel in self.channels if channel in scan.channels]
-        if len(present) < len(channels) and present and self.takes_subsets:
-            notes = self._notes_on(scan) if len(present) < len(self.channels) else ()
-            return prepare(scan, present, self.spec.grid, preparation).completed(
-                channels, (*scan.notes, *notes)
-            )
-        if missing:
-            raise AnomriError(
-                f"{scan.name}: this model was trained on {', '.join(channels)}, but the scan has "
-                f"{', '.join(scan.channels) or 'no channel'}; {', '.join(missing)} is missing. Name the files "
-                f"<case>_<channel>.nii.gz, or train a model of the channels that there are."
-            )
-        volume = prepare(scan, channels, self.spec.grid, preparation)
-        return replace(volume, notes=(*scan.notes, *volume.notes))
-
-    def _notes_on(self, scan: Case) -> list[str]:
-        """What the owner of a scan should know that lacks channels."""
-        absent = [name for name in self.channels if name not in scan.channels]
-        stored = self.spec.thresholds_for([name for name in self.channels if name in scan.channels])
-        known = (
-            ", and has a threshold for that"
-            if stored
-            else "; it has no threshold for that, so there is no mask"
-        )
-        notes = [
-            f"the scan has no {', '.join(absent)}; the model was trained to do without{known}."
-        ]
-        others = [name for name in scan.channels if name not in self.spec.channels]
-        if others:
-            notes.append(f"{', '.join(others)} is no channel of the model, and is not looked at.")
-        bright = [name for name in self.spec.score.channels if name in self.channels]
-        if bright and set(bright) <= set(absent):
-            notes.append(
-                f"without {' and '.join(bright)}, which the score rests on, far fewer lesions are found."
-            )
-        return notes
+        return read_case(scan, self.spec, self.channels, self.takes_subsets, preparation)
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
         """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
@@ -389,7 +331,7 @@ class Detector:
         return output
 
     def save(self, folder: str | Path) -> None:
-        """Write the model folder that `load` reads: the model with all of its channels, and whom it has seen."""
+        """Write the model folder that `load` reads: the model with all of its channels, and the cases it has seen."""
         if self.cases:
             write_splits(output_folder(Path(folder)) / "splits.csv", self.cases)
         write_model(Path(folder), self.spec, self._state)

@@ -49,6 +49,26 @@ def choose_threshold(
     return thresholds.asking(rate=_stored_rate(thresholds, asked))
 
 
+def choose_nearest_threshold(
+    stored: Thresholds, sensitivity: str | float | None, false_positive_ml: float | None
+) -> Thresholds | None:
+    """As `choose_threshold`, for a subset of the channels that may not store the one that is asked for.
+
+    It has the next one then: the lowest threshold if its volumes end below ``false_positive_ml``, its default if it does
+    not store the ``sensitivity``. ``None`` if it stores no volumes at all.
+    """
+    most_ml = false_positive_ml
+    if most_ml is not None:
+        if stored.healthy is None:  # of a model that an earlier anomri trained
+            return None
+        most_ml = min(most_ml, stored.healthy.false_positive_ml[0])
+    try:
+        return choose_threshold(stored, sensitivity, most_ml)
+    except AnomriError:
+        # A rate that was chosen for other channels, or a step beyond its last.
+        return stored.asking()
+
+
 def confidence(peak: float, healthy: HealthyScores | None) -> float | None:
     """Share of healthy scans whose peak is below ``peak``: k / (n + 1) for k of n held-out scans.
 
