@@ -447,8 +447,7 @@ def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
         detector.read(table)
     notes = detector.read({"FLAIR": paths["FLAIR"], "swi": paths["swi"]}).notes
     assert (
-        "has no t1" in notes[0]
-        and notes[1] == "swi is not a channel of the model and is not used."
+        "has no t1" in notes[0] and notes[1] == "swi is not a channel of the model and is not used."
     )
     detector.spec = replace(detector.spec, score=replace(detector.spec.score, channels=("flair",)))
     assert (
