@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.optional import import_extra
+from anomri.scans.sitk import import_sitk
 
 WORKING_MM = 6.0
 """The field is fitted to the image shrunk to voxels of about this size; it varies over centimetres."""
@@ -26,7 +26,7 @@ def correct_bias(
     The field has mean 1 over the brain. Raises `AnomriError` naming the channel if SimpleITK is not
     installed or finds no field.
     """
-    sitk = import_extra("SimpleITK", "register", "--bias-correction")
+    sitk = import_sitk("--bias-correction")
     inside = data > 0
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
     image.SetSpacing(spacing_mm)
@@ -38,7 +38,6 @@ def correct_bias(
     ]
     correct = sitk.N4BiasFieldCorrectionImageFilter()
     correct.SetMaximumNumberOfIterations(ITERATIONS)
-    correct.SetNumberOfThreads(1)
     try:
         correct.Execute(sitk.Shrink(image, factors), sitk.Shrink(mask, factors))
         field = sitk.GetArrayFromImage(sitk.Exp(correct.GetLogBiasFieldAsImage(image))).T

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.optional import import_extra
 from anomri.scans.resample import VoxelGrid, resample
+from anomri.scans.sitk import import_sitk
 from anomri.scans.volume import Volume
 
 TEMPLATE_MM = 2
@@ -82,7 +83,7 @@ def _find_transform(
     fixed: nib.Nifti1Image, moving: NDArray[np.float32], grid: VoxelGrid, name: str
 ) -> NDArray[np.float64]:
     """The rigid transform template mm -> scan mm (RAS+), by SimpleITK."""
-    sitk = import_extra("SimpleITK", "register", "--register")
+    sitk = import_sitk("--register")
     target = _to_sitk(sitk, np.asanyarray(fixed.dataobj, dtype=np.float32), fixed.affine)
     source = _shrink(sitk, _to_sitk(sitk, moving, grid.affine), grid.spacing_mm)
     try:
@@ -109,8 +110,6 @@ def _find_transform(
 
 def _registration_method(sitk: Any) -> Any:
     method = sitk.ImageRegistrationMethod()
-    # One thread sums in one order, so the map is the same every time.
-    method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricSamplingStrategy(method.REGULAR)
     method.SetMetricSamplingPercentagePerLevel(SAMPLED, 1)
