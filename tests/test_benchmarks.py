@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+import find_cohort
 import robustness
 import small_lesions
 from anomri.evaluation.evaluate import evaluate
@@ -135,3 +136,13 @@ def test_the_table_of_small_lesions_has_a_row_for_every_size(
     for row in rows:
         shown = [float(share) for share in re.findall(r"\d\.\d\d", row)]
         assert shown[:3] == sorted(shown[:3])
+
+
+def test_the_time_to_find_a_cohort_is_printed_for_each_layout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    find_cohort.main(["--patients", "3"])  # which checks that all patients are found
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names == [*(layout.__name__ for layout in find_cohort.LAYOUTS), "table"]
+    assert all(float(line.split()[1]) < 60 and line.endswith(" s") for line in lines)

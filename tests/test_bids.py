@@ -162,7 +162,9 @@ def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
         "derivatives/hand/sub-03/anat/sub-03_desc-gt_mask",
     ],
 )
-def test_what_may_be_a_label_and_is_not_read_as_one_is_named(dataset: Path, place: str) -> None:
+def test_a_file_that_may_be_a_label_but_is_not_read_as_one_is_refused_by_name(
+    dataset: Path, place: str
+) -> None:
     other = dataset / "derivatives" / "other" / "sub-01" / "anat" / "sub-01_desc-tumour_mask.nii.gz"
     save(other, np.ones(SHAPE, np.uint8))
     assert len(find_cases(dataset)) == 4
@@ -224,7 +226,7 @@ def test_a_case_lies_in_one_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "space"), [(("FLAIR",), "FLAIR"), (("FLAIR", "T1w"), "FLAIR"), (("T1w",), "T1w")]
 )
-def test_marks_may_be_named_after_the_image_whose_grid_is_theirs(
+def test_masks_and_labels_may_be_named_after_the_image_whose_grid_they_share(
     tmp_path: Path, images: tuple[str, ...], space: str
 ) -> None:
     root = describe(tmp_path / "in")
@@ -421,7 +423,7 @@ def test_errors_say_what_to_do(
         bids_cases(tmp_path / "none")
     (tmp_path / "flat").mkdir()
     with pytest.raises(
-        AnomriError, match=r"no BIDS data set .found: nothing.; name another folder"
+        AnomriError, match=r"not a BIDS data set .found: nothing.; name another folder"
     ):
         bids_cases(tmp_path / "flat")
     prep = describe(tmp_path / "raw")

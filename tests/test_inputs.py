@@ -338,6 +338,17 @@ def test_a_dicom_folder_is_detected_and_segmented(
     assert affine.shape == (4, 4)
 
 
+def test_the_series_of_a_dicom_folder_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dicom_folder(tmp_path / "in")
+    assert main(["list", str(tmp_path / "in")]) == 0
+    shown = capsys.readouterr().out
+    assert "a DICOM study; one case" in shown and "flair: 'Ax FLAIR' (26 slices" in shown
+    assert main(["list", str(tmp_path / "in"), "-o", str(tmp_path / "x.tsv")]) == 2
+    assert "holds DICOM files, which a table cannot list" in capsys.readouterr().err
+
+
 def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "in" / "out"
     dicom_folder(folder)

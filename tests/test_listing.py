@@ -176,6 +176,39 @@ def test_on_a_terminal_each_case_is_a_row(
     assert capsys.readouterr().out.count("_anomaly.nii") == 9
 
 
+def test_bids_and_nnunet_come_back_from_a_table_and_say_what_is_left_out(tmp_path: Path) -> None:
+    bids = touch(
+        tmp_path / "bids",
+        "sub-1/anat/sub-1_FLAIR.nii.gz",
+        "sub-1/anat/sub-1_run-2_T1w.nii.gz",
+        "sub-1/anat/sub-1_run-10_T1w.nii.gz",
+        "sub-1/func/sub-1_bold.nii.gz",
+        "derivatives/x/sub-1/anat/sub-1_space-MNI_desc-brain_mask.nii.gz",
+        "derivatives/x/sub-1/anat/sub-1_label-lesion_mask.nii.gz",
+    )
+    (bids / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    cohort = read_cohort(bids)
+    assert [(path.name, reason) for path, reason in cohort.left_out] == [
+        (
+            "sub-1_space-MNI_desc-brain_mask.nii.gz",
+            "lies in another space or shows something else",
+        ),
+        ("sub-1_run-10_T1w.nii.gz", "another file is taken for t1"),
+        ("sub-1_bold.nii.gz", "is not where this layout has images (BIDS data set)"),
+    ]
+    nnunet = touch(
+        tmp_path / "nnunet",
+        *("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b_0000.nii.gz", "other/c.nii"),
+    )
+    (nnunet / "dataset.json").write_text('{"channel_names": {"0": "T1"}}')
+    other = read_cohort(nnunet)
+    assert [path.name for path, _ in other.left_out] == ["c.nii"]
+    for found in (cohort, other):
+        table = tmp_path / f"{found.cases[0].name}.tsv"
+        found.write(table)
+        assert without_notes(find_cases(table)) == without_notes(found.cases)
+
+
 def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path, "p/p_flair.nii", "p/a/b/p_t1.nii")
     (tmp_path / "p/a/again").symlink_to(tmp_path)

@@ -125,7 +125,7 @@ def _list_dicom(folder: Path, output: Path | None) -> None:
 
     if output:
         raise AnomriError(
-            f"{folder}: holds DICOM files, which a table cannot list; use the folder itself with -i."
+            f"{folder}: holds DICOM files, which a table cannot list; use the folder with -i."
         )
     left_out: list[str] = []
     keep: Callable[[str], None] = left_out.append

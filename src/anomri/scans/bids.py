@@ -1,4 +1,4 @@
-"""The scans of a BIDS data set: which files are a participant's channels, brain mask and lesion label, in one space."""
+"""The scans of a BIDS data set: each participant's channels, brain mask and lesion label."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ CHANNELS = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-*_T1w", "t2": "T2w"}
 """How the names of each channel's images end; ``ce`` says that a contrast agent was given."""
 SUFFIXES = ("FLAIR", "T1w", "T2w")
 LIKE_A_LESION = re.compile(
-    r"lesion|tumou?r|wm[hl]|infarct|stroke|_msk|_(FLAIR|T1w|T2w)_roi|(label|desc|seg)-(gt|consensus)|(label|seg)-manual",
+    r"lesion|tumou?r|wm[hl]|infarct|stroke|_msk|_(FLAIR|T1w|T2w)_roi"
+    r"|(label|desc|seg)-(gt|consensus)|(label|seg)-manual",
     re.IGNORECASE,
 )
-"""What is in the names of files, behind participant and session, that may be labels."""
+"""What may make a file a label if it stands in its name behind participant and session."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,19 @@ class _File:
 
     @property
     def grids(self) -> set[tuple[str, str]]:
-        """The grids (space, res) it may lie on; an image without ``space`` is what others call ``space-<suffix>``."""
+        """The grids (space, res) it may lie on.
+
+        The grid of an image without ``space`` may be called ``space-<suffix>`` by other files.
+        """
         space, res = str(self.entities.get("space", "")), str(self.entities.get("res", ""))
-        named = (
-            SUFFIXES if self.suffix == "mask" else () if "ce" in self.entities else (self.suffix,)
-        )
-        return {(space, res)} if space else {(name, res) for name in ("", *named)}
+        if space:
+            return {(space, res)}
+        spaces = {""}
+        if self.suffix == "mask":
+            spaces.update(SUFFIXES)
+        elif "ce" not in self.entities:
+            spaces.add(self.suffix)
+        return {(name, res) for name in spaces}
 
     def shows(self, what: str) -> bool:
         """Whether it is an image of that channel, or a mask of the ``brain`` or a ``lesion``."""
@@ -145,13 +153,16 @@ def _no_image(root: Path, files: Sequence[_File], labels: Sequence[str] | None) 
 
 
 def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` if a file may be a label that is not known for one: its slices would be taken for healthy."""
+    """Raise `AnomriError` if a file may be a label that is not read as one.
+
+    Its slices would be taken for healthy.
+    """
     labelled = {case.name for case in cases if case.label}
     images = {path for case in cases for path in case.channels.values()}
     for path in sorted(bids_dir.rglob("*.nii*")):
         whose = re.match(r"sub-[A-Za-z0-9]+(_ses-[A-Za-z0-9]+)?", path.name)
         named = whose.group() if whose else ""
-        # Of several of one case the first is taken, and a note says so.
+        # A case with several labels uses the first, and a note says so.
         if (
             path not in images
             and named not in labelled
@@ -159,18 +170,23 @@ def check_labels(bids_dir: Path, cases: Sequence[Case]) -> None:
         ):
             raise AnomriError(
                 f"{path}: looks like the label of a lesion, but is not read as one: labels are "
-                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the images. Rename it, or name "
+                f"derivatives/*/sub-*/[ses-*/]anat/*_label-lesion_mask.nii.gz in the space of the "
+                f"images. Rename it, or name "
                 f"all files in a .tsv; to detect, `anomri bids` needs no labels."
             )
 
 
-def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) -> None:
-    """Raise `AnomriError` with the first errors that the BIDS validator finds; ``warn`` if it is not installed."""
+def validate(bids_dir: Path, warn: Callable[[str], None]) -> None:
+    """Raise `AnomriError` with the first errors that the BIDS validator finds.
+
+    If the validator is not installed, ``warn`` is called and nothing is checked.
+    """
     name = "bids-validator-deno"
-    # A virtual environment that is not activated has it beside its Python, but not on the path.
+    # In a virtual environment that is not activated it lies beside Python, but not on the path.
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        return warn(f"{bids_dir} was not validated: there is no {name} here; pip install {name}")
+        warn(f"{bids_dir} was not validated: {name} is not installed; pip install {name}")
+        return
     command = [found, "--format", "json", "--ignoreWarnings", str(bids_dir)]
     ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     try:
@@ -184,8 +200,9 @@ def validate(bids_dir: Path, warn: Callable[[str], None] = lambda text: None) ->
     ]
     if errors:
         raise AnomriError(
-            f"{bids_dir}: is not valid BIDS: {'; '.join(errors[:5])}{'; ...' if errors[5:] else ''}. Mend these "
-            f"({name} {bids_dir} says more), list what is not BIDS in .bidsignore, or try --skip-bids-validation."
+            f"{bids_dir}: is not valid BIDS: {'; '.join(errors[:5])}{'; ...' if errors[5:] else ''}."
+            f" Correct these ({name} {bids_dir} says more), list what is not BIDS in .bidsignore, or"
+            " try --skip-bids-validation."
         )
 
 
@@ -194,7 +211,8 @@ def read_description(root: Path) -> dict[str, Any]:
     if not (path := root / "dataset_description.json").is_file():
         found = ", ".join(sorted(entry.name for entry in root.glob("*"))[:5]) or "nothing"
         raise AnomriError(
-            f"{path}: no such file, so this is no BIDS data set (found: {found}); name another folder."
+            f"{path}: no such file, so this is not a BIDS data set (found: {found}); name another"
+            " folder."
         )
     return read_json(path)
 
@@ -212,7 +230,7 @@ def _select(kind: str, root: Path, found: Sequence[str], asked: Sequence[str] | 
 
 def _anatomical_files(root: Path) -> list[_File]:
     ancpbids = import_extra("ancpbids", "bids", "BIDS")
-    # A pickle in the data set would be loaded, and so run, if it were not ignored.
+    # ancpbids would load a pickle in the data set, and so run its code.
     options = ancpbids.DatasetOptions(ignore=[".*", "sourcedata", "code"], ignore_pickle_file=True)
     dataset: Any = ancpbids.load_dataset(str(root), options)
     files: list[_File] = []

@@ -123,7 +123,7 @@ def note_choice(name: str, what: str, paths: Sequence[Path]) -> list[str]:
 
 
 def common_channels(cases: Sequence[Case]) -> tuple[str, ...]:
-    """The channels that most cases have, in alphabetical order (the paper's: FLAIR, T1, T1ce, T2)."""
+    """The channels that most cases have, in alphabetical order (FLAIR, T1, T1ce, T2)."""
     sets = [tuple(sorted(case.channels)) for case in cases if case.channels]
     if not sets:
         raise AnomriError(
@@ -141,6 +141,6 @@ def check_unique(channels: Sequence[str]) -> None:
 
 
 def shown_channel(channels: Sequence[str], missing: Sequence[str] = ()) -> int:
-    """The index of the channel that pictures show: FLAIR, where lesions stand out, else the first."""
+    """The index of the channel that pictures show: FLAIR, where lesions show best, or the first."""
     present = [name for name in channels if name not in missing]
     return channels.index("flair" if "flair" in present else present[0])

@@ -1,8 +1,8 @@
 """Which case a mask or a lesion label belongs to, by its name and the names of the images around.
 
 ``p_flair_brain_mask``, ``p_brain_mask`` and ``p_mask`` may all be the brain mask of case ``p``,
-``p_brain_tumor_mask`` is its lesion label, and ``p_wm_mask`` is neither. A case may itself be called
-``p_lesion`` or ``P_T2``. So a name is read against the names of all images of the cohort.
+``p_brain_tumor_mask`` is its lesion label, and ``p_wm_mask`` is neither. A case may itself be
+called ``p_lesion`` or ``P_T2``. So a name is read against the names of all images of the cohort.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LESION = (
     r"(?:[a-z0-9]*lesions?|tumou?rs?|wm[hl]s?|infarcts?|strokes?{more})$"
 )
 SURELY_LESION = re.compile(_LESION.format(more=""), re.IGNORECASE)
-"""End of a stem before ``_mask`` or ``_seg`` that says lesion even behind a `TISSUE`: brain_tumor."""
+"""End of a stem before ``_mask`` or ``_seg`` that says lesion even behind a `TISSUE`."""
 LESION = re.compile(_LESION.format(more="|consensus|manual|gt|ground"), re.IGNORECASE)
 """End of a stem before ``_mask`` that makes it a lesion's label; before ``_seg`` it is dropped."""
 VAGUE_LABELS = (
