@@ -1,4 +1,5 @@
-"""From files to a prepared scan: find cases, read NIfTI and DICOM, check headers and masks, strip, register, scale.
+"""From files to a prepared scan: find cases, read NIfTI and DICOM, check, strip, register, scale.
 
-`find.find_cases` gives cases, `prepare.prepare` and `volume.Volume` what a model sees. Nothing here knows a model.
+`find` gives cases, by the folder layouts in `layouts`; `prepare` and `volume` give what a model
+sees. Nothing here knows a model.
 """
