@@ -41,14 +41,14 @@ SCORES: dict[str, dict[str, Any]] = {
     "positive residual, FLAIR and T2": asdict(Score("positive", BRIGHT)),
     "+ smoothed": asdict(Score("positive", BRIGHT, smoothing_mm=1.7)),
     "SSIM": asdict(Score("ssim")),
-    "marks": asdict(Score("anomaly_probability", median=3, smoothing_mm=1.7)),
-    "marks x positive residual": asdict(
+    "probability": asdict(Score("anomaly_probability", median=3, smoothing_mm=1.7)),
+    "probability x positive residual": asdict(
         Score("probability_with_residual", BRIGHT, median=3, smoothing_mm=1.7)
     ),
-    "marks x positive residual, as the chosen score otherwise": {
+    "probability x positive residual, as the chosen score otherwise": {
         "kind": "probability_with_residual"
     },
-    "marks x residual by position": {"kind": "probability_with_residual_by_position"},
+    "probability x residual by position": {"kind": "probability_with_residual_by_position"},
     "residual by position": {"kind": "positive_by_position"},
     "not smoothed": {"smoothing_mm": 0.0},
     "median of 3 x 3": {"median": 3},
@@ -60,8 +60,10 @@ SCORES: dict[str, dict[str, Any]] = {
 PARTS = (("flair",), ("t2",), ("t1",), ("flair", "t1"), ("flair", "t1", "t2"))
 TRAININGS: dict[str, dict[str, Any]] = {
     "all choices": {},
-    "no anomalies, no marks": {"settings": {"anomalies": False, "segmentation_head": False}},
-    "anomalies without marks": {"settings": {"segmentation_head": False}},
+    "no anomalies, no segmentation head": {
+        "settings": {"anomalies": False, "segmentation_head": False}
+    },
+    "anomalies without a segmentation head": {"settings": {"segmentation_head": False}},
     "one noise (16, 0.25, every slice)": {
         "settings": {"noise_resolution": 16, "noise_std": 0.25, "noise_share": 1.0},
     },
@@ -125,7 +127,7 @@ class Trial:
         return self._outputs[key]
 
 
-def folds_of(cases: Sequence[Case], folds: int) -> list[list[Case]]:
+def make_folds(cases: Sequence[Case], folds: int) -> list[list[Case]]:
     """The cohort ``folds`` times without its test patients.
 
     Every case is once ``test``; two of the others are ``val``.
@@ -171,7 +173,7 @@ def main() -> None:
     if arguments.model:
         detectors = [anomri.load(arguments.model)]
     if arguments.folds:
-        splits = folds_of(cases, arguments.folds)
+        splits = make_folds(cases, arguments.folds)
         groups = [[case for case in split if case.split == "test"] for split in splits]
         detectors = [
             anomri.train(

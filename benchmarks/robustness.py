@@ -41,7 +41,7 @@ from anomri.spec import Scaling
 Data = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Change = Callable[[Volume, Generator], Volume]
-BALLS = {"spheres of 2 to 4 mm": (16, (2.0, 4.0)), "of 4 to 10 mm": (6, (4.0, 10.0))}
+SPHERES = {"spheres of 2 to 4 mm": (16, (2.0, 4.0)), "of 4 to 10 mm": (6, (4.0, 10.0))}
 """How many a scan gets, and their radii."""
 PLAQUE = {"flair": 0.35, "t1": -0.15, "t1ce": -0.15, "t2": 0.25}
 """Their mean change of a channel, in units of the scaling ``standard``."""
@@ -253,7 +253,7 @@ class Found:
         )
 
 
-def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
+def columns_for(detector: Detector) -> dict[str, tuple[str, ...]]:
     """The channels that a model is shown, by what a column is called."""
     parts = {"all channels": detector.spec.channels}
     if detector.takes_subsets and {"flair"} < set(detector.spec.channels):
@@ -261,7 +261,7 @@ def parts_of(detector: Detector) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def labelled_of(detector: Detector, cases: Sequence[Case], split: str) -> list[Case]:
+def labelled_cases(detector: Detector, cases: Sequence[Case], split: str) -> list[Case]:
     """The cases of a split that have a label.
 
     Whom a model was trained on, its own folder knows best.
@@ -291,7 +291,7 @@ def main() -> None:
     scans = [
         (detector, case)
         for detector in detectors
-        for case in labelled_of(detector, cases, given.split)
+        for case in labelled_cases(detector, cases, given.split)
     ]
     changes = {name: change for name, change in CHANGES.items() if given.only in name}
     if not scans or not changes:
@@ -299,8 +299,8 @@ def main() -> None:
             f"no labelled case of the split {given.split}, or no change with {given.only!r} in its "
             "name."
         )
-    kinds = ["lesions", *({} if given.lesions else BALLS)]
-    parts = parts_of(scans[0][0])
+    kinds = ["lesions", *({} if given.lesions else SPHERES)]
+    parts = columns_for(scans[0][0])
     print("| |", " | ".join(f"{kind}, {part}" for kind in kinds for part in parts), "|")
     print("|---" * (1 + len(kinds) * len(parts)) + "|")
     for name, change in changes.items():
@@ -312,7 +312,7 @@ def main() -> None:
                 scan = changed
                 if kind != "lesions":
                     planted = with_spheres(
-                        volume, *BALLS[kind], np.random.default_rng([seed, number])
+                        volume, *SPHERES[kind], np.random.default_rng([seed, number])
                     )
                     scan = change(planted, np.random.default_rng(seed))
                 for part, shown in parts.items():

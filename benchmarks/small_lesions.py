@@ -27,7 +27,7 @@ from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.read import read_volume
 from anomri.scoring.metrics import drop_small_components, precision_recall
-from robustness import BALLS, Data, Mask, labelled_of, parts_of, with_spheres
+from robustness import SPHERES, Data, Mask, columns_for, labelled_cases, with_spheres
 
 SETTINGS: dict[str, tuple[str | None, float | None]] = {
     "default": (None, None),
@@ -72,10 +72,10 @@ def main() -> None:
     )
     given = parser.parse_args()
     detector = anomri.load(given.model)
-    cases = labelled_of(detector, find_cases(given.cohort), given.split)
+    cases = labelled_cases(detector, find_cases(given.cohort), given.split)
     if not cases:
         parser.error(f"no labelled case of the split {given.split}.")
-    for part, channels in parts_of(detector).items():
+    for part, channels in columns_for(detector).items():
         print(
             f"\n| {part}: radius | spheres |",
             " | ".join(SETTINGS),
@@ -100,7 +100,7 @@ def table(detector: Detector, cases: list[Case], repeats: int) -> None:
         assert volume.label is not None
         healthy, voxel_mm3 = ~np.asarray(volume.label.any((0, 1))), volume.geometry.voxel_mm3
         for repeat in range(repeats):
-            for number, (size, kind) in enumerate(BALLS.items()):
+            for number, (size, kind) in enumerate(SPHERES.items()):
                 draw = np.random.default_rng([zlib.crc32(case.name.encode()), number, repeat])
                 scan = with_spheres(volume, *kind, draw)
                 assert scan.label is not None

@@ -56,7 +56,7 @@ def test_pooling_counts_equals_pooling_scores() -> None:
     parts = [(rng.random(500).astype(np.float32), rng.random(500) < 0.2) for _ in range(3)]
     thresholds, lesion = lesion_thresholds([scores[label] for scores, label in parts])
     healthy = sum(count_at(np.sort(scores[~label]), thresholds) for scores, label in parts)
-    pooled = curve_from_counts(thresholds, lesion, healthy, int(lesion.sum()), 1)
+    pooled = curve_from_counts(thresholds, lesion, healthy, int(lesion.sum()))
     whole = precision_recall(
         np.concatenate([s for s, _ in parts]), np.concatenate([label for _, label in parts])
     )

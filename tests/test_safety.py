@@ -173,7 +173,7 @@ def test_giant_headers_of_weights_are_refused(stranger: Path, header: int) -> No
 def test_weights_that_are_no_numbers_are_refused(stranger: Path) -> None:
     path = stranger / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
-    refused(stranger, "weights.safetensors: is damaged .* contains NaN or infinite values")
+    refused(stranger, "weights.safetensors: is damaged .* contains NaN")
 
 
 def test_a_split_that_is_none_is_refused(stranger: Path) -> None:

@@ -132,8 +132,7 @@ class Pool:
                 ceil_dice=curve.ceil_dice,
             )
             rows.append(_at_threshold(row, case, scores, label))
-        positives = int(lesion.sum())
-        curve = curve_from_counts(thresholds, lesion, healthy, positives, self.voxels - positives)
+        curve = curve_from_counts(thresholds, lesion, healthy, int(lesion.sum()))
         figures = _figures(curve, counts, self._filtered_ceil_dice(curve), rows)
         return Evaluation(protocol, figures, tuple(rows), _thinned(curve), threshold, self.failed)
 

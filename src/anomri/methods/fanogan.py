@@ -15,7 +15,10 @@ from anomri.slices import Box
 from anomri.spec import Training
 
 CRITIC_TURNS = 5
+"""Steps of the critic to one of the generator."""
 PENALTY = 10.0
+GAN_BETAS = (0.0, 0.9)
+"""Adam's, for critic and generator."""
 FULL = Training(
     steps=67_200,
     batch_size=32,
@@ -64,38 +67,26 @@ class FAnoGAN(Method):
         self.generator = SliceGenerator(len(channels), width, latent)
         self.critic = Downward(len(channels), width, 1)
         self.encoder = Downward(len(channels), width, latent)
-        self.latent, self.kappa, self.gan_share, self.encoder_rate = (
-            latent,
-            kappa,
-            gan_share,
-            encoder_rate,
-        )
+        self.latent, self.kappa = latent, kappa
+        self.gan_share, self.encoder_rate = gan_share, encoder_rate
         self.register_buffer("encoder_begun", torch.zeros((), dtype=torch.bool))
 
     def objectives(self) -> list[Objective]:
         """Critic and generator first, then the encoder, which has at least the last step."""
 
-        def encoding(step: int, steps: int) -> bool:
+        def encoder_turn(step: int, steps: int) -> bool:
             return step >= min(round(self.gan_share * steps), steps - 1)
 
+        def critic_turn(step: int, steps: int) -> bool:
+            return not encoder_turn(step, steps)
+
+        def generator_turn(step: int, steps: int) -> bool:
+            return critic_turn(step, steps) and step % CRITIC_TURNS == CRITIC_TURNS - 1
+
         return [
-            Objective(
-                self.critic,
-                "critic",
-                1.0,
-                (0.0, 0.9),
-                lambda step, steps: not encoding(step, steps),
-            ),
-            Objective(
-                self.generator,
-                "generator",
-                1.0,
-                (0.0, 0.9),
-                lambda step, steps: (
-                    not encoding(step, steps) and step % CRITIC_TURNS == CRITIC_TURNS - 1
-                ),
-            ),
-            Objective(self.encoder, "encoder", self.encoder_rate, active=encoding),
+            Objective(self.critic, "critic", 1.0, GAN_BETAS, critic_turn),
+            Objective(self.generator, "generator", 1.0, GAN_BETAS, generator_turn),
+            Objective(self.encoder, "encoder", self.encoder_rate, active=encoder_turn),
         ]
 
     def forward(
@@ -106,9 +97,9 @@ class FAnoGAN(Method):
         box: Box | None = None,
         objective: str | None = None,
     ) -> Tensor:
-        """The loss of a objective.
+        """The loss of an objective.
 
-        Without one the encoder's on the foreground, NaN before its training has begun.
+        Without one, the encoder's on the foreground; NaN before the encoder's training has begun.
         """
         for network in (self.critic, self.generator, self.encoder):
             network.requires_grad_(network is getattr(self, objective or "encoder"))
@@ -120,9 +111,9 @@ class FAnoGAN(Method):
             return -self.critic(self.generator(self._draw(len(x), generator, x.device))).mean()
         if objective == "encoder":
             self.encoder_begun.fill_(True)
-        found = self.generator(self.encoder(x))
-        features = (self.critic.describe(found) - self.critic.describe(x)).square().mean()
-        loss = ((found - x) * foreground[:, None]).square().mean() + self.kappa * features
+        reconstruction = self.generator(self.encoder(x))
+        features = (self.critic.describe(reconstruction) - self.critic.describe(x)).square().mean()
+        loss = ((reconstruction - x) * foreground[:, None]).square().mean() + self.kappa * features
         return torch.where(self.encoder_begun, loss, torch.nan)
 
     def critic_loss(self, x: Tensor, generator: Generator) -> Tensor:

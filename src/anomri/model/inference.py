@@ -56,7 +56,7 @@ class Inference:
         output: Tensor | None = None
         guard = Lock()
 
-        def place(some: slice) -> None:
+        def fill(some: slice) -> None:
             nonlocal output
             part = self._reconstruct(x[some], box, mirrored)
             with guard:
@@ -64,39 +64,40 @@ class Inference:
                     output = part.new_empty((len(x), *part.shape[1:]))
             output[some] = part
 
-        def reconstruct(size: int) -> None:
-            parts = [slice(first, first + size) for first in range(0, len(x), size)]
-            workers = (
-                min(len(parts), MOST_WORKERS, torch.get_num_threads())
-                if self.device.type == "cpu"
-                else 1
-            )
+        def fill_all(batch: int) -> None:
+            batches = [slice(first, first + batch) for first in range(0, len(x), batch)]
+            workers = self._workers(len(batches))
             if workers == 1:
-                list(map(place, parts))
+                list(map(fill, batches))
                 return
             with worker_threads(workers) as pool:
-                list(pool.map(place, parts))
+                list(pool.map(fill, batches))
 
-        size = min(self.batch, self._fast(x, box))
-        fitting = smaller_until_it_fits(reconstruct, size)
-        if fitting < size:
+        batch = min(self.batch, self._fastest_batch(x, box))
+        fitting = smaller_until_it_fits(fill_all, batch)
+        if fitting < batch:
             # Several scans may be under way: what was too much for one stays so.
             self.batch = min(fitting, self.batch)
         assert output is not None
         return output
 
-    def _fast(self, x: Tensor, box: Box | None) -> int:
+    def _workers(self, batches: int) -> int:
+        if self.device.type != "cpu":
+            return 1
+        return min(batches, MOST_WORKERS, torch.get_num_threads())
+
+    def _fastest_batch(self, x: Tensor, box: Box | None) -> int:
         """How many slices keep the finest maps of a network near a processor's cache."""
-        values = self.method.finest_width
-        if self.device.type != "cpu" or values is None:
+        width = self.method.finest_width
+        if self.device.type != "cpu" or width is None:
             return self.batch
-        slices = CACHED / (values * cut_box(x, box)[0, 0].numel())
+        slices = CACHED / (width * cut_box(x, box)[0, 0].numel())
         return 2 ** max(math.ceil(math.log2(slices)), 0)
 
     def _reconstruct(self, x: Tensor, box: Box | None, mirrored: bool) -> Tensor:
         x = x.to(self.device)
         if mirrored:
-            x, box = x.flip(2), box and (x.shape[2] - box[1], x.shape[2] - box[0], *box[2:])
+            x, box = _mirror(x, box)
         if self.half:
             x = x.contiguous(memory_format=torch.channels_last)
         # Not inference mode: a method may follow gradients to its reconstruction. Both hold for one
@@ -104,3 +105,12 @@ class Inference:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             output: Tensor = self.method.reconstruct(x, box)
         return (output.flip(2) if mirrored else output).float().cpu().contiguous()
+
+
+def _mirror(x: Tensor, box: Box | None) -> tuple[Tensor, Box | None]:
+    """Slices with left and right, their rows, exchanged; and the box, which holds the same pixels."""
+    if box is None:
+        return x.flip(2), None
+    top, bottom, left, right = box
+    h = x.shape[2]
+    return x.flip(2), (h - bottom, h - top, left, right)

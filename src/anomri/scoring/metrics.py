@@ -51,7 +51,6 @@ class Curve:
     true_positives: Counts
     false_positives: Counts
     positives: int
-    negatives: int
 
     @property
     def recall(self) -> NDArray[np.float64]:
@@ -66,11 +65,8 @@ class Curve:
     @property
     def dice(self) -> NDArray[np.float64]:
         """Dice at each threshold."""
-        return (
-            2
-            * self.true_positives
-            / np.maximum(self.true_positives + self.false_positives + self.positives, 1)
-        )
+        total = self.true_positives + self.false_positives + self.positives
+        return 2 * self.true_positives / np.maximum(total, 1)
 
     @property
     def average_precision(self) -> float:
@@ -109,9 +105,7 @@ def count_at(rising: Scores, thresholds: Scores) -> Counts:
     return np.diff(np.searchsorted(rising, thresholds, side="left"), append=rising.size)
 
 
-def curve_from_counts(
-    thresholds: Scores, lesion: Counts, healthy: Counts, positives: int, negatives: int
-) -> Curve:
+def curve_from_counts(thresholds: Scores, lesion: Counts, healthy: Counts, positives: int) -> Curve:
     """The `Curve` from counts at rising thresholds.
 
     The counts are those of `lesion_thresholds` and `count_at`.
@@ -121,7 +115,6 @@ def curve_from_counts(
         true_positives=np.cumsum(lesion[::-1]),
         false_positives=np.cumsum(healthy[::-1]),
         positives=positives,
-        negatives=negatives,
     )
 
 
@@ -145,13 +138,15 @@ def precision_recall_from_sorted(
         thresholds, counts = lesion_thresholds([lesion])
     else:
         counts = count_at(lesion, thresholds)
-    return curve_from_counts(
-        thresholds, counts, count_at(healthy, thresholds), lesion.size, healthy.size
-    )
+    return curve_from_counts(thresholds, counts, count_at(healthy, thresholds), lesion.size)
 
 
 def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
-    """Dice of two masks; 1 if both are empty."""
+    """Dice of two masks; 1 if both are empty.
+
+    >>> dice(np.array([True, True, False]), np.array([True, False, False]))
+    0.6666666666666666
+    """
     total = int(prediction.sum()) + int(label.sum())
     return 2 * int((prediction & label).sum()) / total if total else 1.0
 
@@ -159,11 +154,7 @@ def dice(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> float:
 def count_components(mask: NDArray[np.bool_]) -> int:
     """How many 26-connected components a mask (x, y, z) has."""
     inside = mask[box_around(mask)]
-    return (
-        int(cc3d.connected_components(inside.astype(np.uint8), connectivity=26, return_N=True)[1])
-        if inside.size
-        else 0
-    )
+    return _components(inside)[1] if inside.size else 0
 
 
 def drop_small_components(mask: NDArray[np.bool_], max_dropped_voxels: int) -> NDArray[np.bool_]:
@@ -197,15 +188,18 @@ def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> Le
 
     A lesion counts as detected if one voxel of it is predicted.
     """
-    lesions, n_lesions = cc3d.connected_components(
-        label.astype(np.uint8), connectivity=26, return_N=True
-    )
-    found, n_found = cc3d.connected_components(
-        prediction.astype(np.uint8), connectivity=26, return_N=True
-    )
-    detected = np.unique(lesions[prediction & label]).size
-    touching = np.unique(found[prediction & label]).size
-    return LesionCounts(int(n_lesions), int(detected), int(n_found - touching))
+    lesions, n_lesions = _components(label)
+    found, n_found = _components(prediction)
+    overlap = prediction & label
+    detected = np.unique(lesions[overlap]).size
+    touching = np.unique(found[overlap]).size
+    return LesionCounts(n_lesions, int(detected), int(n_found - touching))
+
+
+def _components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.unsignedinteger[Any]], int]:
+    """The 26-connected components of a mask (x, y, z), numbered from 1, and how many they are."""
+    labels, count = cc3d.connected_components(mask.astype(np.uint8), connectivity=26, return_N=True)
+    return labels, int(count)
 
 
 def bootstrap_weights(patients: int, resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
