@@ -1,12 +1,13 @@
-"""Thresholds without labels: scores that healthy tissue of patients not trained on rarely exceeds.
+"""Thresholds without labels: scores that healthy tissue of held-out patients rarely exceeds.
 
-The one of a score that was chosen on synthetic spheres is chosen on them too; it then depends on what stands out as well.
+The default of a score that was chosen on synthetic spheres is chosen on them too. It then also
+depends on what stands out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -18,31 +19,36 @@ from anomri.model.detector import Detector
 from anomri.scoring.metrics import drop_small_components, precision_recall_from_sorted
 from anomri.scoring.registry import DEFAULT_RATE, find
 from anomri.slices import SliceStack, brain_box, find_foreground
-from anomri.spec import HealthyScores, Score, Thresholds
+from anomri.spec import HealthyScores, Thresholds
 from anomri.training.packing import PackedCase, spread_healthy
 from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
+"""Shares of healthy voxels whose thresholds every model stores."""
 MAX_CASES = 64
-"""More held-out cases than this do not move the quantiles; their scores are held in memory at once (5 MB a case)."""
+"""More held-out cases do not move the quantiles. Their scores are in memory at once (5 MB a case)."""
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
-"""Voxel rates whose scores are the steps of the table of volumes: a quarter less volume from one to the next."""
+"""Voxel rates whose scores are the steps of the table of volumes, each a quarter below the last."""
 BINS = 64
+"""Bins of the histogram of healthy scores."""
 STEPS = 2001
 """Thresholds that are tried on spheres: so many quantiles of the scores of their voxels."""
 PLANTED, SUBSET_PLANTED = 48, 12
-"""Scans with spheres, several of each of `MAX_SCANS` cases: with nine, another planting moves the threshold by a fifth. Of parts of
-the channels there are 2^n, so fewer for each."""
+"""Planted scans, several of each of `MAX_SCANS` cases, for all channels and for each subset.
+
+With 9, another planting moves the threshold by a fifth. There are 2^n subsets, so fewer for each.
+"""
 MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
-"""Limits for thresholds of parts of the channels."""
+"""Limits for the thresholds of subsets of the channels."""
 
 
 @dataclass(frozen=True)
 class _Healthy:
-    """Scores (n, h, w) of one case cut to its brain, zero on slices that are not healthy, and where they count."""
+    """Scores (n, h, w) of one case, cut to its brain and zero on slices that are not healthy."""
 
     scores: NDArray[np.float32]
     counted: NDArray[np.bool_]
+    """The healthy foreground voxels."""
     ml_per_pixel: float
     """Volume of a pixel, divided by the share of the scan's slices that are healthy."""
     max_dropped: int
@@ -50,161 +56,195 @@ class _Healthy:
 
     def false_positive_ml(self, threshold: float) -> float:
         """The volume above a threshold."""
-        return float(
-            drop_small_components(self.scores > threshold, self.max_dropped).sum()
-            * self.ml_per_pixel
-        )
+        mask = drop_small_components(self.scores > threshold, self.max_dropped)
+        return float(mask.sum() * self.ml_per_pixel)
 
 
-def default_rate(score: Score) -> float:
-    """The share of healthy voxels above a score's threshold unless another is asked for."""
-    return find(score.kind).false_positive_rate
+@dataclass(frozen=True)
+class _Default:
+    """The threshold that a training chose: the rate that exceeds it, its score, and why."""
+
+    rate: float
+    threshold: float
+    reason: str = ""
+
+
+class _Scorer:
+    """`Detector.score`, which reports how many scans of ``total`` have gone through the network."""
+
+    def __init__(
+        self, detector: Detector, total: int, on_progress: Callable[[int, int], None]
+    ) -> None:
+        self.detector = detector
+        self._total = total
+        self._done = 0
+        self._on_progress = on_progress
+        on_progress(0, total)
+
+    def __call__(self, stack: SliceStack) -> NDArray[np.float32]:
+        scores, _ = self.detector.score(stack)
+        self._done += 1
+        self._on_progress(self._done, self._total)
+        return scores
 
 
 def healthy_thresholds(
     detector: Detector,
     held_out: Sequence[PackedCase],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Thresholds | None:
-    """Quantiles of the scores of healthy slices' foreground voxels, pooled over ``held_out`` cases; `HealthyScores`.
+    """Thresholds by the scores of the healthy foreground voxels of all ``held_out`` cases.
 
-    The chosen one is at `default_rate`, or, of a score that was chosen on spheres, has the highest geometric mean of the
-    Dice of large and of small spheres, and is exceeded by at most `DEFAULT_RATE`. ``None`` if there is no healthy slice.
-    ``progress`` is told how many cases are done, and of how many.
+    ``None`` if there is no such voxel. ``on_progress`` gets how many scans went through the
+    network, and of how many.
     """
-    usable = spread_healthy(held_out, MAX_CASES)
-    return _thresholds(
-        detector, usable, detector.spec.channels, lambda done: progress(done, len(usable))
-    )
+    cases = spread_healthy(held_out, MAX_CASES)
+    scorer = _Scorer(detector, len(cases) + _planted_scans(detector, PLANTED), on_progress)
+    return _thresholds(scorer, cases, detector.spec.channels, PLANTED)
 
 
 def subset_thresholds(
     detector: Detector,
     held_out: Sequence[PackedCase],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Thresholds]:
-    """The same for every part of the model's channels, of at most `MAX_SUBSET_CASES` cases.
+    """The same for every subset of the model's channels, named as ``flair+t2``.
 
-    Empty where the method does not take a part of its channels, or they are more than `MAX_SUBSET_CHANNELS`.
+    Empty if the method takes no subsets, or has more than `MAX_SUBSET_CHANNELS` channels.
     """
     channels = detector.spec.channels
     if not detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
         return {}
-    usable = spread_healthy(held_out, MAX_SUBSET_CASES)
-    parts = [names for size in range(1, len(channels)) for names in combinations(channels, size)]
-    found = {}
-    for number, names in enumerate(parts):
-        progress(number, len(parts))
-        if (thresholds := _thresholds(detector, usable, names)) is not None:
-            found["+".join(names)] = thresholds
-    return found
+    cases = spread_healthy(held_out, MAX_SUBSET_CASES)
+    subsets = [names for size in range(1, len(channels)) for names in combinations(channels, size)]
+    scans = len(cases) + _planted_scans(detector, SUBSET_PLANTED)
+    scorer = _Scorer(detector, len(subsets) * scans, on_progress)
+    found = {names: _thresholds(scorer, cases, names, SUBSET_PLANTED) for names in subsets}
+    return {"+".join(names): one for names, one in found.items() if one is not None}
+
+
+def _planted_scans(detector: Detector, count: int) -> int:
+    return 2 * count if detector.spec.score.chosen_by else 0
 
 
 def _thresholds(
-    detector: Detector,
-    cases: Sequence[PackedCase],
-    channels: Sequence[str],
-    progress: Callable[[int], None] = lambda done: None,
+    scorer: _Scorer, cases: Sequence[PackedCase], channels: Sequence[str], planted_scans: int
 ) -> Thresholds | None:
-    scored = []
-    for done, case in enumerate(cases):
-        progress(done)
-        scored.append(_score(detector, case, channels))
+    scored = [_score(scorer, case, channels) for case in cases]
     if not any(one.counted.any() for one in scored):
         return None
     pooled = np.sort(np.concatenate([one.scores[one.counted] for one in scored]))
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
-    values = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
-    chosen, why = default_rate(detector.spec.score), ""
-    if detector.spec.score.chosen_by and (best := _best_on_spheres(detector, cases, channels)):
-        threshold, why = best
-        chosen = float((pooled > threshold).mean())
-        if chosen > DEFAULT_RATE:
-            # Where little is found, as on T1 alone, the best Dice has a mask that takes in much healthy tissue.
-            chosen, why = (
-                DEFAULT_RATE,
-                f"{why}; raised to what {DEFAULT_RATE:.0%} of healthy voxels exceed",
-            )
-        else:
-            values[chosen] = threshold
-    rates = sorted(values, reverse=True)
+    table = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
+    default = _default(scorer, cases, channels, planted_scans, pooled, table)
+    table[default.rate] = default.threshold
+    rates = sorted(table, reverse=True)
     return Thresholds(
         false_positive_rate=tuple(rates),
-        value=tuple(values[rate] for rate in rates),
-        default_rate=chosen,
-        chosen_by=why,
+        value=tuple(table[rate] for rate in rates),
+        default_rate=default.rate,
+        chosen_by=default.reason,
         healthy_slices=sum(len(case.healthy) for case in cases),
         healthy_cases=len(cases),
         healthy=_describe(scored, pooled),
     )
 
 
-def _best_on_spheres(
-    detector: Detector, cases: Sequence[PackedCase], channels: Sequence[str]
-) -> tuple[float, str] | None:
-    """The threshold with the highest geometric mean of the Dice of large and of small spheres, and why in words.
+def _default(
+    scorer: _Scorer,
+    cases: Sequence[PackedCase],
+    channels: Sequence[str],
+    planted_scans: int,
+    pooled: NDArray[np.float32],
+    table: Mapping[float, float],
+) -> _Default:
+    """The score's own rate or, if the score was chosen on spheres, what is best on them.
 
-    ``None`` if none of the cases that are taken shows one of the channels on its healthy slices.
+    At most `DEFAULT_RATE` of the healthy voxels exceed the latter: where little is found, as on T1
+    alone, the mask with the best Dice takes in much healthy tissue.
     """
-    count = PLANTED if tuple(channels) == detector.spec.channels else SUBSET_PLANTED
+    score = scorer.detector.spec.score
+    best = _best_on_spheres(scorer, cases, channels, planted_scans) if score.chosen_by else None
+    if best is None:
+        rate = find(score.kind).false_positive_rate
+        return _Default(rate, table[rate])
+    threshold, reason = best
+    rate = float((pooled > threshold).mean())
+    if rate <= DEFAULT_RATE:
+        return _Default(rate, threshold, reason)
+    reason = f"{reason}; raised to what {DEFAULT_RATE:.0%} of healthy voxels exceed"
+    return _Default(DEFAULT_RATE, table[DEFAULT_RATE], reason)
+
+
+def _best_on_spheres(
+    scorer: _Scorer, cases: Sequence[PackedCase], channels: Sequence[str], planted_scans: int
+) -> tuple[float, str] | None:
+    """The threshold with the highest geometric mean of the Dice of large and of small spheres.
+
+    It comes with the reason in words; ``None`` if no case shows one of the channels on its healthy
+    slices.
+    """
     healthy = [
-        _seen(detector, case, channels).take(case.healthy)
+        _show(scorer.detector, case, channels).take(case.healthy)
         for case in spread_healthy(cases, MAX_SCANS)
     ]
     healthy = [stack for stack in healthy if stack.foreground.any()]
     if not healthy:
         return None
-    # Of few scans a few spheres would decide.
-    stacks = (healthy * math.ceil(count / len(healthy)))[:count]
-    scored = [_score_spheres(detector, stacks, spheres) for spheres in (LARGE, SMALL)]
-    steps = np.unique(
-        np.quantile(np.concatenate([found for found, _ in scored]), np.linspace(0, 1, STEPS))
-    )
-    large, small = (precision_recall_from_sorted(*scores, steps).dice[::-1] for scores in scored)
+    stacks = (healthy * math.ceil(planted_scans / len(healthy)))[:planted_scans]
+    on_large, on_small = (_score_spheres(scorer, stacks, spheres) for spheres in (LARGE, SMALL))
+    in_spheres = np.concatenate([on_large[0], on_small[0]])
+    steps = np.unique(np.quantile(in_spheres, np.linspace(0, 1, STEPS)))
+    large = precision_recall_from_sorted(*on_large, steps).dice[::-1]
+    small = precision_recall_from_sorted(*on_small, steps).dice[::-1]
     best = int(np.argmax(large * small))
     # A mask is what lies above its threshold, and a voxel at the step belongs to it.
-    return float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf))), (
-        f"highest geometric mean of the Dice of synthetic spheres, {large[best]:.3f}, and of those of 2 to 6 mm, "
-        f"{small[best]:.3f}, in {sum(len(stack.x) for stack in healthy)} healthy slices of {len(healthy)} held-out cases"
+    threshold = float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf)))
+    slices = sum(len(stack.x) for stack in healthy)
+    return threshold, (
+        f"highest geometric mean of the Dice of synthetic spheres, {large[best]:.3f}, and of those "
+        f"of 2 to 6 mm, {small[best]:.3f}, in {slices} healthy slices of {len(healthy)} held-out "
+        f"cases"
     )
 
 
 def _score_spheres(
-    detector: Detector, stacks: Sequence[SliceStack], spheres: Spheres
+    scorer: _Scorer, stacks: Sequence[SliceStack], spheres: Spheres
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rising scores of the voxels of spheres planted in healthy scans, and of the rest of their foreground."""
-    found, rest = list[NDArray[np.float32]](), list[NDArray[np.float32]]()
-    for stack, where in planted(stacks, detector.spec.channels, spheres):
-        scores, _ = detector.score(stack)
-        found.append(scores[where.numpy()])
-        rest.append(scores[(stack.foreground & ~where).numpy()])
-    return np.sort(np.concatenate(found)), np.sort(np.concatenate(rest))
+    """Rising scores of the voxels of planted spheres, and of the rest of the foreground."""
+    inside, outside = [], []
+    for stack, where in planted(stacks, scorer.detector.spec.channels, spheres):
+        scores = scorer(stack)
+        inside.append(scores[where.numpy()])
+        outside.append(scores[(stack.foreground & ~where).numpy()])
+    return np.sort(np.concatenate(inside)), np.sort(np.concatenate(outside))
 
 
-def _seen(detector: Detector, case: PackedCase, channels: Sequence[str]) -> SliceStack:
-    """A case as a scan that has some of the model's channels."""
-    stack = case.stack(detector.spec.scaling)
-    if tuple(channels) == detector.spec.channels:
+def _show(detector: Detector, case: PackedCase, channels: Sequence[str]) -> SliceStack:
+    """A case as a scan that has only these of the model's channels."""
+    spec = detector.spec
+    stack = case.stack(spec.scaling)
+    if tuple(channels) == spec.channels:
         return stack
-    x = stack.x * torch.tensor([name in channels for name in detector.spec.channels])[:, None, None]
-    # The brain is where a channel that the scan has shows it.
-    return replace(stack, x=x, foreground=find_foreground(x, detector.spec.scaling))
+    x = stack.x * torch.tensor([name in channels for name in spec.channels])[:, None, None]
+    # The brain is where one of the shown channels has it.
+    return replace(stack, x=x, foreground=find_foreground(x, spec.scaling))
 
 
-def _score(detector: Detector, case: PackedCase, channels: Sequence[str]) -> _Healthy:
-    # A method may look at a scan as a whole, so all of it is scored and only the healthy slices are counted.
-    stack = _seen(detector, case, channels)
-    scores, _ = detector.score(stack)
+def _score(scorer: _Scorer, case: PackedCase, channels: Sequence[str]) -> _Healthy:
+    # A method may look at a scan as a whole: all of it is scored, and the healthy slices count.
+    stack = _show(scorer.detector, case, channels)
+    scores = scorer(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
     healthy = np.zeros((len(scores), 1, 1), dtype=bool)
     healthy[list(case.healthy)] = True
-    counted = (stack.foreground.numpy() & healthy)[:, top:bottom, left:right]
+    counted = stack.foreground.numpy() & healthy
     share = len(case.healthy) / case.slices
     return _Healthy(
         (scores * healthy)[:, top:bottom, left:right].copy(),
-        counted,
+        counted[:, top:bottom, left:right],
         ml_per_pixel=math.prod(case.spacing_mm) / 1000 / share,
-        max_dropped=detector.spec.score.max_dropped(case.spacing_mm),
+        max_dropped=scorer.detector.spec.score.max_dropped(case.spacing_mm),
     )
 
 
