@@ -490,7 +490,7 @@ def test_a_class_that_is_not_a_complete_method_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))
     for name, message in (
         ("NoMethod", "is not a subclass of anomri.methods.base.Method"),
-        ("settings_of", "is not a subclass of anomri.methods.base.Method"),
+        ("parse_settings", "is not a subclass of anomri.methods.base.Method"),
         ("Unfinished", r"the method 'Unfinished' \(.*:Unfinished\) lacks reconstruct"),
     ):
         methods.register(name, f"{__name__}:{name}")

@@ -93,7 +93,9 @@ def load(name: str) -> type[Method]:
             f"the method {name!r} is {place!r}, which is not a subclass of "
             "anomri.methods.base.Method."
         )
-    missing = sorted(method.__abstractmethods__) + ["PRESETS"] * (not hasattr(method, "PRESETS"))
+    missing = sorted(method.__abstractmethods__)
+    if not hasattr(method, "PRESETS"):
+        missing.append("PRESETS")
     if missing:
         raise AnomriError(f"the method {name!r} ({place}) lacks {', '.join(missing)}.")
     return method
