@@ -174,3 +174,11 @@ def test_the_method_shown_to_contributors_trains_and_detects(
     )
     detection = model.detect(anomri.find_cases(cohort)[-1])
     assert detection.anomaly_map.max() > 0
+
+
+def test_contributing_names_every_room_of_the_house() -> None:
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    house = ROOT / "src" / "anomri"
+    rooms = [path.parent.name for path in house.glob("*/__init__.py")]
+    modules = [path.name for path in house.glob("*.py") if not path.name.startswith("_")]
+    assert [name for name in (*rooms, *modules) if f"`{name}`" not in text] == []
