@@ -308,7 +308,7 @@ def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> No
     (tmp_path / "m" / "model.json").write_text(
         text.replace('"format_version": 1', '"format_version": 2')
     )
-    with pytest.raises(AnomriError, match="written by a newer anomri"):
+    with pytest.raises(AnomriError, match="written by a newer version of anomri"):
         Detector.load(tmp_path / "m")
 
 

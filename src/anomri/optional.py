@@ -13,7 +13,7 @@ from anomri.errors import AnomriError
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:
-    """Import a library of an optional ``extra``; raises `AnomriError` with the command to install it."""
+    """Import a library of an ``extra``; raises `AnomriError` with the command to install it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -24,7 +24,7 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
 
 
 def install_command(extra: str) -> str:
-    """The command that adds ``extra`` to this installation: from its checkout, file or the index."""
+    """The command that adds ``extra`` to this installation, from where it was installed."""
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         # Without -e, pip would replace the editable installation by a copy.

@@ -71,9 +71,7 @@ def read_model(folder: Path) -> tuple[ModelSpec, Method, dict[str, Tensor]]:
     check_regular_file(description, MAX_DESCRIPTION)
     spec = _with_known_channel_names(ModelSpec.read(description))
     if spec.format_version > FORMAT_VERSION:
-        raise AnomriError(
-            f"{folder}: was written by a newer anomri; update with pip install --upgrade anomri."
-        )
+        raise AnomriError(f"{folder}: was written by a newer version of anomri; update anomri.")
     try:
         size = _bytes(_build_without_memory(spec, description))
         content = check_regular_file(weights, size + MAX_HEADER).read_bytes()

@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, SIGTERM, or a scheduler that needs the machine (SIGUSR1, then SIGTERM)."""
+"""Requests to stop: Ctrl-C, SIGTERM, or a scheduler (SIGUSR1, then SIGTERM)."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def read_launch() -> Launch:
         launch = _read_environment()
     except (KeyError, ValueError) as error:
         raise AnomriError(
-            f"the environment of torchrun or srun is not complete ({type(error).__name__}: {error}); "
-            f"start all processes with torchrun or srun, or unset RANK, WORLD_SIZE and "
+            f"the environment of torchrun or srun is not complete ({type(error).__name__}: "
+            f"{error}); start all processes with torchrun or srun, or unset RANK, WORLD_SIZE and "
             f"SLURM_STEP_NUM_TASKS."
         ) from error
     return launch if launch.world_size > 1 else Launch()
@@ -77,6 +77,6 @@ def usable_processors() -> int:
 
 
 def require_single_process(what: str) -> None:
-    """Raise `AnomriError` if this is one of several processes, because they cannot share ``what``."""
+    """Raise `AnomriError` if this is one of several processes: they cannot share ``what``."""
     if read_launch().world_size > 1:
         raise AnomriError(f"{what} runs in one process; start it without torchrun or srun.")

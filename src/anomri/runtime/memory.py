@@ -13,7 +13,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's ``mallopt``."""
 LARGEST_KEPT_BLOCK, MOST_KEPT = 2**27, 2**30
-"""Bytes. Larger freed blocks, and free memory at the end of the heap beyond that, are given back."""
+"""Bytes. Larger blocks, and more free memory at the end of the heap, are given back."""
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -55,7 +55,7 @@ def free_memory() -> None:
 
 
 def smaller_until_it_fits(work: Callable[[int], None], size: int) -> int:
-    """Call ``work(size)``, with half the size each time memory runs out; returns the size that fits.
+    """Call ``work(size)``, halving the size when memory runs out; returns the size that fits.
 
     Raises the error of ``work`` if even a size of 1 is too much.
     """

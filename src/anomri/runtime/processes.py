@@ -92,8 +92,9 @@ class ProcessGroup:
         return [answer for answer, _ in answers]
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in the main process alone; all get its result, or raise its `AnomriError`."""
-        return self.run_on_all(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+        """Run ``work`` in the main process alone; all get its result or its `AnomriError`."""
+        results = self.run_on_all(lambda: work() if self.is_main else None)
+        return results[0]  # type: ignore[return-value]
 
     @contextmanager
     def sole_use(self, folder: Path) -> Iterator[None]:
@@ -129,7 +130,7 @@ class ProcessGroup:
         return [int(number) for number in largest.tolist()]
 
     def no_gradient_sync(self, fabric: Fabric, model: Any) -> Any:
-        """A context in which gradients stay in this process, to be added to those of later parts."""
+        """A context for all but the last part of a batch: gradients stay in this process."""
         return fabric.no_backward_sync(model) if self.world_size > 1 else nullcontext()
 
 
@@ -150,7 +151,7 @@ def _connect(device: str) -> None:
 
 
 def make_fabric(device: str = "auto", precision: Any = "32-true") -> Fabric:
-    """A Fabric on the processes that torchrun or srun started, one accelerator each, or on this one."""
+    """A Fabric on all processes of torchrun or srun, one accelerator each, or on this one."""
     # Imported here: it takes longer than torch, and detection in one process does without it.
     from lightning_fabric import Fabric
     from lightning_fabric.plugins import environments

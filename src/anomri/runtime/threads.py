@@ -24,7 +24,7 @@ def divide_torch_threads(workers: int) -> Iterator[None]:
     """
     global _open_blocks, _threads_before
     with _lock:
-        # Torch's number is that of the process: the last block to end restores what the first found.
+        # Torch's number is the process's: the last block to end restores what the first found.
         if not _open_blocks:
             _threads_before = torch.get_num_threads()
         _open_blocks += 1

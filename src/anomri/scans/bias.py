@@ -9,7 +9,7 @@ from anomri.errors import AnomriError
 from anomri.scans.sitk import import_sitk
 
 WORKING_MM = 6.0
-"""The field is fitted to the image shrunk to voxels of about this size; it varies over centimetres."""
+"""The field is fitted to voxels of about this size; it varies over centimetres."""
 MIN_VOXELS = 8
 """A side of the image is not shrunk to fewer voxels: a scan may have few slices."""
 ITERATIONS = [25, 20, 15]

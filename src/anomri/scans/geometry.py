@@ -145,7 +145,7 @@ class Geometry:
 
 
 def copy_transposed(values: NDArray[Any], target: NDArray[Any]) -> None:
-    """Copy (x, y, z) into ``target``, where x is contiguous in one (as in files) and z in the other."""
+    """Copy (x, y, z) between arrays of which one is contiguous in x (as files are), one in z."""
     # A few rows at a time, which stay in the processor's cache while they are transposed.
     for first in range(0, values.shape[1], 8):
         target[:, first : first + 8] = values[:, first : first + 8]
@@ -159,7 +159,7 @@ def gives_position(header: nib.Nifti1Header) -> bool:
 def check_same_grid(
     path: Path, header: nib.Nifti1Header, first_path: Path, first: Geometry
 ) -> None:
-    """Raise `AnomriError` unless the image in ``path`` lies on the grid ``first`` of ``first_path``."""
+    """Raise `AnomriError` unless the image in ``path`` lies on the grid of ``first_path``."""
     shape = tuple(header.get_data_shape())
     if shape != first.shape:
         raise AnomriError(
@@ -186,7 +186,7 @@ def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
     sizes = voxel_sizes(affine)
     if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
         raise AnomriError(
-            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm; those "
-            f"of a brain scan have {MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g} mm. Correct the header; "
-            f"NIfTI headers are in mm."
+            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm; "
+            f"those of a brain scan have {MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g} mm. Correct the "
+            f"header; NIfTI headers are in mm."
         )

@@ -1,4 +1,4 @@
-"""What brain masks and lesion labels mark, and whether a file is one or the other by how much it marks."""
+"""Brain masks and lesion labels: what they mark, and whether their size fits what they are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from anomri.errors import AnomriError
 from anomri.scans.names import bare_name
 
 MIN_BRAIN_ML, MIN_BRAIN_SHARE = 300.0, 0.1
-"""A mask of less than both, in ml and as a share of the tissue in the image, is not one of a brain."""
+"""A mask of less than both, in ml and as a share of the tissue, is not one of a brain."""
 MAX_LESION_ML, MAX_LESION_SHARE = 800.0, 0.4
 """A label of more than both is not one of lesions."""
 MAX_LESION_SHARE_OF_ANY = 0.9
 """A label of more than this share of the tissue is not one of lesions, however small the image."""
 TISSUE_LEVEL = 0.1
-"""Tissue is brighter than this share of the image's 99.9th percentile; air, which may be noisy, is not."""
+"""Tissue is brighter than this share of the 99.9th percentile; air, which may be noisy, is not."""
 MIN_PROBABILITY_PEAK = 0.9
 """Values that stay below this are not probabilities: half of what they should reach is unknown."""
 MAX_CLASS = 10.5
@@ -60,8 +60,8 @@ def binarise_label(values: NDArray[Any], name: str) -> tuple[NDArray[np.bool_], 
         ]
     if most < MIN_PROBABILITY_PEAK:
         return inside, [
-            f"{name} has values between whole numbers, of up to {most:.3g} only; all above zero are "
-            f"taken."
+            f"{name} has values between whole numbers, of up to {most:.3g} only; all above zero "
+            f"are taken."
         ]
     half = 0.5 if most <= MAX_CLASS else most / 2
     return np.asarray(values >= half), [
@@ -79,9 +79,9 @@ def check_brain(
     millilitres, share = _measure(mask, values, voxel_mm3)
     if share < MIN_BRAIN_SHARE and millilitres < MIN_BRAIN_ML:
         raise AnomriError(
-            f"{path}: marks {millilitres:.3g} ml, {share:.1%} of the tissue in {image.name}; that is "
-            f"not the mask of a brain. If it is a lesion label, name it <case>_seg.nii.gz, or list "
-            f"it in a .tsv; if it is a brain mask, name it <case>_brain_mask.nii.gz."
+            f"{path}: marks {millilitres:.3g} ml, {share:.1%} of the tissue in {image.name}; that "
+            f"is not the mask of a brain. If it is a lesion label, name it <case>_seg.nii.gz, or "
+            f"list it in a .tsv; if it is a brain mask, name it <case>_brain_mask.nii.gz."
         )
 
 
@@ -95,9 +95,9 @@ def check_lesion(
     too_large = share > MAX_LESION_SHARE and millilitres > MAX_LESION_ML
     if too_large or share > MAX_LESION_SHARE_OF_ANY:
         raise AnomriError(
-            f"{path}: marks {millilitres:,.0f} ml, {share:.0%} of the tissue in {image.name}; that is "
-            f"not a lesion label. If it is a brain mask, name it <case>_mask.nii.gz; if it shows "
-            f"tissues, take it out of the folder or list the files in a .tsv."
+            f"{path}: marks {millilitres:,.0f} ml, {share:.0%} of the tissue in {image.name}; that "
+            f"is not a lesion label. If it is a brain mask, name it <case>_mask.nii.gz; if it "
+            f"shows tissues, take it out of the folder or list the files in a .tsv."
         )
 
 

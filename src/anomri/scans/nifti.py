@@ -1,4 +1,4 @@
-"""NIfTI files: read completely and checked against what their headers claim, and written atomically."""
+"""NIfTI files: read completely, checked against their headers, and written atomically."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MAX_HEADER_BYTES = 1024**2
 """The most that may lie before the image in a file, or behind it."""
 GZIP = b"\x1f\x8b"
 FOREIGN_FILES = {
-    b"version https://git-lfs": "is a Git LFS pointer without the image; fetch it with: git lfs pull",
-    b"/annex/objects/": "is a git-annex pointer without the image; fetch it with: git annex get",
+    b"version https://git-lfs": "is a Git LFS pointer without the image; fetch it: git lfs pull",
+    b"/annex/objects/": "is a git-annex pointer without the image; fetch it: git annex get",
     b"<!doctype html": "is a web page, perhaps a login or error page; download the file again",
     b"<html": "is a web page, perhaps a login or error page; download the file again",
     b"pk\x03\x04": "is a ZIP archive; unpack it",
@@ -123,7 +123,7 @@ def image_class(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
 
 
 def write_image(path: Path, image: nib.Nifti1Image) -> None:
-    """Write an image, compressed if the name ends in ``.gz``; the same image gives the same bytes."""
+    """Write an image, compressed if the name ends in ``.gz``; equal images give equal bytes."""
     with whole_file(path) as partial, partial.open("wb") as raw:
         if path.name.endswith(".gz"):
             # Level 1: maps are mostly zero, and higher levels take longer to save a few percent.
@@ -159,7 +159,7 @@ def _check_content(path: Path) -> None:
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
-    """Raise `AnomriError` with advice if ``start``, a file's first bytes, is that of another format."""
+    """Raise `AnomriError` with advice if ``start``, a file's first bytes, is of another format."""
     text = start.lstrip().lower()
     for signature, advice in FOREIGN_FILES.items():
         if text.startswith(signature):
@@ -238,8 +238,8 @@ def _read_content(path: Path, size: int) -> bytes:
         content: bytes = file.read(size)
         if len(content) < size:
             raise AnomriError(
-                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy it "
-                f"again."
+                f"{path}: is cut short: {len(content):,} bytes of image instead of {size:,}; copy "
+                f"it again."
             )
         # The checksum of a gzip file stands at its end. Read on, but not without limit.
         if file.read(MAX_HEADER_BYTES) and file.read(1):

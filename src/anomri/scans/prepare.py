@@ -19,7 +19,7 @@ from anomri.scans.volume import Volume
 from anomri.spec import Grid
 
 CEILING = 6.0
-"""Voxels above this many times a channel's 99th percentile are faulty; 115 clean images reach 3.3."""
+"""Voxels above this many times the 99th percentile are faulty; 115 clean images reach 3.3."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prepare(
 
 
 def replace_faulty_voxels(volume: Volume) -> Volume:
-    """The scan with voxels above `CEILING` replaced by the median of the 27 around them, and a note.
+    """Replace voxels above `CEILING` by the median of the 27 around them, with a note.
 
     A saturated voxel is hundreds of times brighter than anything a network has seen, and would
     spread over the map. Where the median is no lower, as in a saturated patch, the ceiling itself
@@ -93,9 +93,9 @@ def replace_faulty_voxels(volume: Volume) -> Volume:
             median = float(np.median(around[x : x + 3, y : y + 3, z : z + 3]))
             inside[number, x, y, z] = min(median, ceiling)
         notes.append(
-            f"channel {volume.channels[number]} has {len(faulty):,} voxels above {CEILING:g} times its "
-            f"99th percentile (up to {channel.max():.4g}), saturated or faulty; they were given the "
-            f"values around them."
+            f"channel {volume.channels[number]} has {len(faulty):,} voxels above {CEILING:g} times "
+            f"its 99th percentile (up to {channel.max():.4g}), saturated or faulty; they were "
+            f"given the values around them."
         )
     return volume if inside is volume.inside else replace(volume, inside=inside, notes=tuple(notes))
 
@@ -118,7 +118,8 @@ def _strip_skull(case: Case, volume: Volume) -> Volume:
     for name, channel in zip(stripped.channels, stripped.inside, strict=True):
         if not channel.any():
             raise AnomriError(
-                f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at both."
+                f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at "
+                "both."
             )
     return stripped
 

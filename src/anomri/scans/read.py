@@ -124,7 +124,7 @@ def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating
 def _read_onto_one_grid(
     files: Sequence[Path], grid: Grid, *, resampled: bool
 ) -> tuple[_Reference, list[NDArray[Any]], list[float], list[str]]:
-    """The first channel's place, the values (x, y, z) of all channels and their slopes, and notes."""
+    """The first channel's place; values (x, y, z) and slope of each channel; notes."""
     # Unpacking releases Python's lock, so channels are read in parallel.
     with ThreadPoolExecutor(min(len(files), usable_processors())) as pool:
         images = list(pool.map(_read_channel, files))
@@ -137,7 +137,7 @@ def _read_onto_one_grid(
 
 
 def _read_channel(path: Path) -> _Image:
-    """Read an image of intensities; negative values, which interpolation leaves, are set to zero."""
+    """Read intensities; negative values, which interpolation leaves, are set to zero."""
     image = read_image(path)
     stored, slope = read_unscaled(image)
     stored = _check_values(path, stored)
@@ -149,11 +149,14 @@ def _read_channel(path: Path) -> _Image:
     share = negative / (negative + positive)
     if share > MAX_NEGATIVE_SHARE and -lowest > MAX_UNDERSHOOT * highest:
         raise AnomriError(
-            f"{path}: {share:.0%} of its values that are not zero are negative (down to {lowest:.3g}, "
-            f"up to {highest:.3g}); it looks standardised, or is a difference of images. Give the "
-            f"image before that step, with intensities from zero up."
+            f"{path}: {share:.0%} of its values that are not zero are negative (down to "
+            f"{lowest:.3g}, up to {highest:.3g}); it looks standardised, or is a difference of "
+            f"images. Give the image before that step, with intensities from zero up."
         )
-    note = f"{path.name} has {negative:,} negative voxels (down to {lowest:.3g}); they were set to zero."
+    note = (
+        f"{path.name} has {negative:,} negative voxels (down to {lowest:.3g}); they were set to "
+        f"zero."
+    )
     return _Image(path, image.header, np.maximum(values, 0), notes=(note,))
 
 
@@ -169,8 +172,8 @@ def _check_values(path: Path, values: NDArray[Any]) -> NDArray[Any]:
     bad = int(values.size - np.isfinite(values).sum())
     if bad:
         raise AnomriError(
-            f"{path}: {bad:,} of its {values.size:,} voxels are NaN or infinite; replace them, by 0 "
-            f"outside the brain."
+            f"{path}: {bad:,} of its {values.size:,} voxels are NaN or infinite; replace them, by "
+            f"0 outside the brain."
         )
     return values
 
@@ -180,7 +183,8 @@ def _note_unknown_position(reference: _Reference) -> list[str]:
     if gives_position(reference.geometry.header):
         return []
     return [
-        f"{reference.path.name} does not say how it lies (sform and qform code 0): left may be right."
+        f"{reference.path.name} does not say how it lies (sform and qform code 0): left may be "
+        "right."
     ]
 
 
@@ -207,14 +211,14 @@ def _bring_onto(
     if not covered:
         raise AnomriError(
             f"{image.path}: does not overlap with {reference.path.name} (their corners are up to "
-            f"{apart:.4g} mm apart). They are of different scans, or a header is wrong; register one "
-            f"to the other."
+            f"{apart:.4g} mm apart). They are of different scans, or a header is wrong; register "
+            f"one to the other."
         )
     part = "" if covered > 0.995 else f", {covered:.0%} of which it covers"
     notes.append(
         f"{image.path.name} lies on another grid than {reference.path.name} ({source} instead of "
-        f"{target}, corners up to {apart:.3g} mm apart); it was resampled to that one{part}, by what "
-        f"the headers say."
+        f"{target}, corners up to {apart:.3g} mm apart); it was resampled to that one{part}, by "
+        f"what the headers say."
     )
     if values.dtype != bool:
         values = values.astype(np.float32)
@@ -235,7 +239,8 @@ def _assume_same_position(reference: _Reference, image: _Image) -> str:
         raise AnomriError(
             f"{image.path}: {silent.name} does not say how it lies (sform and qform code 0), "
             f"{positioned.name} does, and they differ in size ({shape} and "
-            f"{reference.geometry.shape} voxels). Copy the header of the image that it was made from."
+            f"{reference.geometry.shape} voxels). Copy the header of the image that it was made "
+            "from."
         )
     return (
         f"{silent.name} does not say how it lies (sform and qform code 0): it was taken to lie as "
@@ -251,7 +256,7 @@ def _read_brain_mask(
     *,
     resampled: bool,
 ) -> NDArray[np.bool_]:
-    """The voxels of a brain mask above zero on the first channel's grid, whose ``values`` are given."""
+    """The voxels of a brain mask above zero, on the grid of the first channel's ``values``."""
     image = read_image(path)
     marked = _check_values(path, read_values(image)) > 0
     own = _Image(path, image.header, marked)
@@ -289,8 +294,8 @@ def _crop_to_brain(
     for path, box in zip(files, boxes, strict=True):
         if is_empty(box):
             raise AnomriError(
-                f"{path}: no voxel is above zero; the image is empty, or all of it lies outside the "
-                f"brain mask."
+                f"{path}: no voxel is above zero; the image is empty, or all of it lies outside "
+                f"the brain mask."
             )
     brain = enclosing_box(boxes)
     sides = [side.stop - side.start for side in brain]

@@ -23,9 +23,9 @@ from anomri.scans.volume import Volume
 
 TEMPLATE_MM = 2
 SHAPE, CENTRE, PITCH = (240, 240, 155), (118.2, 128.1, 69.5), 10.6
-"""The grid of BraTS (1 mm, axes L, P, S), and how the template lies on it: the voxel at the middle of
-its brain's box, and the degrees by which its head is tilted. Both are means of ten BraTS patients
-registered to it (standard deviations 0.6, 1.5, 1.5 mm and 3.3 degrees)."""
+"""The grid of BraTS (1 mm, axes L, P, S), and how the template lies on it: the voxel at the middle
+of its brain's box, and the degrees by which its head is tilted. Both are means of ten BraTS
+patients registered to it (standard deviations 0.6, 1.5, 1.5 mm and 3.3 degrees)."""
 MAX_DEGREES, MIN_OVERLAP = 75.0, 0.6
 """A registration failed if it turns further, or if the Dice overlap of the brains is lower."""
 SAMPLED = [0.6, 0.3, 0.05]
@@ -100,8 +100,8 @@ def _find_transform(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise AnomriError(
-            f"{name}: cannot be registered to the template ({reason}); register it by hand, or leave "
-            f"--register out."
+            f"{name}: cannot be registered to the template ({reason}); register it by hand, or "
+            f"leave --register out."
         ) from error
     origin = np.array(found.TransformPoint((0.0, 0.0, 0.0)))
     columns = [np.array(found.TransformPoint(tuple(axis))) - origin for axis in np.eye(3)]
@@ -158,9 +158,9 @@ def _check_transform(
     degrees = rotation_degrees(transform)
     if degrees > MAX_DEGREES or overlap < MIN_OVERLAP:
         raise AnomriError(
-            f"{name}: the registration to the template failed (it turns by {degrees:.0f} degrees, and "
-            f"the brains overlap by {overlap:.0%}). Check that the scan is a whole brain without its "
-            f"skull and that its header is right, or leave --register out."
+            f"{name}: the registration to the template failed (it turns by {degrees:.0f} degrees, "
+            f"and the brains overlap by {overlap:.0%}). Check that the scan is a whole brain "
+            f"without its skull and that its header is right, or leave --register out."
         )
 
 
@@ -171,7 +171,7 @@ def _describe(own: VoxelGrid, working: VoxelGrid) -> str:
     )
     shift = np.linalg.norm(working.centre_mm - own.centre_mm)
     return (
-        f"turned into the model's space by a rigid registration: {rotation_degrees(turn):.1f} degrees "
-        f"against the scan's own axes, {shift:.1f} mm between the middles of the two fields; the map "
-        f"was brought back onto the scan's own grid."
+        f"turned into the model's space by a rigid registration: {rotation_degrees(turn):.1f} "
+        f"degrees against the scan's own axes, {shift:.1f} mm between the middles of the two "
+        f"fields; the map was brought back onto the scan's own grid."
     )

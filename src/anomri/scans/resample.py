@@ -20,7 +20,7 @@ PROBES = 24
 
 @dataclass(frozen=True)
 class VoxelGrid:
-    """Where the voxels of an array lie: its ``shape``, and ``affine``: voxel index -> scanner mm (RAS+).
+    """Where voxels lie: the ``shape``, and the ``affine`` from voxel index to scanner mm (RAS+).
 
     >>> grid = VoxelGrid((100, 80, 20), np.diag([1.0, 1.0, 2.0, 1.0]))
     >>> grid.spacing_mm, grid.voxel_mm3

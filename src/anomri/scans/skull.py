@@ -24,12 +24,12 @@ from anomri.scans.nifti import read_image
 from anomri.scans.volume import Volume
 
 MAX_BRAIN_ML = 2200.0
-"""No brain is larger with all its fluid: 28 patients with tumours reach 1,750 ml, a head has 3,000 to
-6,000 ml."""
+"""No brain is larger with all its fluid: 28 patients with tumours reach 1,750 ml, a head has 3,000
+to 6,000 ml."""
 MAX_SLICE_MM2 = 22_500.0
-"""No axial slice of a brain is larger: those patients reach 19,900 mm2. For scans of part of a head."""
+"""No axial slice of a brain is larger: those patients reach 19,900 mm2. For parts of a head."""
 MAX_FILLED = 0.75
-"""No brain fills more of the field: an ellipsoid fills 0.52 of its box. For air that is not zero."""
+"""No brain fills more of the field: an ellipsoid fills 0.52 of its box. For noisy air."""
 TOOLS = ("mri_synthstrip", "hd-bet")
 """Programs for scans of any contrast; the first that is on the path is used."""
 
@@ -84,8 +84,8 @@ def find_brain(volume: Volume) -> tuple[NDArray[np.bool_], str]:
     if not MIN_BRAIN_ML <= millilitres <= MAX_BRAIN_ML:
         raise AnomriError(
             f"{volume.name}: {tool or 'deepbet'} finds a brain of {millilitres:,.0f} ml in channel "
-            f"{volume.channels[0]}; a brain has {MIN_BRAIN_ML:,.0f} to {MAX_BRAIN_ML:,.0f} ml. Strip "
-            f"the skull with another tool, look at its mask, and give it with --brain-mask."
+            f"{volume.channels[0]}; a brain has {MIN_BRAIN_ML:,.0f} to {MAX_BRAIN_ML:,.0f} ml. "
+            f"Strip the skull with another tool, look at its mask, and give it with --brain-mask."
         )
     return mask, tool or "deepbet"
 
@@ -102,8 +102,8 @@ def _evidence_of_head(inside: NDArray[np.bool_], geometry: Geometry) -> str | No
         widest_mm2 = float(np.count_nonzero(inside, axis=(0, 1)).max()) * across * down
         if widest_mm2 > MAX_SLICE_MM2:
             return (
-                f"a slice is above zero over {widest_mm2 / 100:,.0f} cm2; one of a brain is so over "
-                f"{MAX_SLICE_MM2 / 100:.0f} cm2 at most"
+                f"a slice is above zero over {widest_mm2 / 100:,.0f} cm2; one of a brain is so "
+                f"over {MAX_SLICE_MM2 / 100:.0f} cm2 at most"
             )
     if filled > MAX_FILLED and millilitres > MIN_BRAIN_ML:
         return f"{filled:.0%} of its voxels are above zero: the air around the head is not zero"

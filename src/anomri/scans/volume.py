@@ -1,4 +1,4 @@
-"""A scan in memory: all channels on one grid, in the working orientation, zero outside the brain."""
+"""A scan in memory: channels on one grid, in the working orientation, zero outside the brain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anomri.scans.geometry import Geometry
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan in the working orientation. Only the box around the brain is kept: two fifths of most scans.
+    """A scan in the working orientation; only the box around the brain is kept, about two fifths.
 
     ``brain`` is the box (x, y, z) of all voxels above zero, and ``inside`` (channels, x, y, z)
     float32 its content. ``label`` (x, y, z) bool is the lesion mask of the whole scan, if there is
@@ -87,7 +87,7 @@ class Volume:
         return replace(self, inside=inside, brain=brain, notes=(*self.notes, note))
 
     def completed(self, channels: Sequence[str], notes: Sequence[str] = ()) -> Volume:
-        """The scan with exactly ``channels``, those that it lacks being zero, and more ``notes``."""
+        """The scan with exactly ``channels``, zero where it lacks one, and more ``notes``."""
         inside = np.zeros((len(channels), *self.inside.shape[1:]), dtype=np.float32)
         for name, channel in zip(self.channels, self.inside, strict=True):
             inside[list(channels).index(name)] = channel

@@ -1,1 +1,1 @@
-"""DICOM in and out: find the series of a folder and their channels, convert them, write a mask as SEG."""
+"""DICOM in and out: find series and their channels, convert them, write a mask as SEG."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 # Images other than T1, T2 or FLAIR of the whole brain, and words that leave open which one it is.
 _OTHER = re.compile(
-    r"(?<![a-z0-9])(?:dwi|adc|dti|swi|swan|asl|dsc|dce|dyn|mra|mrv|tof|bold|fmri|m?mip|minip|phase|pha|(?:t[12])?map(?:ping)?|"
-    r"scout|survey|locali[sz]er|sub|stir|dir|pd|mp2rage|t1rho|spine|neck|orbits?|fieldmap)(?![a-z0-9])|"
+    r"(?<![a-z0-9])(?:dwi|adc|dti|swi|swan|asl|dsc|dce|dyn|mra|mrv|tof|bold|fmri|m?mip|minip|phase|"
+    r"pha|(?:t[12])?map(?:ping)?|scout|survey|locali[sz]er|sub|stir|dir|pd|mp2rage|t1rho|"
+    r"spine|neck|orbits?|fieldmap)(?![a-z0-9])|"
     r"t2[ _-]?(?:\*|star)|perfusion|diffusion|subtract|angio"
 )
 _FLAIR = re.compile(r"flair|tirm|dark[ _-]?fl|da-fl")
@@ -17,10 +18,12 @@ _T1 = re.compile(r"(?<![a-z0-9])t1(?!\d)|mp[ _-]?rage|bravo|spgr")
 _T2 = re.compile(r"(?<![a-z0-9])t2(?!\d)")
 _AGENT = r"(?:gd|gad\w*|contrast|km)(?![a-z])"
 _WITH_AGENT = re.compile(
-    rf"(?<![a-z])(?:ce(?![a-z])|(?:post)?{_AGENT})|post(?![a-z0-9]|[ _-]?op)|t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
+    rf"(?<![a-z])(?:ce(?![a-z])|(?:post)?{_AGENT})|post(?![a-z0-9]|[ _-]?op)|"
+    r"t1[ _-]?(?:ce|c|gd|km)(?![a-z])|\+ ?c\b|c\+"
 )
 _WITHOUT_AGENT = re.compile(
-    rf"(?<![a-z])(?:(?:pre(?![a-z0-9]|[ _-]?op)|native?(?![a-z])|without|w/?o(?![a-z]))(?:[ _-]*(?:{_AGENT}|c\b))?|"
+    rf"(?<![a-z])(?:(?:pre(?![a-z0-9]|[ _-]?op)|native?(?![a-z])|without|w/?o(?![a-z]))"
+    rf"(?:[ _-]*(?:{_AGENT}|c\b))?|"
     rf"(?:non?|pre)[ _-]*{_AGENT})|(?<![a-z0-9])(?:-c\b|c-(?!\w))"
 )
 _EITHER = re.compile(
@@ -62,14 +65,14 @@ class Series:
 
 
 def guess_channel(series: Series) -> str | None:
-    """The channel that a series most likely is, ``flair``, ``t1``, ``t1ce`` or ``t2``; ``None`` when unsure.
+    """The likely channel of a series: ``flair``, ``t1``, ``t1ce`` or ``t2``; ``None`` if unsure.
 
-    The words of SeriesDescription (ProtocolName if it is empty) must name exactly one weighting, and
-    no other kind of image (diffusion, T2*, angiography, ...). The other headers can only contradict:
-    T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms; FLAIR inverts at 1400 ms or
-    later and T2 not at all; a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if its words or
-    ContrastBolusAgent name a contrast agent, and ``None`` if they disagree. If neither mentions one
-    it is ``t1``; two such series in a study are an error of `choose_series`.
+    The words of SeriesDescription (ProtocolName if it is empty) must name exactly one weighting,
+    and no other kind of image (diffusion, T2*, angiography, ...). The other headers can only
+    contradict: T1 has an echo time of at most 30 ms, T2 and FLAIR of at least 60 ms; FLAIR inverts
+    at 1400 ms or later and T2 not at all; a T2 from gradient echoes is a T2*. A T1 is ``t1ce`` if
+    its words or ContrastBolusAgent name a contrast agent, and ``None`` if they disagree. If neither
+    mentions one it is ``t1``; two such series in a study are an error of `choose_series`.
     """
     # Not both: on some scanners ProtocolName is that of the whole examination, with all weightings.
     text = (series.description or series.protocol).lower()

@@ -15,7 +15,7 @@ from anomri.optional import import_extra
 
 REASONS = {
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
-    "1.2.840.10008.1.3.10": "a DICOMDIR, which is only an index; its images are searched in the folder",
+    "1.2.840.10008.1.3.10": "a DICOMDIR, which is only an index; the folder itself is searched",
 }
 """Why objects of this SOP class are left out, where the name of the class does not say it."""
 TAGS = [
@@ -37,20 +37,20 @@ TAGS = [
 
 
 def import_dicom(module: str) -> Any:
-    """Import a library of the ``dicom`` extra; raises `AnomriError` with the command to install it."""
+    """Import a library of the ``dicom`` extra; raises `AnomriError` with how to install it."""
     return import_extra(module, "dicom", "DICOM")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of the DICOM libraries: they quote header values, which may be a patient's."""
+    """Silence warnings of DICOM libraries: they quote header values, maybe a patient's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def regular_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below it, except hidden ones; raises `AnomriError` if there is none."""
+    """The files in a folder and below it, but hidden ones; raises `AnomriError` if it is none."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise AnomriError(
@@ -105,14 +105,14 @@ def check_pixels(data_set: Any) -> None:
         if not syntax.is_compressed:
             raise damaged(Path(data_set.filename), reason) from error
         raise AnomriError(
-            f"{data_set.filename}: its pixels are compressed as {syntax.name} and cannot be decoded "
-            f"({reason}). Decompress the series (gdcmconv --raw, or dcmdjpeg), or copy it again if "
-            f"the file is damaged."
+            f"{data_set.filename}: its pixels are compressed as {syntax.name} and cannot be "
+            f"decoded ({reason}). Decompress the series (gdcmconv --raw, or dcmdjpeg), or copy it "
+            f"again if the file is damaged."
         ) from error
 
 
 def describe_error(error: Exception) -> str:
-    """The text of an error of a DICOM library, without quoted header values: they may be a patient's.
+    """The text of a DICOM library's error, without quoted header values, maybe a patient's.
 
     >>> describe_error(ValueError("cannot read '19010203' as a number"))
     "cannot read '...' as a number"

@@ -78,8 +78,8 @@ def choose_series(
         )
         example = found[0].description or found[0].uid
         raise AnomriError(
-            f"{folder}: {problem}. Say which series is which channel by its description or UID, as in "
-            f"flair={example!r}. MR series found:{listing}"
+            f"{folder}: {problem}. Say which series is which channel by its description or UID, as "
+            f"in flair={example!r}. MR series found:{listing}"
         )
     _report(skipped, on_skipped)
     return {channel: same[0] for channel, same in sorted(candidates.items())}

@@ -139,8 +139,8 @@ def _run_dicom2nifti(series: Series, ordered: Sequence[Any]) -> Any:
         for data_set in ordered:
             check_pixels(data_set)
         raise AnomriError(
-            f"{series.place}: dicom2nifti cannot convert it ({describe_error(error)}); convert it to "
-            f"NIfTI with another tool."
+            f"{series.place}: dicom2nifti cannot convert it ({describe_error(error)}); convert it "
+            f"to NIfTI with another tool."
         ) from error
 
 

@@ -100,7 +100,7 @@ def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64]]:
 def _turn_onto(
     mask: NDArray[np.bool_], geometry: Geometry, series: VoxelGrid, where: str
 ) -> NDArray[np.bool_]:
-    """The mask on the axes (column, row, slice) of a series, whose voxel centres must be its own."""
+    """The mask on the axes (column, row, slice) of a series, on whose grid it must lie."""
     # The axes follow from where voxels lie, in whatever order the mask's file is stored.
     turn = orientations.io_orientation(np.linalg.inv(series.affine) @ geometry.canonical_affine)
     turned = orientations.apply_orientation(mask, turn)
@@ -111,9 +111,9 @@ def _turn_onto(
     apart = float(np.abs(in_series - in_mask).max())
     if turned.shape != series.shape or apart > OFFSET_TOLERANCE:
         raise AnomriError(
-            f"{where}: the mask lies on another grid ({turned.shape} voxels, up to {apart:.3g} voxels "
-            f"away) than this series ({series.shape}). Name the series that the scan was converted "
-            f"from, before any resampling."
+            f"{where}: the mask lies on another grid ({turned.shape} voxels, up to {apart:.3g} "
+            f"voxels away) than this series ({series.shape}). Name the series that the scan was "
+            f"converted from, before any resampling."
         )
     return np.asarray(turned, dtype=bool)
 

@@ -46,7 +46,7 @@ def stack_slices(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDA
 def _read_planes(
     series: Series, headers: Sequence[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Orientation (6), pixel size (2) and matrix (2) of each slice (n, 10), and positions (n, 3)."""
+    """Orientation (6), pixel size (2), matrix (2) of each slice (n, 10); positions (n, 3)."""
     try:
         planes = np.array(
             [
@@ -86,7 +86,7 @@ def _check_planes(
 def _check_steps(
     where: str, positions: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]
 ) -> None:
-    """Check that sorted ``positions`` (n, 3) in mm follow each other at one distance along ``normal``."""
+    """Check that sorted ``positions`` (n, 3) in mm are at one distance along ``normal``."""
     steps = np.diff(positions, axis=0)
     distances = np.abs(steps @ normal)
     usual = float(np.median(distances))
@@ -94,8 +94,8 @@ def _check_steps(
         number = int(distances.argmin())
         raise AnomriError(
             f"{where}: {files[number].name} and {files[number + 1].name} lie at one position; it "
-            f"holds several volumes (echoes, time points, magnitude and phase). Hand in one volume in "
-            f"its own folder."
+            f"holds several volumes (echoes, time points, magnitude and phase). Hand in one volume "
+            f"in its own folder."
         )
     odd = int(np.abs(distances - usual).argmax())
     if abs(distances[odd] - usual) > STEP_TOLERANCE * usual:
@@ -108,5 +108,6 @@ def _check_steps(
     sideways = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1)
     if sideways.max() > STEP_TOLERANCE * usual:
         raise AnomriError(
-            f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample it."
+            f"{where}: its slices are shifted sideways by {sideways.max():.2f} mm each; resample "
+            "it."
         )
