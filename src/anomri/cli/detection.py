@@ -304,7 +304,7 @@ def view(
         Optional[Path],
         typer.Option(
             metavar="SCANS",
-            help="The scans to show behind the maps (default: those converted from DICOM).",
+            help="The scans to show behind the maps (default: where the run found them).",
         ),
     ] = None,
     port: Annotated[
