@@ -195,7 +195,7 @@ def check_regular_file(path: Path, limit: int) -> Path:
 
 
 def _check_limits(spec: ModelSpec) -> None:
-    """Raise ``ValueError`` for sizes that would cost time or memory, and for tables that do not fit."""
+    """Raise ``ValueError`` for sizes that cost time or memory, and tables that do not fit."""
     if not all(1 <= side <= MAX_SIDE for side in spec.grid.size):
         raise ValueError(f"its working grid is {spec.grid.size}")
     for thresholds in filter(None, (spec.thresholds, *spec.subset_thresholds.values())):

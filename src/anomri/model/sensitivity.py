@@ -1,4 +1,4 @@
-"""Another threshold without labels, among those a model stores; and how rare a peak is among healthy scans."""
+"""The choice among a model's label-free thresholds, and how rare a peak is in healthy scans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anomri.spec import HealthyScores, Thresholds
 NAMES = ("highest", "high", "default", "low", "lowest")
 """Names of sensitivities, from the most sensitive one on."""
 STEP = 1.3
-"""Rates that differ from the default by less than this factor are no step for ``high`` and ``low``."""
+"""``high`` and ``low`` pass over rates that differ from the default by less than this factor."""
 
 
 def choose_threshold(
@@ -52,10 +52,10 @@ def choose_threshold(
 def choose_nearest_threshold(
     stored: Thresholds, sensitivity: str | float | None, false_positive_ml: float | None
 ) -> Thresholds | None:
-    """As `choose_threshold`, for a subset of the channels that may not store the one that is asked for.
+    """`choose_threshold` for a subset of the channels, which may not store what is asked for.
 
-    It has the next one then: the lowest threshold if its volumes end below ``false_positive_ml``, its default if it does
-    not store the ``sensitivity``. ``None`` if it stores no volumes at all.
+    Then it is the lowest threshold if the stored volumes end below ``false_positive_ml``, and the
+    default if the ``sensitivity`` is not stored. ``None`` if no volumes are stored at all.
     """
     most_ml = false_positive_ml
     if most_ml is not None:

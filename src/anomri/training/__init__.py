@@ -1,4 +1,4 @@
-"""Training: the packed cohort, the loop (`train.fit`), the choice of score and thresholds on healthy scans.
+"""Training: the packed cohort, the loop (`train.fit`), the choice of score and thresholds.
 
 `train.train` is the way in.
 """

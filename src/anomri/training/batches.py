@@ -1,4 +1,4 @@
-"""Batches of a training: shared by processes, and in parts one after another where memory is short."""
+"""Batches of a training, shared by processes, and taken in parts where memory is short."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass
 class Batch:
-    """The slices ``numbers`` of one step for all processes, and this process's ``parts`` of them."""
+    """The slices ``numbers`` of one step, and this process's ``parts`` of them."""
 
     numbers: Sequence[int]
     seed: int
@@ -65,8 +65,8 @@ class Batches:
             )
         if processes.world_size > batch_size:
             raise AnomriError(
-                f"a batch of {batch_size} slices cannot be shared by {processes.world_size} processes; "
-                f"start fewer, or raise --batch-size."
+                f"a batch of {batch_size} slices cannot be shared by {processes.world_size} "
+                f"processes; start fewer, or raise --batch-size."
             )
         self.fabric = fabric
         self.processes = processes
@@ -85,7 +85,7 @@ class Batches:
         return note
 
     def load(self, numbers: Sequence[int], seed: int) -> Batch:
-        """Read this process's slices of the batch; ``seed`` decides all that is random in the step."""
+        """Read this process's slices of a batch; all that is random follows from ``seed``."""
         total = len(numbers)
         rows = self.processes.batch_rows(total)
         parts = []
@@ -100,7 +100,7 @@ class Batches:
     def gradient(
         self, model: Any, optimizer: torch.optim.Optimizer, batch: Batch, loss: Loss
     ) -> Tensor:
-        """Leave the gradient of a batch in the parameters; returns this process's share of the loss.
+        """Leave a batch's gradient in the parameters; returns this process's share of the loss.
 
         A batch that memory does not hold is tried again in twice as many parts, and so are those
         after it. Raises `AnomriError` where that is not possible.

@@ -1,4 +1,4 @@
-"""The choice of a score without labels: by how well it finds `spheres` in held-out healthy slices."""
+"""The choice of a score without labels: how well it finds `spheres` in healthy slices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_TRAINING_CASES = 8
 SMOOTHING_MM = 1.7
 """Each candidate is tried without smoothing and with a Gaussian of this standard deviation."""
 FILTERS = ((5, 1.7), (5, 0.0), (3, 1.7), (3, 1.0), (3, 0.0), (0, 1.7), (0, 1.3))
-"""Medians (pixels; 0: none) and smoothings (mm) between which small anomalies decide as much as large ones."""
+"""Medians (pixels; 0: none) and smoothings (mm), tried on small and on large spheres."""
 
 
 def candidates(spec: ModelSpec, segmentation_head: bool) -> list[Score]:
@@ -128,7 +128,7 @@ def _ranking(found: Mapping[str, float]) -> str:
 
 
 class _CountedOutput:
-    """`Detector.output`, which reports how many scans of ``total`` have gone through the network."""
+    """`Detector.output`, which reports how many scans have gone through the network."""
 
     def __init__(self, detector: Detector, on_progress: Callable[[int, int], None]) -> None:
         self.detector = detector

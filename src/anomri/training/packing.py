@@ -179,7 +179,8 @@ def pack_cohort(
         packed = list(pool.map(pack, cases))
     if problems:
         raise AnomriError(
-            f"{len(problems)} of {len(cases)} cases cannot be used; repair them or leave them out:\n  "
+            f"{len(problems)} of {len(cases)} cases cannot be used; repair them or leave "
+            "them out:\n  "
             + "\n  ".join(sorted(problems))
         )
     return [case for case in packed if case is not None]

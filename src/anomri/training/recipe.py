@@ -113,7 +113,7 @@ def _with_changes(training: Training | None, changes: dict[str, Any]) -> Trainin
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained model that a training starts from: specification, weights, and the cases it knows."""
+    """A trained model that a training starts from, and the cases that it knows."""
 
     folder: str
     """Where it lies, for messages; several folders if it is the mean of several models."""
@@ -164,7 +164,7 @@ class Pretrained:
             .to(value.dtype)
             for name, value in self.weights.items()
         }
-        # A case that any of them was trained on counts as trained on: in the first split of several.
+        # A case that any of them was trained on counts as trained on.
         known = [case for model in models for case in model.cases]
         known.sort(key=lambda case: SPLITS.index(case.split or "test"))
         licences = dict.fromkeys(model.spec.data_licence for model in models)
@@ -184,7 +184,7 @@ class Pretrained:
         return self.spec.method, list(channels), self.spec.scaling, shapes
 
     def preset(self, channels: Sequence[str] = ()) -> Preset:
-        """Its recipe, for all or some of its ``channels``; of an imported checkpoint, the paper's."""
+        """Its recipe for all or some of its ``channels``; for an imported model, the paper's."""
         names = tuple(channels) or self.spec.channels
         settings = self.spec.settings
         if names != self.spec.channels:
@@ -260,7 +260,7 @@ class Pretrained:
             ) from error
 
     def split(self, cases: Sequence[Case], seed: int) -> list[Case]:
-        """The cases with the splits that the model knows their patients by, and some for validation.
+        """The cases with the splits that their patients have in the model, and some to validate on.
 
         If the cohort has cases for validation, or the model knows none of its patients, nothing
         changes. Splits that the cohort itself gives are kept, except that patients the model was
@@ -315,7 +315,7 @@ class Pretrained:
         return [case for case in self.cases if case.name not in names]
 
     def licence(self, given: str | None) -> str:
-        """The terms of a model that starts from it and continues with scans under those ``given``."""
+        """The terms of a model that continues from it with scans under the terms ``given``."""
         terms = given or "unknown for the scans that it continued with"
         if terms == self.spec.data_licence:
             return terms

@@ -21,7 +21,7 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def batch_numbers(slices: int, training: Training, step: int) -> list[int]:
-    """The numbers of the slices of a step's batch: one random permutation after another, all from the seed."""
+    """Numbers of the slices of a step's batch: one random permutation after another."""
     places = range(step * training.batch_size, (step + 1) * training.batch_size)
     return [
         int(_permutation(slices, training.seed, place // slices)[place % slices])

@@ -104,7 +104,7 @@ class TrainingState:
 
     @classmethod
     def load(cls, folder: Path, task: Mapping[str, Any]) -> TrainingState:
-        """The state in a model folder, or a new one; raises `AnomriError` if it is of another task."""
+        """The state in a folder, or a new one; raises `AnomriError` if it is of another task."""
         path = folder / cls.NAME
         if not path.exists():
             return cls(task=dict(task))
@@ -138,7 +138,7 @@ class Saver:
         self._seconds = 0.0
 
     def is_due(self, validated: bool) -> bool:
-        """Whether the state should be saved now: after a validation if that is cheap, else in time."""
+        """Whether to save now: after a validation if that is cheap, else from time to time."""
         since = time.monotonic() - self._saved_at
         cheap = self._seconds < QUICK_S + SAVING_SHARE * since
         return since > SAVE_EVERY_S or (validated and cheap)

@@ -1,4 +1,4 @@
-"""A step of a training: gradient, clipping, optimiser; on a GPU recorded and launched as a whole."""
+"""A step of a training: gradient, clipping, optimiser; on a GPU it is recorded."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 """Shares of healthy voxels whose thresholds every model stores."""
 MAX_CASES = 64
-"""More held-out cases do not move the quantiles. Their scores are in memory at once (5 MB a case)."""
+"""More held-out cases do not move the quantiles. All scores are in memory (5 MB a case)."""
 TABLE_RATES = np.geomspace(0.1, 1e-5, 32)
 """Voxel rates whose scores are the steps of the table of volumes, each a quarter below the last."""
 BINS = 64

@@ -54,7 +54,7 @@ COMPILED_FROM = 20_000
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job is: ``done`` of ``total`` in one of its stages. Losses are NaN until there is one.
+    """Where a job is: ``done`` of ``total`` in a stage. Losses are NaN until there is one.
 
     The stages of a training are ``pack`` (of cases), ``train`` (steps), ``score``, ``thresholds``
     and ``subsets`` (scans that went through the network to choose a score, thresholds, and
@@ -94,7 +94,7 @@ def train(
     data_licence: str | None = None,
     progress: Report = lambda state: None,
 ) -> Detector:
-    """Train on the healthy slices of a cohort, write the folder ``model`` and return the `Detector`.
+    """Train on the healthy slices of a cohort, write a model folder and return the `Detector`.
 
     Args:
         cohort: What `find_cases` takes, or the cases that it returned. Slices with a labelled
