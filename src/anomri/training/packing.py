@@ -180,8 +180,7 @@ def pack_cohort(
     if problems:
         raise AnomriError(
             f"{len(problems)} of {len(cases)} cases cannot be used; repair them or leave "
-            "them out:\n  "
-            + "\n  ".join(sorted(problems))
+            "them out:\n  " + "\n  ".join(sorted(problems))
         )
     return [case for case in packed if case is not None]
 
