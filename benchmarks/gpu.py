@@ -1,9 +1,11 @@
 """What a GPU gives: training steps and detection, against the plain program on the same GPU.
 
-    python benchmarks/gpu.py COHORT [--steps 600] [--scans 64] [--only "paper, bf16-mixed, compiled"]
+    python benchmarks/gpu.py COHORT [--steps 600] [--scans 64] [--only "paper, bf16-mixed,
+    compiled"]
 
-``COHORT`` is a folder of cases with labels, some of them for validation. A step's time is that of `anomri.train`, all that
-it does included, after the first validation (compiling is told apart); scans are copies of the cohort's, unpacked.
+``COHORT`` is a folder of cases with labels, some of them for validation. A step's time is that of
+`anomri.train`, all that it does included, after the first validation (compiling is told apart);
+scans are copies of the cohort's, unpacked.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ VARIANTS = (
     ("accurate", "bf16-mixed", False),
     ("accurate", "bf16-mixed", True),
 )
-"""Preset, precision, and whether networks are compiled: what takes a minute pays in the longest training alone."""
+"""Preset, precision, and whether networks are compiled: what takes a minute pays in the longest
+training alone."""
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
     python benchmarks/growth.py ../shared/data/brats18 [--repeats 3]
 
-Each figure is the median over repeats of seconds beside the same repeat's base case (one scan, all slices, four channels,
-widths 16-32-64-128, the brain's box), so that what else a machine does weighs on both.
+Each figure is the median over repeats of seconds beside the same repeat's base case (one scan, all
+slices, four channels, widths 16-32-64-128, the brain's box), so that what else a machine does
+weighs on both.
 """
 
 from __future__ import annotations

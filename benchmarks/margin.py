@@ -1,4 +1,5 @@
-"""How much further one model's pooled AUPRC is than another's on the same patients, with a paired bootstrap interval.
+"""How much further one model's pooled AUPRC is than another's on the same patients, with a paired
+bootstrap interval.
 
 python benchmarks/margin.py ../shared/data/brats18 runs/accurate runs/thresholding [--split test]
 """
@@ -18,7 +19,8 @@ STEPS, RESAMPLES = 4000, 2000
 
 
 def counts_of(model: Path, cohort: Path, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """True and false positives (patients, thresholds) at falling thresholds, every pixel of every slice with brain."""
+    """True and false positives (patients, thresholds) at falling thresholds, every pixel of every
+    slice with brain."""
     detector, found = anomri.load(model), []
     for case in find_cases(cohort):
         if case.split == split and case.label is not None:

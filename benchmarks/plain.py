@@ -1,7 +1,9 @@
-"""The method as its description reads, in plain eager float32 and nothing clever: what every speed is a ratio to.
+"""The method as its description reads, in plain eager float32 and nothing clever: what every speed
+is a ratio to.
 
-Kascenas et al. 2022: every voxel above zero counts for the percentile, every slice is computed whole (128 x 128), filters
-are standardised at every pass, the median is SciPy's, Dice is tried at 1,000 thresholds one after another.
+Kascenas et al. 2022: every voxel above zero counts for the percentile, every slice is computed
+whole (128 x 128), filters are standardised at every pass, the median is SciPy's, Dice is tried at
+1,000 thresholds one after another.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Network(nn.Module):
 
 
 def prepare(folder: Path) -> tuple[Tensor, list[int], nib.Nifti1Image]:
-    """A BraTS case as slices (n, 4, 128, 128), their places, and an image whose header a map can have."""
+    """A BraTS case as slices (n, 4, 128, 128), their places, and an image whose header a map can
+    have."""
     volumes = []
     for channel in CHANNELS:
         image = nib.load(folder / f"{folder.name}_{channel}.nii.gz")

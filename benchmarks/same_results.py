@@ -1,11 +1,12 @@
-"""Whether a change of the code changes results: run real scans through two checkouts and compare every number.
+"""Whether a change of the code changes results: run real scans through two checkouts and compare
+every number.
 
-    python benchmarks/same_results.py run ../shared/data before     # in the checkout before the change
-    python benchmarks/same_results.py run ../shared/data after      # in the checkout after it
-    python benchmarks/same_results.py compare before after
+    python benchmarks/same_results.py run ../shared/data before     # in the checkout before the
+    change python benchmarks/same_results.py run ../shared/data after      # in the checkout after
+    it python benchmarks/same_results.py compare before after
 
-Images are compared byte by byte, after decompression. Tables and JSON are compared value by value, except for times,
-versions, paths and fingerprints.
+Images are compared byte by byte, after decompression. Tables and JSON are compared value by value,
+except for times, versions, paths and fingerprints.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def run(data: Path, out: Path, only: str | None = None) -> None:
 
 
 def contents(path: Path) -> object:
-    """What is compared of a file: a digest, the rows of a table, or the values of a JSON document."""
+    """What is compared of a file: a digest, the rows of a table, or the values of a JSON
+    document."""
     if path.name.endswith(".nii.gz"):
         return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
     if path.suffix in (".tsv", ".csv"):

@@ -1,9 +1,11 @@
-"""Measure on one and two processes what docs/scale.md plans with: seconds and bytes a scan, seconds a step.
+"""Measure on one and two processes what docs/scale.md plans with: seconds and bytes a scan, seconds
+a step.
 
     python benchmarks/scaling.py ../shared/data/brats18 --scans 4
 
-prints JSON. Each figure comes with the processor time that all processes took together: on a machine that has other
-work to do, that is what compares. The processes are torchrun's, with one thread each.
+prints JSON. Each figure comes with the processor time that all processes took together: on a
+machine that has other work to do, that is what compares. The processes are torchrun's, with one
+thread each.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Which small lesions a mask shows, by their size, and how many findings are false, at several of a model's settings.
+"""Which small lesions a mask shows, by their size, and how many findings are false, at several of a
+model's settings.
 
-python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split val] [--repeats 4]
+python benchmarks/small_lesions.py ../shared/data/brats18 src/anomri/pretrained/brats18 [--split
+val] [--repeats 4]
 
-Spheres with the contrast of a plaque of multiple sclerosis (`robustness.with_spheres`) are planted in the slices without a lesion,
-and map and mask of `anomri detect` are made on the scan's own voxels. A sphere is shown if the mask has a voxel of it; a component of
-the mask that lies in those slices alone, and has none of any sphere, is a false finding. Average precision is that of the map, over
-the voxels of the brain in those slices. A model may have been given its
-score and threshold on other spheres in slices of the same scans (`val`).
+Spheres with the contrast of a plaque of multiple sclerosis (`robustness.with_spheres`) are planted
+in the slices without a lesion, and map and mask of `anomri detect` are made on the scan's own
+voxels. A sphere is shown if the mask has a voxel of it; a component of the mask that lies in those
+slices alone, and has none of any sphere, is a false finding. Average precision is that of the map,
+over the voxels of the brain in those slices. A model may have been given its score and threshold on
+other spheres in slices of the same scans (`val`).
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ RADII_MM = (0.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 def counts(
     mask: Mask, spheres: Mask, healthy: Mask, voxel_mm3: float
 ) -> tuple[list[tuple[float, bool]], int]:
-    """Radius of each sphere and whether the mask shows it; how many components of the mask are nothing of a sphere or lesion.
+    """Radius of each sphere and whether the mask shows it; how many components of the mask are
+    nothing of a sphere or lesion.
 
     ``mask`` and ``spheres`` are (x, y, z); ``healthy`` (z,) says which slices have no lesion.
     """

@@ -1,10 +1,12 @@
 """Every speed as a ratio to `plain`, paired in one run: `make bench`.
 
-    python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512] [--only network]
+    python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512]
+    [--only network]
 
-Each figure is the median over repeats, in each of which the plain program and anomri do the same work one after the
-other, so that what else a machine does weighs on both. The plain program has a process of its own, so that nothing that
-anomri sets in its process helps it. Weights are random: speed does not depend on them.
+Each figure is the median over repeats, in each of which the plain program and anomri do the same
+work one after the other, so that what else a machine does weighs on both. The plain program has a
+process of its own, so that nothing that anomri sets in its process helps it. Weights are random:
+speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Prints the rows of the table: the plain program in the one process of ``pool``, anomri in this one."""
+    """Prints the rows of the table: the plain program in the one process of ``pool``, anomri in
+    this one."""
 
     pool: ProcessPoolExecutor
     repeats: int

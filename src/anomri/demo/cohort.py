@@ -55,7 +55,8 @@ TUMOUR = {
     "t1ce": (-0.20, -0.15, 0.55, -0.40),
     "t2": (0.42, 0.33, 0.25, 0.62),
 }
-# ... and in gliosis (twice: all around and next to the cavity), nothing, and the cavity of an infarct.
+# ... and in gliosis (twice: all around and next to the cavity), nothing, and the cavity of an
+# infarct.
 INFARCT = {
     "flair": (0.28, 0.28, 0.0, -0.40),
     "t1": (-0.15, -0.15, 0.0, -0.55),
@@ -106,7 +107,8 @@ def make_cohort(
     spacing_mm: float = 1.875,
     progress: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Write a cohort in the BraTS layout, with ``splits.csv`` and ``README.txt``; returns its names.
+    """Write a cohort in the BraTS layout, with ``splits.csv`` and ``README.txt``; returns its
+    names.
 
     The last two healthy cases are for validation, the others for training (always the first one).
     Cases with lesions are for testing; only they have a ``_seg`` file. A case depends on ``seed``
@@ -170,7 +172,8 @@ def make_subject(
 
 
 def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
-    """An axial LPS grid over the template: coordinates along its axes in mm, and its affine (4, 4)."""
+    """An axial LPS grid over the template: coordinates along its axes in mm, and its affine (4,
+    4)."""
     width = max(8, round(FIELD_MM / spacing_mm))
     pixel, step = FIELD_MM / width, max(SLICE_MM, spacing_mm)
     depth = round((TOP_MM - BOTTOM_MM) / step)
@@ -186,7 +189,8 @@ def voxel_grid(spacing_mm: float) -> tuple[Axes, NDArray[np.float64]]:
 
 @lru_cache(maxsize=2)
 def template_maps(blur_mm: float) -> Images:
-    """Maps of the template on its 1 mm grid, (x, y, z) float32, blurred by a Gaussian of ``blur_mm``.
+    """Maps of the template on its 1 mm grid, (x, y, z) float32, blurred by a Gaussian of
+    ``blur_mm``.
 
     They are the fractions of CSF (``csf``), grey (``gm``) and white matter (``wm``), the rest of
     the T1 image (``detail``), CSF deep in the brain (``ventricles``) and the brain mask
@@ -214,7 +218,8 @@ def template_maps(blur_mm: float) -> Images:
 
 
 def smooth_noise(rng: Generator, axes: Axes, scale_mm: float) -> Array:
-    """A smooth Gaussian random field, (x, y, z) float32: mean 0, deviation 1, detail ``scale_mm``."""
+    """A smooth Gaussian random field, (x, y, z) float32: mean 0, deviation 1, detail
+    ``scale_mm``."""
     weights = []
     for axis in axes:
         knots = np.arange(
@@ -239,7 +244,8 @@ def warp(rng: Generator, axes: Axes) -> Array:
     ).clip(-0.06, 0.06)
     shift = rng.normal(0, 3, 3) * (1, 1, 0.5)
     x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
-    # Folds differ between people more than the smooth inside of the skull: damp the warp towards it.
+    # Folds differ between people more than the smooth inside of the skull: damp the warp towards
+    # it.
     outwards = np.sqrt((x / 72) ** 2 + ((y + 18) / 90) ** 2 + ((z - 6) / 76) ** 2)
     amplitude = (2.4 * (1 - (outwards - 0.75) / 0.3)).clip(0.5, 2.4)
     points = np.empty((3, *(len(axis) for axis in axes)), dtype=np.float32)
@@ -257,7 +263,8 @@ def warp(rng: Generator, axes: Axes) -> Array:
 
 
 def scale_about(points: Array, centre: ArrayLike, reach: float, strength: float) -> None:
-    """Magnify ``points`` in place: by 1 / (1 - ``strength``) at ``centre``, less over ``reach`` mm."""
+    """Magnify ``points`` in place: by 1 / (1 - ``strength``) at ``centre``, less over ``reach``
+    mm."""
     offset = points - np.asarray(centre, dtype=np.float32)[:, None, None, None]
     falloff = np.exp(-np.square(offset).sum(axis=0) / np.float32(2 * (reach / 2) ** 2))
     points -= np.float32(strength) * falloff * offset
@@ -360,7 +367,8 @@ def mix_contrasts(rng: Generator, axes: Axes, tissue: Images, vessels: Array) ->
 
     White matter on T1 is near 0.9.
     """
-    # Next to the ventricles healthy white matter is a little brighter on FLAIR and T2, more with age.
+    # Next to the ventricles healthy white matter is a little brighter on FLAIR and T2, more with
+    # age.
     caps = (
         ndimage.gaussian_filter(tissue["ventricles"], 1.5) * tissue["wm"] * rng.uniform(0.05, 0.5)
     )
@@ -385,7 +393,8 @@ def mix_contrasts(rng: Generator, axes: Axes, tissue: Images, vessels: Array) ->
 
 
 def acquire(rng: Generator, axes: Axes, image: Array, brain: Mask) -> None:
-    """Turn a noiseless image into a scan, in place: bias field, Rician noise, gain, whole numbers."""
+    """Turn a noiseless image into a scan, in place: bias field, Rician noise, gain, whole
+    numbers."""
     signal = (image * np.exp(rng.uniform(0.05, 0.15) * smooth_noise(rng, axes, 70)))[brain]
     deviation = np.float32(rng.uniform(0.012, 0.032))
     real, imaginary = deviation * rng.standard_normal((2, len(signal)), dtype=np.float32)

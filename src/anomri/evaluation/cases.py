@@ -13,9 +13,9 @@ def choose_cases(
 ) -> tuple[list[Case], str]:
     """The cases of a split that have a label, and in words how they were chosen.
 
-    ``seen`` gives the split that cases and patients had when the model was trained. Unless a split is asked
-    for, cases of its training and validation are left out, and the split ``test`` is taken if there is one.
-    Raises `AnomriError` if no case is left.
+    ``seen`` gives the split that cases and patients had when the model was trained. Unless a split
+    is asked for, cases of its training and validation are left out, and the split ``test`` is taken
+    if there is one. Raises `AnomriError` if no case is left.
     """
     seen_cases: set[str] = set()
     if split is None:

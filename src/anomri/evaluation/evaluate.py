@@ -53,20 +53,23 @@ def evaluate(
     score: str | None = None,
     progress: Progress = lambda case, done, total: None,
 ) -> Evaluation:
-    """Compare anomaly maps with lesion labels: those of a ``model``, or those in the folder ``maps``.
+    """Compare anomaly maps with lesion labels: those of a ``model``, or those in the folder
+    ``maps``.
 
-    ``grid`` is ``model`` (slices of the working grid, the paper's protocol) or ``input`` (the scan's own
-    voxels). Maps are called ``<case>_anomaly.nii.gz`` or ``<case>.nii.gz`` and are always scored on the input's
-    grid. Cases are those of ``split``, by default ``test``; if there is no such split, all that have a label,
-    but none that the model was trained or validated on (see `cases.choose_cases`).
+    ``grid`` is ``model`` (slices of the working grid, the paper's protocol) or ``input`` (the
+    scan's own voxels). Maps are called ``<case>_anomaly.nii.gz`` or ``<case>.nii.gz`` and are
+    always scored on the input's grid. Cases are those of ``split``, by default ``test``; if there
+    is no such split, all that have a label, but none that the model was trained or validated on
+    (see `cases.choose_cases`).
 
-    ``threshold`` replaces the model's label-free one; ``sensitivity`` or ``false_positive_ml`` choose another
-    of its own. ``min_volume`` (mm3) says which components its masks keep, ``channels`` which of its channels
-    are looked at, and ``score`` replaces the model's (``paper`` is the paper's).
+    ``threshold`` replaces the model's label-free one; ``sensitivity`` or ``false_positive_ml``
+    choose another of its own. ``min_volume`` (mm3) says which components its masks keep,
+    ``channels`` which of its channels are looked at, and ``score`` replaces the model's (``paper``
+    is the paper's).
 
-    The figures are exact, and memory holds one case and the scores of lesion voxels. With ``out``, tables and
-    ``report.html`` are written there, and the same call resumes a run that was stopped or killed. Several
-    processes of torchrun or srun share the cases. Raises `AnomriError`.
+    The figures are exact, and memory holds one case and the scores of lesion voxels. With ``out``,
+    tables and ``report.html`` are written there, and the same call resumes a run that was stopped
+    or killed. Several processes of torchrun or srun share the cases. Raises `AnomriError`.
     """
     work = plan(
         cohort,
@@ -125,7 +128,8 @@ def evaluate_shard(
 
 
 def merge_evaluations(folder: Path) -> Evaluation:
-    """The evaluation of cases that were scored shard by shard; raises `AnomriError` if some are missing."""
+    """The evaluation of cases that were scored shard by shard; raises `AnomriError` if some are
+    missing."""
     with sole_use(folder):
         if (folder / SCORES / PLAN).is_file():
             ledger = Ledger.open(folder, folder / SCORES)
@@ -144,7 +148,8 @@ def merge_evaluations(folder: Path) -> Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation does: the ``cases``, how they are scored, and what its results depend on."""
+    """What an evaluation does: the ``cases``, how they are scored, and what its results depend
+    on."""
 
     cases: list[Case]
     scored: Callable[[Sequence[Case]], Iterator[Scored]]
@@ -189,7 +194,8 @@ def plan(
     channels: Sequence[str] | None = None,
     score: str | None = None,
 ) -> Plan:
-    """What `evaluate` does with the same arguments; raises `AnomriError` if they do not fit each other."""
+    """What `evaluate` does with the same arguments; raises `AnomriError` if they do not fit each
+    other."""
     if (model is None) == (maps is None):
         raise AnomriError("give either a model or a folder of maps to evaluate.")
     if maps is not None and (channels or score or min_volume is not None):

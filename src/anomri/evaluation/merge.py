@@ -13,10 +13,12 @@ from anomri.runs.tables import LOGS
 
 
 def merge(folder: str | Path) -> int:
-    """Write the tables, figures and report of runs that were done shard by shard; returns how many cases failed.
+    """Write the tables, figures and report of runs that were done shard by shard; returns how many
+    cases failed.
 
-    Detection, evaluation, or both, whatever the shards in ``folder`` were of. It may be given again. Raises
-    `AnomriError` if there is nothing to merge, or naming the cases that are not done yet.
+    Detection, evaluation, or both, whatever the shards in ``folder`` were of. It may be given
+    again. Raises `AnomriError` if there is nothing to merge, or naming the cases that are not done
+    yet.
     """
     folder = Path(folder)
     jobs = {LOGS: _detections, SCORES: _evaluations}

@@ -42,8 +42,8 @@ CURVE_POINTS = 512
 def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     """Write a case's scores and label to ``folder``, cut to where they are not zero.
 
-    Returns what `Pool` needs to know of the case, as plain numbers and strings; ``files`` are relative to the
-    folder's parent.
+    Returns what `Pool` needs to know of the case, as plain numbers and strings; ``files`` are
+    relative to the folder's parent.
     """
     facts: dict[str, Any] = {
         "case": scored.case,
@@ -101,7 +101,8 @@ class Pool:
         return list(dict.fromkeys(case["patient"] for case in self.cases))
 
     def evaluate(self, protocol: dict[str, str], threshold: float | None) -> Evaluation:
-        """All figures, from two more readings of the spool; ``threshold`` is that of most cases, for a plot.
+        """All figures, from two more readings of the spool; ``threshold`` is that of most cases,
+        for a plot.
 
         Raises `AnomriError` if no case has a lesion.
         """
@@ -162,7 +163,8 @@ def _at_threshold(
         return row
     mask = scores > case["threshold"]
     filtered = drop_small_components(mask, case["max_dropped"])
-    # Where there is no lesion, Dice says nothing: what is found there are false positive components.
+    # Where there is no lesion, Dice says nothing: what is found there are false positive
+    # components.
     has_lesion = bool(label.any())
     return replace(
         row,
@@ -248,7 +250,8 @@ def _mean(name: str, rows: Sequence[PatientScores], values: Sequence[float]) -> 
 
 
 def _bootstrap_steps(lesion_scores: Sequence[Scores]) -> Scores:
-    # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these recalls.
+    # Equal shares of lesion voxels between thresholds: the bootstrap's curves are exact at these
+    # recalls.
     pooled = np.sort(np.concatenate(lesion_scores))
     places = np.linspace(0, len(pooled) - 1, min(BOOTSTRAP_STEPS, len(pooled)))
     return np.unique(pooled[places.astype(int)])

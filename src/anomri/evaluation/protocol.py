@@ -22,8 +22,8 @@ MOST_NOTES = 5
 class Protocol:
     """What an evaluation compares, before any case is scored.
 
-    ``scored`` names the model or the maps, ``chosen`` the cases, and ``threshold`` the score that makes the
-    mask, which is the user's (``given``) or the model's.
+    ``scored`` names the model or the maps, ``chosen`` the cases, and ``threshold`` the score that
+    makes the mask, which is the user's (``given``) or the model's.
     """
 
     scored: str
@@ -36,7 +36,8 @@ class Protocol:
     def table(
         self, cases: Sequence[dict[str, Any]], patients: int, voxels: int, failed: int
     ) -> dict[str, str]:
-        """The protocol with what the scored ``cases`` add: entries of the ledger, as `Pool` has them."""
+        """The protocol with what the scored ``cases`` add: entries of the ledger, as `Pool` has
+        them."""
         notes = [note for case in cases for note in case.get("notes", ())]
         chosen = f"{len(cases)} ({self.chosen})"
         if failed:

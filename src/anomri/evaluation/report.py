@@ -23,9 +23,11 @@ HEADLINES = {
 
 
 def report(folder: str | Path, note: str = "") -> Path:
-    """Write ``report.html`` from what `detect_cohort` or `evaluate` left in ``folder``; returns its path.
+    """Write ``report.html`` from what `detect_cohort` or `evaluate` left in ``folder``; returns its
+    path.
 
-    A folder that holds both gets the page of the later one. Raises `AnomriError` if it holds neither.
+    A folder that holds both gets the page of the later one. Raises `AnomriError` if it holds
+    neither.
     """
     folder = Path(folder)
     writers = {folder / "metrics.json": read_evaluation_report, folder / "cases.tsv": read_report}
@@ -50,7 +52,8 @@ def read_evaluation_report(folder: Path, note: str = "") -> Path:
 
 
 def evaluation_report(folder: Path, evaluation: Evaluation, note: str = "") -> Path:
-    """Write ``report.html`` of an evaluation, with the pictures in ``previews``; returns its path."""
+    """Write ``report.html`` of an evaluation, with the pictures in ``previews``; returns its
+    path."""
     return write_page(folder / "report.html", _page(folder, evaluation, note))
 
 

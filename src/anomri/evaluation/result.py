@@ -19,7 +19,8 @@ LESION_COUNTS = ("lesions", "lesions_unfiltered")
 
 @dataclass(frozen=True)
 class PatientScores:
-    """The row of one scan: Dice and lesions are at the label-free threshold, with and without the filter."""
+    """The row of one scan: Dice and lesions are at the label-free threshold, with and without the
+    filter."""
 
     case: str
     patient: str
@@ -54,10 +55,12 @@ class PatientScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`: what was compared (``protocol``), the figures, a row per scan, and the curve.
+    """The result of `evaluate`: what was compared (``protocol``), the figures, a row per scan, and
+    the curve.
 
-    ``curve`` holds (threshold, recall, precision, Dice) of the masks above up to 512 thresholds, for plots; the
-    figures come from all thresholds. ``failed`` names the cases that could not be used and why.
+    ``curve`` holds (threshold, recall, precision, Dice) of the masks above up to 512 thresholds,
+    for plots; the figures come from all thresholds. ``failed`` names the cases that could not be
+    used and why.
     """
 
     protocol: dict[str, str]

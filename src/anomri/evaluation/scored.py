@@ -27,12 +27,13 @@ PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
 
 @dataclass
 class Scored:
-    """Scores and label of one case on the same grid, or the ``error`` that kept it from having them.
+    """Scores and label of one case on the same grid, or the ``error`` that kept it from having
+    them.
 
-    ``threshold`` is the score above which its mask lies, if there is one. Components of at most ``max_dropped``
-    voxels are dropped where filtered. ``patient`` is by default the case itself. ``notes`` are about its label.
-    ``lesions`` counts those of the label as it was drawn, where it was brought to another grid, and ``lost``
-    those that are not there any more.
+    ``threshold`` is the score above which its mask lies, if there is one. Components of at most
+    ``max_dropped`` voxels are dropped where filtered. ``patient`` is by default the case itself.
+    ``notes`` are about its label. ``lesions`` counts those of the label as it was drawn, where it
+    was brought to another grid, and ``lost`` those that are not there any more.
     """
 
     case: str
@@ -54,7 +55,8 @@ def score_with_model(
     folder: Path | None,
     threshold: float | None,
 ) -> Iterator[Scored]:
-    """Each case searched by a model, on its working ``grid`` (``model``) or the scan's own (``input``).
+    """Each case searched by a model, on its working ``grid`` (``model``) or the scan's own
+    (``input``).
 
     Previews are written to ``folder``, if there is one.
     """
@@ -143,7 +145,8 @@ def _map_names(case: Case) -> list[str]:
 
 
 def _notes_on_label(case: Case, notes: Sequence[str]) -> list[str]:
-    """The ``notes`` about the case's label, each with the case's name: labels may have the same name."""
+    """The ``notes`` about the case's label, each with the case's name: labels may have the same
+    name."""
     if case.label is None:
         return []
     start = f"{case.name}: "

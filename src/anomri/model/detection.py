@@ -26,7 +26,8 @@ from anomri.slices import SliceStack, from_slices
 from anomri.spec import ModelSpec
 
 BRIGHTEST_RATE = 0.0005
-"""Colours end at twice the score that so many healthy voxels exceed, or as few as the model stores."""
+"""Colours end at twice the score that so many healthy voxels exceed, or as few as the model
+stores."""
 
 SUMMARY_KEY = "anomri"
 """A key that ``<case>.json`` has if anomri wrote it, and not if a DICOM converter did."""
@@ -35,10 +36,11 @@ Kind = Literal["anomaly", "mask", "lesions", "reconstruction"]
 
 
 def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` if a result of one of the ``cases`` would overwrite a file that anomri did not write.
+    """Raise `AnomriError` if a result of one of the ``cases`` would overwrite a file that anomri
+    did not write.
 
-    A ``_mask.nii.gz`` may be a brain mask, and a ``.json`` a converter's. Images count as anomri's where the
-    case's summary or anomaly map lies beside them, a summary by its content.
+    A ``_mask.nii.gz`` may be a brain mask, and a ``.json`` a converter's. Images count as anomri's
+    where the case's summary or anomaly map lies beside them, a summary by its content.
     """
     for case in cases:
         *images, summary = _result_files(folder, case.name)
@@ -50,7 +52,8 @@ def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
 
 
 def without_own_results(case: Case) -> Case:
-    """The case without a brain mask or label that an earlier run wrote beside the scan: its lesions."""
+    """The case without a brain mask or label that an earlier run wrote beside the scan: its
+    lesions."""
     if case.mask and _is_result(case.mask, f"{case.name}_mask.nii.gz", case):
         case = replace(case, mask=None)
     if case.label and _is_result(case.label, f"{case.name}_lesions.nii.gz", case):
@@ -64,7 +67,8 @@ def _is_result(path: Path, name: str, case: Case) -> bool:
 
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:
-    """Remove the results of an earlier run of a case, but those ``kept``: all that stay are of one model."""
+    """Remove the results of an earlier run of a case, but those ``kept``: all that stay are of one
+    model."""
     for path in _result_files(folder, case):
         if path not in kept:
             path.unlink(missing_ok=True)
@@ -78,13 +82,15 @@ def _result_files(folder: Path, case: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in one scan; arrays lie in the working orientation, LPS, and `image` and `save` on the input's grid.
+    """What was found in one scan; arrays lie in the working orientation, LPS, and `image` and
+    `save` on the input's grid.
 
-    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z) bool, or
-    ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32 in the input's
-    intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n, h, w) are what the method
-    saw and gave on the working grid. ``spec`` is the model's, its thresholds those for the channels that the scan has,
-    and ``threshold`` the score that made the mask.
+    ``anomaly_map`` (x, y, z) float32, the same scale in every scan of a model; ``mask`` (x, y, z)
+    bool, or ``None`` if the model has no threshold; ``reconstruction`` (channels, x, y, z) float32
+    in the input's intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n,
+    h, w) are what the method saw and gave on the working grid. ``spec`` is the model's, its
+    thresholds those for the channels that the scan has, and ``threshold`` the score that made the
+    mask.
     """
 
     name: str
@@ -105,7 +111,8 @@ class Detection:
 
     @property
     def reconstruction(self) -> NDArray[np.float32]:
-        """The reconstruction of the scan's ``channels``, (channels, x, y, z) in the input's intensities."""
+        """The reconstruction of the scan's ``channels``, (channels, x, y, z) in the input's
+        intensities."""
         shape, stack = self.volume.geometry.canonical_shape, self.stack
         found = []
         for name in self.channels:
@@ -128,10 +135,12 @@ class Detection:
     def image(self, kind: Kind = "anomaly") -> nib.Nifti1Image:
         """The image that `save` writes of that kind, on the input's own grid.
 
-        Raises `AnomriError` if there is no such kind, or no mask because the model has no threshold.
+        Raises `AnomriError` if there is no such kind, or no mask because the model has no
+        threshold.
         """
         image = self._image(kind)
-        # Read back: then its affine is what its header, whose forms and codes are the input's, says.
+        # Read back: then its affine is what its header, whose forms and codes are the input's,
+        # says.
         return type(image).from_bytes(image.to_bytes())
 
     def _image(self, kind: Kind) -> nib.Nifti1Image:
@@ -151,11 +160,13 @@ class Detection:
         return geometry.to_image(lesion_labels(self.mask), (0, max(1, len(self.lesions))))
 
     def save(self, folder: str | Path, *, reconstruction: bool = False) -> list[Path]:
-        """Write ``<name>_anomaly.nii.gz``, ``_mask``, ``_lesions`` and ``<name>.json``; returns their paths.
+        """Write ``<name>_anomaly.nii.gz``, ``_mask``, ``_lesions`` and ``<name>.json``; returns
+        their paths.
 
-        Images lie on the input's own grid, with both forms and the codes of its header. In ``_lesions`` each lesion
-        has its number as value. With ``reconstruction``, that is written too. Files are written atomically. Raises
-        `AnomriError` naming the file that cannot be written.
+        Images lie on the input's own grid, with both forms and the codes of its header. In
+        ``_lesions`` each lesion has its number as value. With ``reconstruction``, that is written
+        too. Files are written atomically. Raises `AnomriError` naming the file that cannot be
+        written.
         """
         folder = output_folder(Path(folder))
         kinds: list[Kind] = ["anomaly"]

@@ -47,7 +47,8 @@ from anomri.slices import (
 from anomri.spec import ModelSpec, Thresholds
 
 BUILT_IN = Path(__file__).parents[1] / "pretrained" / "brats18"
-"""The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where it fails."""
+"""The model that comes with the package; ``MODEL_CARD.md`` beside it says what it is for and where
+it fails."""
 BUILT_IN_NAME = "built-in"
 """What `BUILT_IN` may be called in place of its folder."""
 Source = str | Path | SpatialImage
@@ -61,7 +62,8 @@ def model_folder(model: str | Path | None) -> Path:
 class Detector:
     """A model ready to find anomalies: its specification and its method with weights.
 
-    ``Detector.load(folder)`` reads a model folder; `detect` takes one scan. Use `anomri.load` for short.
+    ``Detector.load(folder)`` reads a model folder; `detect` takes one scan. Use `anomri.load` for
+    short.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class Detector:
         self.channels = spec.channels
         """The channels of the model that are looked at; see `with_channels`."""
         self.cases = cases
-        """The cases that the model was trained on and that were held out, if its folder names them; maybe without files."""
+        """The cases that the model was trained on and that were held out, if its folder names them;
+        maybe without files."""
         # For `save`: folding changes the filters in place.
         self._state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -104,7 +107,8 @@ class Detector:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Which cases and patients the model was trained on and held out (`splits.splits_by_name`)."""
+        """Which cases and patients the model was trained on and held out
+        (`splits.splits_by_name`)."""
         return splits_by_name(self.cases)
 
     @property
@@ -124,9 +128,9 @@ class Detector:
         """Read ``model.json`` and ``weights.safetensors``; nothing in a model folder is executed.
 
         ``folder`` is by default, or as ``built-in``, the model that comes with the package
-        (`BUILT_IN`, research use). ``device`` is ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or ``auto``,
-        which takes a GPU where there is one. ``precision`` is
-        ``auto``, which computes in bfloat16 where the hardware has it, ``32-true`` or ``bf16-mixed``.
+        (`BUILT_IN`, research use). ``device`` is ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or
+        ``auto``, which takes a GPU where there is one. ``precision`` is ``auto``, which computes in
+        bfloat16 where the hardware has it, ``32-true`` or ``bf16-mixed``.
 
         Raises `AnomriError` naming the file that is missing, damaged or does not fit.
         """
@@ -149,12 +153,13 @@ class Detector:
         threshold: float | None = None,
         name: str | None = None,
     ) -> Detection:
-        """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is one case.
+        """Find anomalies in one scan: a `Case`, a `Volume`, a file per channel, or a path that is
+        one case.
 
-        A file may also be an image of nibabel; a single one is the model's only channel, or FLAIR. ``name`` names
-        such scans and their results. ``preparation`` is done to files first (a `Volume` is used as it is).
-        ``threshold`` makes the mask instead of the model's own threshold. Raises `AnomriError` if the scan lacks a
-        channel of the model or cannot be read.
+        A file may also be an image of nibabel; a single one is the model's only channel, or FLAIR.
+        ``name`` names such scans and their results. ``preparation`` is done to files first (a
+        `Volume` is used as it is). ``threshold`` makes the mask instead of the model's own
+        threshold. Raises `AnomriError` if the scan lacks a channel of the model or cannot be read.
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation, name)
         if volume.channels != self.spec.channels:
@@ -202,7 +207,8 @@ class Detector:
     def with_threshold(
         self, sensitivity: str | float | None = None, false_positive_ml: float | None = None
     ) -> Detector:
-        """The same model with another of its label-free thresholds, for all subsets of its channels.
+        """The same model with another of its label-free thresholds, for all subsets of its
+        channels.
 
         See `sensitivity.choose_threshold`. There is to choose from what the model stores for the
         channels that are looked at; a subset that does not store it has its own default.
@@ -222,7 +228,8 @@ class Detector:
         return detector
 
     def with_min_volume(self, mm3: float | None) -> Detector:
-        """The same model, whose masks keep components of at least this volume; ``None``: as it was trained."""
+        """The same model, whose masks keep components of at least this volume; ``None``: as it was
+        trained."""
         detector = copy(self)
         if mm3 is not None:
             detector.spec = replace(self.spec, score=replace(self.spec.score, min_volume_mm3=mm3))
@@ -231,7 +238,8 @@ class Detector:
     def with_channels(self, names: Sequence[str]) -> Detector:
         """The same model, looking only at these of its channels, with the `thresholds` for them.
 
-        Raises `AnomriError` if the model has no such channel, or was not trained to do without the others.
+        Raises `AnomriError` if the model has no such channel, or was not trained to do without the
+        others.
         """
         names = [channel_name(name) for name in names]
         chosen = tuple(name for name in self.spec.channels if name in names)
@@ -250,7 +258,8 @@ class Detector:
         return detector
 
     def with_score(self, **score: Any) -> Detector:
-        """The same model with other settings of its `spec.Score`, and without thresholds, which were for the old ones.
+        """The same model with other settings of its `spec.Score`, and without thresholds, which
+        were for the old ones.
 
         Raises `AnomriError` if there is no such score, or the model does not make what it needs.
         """
@@ -269,7 +278,8 @@ class Detector:
         return detector
 
     def find_cases(self, cohort: str | Path) -> list[Case]:
-        """`find.find_cases`, but one file whose name says no channel is the model's only one, or FLAIR."""
+        """`find.find_cases`, but one file whose name says no channel is the model's only one, or
+        FLAIR."""
         return find_cases_for(cohort, self.channels, self.takes_subsets)
 
     def read(
@@ -294,14 +304,16 @@ class Detector:
         return read_case(scan, self.spec, self.channels, self.takes_subsets, preparation)
 
     def score(self, stack: SliceStack) -> tuple[NDArray[np.float32], Tensor]:
-        """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the working grid."""
+        """Anomaly scores (n, h, w) and reconstruction (n, c, h, w) of a scan's slices, on the
+        working grid."""
         raw, reconstructed = self.raw_score(stack)
         return anomaly_score(
             raw, stack.foreground, self.spec.score, stack.spacing_mm
         ), reconstructed
 
     def raw_score(self, stack: SliceStack) -> tuple[Tensor, Tensor]:
-        """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's slices."""
+        """Scores before erosion and median (n, h, w), and reconstruction (n, c, h, w), of a scan's
+        slices."""
         output = self.output(stack)
         c = stack.x.shape[1]
         if self.spec.score.kind in ("own", "auto"):
@@ -314,10 +326,12 @@ class Detector:
         return raw, output[:, :c] * stack.foreground[:, None]
 
     def output(self, stack: SliceStack) -> Tensor:
-        """The method's reconstruction of a scan's slices, (n, c, h, w); with a segmentation head, one map more.
+        """The method's reconstruction of a scan's slices, (n, c, h, w); with a segmentation head,
+        one map more.
 
-        It is the mean over the scan and its mirror image, if the score says so. Channels that the scan does not have
-        are zero. Raises `AnomriError` if the score needs what the method does not make.
+        It is the mean over the scan and its mirror image, if the score says so. Channels that the
+        scan does not have are zero. Raises `AnomriError` if the score needs what the method does
+        not make.
         """
         check_score(self.spec.score, self.spec.channels, self.method.segmentation_head)
         box = self._box(stack)
@@ -331,13 +345,15 @@ class Detector:
         return output
 
     def save(self, folder: str | Path) -> None:
-        """Write the model folder that `load` reads: the model with all of its channels, and the cases it has seen."""
+        """Write the model folder that `load` reads: the model with all of its channels, and the
+        cases it has seen."""
         if self.cases:
             write_splits(output_folder(Path(folder)) / "splits.csv", self.cases)
         write_model(Path(folder), self.spec, self._state)
 
     def with_spec(self, spec: ModelSpec) -> Detector:
-        """The same weights with another specification, say another score; raises `AnomriError` if they do not fit."""
+        """The same weights with another specification, say another score; raises `AnomriError` if
+        they do not fit."""
         method = methods.build(spec)
         try:
             method.load_state_dict(self._state)

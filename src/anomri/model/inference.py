@@ -108,7 +108,8 @@ class Inference:
 
 
 def _mirror(x: Tensor, box: Box | None) -> tuple[Tensor, Box | None]:
-    """Slices with left and right, their rows, exchanged; and the box, which holds the same pixels."""
+    """Slices with left and right, their rows, exchanged; and the box, which holds the same
+    pixels."""
     if box is None:
         return x.flip(2), None
     top, bottom, left, right = box

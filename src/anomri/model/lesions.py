@@ -35,7 +35,8 @@ class Column:
     format: str = ""
     """Of a value in a table."""
     names: tuple[str, ...] = ()
-    """Columns of a table, for a field that holds several values; by default the field's own name."""
+    """Columns of a table, for a field that holds several values; by default the field's own
+    name."""
 
 
 def column(
@@ -89,8 +90,8 @@ def show_healthy_below(share: float, healthy_scans: int | None) -> str:
 class Lesion:
     """One 26-connected component of a mask.
 
-    A field is all that a new column needs: ``lesions.tsv``, the JSON of a case, BIDS sidecars, the report and the
-    viewer show what is here.
+    A field is all that a new column needs: ``lesions.tsv``, the JSON of a case, BIDS sidecars, the
+    report and the viewer show what is here.
     """
 
     lesion: int = column("Number; the largest lesion is 1.", "#", show_number(0))
@@ -127,7 +128,8 @@ def lesion_columns() -> dict[str, Column]:
 
 
 def table_columns() -> dict[str, dict[str, str]]:
-    """The columns of a table of lesions, each with its description and unit in the words of BIDS."""
+    """The columns of a table of lesions, each with its description and unit in the words of
+    BIDS."""
     described: dict[str, dict[str, str]] = {}
     for name, one in lesion_columns().items():
         unit = {"Units": one.unit} if one.unit else {}
@@ -197,8 +199,8 @@ def find_lesions(
 ) -> tuple[Lesion, ...]:
     """The 26-connected components of a mask (x, y, z) in the working orientation, largest first.
 
-    The ``brain`` (x, y, z) gives their distance from its edge, and what the model knows of ``healthy`` scans their
-    confidence; without, these are ``None``.
+    The ``brain`` (x, y, z) gives their distance from its edge, and what the model knows of
+    ``healthy`` scans their confidence; without, these are ``None``.
     """
     box = box_around(mask)
     part = mask[box]
@@ -233,7 +235,8 @@ def find_lesions(
 
 
 def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first; 0 elsewhere.
+    """The components of a mask (x, y, z) numbered from 1 as `find_lesions` does, the largest first;
+    0 elsewhere.
 
     The data type is the smallest unsigned one that holds all numbers.
     """
@@ -255,10 +258,11 @@ def smallest_edge_distances(
     brain: NDArray[np.bool_],
     spacing_mm: tuple[float, float, float],
 ) -> NDArray[np.float64]:
-    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside the brain.
+    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside
+    the brain.
 
-    Distances are those between centres of voxels. Holes of the ``brain`` (x, y, z) are inside; what lies beyond the
-    image is outside.
+    Distances are those between centres of voxels. Holes of the ``brain`` (x, y, z) are inside; what
+    lies beyond the image is outside.
     """
     found = components > 0
     inside = brain | found
@@ -276,7 +280,8 @@ def smallest_edge_distances(
     places = (np.stack(rim, 1) + [side.start for side in lesions]) * spacing_mm
     tree = KDTree(skin * np.array(spacing_mm), balanced_tree=False, compact_nodes=False)
     numbers, smallest = near[rim], np.full(int(components.max()) + 1, np.inf)
-    # Further and further until every component has met the air: what is deep inside one is hardly looked at.
+    # Further and further until every component has met the air: what is deep inside one is hardly
+    # looked at.
     left, reach = np.arange(len(numbers)), 2 * max(spacing_mm)
     while left.size:
         distances, _ = tree.query(places[left], distance_upper_bound=reach)

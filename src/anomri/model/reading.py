@@ -1,4 +1,5 @@
-"""Reading a scan for a model: the files of its channels, and what to note where some are missing."""
+"""Reading a scan for a model: the files of its channels, and what to note where some are
+missing."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from anomri.spec import ModelSpec
 
 
 def find_cases_for(cohort: str | Path, channels: Sequence[str], takes_subsets: bool) -> list[Case]:
-    """`find.find_cases`, but one file whose name says no channel becomes the only one of ``channels``, or FLAIR.
+    """`find.find_cases`, but one file whose name says no channel becomes the only one of
+    ``channels``, or FLAIR.
 
-    It becomes FLAIR for a model that takes a subset of its channels, unless its name says that it is something else
-    (`OTHER_IMAGES`).
+    It becomes FLAIR for a model that takes a subset of its channels, unless its name says that it
+    is something else (`OTHER_IMAGES`).
     """
     cases = find_cases(cohort)
     if not Path(cohort).name.lower().endswith(SUFFIXES):
@@ -43,10 +45,11 @@ def read_case(
     takes_subsets: bool,
     preparation: Preparation = Preparation(),
 ) -> Volume:
-    """Read the channels of a case that a model looks at, prepared; its other channels are empty in the volume.
+    """Read the channels of a case that a model looks at, prepared; its other channels are empty in
+    the volume.
 
-    ``channels`` are those of the model's that are looked at. Raises `AnomriError` naming the channels that are missing
-    for a model that needs them all.
+    ``channels`` are those of the model's that are looked at. Raises `AnomriError` naming the
+    channels that are missing for a model that needs them all.
     """
     present = [channel for channel in channels if channel in case.channels]
     if present and takes_subsets and len(present) < len(spec.channels):
@@ -65,7 +68,8 @@ def read_case(
 
 
 def missing_channel_notes(case: Case, spec: ModelSpec, channels: Sequence[str]) -> list[str]:
-    """What to know of a case that lacks some of the ``channels`` that are looked at; empty if it has them all."""
+    """What to know of a case that lacks some of the ``channels`` that are looked at; empty if it
+    has them all."""
     missing = [name for name in channels if name not in case.channels]
     if not missing:
         return []

@@ -49,7 +49,8 @@ class Table:
 
 @dataclass(frozen=True)
 class CaseView:
-    """One case on the page: its place there, what is to be said of it, its pictures and its lesions."""
+    """One case on the page: its place there, what is to be said of it, its pictures and its
+    lesions."""
 
     place: str
     preview: Preview
@@ -60,7 +61,8 @@ class CaseView:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows, from the top down; ``facts`` are the few values that stand large, with their names."""
+    """What a report shows, from the top down; ``facts`` are the few values that stand large, with
+    their names."""
 
     title: str
     lead: str = ""
@@ -78,7 +80,8 @@ class Page:
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Write a page as self-contained HTML; everything that comes from files is escaped, one script may run."""
+    """Write a page as self-contained HTML; everything that comes from files is escaped, one script
+    may run."""
     from jinja2 import Environment, PackageLoader  # slow to import
     from markupsafe import Markup
 
@@ -104,8 +107,8 @@ def write_page(path: Path, page: Page) -> Path:
 def case_views(folder: Path, cases: Mapping[str, T]) -> Iterator[tuple[str, Preview, T]]:
     """The place on the page, the preview and the facts of each case that is shown.
 
-    These are the first ``cases`` that have a preview in ``folder``, as far as `MAX_PICTURES` and `MAX_PICTURE_BYTES`
-    allow.
+    These are the first ``cases`` that have a preview in ``folder``, as far as `MAX_PICTURES` and
+    `MAX_PICTURE_BYTES` allow.
     """
     count = size = 0
     for name, facts in cases.items():

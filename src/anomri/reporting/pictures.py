@@ -42,8 +42,8 @@ OPACITY = 0.5
 def preview(detection: Detection, size: int = 192) -> Rgb:
     """One row of square pictures of a scan's most telling slice, as `panel_names` says.
 
-    The slice is the one with the most labelled lesion, else the one with the highest summed score, cut to the
-    brain. (size, size * panels, 3) uint8, patient's right on the left.
+    The slice is the one with the most labelled lesion, else the one with the highest summed score,
+    cut to the brain. (size, size * panels, 3) uint8, patient's right on the left.
     """
     label = detection.stack.label
     if label is None or not label.any():
@@ -73,7 +73,8 @@ def panel_names(detection: Detection) -> tuple[str, ...]:
 
 
 def colour_range(detection: Detection) -> tuple[float, float]:
-    """The scores between which a scan's map is coloured: from the threshold to the scan's highest score."""
+    """The scores between which a scan's map is coloured: from the threshold to the scan's highest
+    score."""
     low = detection.threshold
     if low is None:
         low = detection.display_range[0]
@@ -81,10 +82,11 @@ def colour_range(detection: Detection) -> tuple[float, float]:
 
 
 def planes(detection: Detection, width: int = SIDE) -> Rgb:
-    """Axial, coronal and sagittal slices through the highest score of the mask (or map), side by side in one scale.
+    """Axial, coronal and sagittal slices through the highest score of the mask (or map), side by
+    side in one scale.
 
-    Above is the scan alone, below the same under the map, with the outlines of mask and label. (height, ``width``, 3)
-    uint8; the sides are marked R, L, A, P, S, I.
+    Above is the scan alone, below the same under the map, with the outlines of mask and label.
+    (height, ``width``, 3) uint8; the sides are marked R, L, A, P, S, I.
     """
     x, y, z = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
@@ -118,10 +120,11 @@ def _peak(detection: Detection) -> tuple[int, int, int]:
 
 
 def closeups(detection: Detection, width: int = SIDE, most: int = MOST_CLOSEUPS) -> Rgb | None:
-    """The largest lesions, numbered, each in an axial square of `CLOSEUP_MM` around its centre; ``None`` without any.
+    """The largest lesions, numbered, each in an axial square of `CLOSEUP_MM` around its centre;
+    ``None`` without any.
 
-    Above is the scan alone, below the same under the map and the outlines. (2 * side, lesions * side, 3) uint8,
-    where side is ``width`` / ``most``.
+    Above is the scan alone, below the same under the map and the outlines. (2 * side, lesions *
+    side, 3) uint8, where side is ``width`` / ``most``.
     """
     if not detection.lesions:
         return None
@@ -140,7 +143,8 @@ def closeups(detection: Detection, width: int = SIDE, most: int = MOST_CLOSEUPS)
 def _square_at(
     geometry: Geometry, centre_mm: tuple[float, float, float]
 ) -> tuple[slice, slice, int]:
-    """An axial square of `CLOSEUP_MM` around a place in scanner mm, moved into the image where it would leave it."""
+    """An axial square of `CLOSEUP_MM` around a place in scanner mm, moved into the image where it
+    would leave it."""
     to_voxels = np.linalg.inv(geometry.canonical_affine)
     x, y, z = apply_affine(to_voxels, centre_mm).round().astype(int).tolist()
     spans = []
@@ -155,8 +159,8 @@ def _square_at(
 def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: int = 3) -> Rgb:
     """Axial slices at equal steps through the brain, lowest first, each under its map and outlines.
 
-    The largest findings are numbered in the slices that are nearest to their centres. (height, ``width``, 3) uint8;
-    the first slice is marked R and L, each with its height in mm (scanner).
+    The largest findings are numbered in the slices that are nearest to their centres. (height,
+    ``width``, 3) uint8; the first slice is marked R and L, each with its height in mm (scanner).
     """
     x, y, _ = brain_sides(detection.volume)
     image = _shown_image(detection.volume)
@@ -190,14 +194,16 @@ def lightbox(detection: Detection, width: int = SIDE, columns: int = 8, rows: in
 
 
 def score_counts(detection: Detection, bins: int) -> tuple[list[int], float]:
-    """How many foreground pixels have a score in each bin of equal width from 0 to the highest; and the highest."""
+    """How many foreground pixels have a score in each bin of equal width from 0 to the highest; and
+    the highest."""
     scores = detection.scores[detection.stack.foreground.numpy()]
     top = float(scores.max(initial=0)) or 1.0
     return np.histogram(scores, bins, (0, top))[0].tolist(), top
 
 
 def brain_sides(volume: Volume, margin: int = 2) -> tuple[slice, slice, slice]:
-    """The sides (x, y, z) of a box around the brain of a scan, with a margin; all of the scan if there is none."""
+    """The sides (x, y, z) of a box around the brain of a scan, with a margin; all of the scan if
+    there is none."""
     x, y, z = (
         slice(max(side.start - margin, 0), min(side.stop + margin, length))
         if side.stop
@@ -247,7 +253,8 @@ def write_jpeg(path: Path, picture: Rgb, quality: int = 80) -> None:
 
 
 def _mask(detection: Detection) -> NDArray[np.bool_]:
-    """The mask on the working grid (n, h, w), as its components are filtered there; empty without a threshold."""
+    """The mask on the working grid (n, h, w), as its components are filtered there; empty without a
+    threshold."""
     above = detection.scores > (np.inf if detection.threshold is None else detection.threshold)
     return drop_small_components(
         above, detection.spec.score.max_dropped(detection.stack.spacing_mm)
@@ -293,7 +300,8 @@ def _draw_findings(
 def _plane(
     data: NDArray[Any], place: tuple[int | slice, ...], size: tuple[int, int], upward: bool
 ) -> NDArray[np.float32]:
-    """One plane of an array (x, y, z), resized to (width, height); ``upward`` puts the last row on top."""
+    """One plane of an array (x, y, z), resized to (width, height); ``upward`` puts the last row on
+    top."""
     rows = data[place].T
     turned = np.ascontiguousarray(rows[::-1] if upward else rows, np.float32)
     return np.asarray(cv2.resize(turned, size, interpolation=cv2.INTER_LINEAR), np.float32)
@@ -320,7 +328,8 @@ def _write(panel: Rgb, text: str, place: tuple[int, int], size: float) -> None:
 
 
 def _write_number(panel: Rgb, number: int, corner: tuple[int, int], size: float) -> None:
-    """Write a number in a dark box with its upper left ``corner`` there, or as near as the panel allows."""
+    """Write a number in a dark box with its upper left ``corner`` there, or as near as the panel
+    allows."""
     text = str(number)
     (w, h), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
     margin = round(8 * size)
@@ -345,7 +354,8 @@ def _square_around(foreground: Tensor) -> tuple[slice, slice]:
 
 
 def _upright(panel: Rgb, size: int) -> Rgb:
-    # (x, y) in LPS: rows of the picture are y, anterior first, and its columns x, the patient's right first.
+    # (x, y) in LPS: rows of the picture are y, anterior first, and its columns x, the patient's
+    # right first.
     turned = np.ascontiguousarray(panel.transpose(1, 0, 2))
     return np.asarray(
         cv2.resize(turned, (size, size), interpolation=cv2.INTER_LINEAR), dtype=np.uint8

@@ -1,4 +1,5 @@
-"""Plots of a report as SVG that takes the page's colours: curves, values by patient, a histogram of scores."""
+"""Plots of a report as SVG that takes the page's colours: curves, values by patient, a histogram of
+scores."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Outlines of a histogram for a picture of 100 x 40: scan and healthy scans, and where the threshold stands."""
+    """Outlines of a histogram for a picture of 100 x 40: scan and healthy scans, and where the
+    threshold stands."""
 
     scan: str
     healthy: str
@@ -75,7 +77,8 @@ def curves_plot(
 
 
 def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
-    """Every scan's value of one or more figures from 0 to 1 as points, over boxes of their quartiles."""
+    """Every scan's value of one or more figures from 0 to 1 as points, over boxes of their
+    quartiles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 0.7 + 0.62 * len(values)), layout="constrained")
@@ -115,7 +118,8 @@ def patients_plot(values: Mapping[str, Sequence[float]]) -> Plot:
 def histogram(
     scan: Sequence[int], healthy: Sequence[int], tops: tuple[float, float], threshold: float | None
 ) -> Histogram:
-    """Outlines of two histograms with bins of equal width from 0 to their ``tops``, as densities on a log scale."""
+    """Outlines of two histograms with bins of equal width from 0 to their ``tops``, as densities on
+    a log scale."""
     top = max(*tops, threshold or 0, 1e-6)
     densities = [
         np.asarray(c) / max(sum(c), 1) * len(c) / max(t, 1e-6)
@@ -149,7 +153,8 @@ def _colours(count: int) -> list[str]:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The figure as an ``<svg>`` element with text as text; names in it are escaped by matplotlib."""
+    """The figure as an ``<svg>`` element with text as text; names in it are escaped by
+    matplotlib."""
     import matplotlib
 
     for axes in figure.axes:

@@ -1,4 +1,5 @@
-"""The pictures of a case that a report shows: drawn once while the scan is in memory, kept in ``previews``."""
+"""The pictures of a case that a report shows: drawn once while the scan is in memory, kept in
+``previews``."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An image (base64) with its title, the names of the columns it shows side by side, and its size in pixels."""
+    """An image (base64) with its title, the names of the columns it shows side by side, and its
+    size in pixels."""
 
     title: str
     data: str
@@ -41,7 +43,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a report shows of one case; ``colours`` are the lowest and the highest score that have a colour."""
+    """What a report shows of one case; ``colours`` are the lowest and the highest score that have a
+    colour."""
 
     name: str
     pictures: tuple[Picture, ...] = ()
@@ -52,7 +55,8 @@ class Preview:
 
 
 def save_preview(detection: Detection, folder: Path) -> None:
-    """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, for `read_preview`."""
+    """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, for
+    `read_preview`."""
     from anomri.reporting import pictures
 
     place = output_folder(folder / "previews")
@@ -94,7 +98,8 @@ def remove_preview(folder: Path, name: str) -> None:
 
 
 def read_preview(folder: Path, name: str) -> Preview | None:
-    """What `save_preview` left of a case in ``folder``; ``None`` if there is nothing, or it is damaged."""
+    """What `save_preview` left of a case in ``folder``; ``None`` if there is nothing, or it is
+    damaged."""
     place = folder / "previews"
     try:
         facts = json.loads((place / f"{name}.preview.json").read_text(encoding="utf-8"))

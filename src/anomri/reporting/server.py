@@ -20,7 +20,8 @@ from anomri.scans.names import SUFFIXES
 
 HOST = "127.0.0.1"
 CONTENT_SECURITY_POLICY = (
-    # NiiVue draws its letters from an image in a data: URL; it needs no worker, WebAssembly or inline style.
+    # NiiVue draws its letters from an image in a data: URL; it needs no worker, WebAssembly or
+    # inline style.
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -44,13 +45,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Image:
-    """A NIfTI file on disk; if ``inside`` is given, only as long as it lies in that folder, links followed."""
+    """A NIfTI file on disk; if ``inside`` is given, only as long as it lies in that folder, links
+    followed."""
 
     path: Path
     inside: Path | None = None
 
     def resolve(self) -> Path | None:
-        """The file itself, or ``None`` if it is gone, no NIfTI file by name, or led out of its folder."""
+        """The file itself, or ``None`` if it is gone, no NIfTI file by name, or led out of its
+        folder."""
         try:
             path = self.path.resolve(strict=True)
         except (OSError, RuntimeError):
@@ -131,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         host = self.headers.get("Host", "").rsplit(":", 1)[0].lower()
         if host not in (HOST, "localhost"):
-            # A foreign name that points here is a page elsewhere trying to read the scans (DNS rebinding).
+            # A foreign name that points here is a page elsewhere trying to read the scans (DNS
+            # rebinding).
             return self._reply(403, b"ask for 127.0.0.1 or localhost\n")
         found = self.server.table.get(self.path.partition("?")[0])
         if isinstance(found, Page):

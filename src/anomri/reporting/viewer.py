@@ -1,4 +1,5 @@
-"""`anomri view`: a page on this machine for scrolling through scans, anomaly maps and masks with NiiVue."""
+"""`anomri view`: a page on this machine for scrolling through scans, anomaly maps and masks with
+NiiVue."""
 
 from __future__ import annotations
 
@@ -35,12 +36,13 @@ def serve(
 ) -> Viewer:
     """Serve the results in ``folder`` on 127.0.0.1 until the returned `Viewer` is closed.
 
-    ``folder`` is what `detect_cohort` wrote. ``scans`` are shown behind the maps; by default those that the run noted
-    in ``logs``, or converted from DICOM. Port 0 takes a free one. What is served is listed once, now. Links in
-    ``folder`` that lead out of it are left out; those among ``scans``, which the user named, are followed. Every user
-    of this machine can open the page.
+    ``folder`` is what `detect_cohort` wrote. ``scans`` are shown behind the maps; by default those
+    that the run noted in ``logs``, or converted from DICOM. Port 0 takes a free one. What is served
+    is listed once, now. Links in ``folder`` that lead out of it are left out; those among
+    ``scans``, which the user named, are followed. Every user of this machine can open the page.
 
-    Raises `AnomriError` if ``folder`` holds no maps, ``scans`` none of their cases, or the port is taken.
+    Raises `AnomriError` if ``folder`` holds no maps, ``scans`` none of their cases, or the port is
+    taken.
     """
     folder = Path(folder)
     cases = find_scans(folder) if scans is None else named_scans(folder, scans)
@@ -58,7 +60,8 @@ def view(
     open_browser: bool = True,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """As `serve`, and stay until Ctrl-C; ``announce`` is called with the page's address before a browser opens."""
+    """As `serve`, and stay until Ctrl-C; ``announce`` is called with the page's address before a
+    browser opens."""
     with serve(folder, port=port, scans=scans, open_browser=False) as viewer:
         announce(viewer.url)
         if open_browser:
@@ -71,7 +74,8 @@ def view(
 
 
 def find_scans(folder: Path) -> dict[str, Case]:
-    """The scans that the results in ``folder`` were made from, by case, as far as they are still there."""
+    """The scans that the results in ``folder`` were made from, by case, as far as they are still
+    there."""
     maps = [path.name.removesuffix(MAP_ENDING) for path in folder.glob(f"*{MAP_ENDING}")]
     found: dict[str, Case] = {}
     with suppress(AnomriError):  # a folder of that name may hold anything
@@ -86,7 +90,8 @@ def find_scans(folder: Path) -> dict[str, Case]:
 
 
 def named_scans(folder: Path, scans: str | Path | Sequence[Case]) -> dict[str, Case]:
-    """The cases among ``scans``, which the user named, by their names in the results in ``folder``."""
+    """The cases among ``scans``, which the user named, by their names in the results in
+    ``folder``."""
     if not isinstance(scans, str | Path):
         return {case.name: case for case in scans}
     path = Path(scans)

@@ -1,1 +1,2 @@
-"""A cohort through a model: every case detected, recorded as finished, and written as tables or as BIDS derivatives."""
+"""A cohort through a model: every case detected, recorded as finished, and written as tables or as
+BIDS derivatives."""

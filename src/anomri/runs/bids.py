@@ -1,4 +1,5 @@
-"""The BIDS app: scans of a BIDS data set in, BIDS derivatives out, participant by participant, then the group."""
+"""The BIDS app: scans of a BIDS data set in, BIDS derivatives out, participant by participant, then
+the group."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ from anomri.scans.prepare import Preparation
 from anomri.scans.volume import Volume
 from anomri.spec import CITATION, Thresholds
 
-# Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by validator 3.0.
+# Reports, and tables of a group, have no names in BIDS. A folder ending in "/" is not ignored by
+# validator 3.0.
 IGNORED = ("report.html", "cases.tsv", "lesions.tsv", "run.json", "logs", "previews")
 SCORE = "Anomaly score: 0 outside the brain, higher the less a scan looks like healthy ones; one scale for all; no probability."
 MASK = "1 where the anomaly score exceeds Threshold, as little of healthy brains does."
@@ -74,12 +76,14 @@ def run_participant(
     warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
-    """Detect in every case of a BIDS data set, after ``preparation``, and write derivatives to the data set ``out_dir``.
+    """Detect in every case of a BIDS data set, after ``preparation``, and write derivatives to the
+    data set ``out_dir``.
 
-    A case that fails is noted in ``logs`` and the run goes on. What other runs with the same model and data set
-    wrote to ``out_dir`` stays, and what is done is not done again, so participants may be worked on one by one, or at
-    the same time, and a run that was stopped goes on. Raises `AnomriError` if `bids_cases` does, the data set is not
-    valid, or ``out_dir`` belongs to something else.
+    A case that fails is noted in ``logs`` and the run goes on. What other runs with the same model
+    and data set wrote to ``out_dir`` stays, and what is done is not done again, so participants may
+    be worked on one by one, or at the same time, and a run that was stopped goes on. Raises
+    `AnomriError` if `bids_cases` does, the data set is not valid, or ``out_dir`` belongs to
+    something else.
     """
     require_single_process("a run over BIDS (split it by --participant-label)")
     root, out = Path(bids_dir), Path(out_dir)
@@ -124,7 +128,8 @@ def run_participant(
 
 
 def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
-    """Remove the images of a case that its record names, with what is said of them, but those ``kept``."""
+    """Remove the images of a case that its record names, with what is said of them, but those
+    ``kept``."""
     former: dict[str, Any] = {}
     with suppress(AnomriError):
         former = read_json(out / "logs" / f"{case}.json")
@@ -139,7 +144,8 @@ def _remove_former(out: Path, case: str, kept: Sequence[Path]) -> None:
 
 
 def run_group(out_dir: str | Path) -> Path:
-    """Collect what `run_participant` left in ``out_dir`` in tables and ``report.html``; returns the report's path."""
+    """Collect what `run_participant` left in ``out_dir`` in tables and ``report.html``; returns the
+    report's path."""
     out = Path(out_dir)
     results = read_results(out)
     if not results:

@@ -16,10 +16,11 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """A file as it was found: its name, a hash of its place, its size in bytes, its times in ns and its inode.
+    """A file as it was found: its name, a hash of its place, its size in bytes, its times in ns and
+    its inode.
 
-    ``content`` is a hash of its bytes, which is computed when a result is recorded. The size of a missing
-    file is -1. ``path`` is where it lies now and is not stored.
+    ``content`` is a hash of its bytes, which is computed when a result is recorded. The size of a
+    missing file is -1. ``path`` is where it lies now and is not stored.
     """
 
     name: str
@@ -34,7 +35,8 @@ class FileIdentity:
     @classmethod
     def from_path(cls, path: Path) -> FileIdentity:
         """The identity of a file as it is now, without its content."""
-        # Links are not followed for the place: some tools store contents by their hash, behind links.
+        # Links are not followed for the place: some tools store contents by their hash, behind
+        # links.
         place = _hash(str(path.absolute()).encode())
         try:
             stat = path.stat()
@@ -62,8 +64,8 @@ class FileIdentity:
     def is_same(self, now: FileIdentity) -> bool:
         """Whether ``now``, found later, has the same name and bytes.
 
-        The bytes are read only if a time or the inode differs: a copy or a touched file is the same, another
-        file of equal size and modification time is not.
+        The bytes are read only if a time or the inode differs: a copy or a touched file is the
+        same, another file of equal size and modification time is not.
         """
         if (self.name, self.size) != (now.name, now.size):
             return False
@@ -118,7 +120,8 @@ class ScanIdentity:
         return replace(self, files=files)
 
     def is_in_place_of(self, now: ScanIdentity) -> bool:
-        """Whether an image lies where one of ``now`` lies, or has the same bytes: a scan moved or made anew."""
+        """Whether an image lies where one of ``now`` lies, or has the same bytes: a scan moved or
+        made anew."""
         images = [
             name for name in self.files if name not in ("mask", "label") and name in now.files
         ]
@@ -148,7 +151,8 @@ def store_scans(scans: Mapping[str, ScanIdentity]) -> dict[str, Any]:
 
 
 def are_same(stored: object, now: Mapping[str, ScanIdentity]) -> bool:
-    """Whether what `store_scans` gave names the same scans as ``now``, in the same order; False for anything else."""
+    """Whether what `store_scans` gave names the same scans as ``now``, in the same order; False for
+    anything else."""
     if not isinstance(stored, dict) or list(stored) != list(now):
         return False
     try:

@@ -32,10 +32,12 @@ Save = Callable[[Case, Detection], Sequence[Path] | None]
 def detect_each(
     detector: Detector, cases: Sequence[Case], read: Read, save: Save, folder: Path
 ) -> Iterator[CaseResult]:
-    """Read, search and ``save`` each case, with a preview in ``folder``; gives its result as soon as it is done.
+    """Read, search and ``save`` each case, with a preview in ``folder``; gives its result as soon
+    as it is done.
 
-    Results come in the order of the cases. Beside a CUDA GPU, whose share of the work is short, several scans
-    are worked on side by side. Else one follows another, and the next one is read while the network works.
+    Results come in the order of the cases. Beside a CUDA GPU, whose share of the work is short,
+    several scans are worked on side by side. Else one follows another, and the next one is read
+    while the network works.
     """
     workers = 1
     if detector.device.type == "cuda":
@@ -55,7 +57,8 @@ def detect_each(
 def read_ahead(
     cases: Sequence[Case], read: Read
 ) -> Iterator[tuple[Case, Volume | AnomriError, float]]:
-    """Each case with its volume, or the error of reading it, and when reading began; one is read ahead."""
+    """Each case with its volume, or the error of reading it, and when reading began; one is read
+    ahead."""
     return _run_ahead((partial(_try_to_read, case, read) for case in cases), 1)
 
 

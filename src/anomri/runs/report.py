@@ -47,7 +47,8 @@ def read_report(folder: Path, note: str = "") -> Path:
 def detection_report(
     folder: Path, results: Sequence[CaseResult], run: Mapping[str, Any], note: str = ""
 ) -> Path:
-    """Write ``report.html``, with the pictures in ``previews``; ``run`` is what ``run.json`` says. Returns its path."""
+    """Write ``report.html``, with the pictures in ``previews``; ``run`` is what ``run.json`` says.
+    Returns its path."""
     return write_page(folder / "report.html", _page(folder, results, run, note))
 
 
@@ -89,7 +90,8 @@ def _title(done: Sequence[CaseResult]) -> str:
 
 
 def _lead(done: Sequence[CaseResult], run: Mapping[str, Any]) -> str:
-    """What the scans have in common: the method, and their channels and threshold if these are the same."""
+    """What the scans have in common: the method, and their channels and threshold if these are the
+    same."""
     words = f"Method {run['method']}."
     settings = {(_channels(one), _threshold(one)) for one in done}
     if len(settings) == 1:

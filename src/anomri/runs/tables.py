@@ -85,7 +85,8 @@ class CaseResult:
 
 
 def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Series]) -> CaseResult:
-    """The result with ``<case>_mask.dcm`` beside its mask in ``folder``, on a series that this was made from.
+    """The result with ``<case>_mask.dcm`` beside its mask in ``folder``, on a series that this was
+    made from.
 
     What keeps it from being written is the result's error; a case without a mask has none.
     """
@@ -129,7 +130,8 @@ def load_result(ledger: Ledger, case: str) -> CaseResult | None:
 
 
 def cases_before(folder: Path, cases: Sequence[str]) -> str:
-    """Which other cases a run before this one left in ``folder``, in words; empty if there are none."""
+    """Which other cases a run before this one left in ``folder``, in words; empty if there are
+    none."""
     maps = sorted(
         path.name.removesuffix("_anomaly.nii.gz") for path in folder.glob("*_anomaly.nii.gz")
     )

@@ -30,7 +30,8 @@ RUN_FACTS = {
 def refuse_foreign(files: Iterable[Path], is_own: Callable[[Path], bool]) -> None:
     """Raise `AnomriError` for the first of ``files`` that exists and that anomri did not write.
 
-    ``files`` are what a run is about to write; ``is_own`` says of one that exists whether it is anomri's.
+    ``files`` are what a run is about to write; ``is_own`` says of one that exists whether it is
+    anomri's.
     """
     for path in files:
         if path.exists() and not is_own(path):
@@ -41,7 +42,8 @@ def refuse_foreign(files: Iterable[Path], is_own: Callable[[Path], bool]) -> Non
 
 
 def refuse_foreign_tables(folder: Path, names: Iterable[str]) -> None:
-    """Raise `AnomriError` if a table or page in ``folder`` would be overwritten and no run wrote it."""
+    """Raise `AnomriError` if a table or page in ``folder`` would be overwritten and no run wrote
+    it."""
     refuse_foreign((folder / name for name in names), lambda path: holds_run(folder))
 
 
@@ -56,9 +58,9 @@ def holds_run(folder: Path) -> bool:
 def sole_use(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keep other runs out of ``folder`` while the block runs; the lock ends with the process.
 
-    Runs that share a folder use locks of different ``name``. They keep out a run that has the folder alone,
-    and such a run keeps them out. Partial files of killed runs are removed. Raises `AnomriError` if another
-    run has the folder.
+    Runs that share a folder use locks of different ``name``. They keep out a run that has the
+    folder alone, and such a run keeps them out. Partial files of killed runs are removed. Raises
+    `AnomriError` if another run has the folder.
     """
     lock = _acquire(folder, output_folder(folder) / name)
     try:
