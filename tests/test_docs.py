@@ -168,7 +168,7 @@ def test_the_method_shown_to_contributors_trains_and_detects(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "PLACES", dict(registry.PLACES))
     registry.register("mean", "my_mean:Mean")
-    training = {"steps": 2, "batch_size": 4, "validate_every": 1}
+    training = {"steps": 2, "batch_size": 4, "validate_every": 1, "precision": "32-true"}
     model = anomri.train(
         cohort, tmp_path / "model", method="mean", training=training, cache=cache, device="cpu"
     )
