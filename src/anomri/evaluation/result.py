@@ -19,8 +19,10 @@ LESION_COUNTS = ("lesions", "lesions_unfiltered")
 
 @dataclass(frozen=True)
 class PatientScores:
-    """The row of one scan: Dice and lesions are at the label-free threshold, with and without the
-    filter."""
+    """The scores of one scan, with and without the filter of small components.
+
+    Dice and lesion counts are those at the label-free threshold.
+    """
 
     case: str
     patient: str
@@ -55,8 +57,10 @@ class PatientScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`: what was compared (``protocol``), the figures, a row per scan, and
-    the curve.
+    """The result of `evaluate`.
+
+    ``protocol`` says what was compared and how; ``figures`` are pooled and means of patients;
+    ``patients`` holds a row per scan.
 
     ``curve`` holds (threshold, recall, precision, Dice) of the masks above up to 512 thresholds,
     for plots; the figures come from all thresholds. ``failed`` names the cases that could not be
@@ -66,7 +70,7 @@ class Evaluation:
     protocol: dict[str, str]
     figures: tuple[Figure, ...]
     patients: tuple[PatientScores, ...]
-    curve: tuple[tuple[float, float, float, float], ...]
+    curve: tuple[tuple[float, float, float, float], ...] = field(repr=False)
     threshold: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -76,6 +80,17 @@ class Evaluation:
         if name not in values:
             raise KeyError(f"there is no figure {name!r}; there are {', '.join(values)}")
         return values[name]
+
+    def __str__(self) -> str:
+        """The figures, a line each, and the cases that failed.
+
+        >>> print(Evaluation({}, (Figure("AUPRC", 0.8, 0.7, 0.9),), (), (), failed={"a": "damaged"}))
+        AUPRC: 0.800 [0.700 - 0.900]
+        a failed: damaged
+        """
+        lines = [f"{figure.name}: {figure}" for figure in self.figures]
+        lines += [f"{case} failed: {reason}" for case, reason in self.failed.items()]
+        return "\n".join(lines)
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Evaluation:
