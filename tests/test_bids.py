@@ -24,6 +24,7 @@ from anomri.model.lesions import lesion_labels
 from anomri.optional import install_command
 from anomri.runs.bids import run_group, run_participant
 from anomri.scans.bids import bids_cases, validate
+from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from conftest import AFFINE, SHAPE, brain, read_tsv
 
@@ -581,3 +582,164 @@ def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) ->
     ]
     columns, rows = read_tsv(anat / "sub-01_desc-anomaly_dseg.tsv")
     assert all(float(row[columns.index("volume_mm3")]) >= 5000 for row in rows)
+
+
+# Files that belong together.
+
+REC_MASKS = ("rec-a_desc-brain_mask", "rec-b_desc-brain_mask")
+
+
+def entities_of(case: Case) -> dict[str, str | None]:
+    files = {**case.channels, "mask": case.mask, "label": case.label}
+    names = {what: path.name.split("_", 1)[1] for what, path in files.items() if path}
+    return {what: name.removesuffix(".nii.gz") for what, name in names.items()}
+
+
+def touch(root: Path, *names: str) -> None:
+    """Empty files of sub-01: images in the data set, masks in its derivatives."""
+    for name in names:
+        folder = root / ("derivatives/hand" if name.endswith("mask") else "") / "sub-01" / "anat"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"sub-01_{name}.nii.gz").touch()
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (
+            ["run-1_FLAIR", "run-2_FLAIR", "run-2_label-lesion_mask"],
+            {"flair": "run-2_FLAIR", "label": "run-2_label-lesion_mask"},
+        ),
+        (
+            ["run-1_FLAIR", "run-02_FLAIR", "run-2_desc-brain_mask"],
+            {"flair": "run-02_FLAIR", "mask": "run-2_desc-brain_mask"},
+        ),
+        (
+            ["acq-2d_FLAIR", "acq-3d_FLAIR", "acq-3d_desc-brain_mask", "acq-3d_label-lesion_mask"],
+            {
+                "flair": "acq-3d_FLAIR",
+                "mask": "acq-3d_desc-brain_mask",
+                "label": "acq-3d_label-lesion_mask",
+            },
+        ),
+        (  # masks of both: the label says which image, and the image which mask
+            ["rec-a_FLAIR", "rec-b_FLAIR", "rec-b_label-lesion_mask", *REC_MASKS],
+            {
+                "flair": "rec-b_FLAIR",
+                "mask": "rec-b_desc-brain_mask",
+                "label": "rec-b_label-lesion_mask",
+            },
+        ),
+        (["run-2_FLAIR", "run-1_T1w", "run-2_T1w"], {"flair": "run-2_FLAIR", "t1": "run-2_T1w"}),
+        (  # what names no run belongs to the image that names none
+            ["FLAIR", "run-2_FLAIR", "label-lesion_mask"],
+            {"flair": "FLAIR", "label": "label-lesion_mask"},
+        ),
+        (  # other sequences are called otherwise
+            ["acq-2d_FLAIR", "acq-mprage_T1w", "acq-mprage_desc-brain_mask", "label-lesion_mask"],
+            {
+                "flair": "acq-2d_FLAIR",
+                "t1": "acq-mprage_T1w",
+                "mask": "acq-mprage_desc-brain_mask",
+                "label": "label-lesion_mask",
+            },
+        ),
+        (["part-imag_FLAIR", "part-mag_FLAIR", "part-phase_FLAIR"], {"flair": "part-mag_FLAIR"}),
+        (
+            ["echo-1_T1w", "echo-2_T1w", "echo-2_desc-brain_mask"],
+            {"t1": "echo-2_T1w", "mask": "echo-2_desc-brain_mask"},
+        ),
+    ],
+)
+def test_images_mask_and_label_of_one_case_agree_in_their_entities(
+    tmp_path: Path, names: list[str], taken: dict[str, str]
+) -> None:
+    root = describe(tmp_path / "in")
+    touch(root, *names)
+    (case,) = find_cases(root)
+    assert entities_of(case) == taken and not case.problem
+    (same,) = bids_cases(root)
+    assert entities_of(same) == taken
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["run-1_FLAIR", "run-2_desc-brain_mask"], "run-2_desc-brain_mask.*sub-01_run-1_FLAIR"),
+        (["run-1_FLAIR", "run-2_label-lesion_mask"], "run-2_label-lesion_mask.*sub-01_run-1_FLAIR"),
+        (["FLAIR", "run-2_desc-brain_mask"], "run-2_desc-brain_mask.*sub-01_FLAIR"),
+        (["acq-2d_FLAIR", "acq-3d_label-lesion_mask"], "acq-3d_label.*sub-01_acq-2d_FLAIR"),
+        (["run-1_FLAIR", "run-2_T1w"], "run-1_FLAIR.*sub-01_run-2_T1w.*different runs"),
+        (["run-1_FLAIR", "T1w", "run-2_desc-brain_mask"], "run-2_desc.*sub-01_run-1_FLAIR"),
+        (
+            ["run-1_FLAIR", "run-2_FLAIR", "label-lesion_mask"],
+            "label-lesion_mask.*whether it belongs to sub-01_run-1_FLAIR.nii.gz or sub-01_run-2_FL",
+        ),
+        (  # the label is of one image, the mask of another
+            ["run-1_FLAIR", "run-2_FLAIR", "run-1_desc-brain_mask", "run-2_label-lesion_mask"],
+            "run-1_desc-brain_mask.*is the brain mask of another image than sub-01_run-2_FLAIR",
+        ),
+    ],
+)
+def test_files_of_different_images_are_refused_and_both_named(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    root = describe(tmp_path / "in")
+    touch(root, *names)
+    with pytest.raises(AnomriError, match=message):
+        find_cases(root)
+
+
+def test_a_mask_that_may_be_of_either_image_is_used_with_a_note(tmp_path: Path) -> None:
+    root = describe(tmp_path / "in")
+    touch(root, "run-1_FLAIR", "run-2_FLAIR", "desc-brain_mask")
+    (case,) = find_cases(root)
+    assert entities_of(case) == {"flair": "run-1_FLAIR", "mask": "desc-brain_mask"}
+    assert "does not say whether it belongs to sub-01_run-1_FLAIR" in case.notes[-1]
+
+
+def test_a_mask_that_names_no_session_is_not_used_without_a_note(tmp_path: Path) -> None:
+    root = describe(tmp_path / "in")
+    anat = root / "sub-01" / "ses-a" / "anat"
+    anat.mkdir(parents=True)
+    (anat / "sub-01_ses-a_FLAIR.nii.gz").touch()
+    touch(root, "desc-brain_mask")
+    (case,) = find_cases(root)
+    assert case.mask is None
+    assert case.notes == ("sub-01_ses-a: sub-01_desc-brain_mask.nii.gz is not used: its name says no session.",)
+
+
+def test_masks_of_several_pipelines_are_named_with_their_folders(tmp_path: Path) -> None:
+    root = describe(tmp_path / "in")
+    touch(root, "FLAIR", "desc-brain_mask")
+    shutil.copytree(root / "derivatives" / "hand", root / "derivatives" / "strip")
+    (case,) = find_cases(root)
+    assert case.mask and case.mask.parts[-4] == "hand"
+    assert "derivatives/hand/sub-01" in case.notes[0] and "not " in case.notes[0]
+    assert "derivatives/strip/sub-01" in case.notes[0]
+
+
+def test_results_of_the_right_run_are_written_and_a_case_that_mixes_runs_fails_alone(
+    dataset: Path, detector: Detector
+) -> None:
+    """Brain masks of half the brain: only the one of the image that is taken counts."""
+    for run in (2, 10):
+        inside = np.ones(SHAPE, np.uint8)
+        if run == 10:
+            inside[: SHAPE[0] // 2] = 0
+        name = f"sub-03/anat/sub-03_run-{run}_desc-brain_mask.nii.gz"
+        save(dataset / "derivatives" / "strip" / name, inside)
+    anat = dataset / "derivatives" / "strip" / "sub-01" / "anat"
+    mask = anat / "sub-01_desc-brain_mask.nii.gz"
+    mask.rename(anat / "sub-01_run-2_desc-brain_mask.nii.gz")
+    out = dataset.parent / "out"
+    results = run_participant(
+        dataset, out, detector, participant_labels=["01", "03"], skip_bids_validation=True
+    )
+    assert "is the brain mask of another image than sub-01_FLAIR" in str(results[0].error)
+    assert results[1].error is None
+    names = {path.name for path in results[1].files}
+    assert "sub-03_run-2_desc-anomaly_FLAIR.nii.gz" in names
+    (whole,) = bids_cases(dataset, participant_labels=["03"])
+    without = detector.detect(replace(whole, mask=None))
+    assert without.summary()["lesions"] == results[1].summary["lesions"]  # type: ignore[index]

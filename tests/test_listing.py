@@ -237,3 +237,23 @@ def test_listing_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("annotation", ["p_flair_mni_mask", "p_flair_mni_seg", "p_flair_mask"])
+def test_a_mask_or_label_of_an_image_on_another_grid_is_refused(
+    tmp_path: Path, annotation: str
+) -> None:
+    """The image as it was is taken, or one without skull: the file belongs to the other."""
+    brain = "_brain" if annotation == "p_flair_mask" else ""
+    for name in ("p_flair", f"p_flair_mni{brain}", annotation):
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(AnomriError, match=rf"{annotation}.nii.gz: belongs to p_flair.*is taken"):
+        find_cases(tmp_path)
+
+
+def test_a_mask_of_an_image_after_bias_correction_fits_the_image_before(tmp_path: Path) -> None:
+    for name in ("p_flair", "p_flair_n4", "p_flair_n4_mask", "p_t1_reg", "p_t1_reg_seg"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    (case,) = find_cases(tmp_path)
+    assert case.mask == tmp_path / "p_flair_n4_mask.nii.gz"
+    assert case.label == tmp_path / "p_t1_reg_seg.nii.gz"

@@ -39,7 +39,8 @@ from anomri.runs.tables import (
 )
 from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.launch import require_single_process
-from anomri.scans.bids import CHANNELS, bids_cases, read_description, validate
+from anomri.scans.bids import bids_cases, read_description, validate
+from anomri.scans.bids_files import CHANNELS, WITHOUT_IMAGE
 from anomri.scans.case import Case
 from anomri.scans.names import bare_name
 from anomri.scans.nifti import write_image
@@ -174,7 +175,10 @@ def _read(detector: Detector, preparation: Preparation, root: Path, case: Case) 
 
 
 def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]:
-    """Write the derivatives of one case; returns the paths of its images."""
+    """Write the derivatives of one case; returns the paths of its images.
+
+    Their names have the entities of the first image, such as ``run`` and ``acq``, and its space.
+    """
     images = [case.channels[channel] for channel in detection.channels]
     sources = [
         f"bids:source:{quote(path.relative_to(root).as_posix())}"
@@ -184,7 +188,8 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     spaces = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
     folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
     remove_abandoned(folder)
-    stem = folder / "_".join([case.name, *spaces[:1], "desc-anomaly"])
+    of_image = [part for part in images[0].name.split("_") if _tells_images_apart(part)]
+    stem = folder / "_".join([case.name, *of_image, *spaces[:1], "desc-anomaly"])
 
     def write(
         kind: str,
@@ -212,6 +217,16 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     labels = write("dseg", lesion_labels(detection.mask), display, made_from, _about_lesions())
     _write_lesions(stem.with_name(f"{stem.name}_dseg.tsv"), detection.lesions)
     return [anomaly, mask, labels]
+
+
+def _tells_images_apart(part: str) -> bool:
+    """Whether a part of a file's name is an entity such as ``run-2``.
+
+    >>> [_tells_images_apart(part) for part in ("sub-1", "run-2", "desc-x", "T1w.nii.gz")]
+    [False, True, False, False]
+    """
+    key, hyphen, _ = part.partition("-")
+    return bool(hyphen) and key not in WITHOUT_IMAGE
 
 
 def _about_map(detection: Detection) -> dict[str, object]:

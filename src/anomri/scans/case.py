@@ -43,6 +43,8 @@ class Case:
     """The patient, if a folder or a table names one."""
     notes: tuple[str, ...] = ()
     """What the user should know about how the files were found."""
+    problem: str = ""
+    """Why the files cannot be read together, if they cannot: `files` raises it."""
 
     @property
     def patient(self) -> str:
@@ -51,7 +53,12 @@ class Case:
         return self.subject or (named.group() if named else self.name)
 
     def files(self, channels: Sequence[str]) -> list[Path]:
-        """The files of ``channels`` in that order; raises `AnomriError` if one is missing."""
+        """The files of ``channels`` in that order; raises `AnomriError` if one is missing.
+
+        It also raises if the files do not belong together.
+        """
+        if self.problem:
+            raise AnomriError(self.problem)
         missing = [channel for channel in channels if channel not in self.channels]
         if missing:
             where = next(iter(self.channels.values()), self.label or Path(self.name)).parent

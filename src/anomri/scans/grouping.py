@@ -16,8 +16,10 @@ from anomri.scans.names import (
     IMAGES,
     LABEL_NAMES,
     MASK_NAMES,
+    MOVED,
     STEPS,
     FileName,
+    bare_name,
     channel_name,
     folder_name,
     preference,
@@ -139,6 +141,9 @@ def _choose(name: str, files: Files) -> tuple[Case, list[LeftOut]]:
     ]
     chosen.update(labels[:1])
     case = case_from_kinds(name, chosen)
+    for annotation in (case.label, case.mask):
+        if annotation is not None:
+            _check_same_image(annotation, chosen, files)
     notes = [*case.notes, *note_choice(name, "label", [path for _, path in labels])]
     if _is_label_of_folder(case):
         label = case.label.name if case.label else ""
@@ -187,6 +192,25 @@ def _preferred(name: str, kind: str, paths: Sequence[Path]) -> Path:
             " are of two scans, call these differently or name them in a TSV."
         )
     return first
+
+
+def _check_same_image(annotation: Path, chosen: Mapping[str, Path], files: Files) -> None:
+    """Raise `AnomriError` if a mask or label is called after an image that is not taken.
+
+    Only if that image lies on another grid, as its name says.
+    """
+    for kind, paths in files.items():
+        if kind in ANNOTATIONS:
+            continue
+        taken = bare_name(chosen[kind])
+        others = [bare_name(path) for path in paths if path != chosen[kind]]
+        named = [name for name in (taken, *others) if bare_name(annotation).startswith(f"{name}_")]
+        owner = max(named, key=len, default=taken)
+        if MOVED.findall(owner) != MOVED.findall(taken):
+            raise AnomriError(
+                f"{annotation}: belongs to {owner}, but {chosen[kind].name} is taken for {kind};"
+                " keep one of these images, or name the files in a .tsv."
+            )
 
 
 def _is_label_of_folder(case: Case) -> bool:

@@ -76,6 +76,10 @@ PROCESSED = re.compile(
 """What is appended to an image's name for other processing."""
 
 
+MOVED = re.compile("(?:^|_)(isovox|iso|reg|registered|coreg|mni)(?=_|$)", re.IGNORECASE)
+"""Processing that brings an image onto another grid, where masks of the image before do not fit."""
+
+
 class FileName(NamedTuple):
     """What a file's name says."""
 

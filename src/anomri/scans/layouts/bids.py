@@ -5,6 +5,7 @@ Participants without an image are left out.
 
 from __future__ import annotations
 
+from anomri.errors import AnomriError
 from anomri.scans.bids import check_labels, read_bids
 from anomri.scans.cohort import Cohort
 from anomri.scans.places import Place
@@ -22,8 +23,15 @@ def matches(place: Place) -> bool:
 
 
 def read(place: Place) -> Cohort:
-    """The cases with an image; raises `AnomriError` if a file may be a label that is not read."""
+    """The cases with an image.
+
+    Raises `AnomriError` if a file may be a label that is not read, or if files of a case do not
+    belong together.
+    """
     cases, left_out = read_bids(place.path)
     found = [case for case in cases if case.channels]
-    check_labels(place.path, found)
+    check_labels(place.path, found, left_out)
+    for case in found:
+        if case.problem:
+            raise AnomriError(case.problem)
     return Cohort(NAME, found, left_out)
