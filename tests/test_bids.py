@@ -706,7 +706,9 @@ def test_a_mask_that_names_no_session_is_not_used_without_a_note(tmp_path: Path)
     touch(root, "desc-brain_mask")
     (case,) = find_cases(root)
     assert case.mask is None
-    assert case.notes == ("sub-01_ses-a: sub-01_desc-brain_mask.nii.gz is not used: its name says no session.",)
+    assert case.notes == (
+        "sub-01_ses-a: sub-01_desc-brain_mask.nii.gz is not used: its name says no session.",
+    )
 
 
 def test_masks_of_several_pipelines_are_named_with_their_folders(tmp_path: Path) -> None:

@@ -262,9 +262,7 @@ def _choose_files(
         notes += _note_choice(name, what, taken.path, others)
     label, label_notes = _label(name, choice, images, reasons)
     mask, mask_notes = _brain_mask(name, choice, images)
-    paths = {
-        channel: image.path for channel, image in choice.images.items() if channel in channels
-    }
+    paths = {channel: image.path for channel, image in choice.images.items() if channel in channels}
     used = {*paths.values(), label, mask}
     left_out = [
         LeftOut(file.path, reasons.get(file.path) or _reason(file))

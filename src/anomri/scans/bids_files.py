@@ -150,7 +150,9 @@ def choose_together(
 
     taken = pick(min(product(*(range(len(files)) for files in images.values())), key=order))
     best = {
-        kind: min(files, key=lambda mask: fit(mask, taken)) for kind, files in masks.items() if files
+        kind: min(files, key=lambda mask: fit(mask, taken))
+        for kind, files in masks.items()
+        if files
     }
     return Choice(taken, best, {kind: fit(mask, taken) for kind, mask in best.items()})
 
