@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from anomri.errors import AnomriError
 from anomri.scans.case import Case, case_from_files, common_channels
-from anomri.scans.find import find_cases
+from anomri.scans.find import find_cases, read_cohort
 from anomri.scans.splits import (
     assign_splits,
     read_splits,
@@ -976,3 +977,80 @@ def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"channel_names": ["FLAIR"]}')
     with pytest.raises(AnomriError, match="has no channel_names as"):
         find_cases(tmp_path)
+
+
+def describe_nnunet(folder: Path, channels: dict[str, str], **more: object) -> Path:
+    files = [f"imagesTr/a_{int(number):04d}.nii.gz" for number in channels]
+    touch(folder, *files, "labelsTr/a.nii.gz")
+    facts = {"channel_names": channels, **more}
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignored"),
+    [
+        ({"background": 0, "lesion": 1, "ignore": 2}, (2,)),
+        ({"0": "background", "1": "lesion", "2": "ignore"}, (2,)),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "ignore": 4}, (4,)),
+        ({"background": 0, "lesion": 1, "Ignore": 255}, (255,)),
+        ({"background": 0, "edema": 1, "tumour": 2}, ()),
+        ({"0": "background", "1": "lesion"}, ()),
+    ],
+)
+def test_labels_of_nnunet_to_ignore_are_known_and_written_to_tables(
+    tmp_path: Path, labels: dict[str, object], ignored: tuple[int, ...]
+) -> None:
+    (case,) = find_cases(describe_nnunet(tmp_path / "in", {"0": "FLAIR"}, labels=labels))
+    assert case.ignored == ignored
+    read_cohort(tmp_path / "in").write(tmp_path / "cohort.tsv")
+    (same,) = find_cases(tmp_path / "cohort.tsv")
+    assert same == case
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 1, "lesion": 0}, "background has the value"),
+        ({"background": 0, "lesion": "one"}, "label 'lesion' has no whole number"),
+        (["background", "lesion"], "labels are not written as"),
+    ],
+)
+def test_labels_of_nnunet_that_cannot_be_understood_are_refused(
+    tmp_path: Path, labels: object, message: str
+) -> None:
+    with pytest.raises(AnomriError, match=rf"dataset.json: {message}"):
+        find_cases(describe_nnunet(tmp_path, {"0": "FLAIR"}, labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("name", "channel"),
+    [
+        *(("T1-weighted", "t1"), ("T1w", "t1"), ("T1 weighted image", "t1"), ("MPRAGE", "t1")),
+        *(("T2-FLAIR", "flair"), ("T2w FLAIR", "flair"), ("FLAIR MRI", "flair")),
+        *(("T1Gd", "t1ce"), ("ce-T1w", "t1ce"), ("T1-weighted (post-contrast)", "t1ce")),
+        *(("T2-weighted", "t2"), ("T2*", "t2star"), ("PD-weighted", "pd"), ("CBF", "cbf")),
+    ],
+)
+def test_a_channel_that_nnunet_describes_is_known_by_its_name(
+    tmp_path: Path, name: str, channel: str
+) -> None:
+    (case,) = find_cases(describe_nnunet(tmp_path, {"0": name}))
+    assert list(case.channels) == [channel]
+
+
+@pytest.mark.parametrize("name", ["noNorm", "zscore", "MRI", "CT", "T1 map of something", "T1rho"])
+def test_a_name_in_dataset_json_that_is_no_channel_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AnomriError, match=f"channel 1 is called '{name}', which is not a channel"):
+        find_cases(describe_nnunet(tmp_path, {"0": "FLAIR", "1": name}))
+
+
+def test_a_column_may_be_called_as_people_call_a_channel(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    table = tmp_path / "cohort.tsv"
+    table.write_text("case\tT1-weighted\tT2-FLAIR\tignored_label\nx\ta.nii.gz\tb.nii.gz\t2, 3\n")
+    (case,) = find_cases(table)
+    assert (list(case.channels), case.ignored) == (["flair", "t1"], (2, 3))
+    table.write_text("case\tt1\tignored_label\nx\ta.nii.gz\tother\n")
+    with pytest.raises(AnomriError, match="column ignored_label: 'other' is not a list"):
+        find_cases(table)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,10 @@ from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.splits import read_split_cases, splits_by_name, write_splits
 from anomri.scoring.metrics import count_lesions, dice, drop_small_components
-from anomri.spec import Grid
-from conftest import AFFINE, SHAPE, write
+from anomri.spec import Grid, Scaling
+from anomri.training.packing import pack_cohort
+from conftest import AFFINE, SHAPE, brain, write
+from phantom import thresholding
 
 
 def test_pooled_figures_are_those_of_all_voxels_at_once(
@@ -471,3 +474,102 @@ def test_options_of_a_model_are_not_those_of_maps(
     )
     with pytest.raises(AnomriError, match="no such folder; name the one that holds the maps"):
         evaluate(tmp_path / "labels", maps=tmp_path / "nowhere")
+
+
+@pytest.fixture
+def with_ignored(tmp_path: Path) -> tuple[Path, Path]:
+    """A data set of nnU-Net of two scans whose labels ignore a region, and maps of them.
+
+    In that region and on the lesion the maps are high, and a bit in a second healthy place.
+    """
+    root, maps = tmp_path / "in", tmp_path / "maps"
+    for seed, case in enumerate(("a", "b")):
+        rng = np.random.default_rng(seed)
+        channels, lesion = brain(rng, lesion=True)
+        values = lesion.astype(np.uint8)
+        values[12:20, 12:20, 6:10] = 2
+        scores = rng.random(SHAPE).astype(np.float32)
+        scores[values > 0] += 2
+        scores[24:27, 24:27, 6:8] += 2
+        write(root / f"imagesTr/{case}_0000.nii.gz", channels["flair"])
+        write(root / f"labelsTr/{case}.nii.gz", values)
+        write(maps / f"{case}_anomaly.nii.gz", scores)
+    labels = {"background": 0, "lesion": 1, "ignore": 2}
+    (root / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "FLAIR"}, "labels": labels})
+    )
+    return root, maps
+
+
+def test_ignored_voxels_are_left_out_of_every_figure(with_ignored: tuple[Path, Path]) -> None:
+    root, maps = with_ignored
+    evaluation = evaluate(root, maps=maps, threshold=1.5)
+    truth, scores, dices = [], [], []
+    for case in find_cases(root):
+        values = np.asarray(nib.load(str(case.label)).dataobj)
+        found = nib.load(maps / f"{case.name}_anomaly.nii.gz").get_fdata(dtype=np.float32)
+        assessed = values != 2
+        truth.append(values[assessed] == 1)
+        scores.append(found[assessed])
+        dices.append(dice(scores[-1] > 1.5, truth[-1]))
+    pooled_truth, pooled = np.concatenate(truth), np.concatenate(scores)
+    expected = average_precision_score(pooled_truth, pooled)
+    assert evaluation["AUPRC, pooled"] == pytest.approx(expected, abs=1e-9)
+    best = max(dice(pooled >= t, pooled_truth) for t in np.unique(pooled[pooled_truth]))
+    assert evaluation["ceil-Dice, pooled"] == pytest.approx(best)
+    assert [patient.lesion_voxels for patient in evaluation.patients] == [t.sum() for t in truth]
+    assert [patient.dice_unfiltered for patient in evaluation.patients] == pytest.approx(dices)
+    # One false positive in each, which lies where the label says healthy.
+    assert evaluation["false positive components per scan, components filtered"] == 1
+    assert f"background counted: {pooled.size:,}" in evaluation.protocol["voxels"]
+    assert "voxels of value 2 are not assessed" in evaluation.protocol["labels"]
+
+
+@pytest.mark.parametrize("grid", ["model", "input"])
+def test_what_is_found_where_nobody_looked_does_not_change_a_figure(
+    with_ignored: tuple[Path, Path], tmp_path: Path, grid: str
+) -> None:
+    root, _ = with_ignored
+    detector = thresholding("flair")
+    before = evaluate(root, model=detector, grid=grid)
+    for path in (root / "imagesTr").iterdir():
+        data = nib.load(path).get_fdata(dtype=np.float32)
+        data[13:19, 13:19, 7:9] = data.max()
+        write(path, data)
+    after = evaluate(root, model=detector, grid=grid)
+    assert after["AUPRC, pooled"] == pytest.approx(before["AUPRC, pooled"], abs=0.02)
+    (root / "dataset.json").write_text('{"channel_names": {"0": "FLAIR"}}')
+    taken_for_lesion = evaluate(root, model=detector, grid=grid)
+    more = [one.lesion_voxels for one in taken_for_lesion.patients]
+    assert min(more) > max(one.lesion_voxels for one in after.patients)
+
+
+def test_slices_with_ignored_voxels_are_not_taken_for_healthy(
+    with_ignored: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, _ = with_ignored
+
+    def healthy() -> list[tuple[int, ...]]:
+        cases = find_cases(root)
+        packed = pack_cohort(cases, ["flair"], Grid(), Scaling(), tmp_path / "cache")
+        return [case.healthy for case in packed]
+
+    with_ignore = healthy()
+    first = [thresholding("flair").detect(case).stack.index.start for case in find_cases(root)]
+    for numbers, start in zip(with_ignore, first, strict=True):
+        assert numbers and not {z - start for z in range(6, 10)} & {*numbers}
+    for path in (root / "labelsTr").iterdir():
+        values = np.asarray(nib.load(path).dataobj)
+        write(path, np.where(values == 2, 0, values).astype(np.uint8))
+    assert all(len(more) > len(few) for more, few in zip(healthy(), with_ignore, strict=True))
+
+
+def test_an_evaluation_begins_anew_if_other_values_are_ignored(
+    with_ignored: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, maps = with_ignored
+    first = evaluate(root, tmp_path / "out", maps=maps)
+    assert evaluate(root, tmp_path / "out", maps=maps).figures == first.figures
+    (root / "dataset.json").write_text('{"channel_names": {"0": "FLAIR"}}')
+    second = evaluate(root, tmp_path / "out", maps=maps)
+    assert second.patients[0].lesion_voxels > first.patients[0].lesion_voxels

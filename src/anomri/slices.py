@@ -433,6 +433,15 @@ def _round_up(first: int, stop: int, multiple: int, size: int) -> tuple[int, int
     return first, first + length
 
 
+def mask_on_published_grid(
+    mask: NDArray[np.bool_], stack: SliceStack, grid: Grid
+) -> NDArray[np.bool_]:
+    """A mask (x, y, z) as `on_published_grid` gives the label: (n, h, w)."""
+    published = Grid().size
+    size = grid.size if min(grid.size) <= max(published) else published
+    return label_slices(mask, stack.window, replace(grid, size=size), stack.index).numpy()
+
+
 def on_published_grid(
     scores: NDArray[np.float32], stack: SliceStack, volume: Volume, grid: Grid
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:

@@ -37,7 +37,7 @@ from anomri.runtime.interruption import StopRequest
 from anomri.scans.case import Case, shown_channel
 from anomri.scans.volume import Volume
 from anomri.scoring.filters import anomaly_score
-from anomri.slices import SliceStack, on_published_grid, slice_volume
+from anomri.slices import SliceStack, mask_on_published_grid, on_published_grid, slice_volume
 from anomri.training.state import TrainingState
 from anomri.training.train import Progress, train
 
@@ -185,6 +185,8 @@ class _Scoring:
             on_grid, label, voxel_mm3 = on_published_grid(scores, stack, volume, grid)
             dropped = spec.max_dropped(stack.spacing_mm, voxel_mm3)
             scored = Scored(case.name, on_grid, label, dropped, patient=case.patient)
+            if volume.ignored is not None:
+                scored.ignored = mask_on_published_grid(volume.ignored, stack, grid)
             self.pools[name].add(scored)
         self.examples.add(case.name, self.detector, stack, filtered)
 

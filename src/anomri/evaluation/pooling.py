@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,13 @@ def spool(folder: Path, scored: Scored) -> dict[str, Any]:
     }
     if scored.scores is None or scored.label is None:
         return {**facts, "error": scored.error or "no label"}
-    inside = box_around((scored.scores != 0) | scored.label)
+    not_zero = (scored.scores != 0) | scored.label
+    ignored: dict[str, Any] = {}
+    if scored.ignored is not None:
+        not_zero |= scored.ignored
+    inside = box_around(not_zero)
+    if scored.ignored is not None:
+        ignored["ignored"] = scored.ignored[inside]
     path = folder / f"{scored.case}.npz"
     with whole_file(path) as partial, partial.open("wb") as file:
         np.savez(
@@ -66,8 +72,27 @@ def spool(folder: Path, scored: Scored) -> dict[str, Any]:
             label=scored.label[inside],
             box=np.array([(side.start, side.stop) for side in inside]),
             shape=scored.scores.shape,
+            **ignored,
         )
     return {**facts, "files": [f"{folder.name}/{path.name}"]}
+
+
+@dataclass(frozen=True)
+class _Spooled:
+    """What `spool` wrote of a case, in the whole field."""
+
+    scores: Scores
+    label: NDArray[np.bool_]
+    ignored: NDArray[np.bool_] | None
+
+    @property
+    def healthy(self) -> NDArray[np.bool_]:
+        """Where the label says that there is no lesion."""
+        return self.assessed(~self.label)
+
+    def assessed(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The voxels of a mask that count."""
+        return mask if self.ignored is None else mask & ~self.ignored
 
 
 class Pool:
@@ -93,6 +118,8 @@ class Pool:
         with np.load(self.folder / f"{facts['case']}.npz") as spooled:
             self._lesion_scores.append(spooled["scores"][spooled["label"]])
             self.voxels += int(np.prod(spooled["shape"]))
+            if "ignored" in spooled:
+                self.voxels -= int(np.count_nonzero(spooled["ignored"]))
         self.cases.append(dict(facts))
 
     @property
@@ -117,8 +144,9 @@ class Pool:
         # (lesion or healthy, patients, steps): voxels at or above each step
         counts = np.zeros((2, len(patients), len(steps)))
         rows = []
-        for case, (scores, label) in zip(self.cases, self._read(), strict=True):
-            rising_lesion, rising_healthy = np.sort(scores[label]), np.sort(scores[~label])
+        for case, spooled in zip(self.cases, self._read(), strict=True):
+            scores, label = spooled.scores, spooled.label
+            rising_lesion, rising_healthy = np.sort(scores[label]), np.sort(scores[spooled.healthy])
             lesion += count_at(rising_lesion, thresholds)
             healthy += count_at(rising_healthy, thresholds)
             patient = patients.index(case["patient"])
@@ -132,7 +160,7 @@ class Pool:
                 average_precision=curve.average_precision,
                 ceil_dice=curve.ceil_dice,
             )
-            rows.append(_at_threshold(row, case, scores, label))
+            rows.append(_at_threshold(row, case, spooled))
         curve = curve_from_counts(thresholds, lesion, healthy, int(lesion.sum()))
         figures = _figures(curve, counts, self._filtered_ceil_dice(curve), rows)
         return Evaluation(protocol, figures, tuple(rows), _thinned(curve), threshold, self.failed)
@@ -140,38 +168,42 @@ class Pool:
     def _filtered_ceil_dice(self, curve: Curve) -> float:
         """Pooled Dice at the curve's best threshold, small components dropped."""
         overlap = np.zeros(2, np.int64)
-        for case, (scores, label) in zip(self.cases, self._read(), strict=True):
-            mask = drop_small_components(scores >= curve.best_threshold, case["max_dropped"])
-            overlap += _overlap(mask, label)
+        for case, spooled in zip(self.cases, self._read(), strict=True):
+            above = spooled.scores >= curve.best_threshold
+            mask = spooled.assessed(drop_small_components(above, case["max_dropped"]))
+            overlap += _overlap(mask, spooled.label)
         return float(2 * overlap[0] / max(overlap[1], 1))
 
-    def _read(self) -> Iterator[tuple[Scores, NDArray[np.bool_]]]:
+    def _read(self) -> Iterator[_Spooled]:
         for case in self.cases:
             with np.load(self.folder / f"{case['case']}.npz") as spooled:
                 inside = tuple(slice(*side) for side in spooled["box"])
                 scores = np.zeros(spooled["shape"], dtype=spooled["scores"].dtype)
                 label = np.zeros(spooled["shape"], dtype=bool)
                 scores[inside], label[inside] = spooled["scores"], spooled["label"]
-            yield scores, label
+                ignored: NDArray[np.bool_] | None = None
+                if "ignored" in spooled:
+                    ignored = np.zeros(spooled["shape"], dtype=bool)
+                    ignored[inside] = spooled["ignored"]
+            yield _Spooled(scores, label, ignored)
 
 
-def _at_threshold(
-    row: PatientScores, case: Mapping[str, Any], scores: Scores, label: NDArray[np.bool_]
-) -> PatientScores:
+def _at_threshold(row: PatientScores, case: Mapping[str, Any], spooled: _Spooled) -> PatientScores:
     """The row with Dice and lesions of the mask at the case's threshold, if there is one."""
     if case["threshold"] is None:
         return row
-    mask = scores > case["threshold"]
+    label = spooled.label
+    mask = spooled.scores > case["threshold"]
     filtered = drop_small_components(mask, case["max_dropped"])
     # Where there is no lesion, Dice says nothing: what is found there are false positive
     # components.
     has_lesion = bool(label.any())
     return replace(
         row,
-        dice=dice(filtered, label) if has_lesion else math.nan,
-        dice_unfiltered=dice(mask, label) if has_lesion else math.nan,
-        lesions=count_lesions(filtered, label),
-        lesions_unfiltered=count_lesions(mask, label),
+        dice=dice(spooled.assessed(filtered), label) if has_lesion else math.nan,
+        dice_unfiltered=dice(spooled.assessed(mask), label) if has_lesion else math.nan,
+        lesions=count_lesions(filtered, label, spooled.ignored),
+        lesions_unfiltered=count_lesions(mask, label, spooled.ignored),
     )
 
 

@@ -18,7 +18,7 @@ from anomri.scans.names import SUFFIXES
 from anomri.scans.read import read_label, read_map
 from anomri.scans.volume import Volume
 from anomri.scoring.metrics import Scores, count_components
-from anomri.slices import on_published_grid
+from anomri.slices import mask_on_published_grid, on_published_grid
 from anomri.spec import Score
 
 PUBLISHED_MM = (1.0, 240 / 128, 240 / 128)
@@ -33,7 +33,8 @@ class Scored:
     ``threshold`` is the score above which its mask lies, if there is one. Components of at most
     ``max_dropped`` voxels are dropped where filtered. ``patient`` is by default the case itself.
     ``notes`` are about its label. ``lesions`` counts those of the label as it was drawn, where it
-    was brought to another grid, and ``lost`` those that are not there any more.
+    was brought to another grid, and ``lost`` those that are not there any more. Voxels that are
+    ``ignored`` count nowhere.
     """
 
     case: str
@@ -46,6 +47,7 @@ class Scored:
     notes: Sequence[str] = ()
     lesions: int = 0
     lost: int = 0
+    ignored: NDArray[np.bool_] | None = None
 
 
 def score_with_model(
@@ -82,6 +84,7 @@ def _score_volume(
     if folder is not None:
         save_preview(detection, folder)
     scores, voxel_mm3 = detection.anomaly_map, volume.geometry.voxel_mm3
+    ignored = volume.ignored
     lesions = lost = 0
     if grid == "model":
         lesions = count_components(label)
@@ -89,6 +92,8 @@ def _score_volume(
             detection.scores, detection.stack, volume, detector.spec.grid
         )
         lost = max(lesions - count_components(label), 0)
+        if ignored is not None:
+            ignored = mask_on_published_grid(ignored, detection.stack, detector.spec.grid)
     return Scored(
         case.name,
         scores,
@@ -99,6 +104,7 @@ def _score_volume(
         notes=_notes_on_label(case, volume.notes),
         lesions=lesions,
         lost=lost,
+        ignored=ignored,
     )
 
 
@@ -122,16 +128,17 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
     path, names = find_map(maps, case), _map_names(case)
     if path is None:
         raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
-    label, geometry, notes = read_label(case)
+    label, geometry = read_label(case)
     assert case.label is not None
     return Scored(
         case.name,
         read_map(path, case.label, geometry),
-        label,
+        label.lesion,
         max_dropped=Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3),
         threshold=threshold,
         patient=case.patient,
-        notes=_notes_on_label(case, [*case.notes, *notes]),
+        notes=_notes_on_label(case, [*case.notes, *label.notes]),
+        ignored=label.ignored,
     )
 
 

@@ -86,6 +86,8 @@ class ScanIdentity:
 
     patient: str
     files: dict[str, FileIdentity]
+    ignored: tuple[int, ...] = ()
+    """Values of the label that are left out."""
 
     @classmethod
     def from_case(cls, case: Case, channels: Sequence[str]) -> ScanIdentity:
@@ -96,13 +98,13 @@ class ScanIdentity:
         if case.label is not None:
             paths["label"] = case.label
         files = {name: FileIdentity.from_path(path) for name, path in paths.items()}
-        return cls(case.patient, files)
+        return cls(case.patient, files, case.ignored)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ScanIdentity:
         """What `to_json` gave; raises ``KeyError`` or ``TypeError`` for anything else."""
         files = {name: FileIdentity(**facts) for name, facts in stored["files"].items()}
-        return cls(stored["patient"], files)
+        return cls(stored["patient"], files, tuple(stored.get("ignored", ())))
 
     def with_content(self) -> ScanIdentity:
         """The same with the hash of every file's bytes."""
@@ -111,6 +113,8 @@ class ScanIdentity:
     def is_same(self, now: ScanIdentity) -> bool:
         """Whether ``now``, found later, is of the same patient and has the same files."""
         if self.patient != now.patient or self.files.keys() != now.files.keys():
+            return False
+        if self.ignored != now.ignored:
             return False
         return all(file.is_same(now.files[name]) for name, file in self.files.items())
 
@@ -137,7 +141,8 @@ class ScanIdentity:
     def to_json(self) -> dict[str, Any]:
         """What is stored of it."""
         files = {name: file.to_json() for name, file in self.files.items()}
-        return {"patient": self.patient, "files": files}
+        stored: dict[str, Any] = {"patient": self.patient, "files": files}
+        return stored | ({"ignored": list(self.ignored)} if self.ignored else {})
 
 
 def identify(cases: Sequence[Case], channels: Sequence[str]) -> dict[str, ScanIdentity]:

@@ -96,9 +96,9 @@ def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Serie
         return result
     parameters = {name: made[name] for name in ("method", "threshold")}
     try:
-        label, geometry, _ = read_label(Case(result.case, {}, label=mask))
+        label, geometry = read_label(Case(result.case, {}, label=mask))
         write_segmentation(
-            path, label, geometry, series[made["channels"][0]], parameters=parameters
+            path, label.lesion, geometry, series[made["channels"][0]], parameters=parameters
         )
     except AnomriError as error:
         return replace(result, error=str(error))

@@ -43,6 +43,8 @@ class Case:
     """The patient, if a folder or a table names one."""
     notes: tuple[str, ...] = ()
     """What the user should know about how the files were found."""
+    ignored: tuple[int, ...] = ()
+    """Values of the label that mean "not assessed": neither lesion nor healthy."""
     problem: str = ""
     """Why the files cannot be read together, if they cannot: `files` raises it."""
 

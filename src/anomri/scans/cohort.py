@@ -62,6 +62,7 @@ def case_table(cases: Sequence[Case], folder: Path | None = None) -> str:
     _check_names([case.name for case in cases], channels)
     columns = ["case", *channels]
     columns += [name for name in ("label", "mask", "split", "subject") if _has(cases, name)]
+    columns += ["ignored_label"] if _has(cases, "ignored") else []
     text = StringIO()
     table = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")
     table.writeheader()
@@ -69,6 +70,7 @@ def case_table(cases: Sequence[Case], folder: Path | None = None) -> str:
         files = {**case.channels, "label": case.label, "mask": case.mask}
         row = {name: _path_text(path, folder) for name, path in files.items() if path}
         named = {"case": case.name, "split": case.split, "subject": case.subject}
+        named["ignored_label"] = ",".join(map(str, case.ignored))
         table.writerow(row | {name: value for name, value in named.items() if value})
     return text.getvalue()
 
@@ -114,7 +116,13 @@ def _check_names(cases: Sequence[str], channels: Sequence[str]) -> None:
             raise AnomriError(f"case {name!r} is there twice; rename the files of one of them.")
         seen.add(name)
     for channel in channels:
-        if channel in {"case", "split", "subject", *ANNOTATIONS} or not _is_unicode(channel):
+        if channel in {
+            "case",
+            "split",
+            "subject",
+            "ignored_label",
+            *ANNOTATIONS,
+        } or not _is_unicode(channel):
             raise AnomriError(
                 f"a channel called {channel!r} does not fit in a table; rename its files."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_CLASSES = 8
 """This few different whole numbers are classes, however large, as in 85, 170, 255."""
 MAX_UNEQUAL_NEIGHBOURS = 0.2
 """A label with a larger share of unequal neighbours is soft; in numbered lesions fewer differ."""
+WHOLE_NUMBER = 1e-3
+"""Whole numbers that a header scales are only nearly whole, by less than this."""
 BRAIN_MASK_NAME = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
@@ -70,6 +73,31 @@ def binarise_label(values: NDArray[Any], name: str) -> tuple[NDArray[np.bool_], 
     ]
 
 
+def split_ignored(
+    values: NDArray[Any], ignored: Sequence[int], name: str
+) -> tuple[NDArray[Any], NDArray[np.bool_] | None, list[str]]:
+    """The values of a label without those that mean "not assessed", where these are, and notes.
+
+    ``None`` if there are none.
+
+    >>> values, where, notes = split_ignored(np.array([0, 1, 2]), [2], "a_seg.nii")
+    >>> values.tolist(), where.tolist()
+    ([0, 1, 0], [False, False, True])
+    >>> notes
+    ['a_seg.nii: 1 voxels of value 2 are not assessed, and are left out.']
+    """
+    where: NDArray[np.bool_] = np.zeros(values.shape, dtype=bool)
+    for value in ignored:
+        where |= np.abs(values - float(value)) < WHOLE_NUMBER
+    if not where.any():
+        return values, None, []
+    named = ", ".join(map(str, ignored))
+    note = (
+        f"{name}: {int(where.sum()):,} voxels of value {named} are not assessed, and are left out."
+    )
+    return np.where(where, values.dtype.type(0), values), where, [note]
+
+
 def check_brain(
     path: Path, mask: NDArray[np.bool_], image: Path, values: NDArray[Any], voxel_mm3: float
 ) -> None:
@@ -104,8 +132,7 @@ def check_lesion(
 def _are_whole_numbers(values: NDArray[Any]) -> bool:
     if values.dtype.kind in "iu":
         return True
-    # Whole numbers that a header scales are only nearly whole.
-    return bool((np.abs(values - values.round()) <= 1e-3).all())
+    return bool((np.abs(values - values.round()) <= WHOLE_NUMBER).all())
 
 
 def _are_classes(values: NDArray[Any], inside: NDArray[np.bool_], most: float) -> bool:

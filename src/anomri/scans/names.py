@@ -33,6 +33,20 @@ ALIASES = {
     "dp": "pd",
 }
 """What BIDS, BraTS since 2023 and other data sets call these channels."""
+DESCRIPTIONS = {
+    "flair": re.compile("(3d)?(t2w?)?flairw?(t2w?)?|t2f|fluidattenuatedinversionrecovery"),
+    "t1ce": re.compile(
+        "(3d)?t1w?(plus)?(ce|c|gd|gad|gado|gadolinium|post|postcontrast|postgd|contrast"
+        "|withcontrast|contrastenhanced|km)w?|(ce|gd|postcontrast|contrastenhanced)t1w?"
+    ),
+    "t1": re.compile("(3d)?t1w?n?|t1w?(native|pre|precontrast)|(t1w?)?mp2?rage"),
+    "t2": re.compile("(3d)?t2w?(tse|fse|space)?"),
+    "t2star": re.compile("t2starw?"),
+    "swi": re.compile("swiw?"),
+    "pd": re.compile("pdw?|dp|protondensityw?"),
+    "dwi": re.compile("dwi|diffusionw?"),
+}
+"""What descriptions call the channels, in small letters and digits; ``weighted`` is ``w``."""
 SECOND_CHOICE = ("t1wks", "gado", "mprage", "3dt1", "3dflair", "dp")
 """Aliases that give way to an image which is called by the channel's own name."""
 
@@ -106,6 +120,21 @@ def channel_name(name: str) -> str:
     """
     name = name.strip().lower()
     return ALIASES.get(name, name)
+
+
+def described_channel(text: str) -> str:
+    """A channel by the name that people give it in a description or a table.
+
+    >>> [described_channel(name) for name in ("T1-weighted", "T2w FLAIR", "T1 + Gd", "T2*", "CBF")]
+    ['t1', 'flair', 't1ce', 't2star', 'cbf']
+    """
+    words = text.lower().replace("*", "star").replace("+", "plus").replace("weighted", "w")
+    words = re.sub(r"(?<=\W)(images?|scan|mri|mr)$", "", words)
+    plain = re.sub("[^a-z0-9]", "", words)
+    for channel, pattern in DESCRIPTIONS.items():
+        if pattern.fullmatch(plain):
+            return channel
+    return channel_name(plain)
 
 
 def may_name_files(name: str) -> bool:

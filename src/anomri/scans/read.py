@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ from anomri.runtime.launch import usable_processors
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
 from anomri.scans.geometry import Geometry, check_same_grid, copy_transposed, gives_position
-from anomri.scans.masks import binarise_label, check_brain, check_lesion
+from anomri.scans.masks import binarise_label, check_brain, check_lesion, split_ignored
 from anomri.scans.nifti import read_image, read_unscaled, read_values
 from anomri.scans.resample import corner_distance_mm, coverage, resample
 from anomri.scans.volume import Volume
@@ -37,6 +37,15 @@ class _Image:
     values: NDArray[Any]
     slope: float = 1.0
     notes: tuple[str, ...] = ()
+
+
+class LesionLabel(NamedTuple):
+    """What a label marks (x, y, z)."""
+
+    lesion: NDArray[np.bool_]
+    ignored: NDArray[np.bool_] | None
+    """Where nobody says whether there is a lesion; ``None`` if that is known everywhere."""
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,12 @@ def read_volume(
         mask = _read_brain_mask(case.mask, reference, arrays[0], notes, resampled=resampled)
         arrays = [values * mask for values in arrays]
     inside, brain = _crop_to_brain(files, arrays, slopes)
-    label: NDArray[np.bool_] | None = None
+    label: LesionLabel | None = None
     label_error = ""
     if case.label is not None and with_label:
         try:
-            label, label_notes = _read_label_on(reference, case.label, arrays[0])
-            notes += label_notes
+            label = _read_label_on(reference, case, arrays[0])
+            notes += label.notes
         except AnomriError as error:
             if not resampled:
                 raise
@@ -91,21 +100,26 @@ def read_volume(
         tuple(channels),
         inside,
         brain,
-        label,
+        label.lesion if label else None,
         reference.geometry,
         tuple(notes),
         label_error=label_error,
+        ignored=label.ignored if label else None,
     )
 
 
-def read_label(case: Case, grid: Grid = Grid()) -> tuple[NDArray[np.bool_], Geometry, list[str]]:
-    """The lesion label (x, y, z) of a case in the grid's orientation, its geometry, and notes."""
+def read_label(case: Case, grid: Grid = Grid()) -> tuple[LesionLabel, Geometry]:
+    """The lesion label of a case in the grid's orientation, and its geometry."""
     assert case.label is not None
     image = read_image(case.label)
     geometry = Geometry.from_header(case.label, image.header, grid)
-    values = _check_values(case.label, read_values(image))
-    marked, notes = binarise_label(values, case.label.name)
-    return np.ascontiguousarray(geometry.canonical(marked)), geometry, notes
+    label = _read_label_values(case, image)
+    ignored = label.ignored
+    return LesionLabel(
+        np.ascontiguousarray(geometry.canonical(label.lesion)),
+        None if ignored is None else np.ascontiguousarray(geometry.canonical(ignored)),
+        label.notes,
+    ), geometry
 
 
 def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating[Any]]:
@@ -265,17 +279,27 @@ def _read_brain_mask(
     return mask
 
 
-def _read_label_on(
-    reference: _Reference, path: Path, values: NDArray[Any]
-) -> tuple[NDArray[np.bool_], list[str]]:
-    """A lesion label on the grid of the first channel, whose ``values`` are given, and notes."""
+def _read_label_on(reference: _Reference, case: Case, values: NDArray[Any]) -> LesionLabel:
+    """A case's label on the grid of the first channel, whose ``values`` are given."""
+    path = case.label
+    assert path is not None
     image = read_image(path)
-    marked, notes = binarise_label(_check_values(path, read_values(image)), path.name)
+    label = _read_label_values(case, image)
     first = reference.geometry
     check_same_grid(path, image.header, reference.path, first)
-    label = _copy_mask(first.canonical(marked))
-    check_lesion(path, label, reference.path, values, first.voxel_mm3)
-    return label, notes
+    lesion = _copy_mask(first.canonical(label.lesion))
+    check_lesion(path, lesion, reference.path, values, first.voxel_mm3)
+    ignored = None if label.ignored is None else _copy_mask(first.canonical(label.ignored))
+    return LesionLabel(lesion, ignored, label.notes)
+
+
+def _read_label_values(case: Case, image: nib.Nifti1Image) -> LesionLabel:
+    """What the label of a case marks, on the axes of its file ``image``."""
+    assert case.label is not None
+    values = _check_values(case.label, read_values(image))
+    values, ignored, notes = split_ignored(values, case.ignored, case.label.name)
+    lesion, more = binarise_label(values, case.label.name)
+    return LesionLabel(lesion, ignored, [*notes, *more])
 
 
 def _copy_mask(turned: NDArray[np.bool_]) -> NDArray[np.bool_]:

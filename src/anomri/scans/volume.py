@@ -34,6 +34,8 @@ class Volume:
     missing: tuple[str, ...] = ()
     label_error: str = ""
     """Why the label was left out, if it was."""
+    ignored: NDArray[np.bool_] | None = None
+    """Where (x, y, z) the label says neither lesion nor healthy, if anywhere."""
 
     @classmethod
     def from_array(

@@ -183,16 +183,23 @@ class LesionCounts:
     false_positives: int
 
 
-def count_lesions(prediction: NDArray[np.bool_], label: NDArray[np.bool_]) -> LesionCounts:
+def count_lesions(
+    prediction: NDArray[np.bool_],
+    label: NDArray[np.bool_],
+    ignored: NDArray[np.bool_] | None = None,
+) -> LesionCounts:
     """Compare 26-connected components.
 
-    A lesion counts as detected if one voxel of it is predicted.
+    A lesion counts as detected if one voxel of it is predicted. A component that lies in
+    ``ignored`` voxels alone is not counted.
     """
     lesions, n_lesions = _components(label)
     found, n_found = _components(prediction)
     overlap = prediction & label
     detected = np.unique(lesions[overlap]).size
     touching = np.unique(found[overlap]).size
+    if ignored is not None:
+        n_found = np.unique(found[prediction & ~ignored]).size
     return LesionCounts(n_lesions, int(detected), int(n_found - touching))
 
 

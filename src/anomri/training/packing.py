@@ -24,6 +24,7 @@ from anomri.runtime.launch import usable_processors
 from anomri.runtime.threads import worker_threads
 from anomri.scans.case import Case
 from anomri.scans.prepare import prepare
+from anomri.scans.volume import Volume
 from anomri.slices import SliceStack, Window, brain_box, find_foreground, slice_volume
 from anomri.spec import Grid, Scaling
 
@@ -213,7 +214,7 @@ def _pack_case(
     again: bool = False,
 ) -> PackedCase:
     sources = [*case.files(channels), case.mask, case.label]
-    key = _key(sources, channels, grid, scaling)
+    key = _key(sources, channels, grid, scaling, case.ignored)
     file, sidecar = folder / f"{key}.npy", folder / f"{key}.json"
     facts = None if again else _read_facts(file, sidecar)
     if facts is None:
@@ -222,7 +223,7 @@ def _pack_case(
         slices = stack.x.half().numpy()
         with whole_file(file) as written, written.open("wb") as target:
             np.save(target, slices)
-        facts = _facts(stack, volume.label, [path for path in sources if path is not None])
+        facts = _facts(stack, volume, [path for path in sources if path is not None])
         facts["spacing_mm"] = stack.spacing_mm
         facts["checksums"] = [isal_zlib.crc32(one.data) for one in slices]
         # Written last: a case counts as packed once its sidecar exists.
@@ -255,13 +256,13 @@ def _crc32(facts: object) -> int:
     return isal_zlib.crc32(json.dumps(facts).encode())
 
 
-def _facts(
-    stack: SliceStack, label: NDArray[np.bool_] | None, sources: Sequence[Path]
-) -> dict[str, Any]:
+def _facts(stack: SliceStack, volume: Volume, sources: Sequence[Path]) -> dict[str, Any]:
     # The label as it was drawn: on the working grid the smallest lesions would be lost.
     lesion: NDArray[np.bool_] = np.zeros(len(stack.x), dtype=bool)
-    if label is not None:
-        lesion |= label[..., stack.index.start : stack.index.stop].any(axis=(0, 1))
+    # Where nobody looked there may be one.
+    for mask in (volume.label, volume.ignored):
+        if mask is not None:
+            lesion |= mask[..., stack.index.start : stack.index.stop].any(axis=(0, 1))
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.read_bytes())
@@ -274,7 +275,11 @@ def _facts(
 
 
 def _key(
-    sources: Sequence[Path | None], channels: Sequence[str], grid: Grid, scaling: Scaling
+    sources: Sequence[Path | None],
+    channels: Sequence[str],
+    grid: Grid,
+    scaling: Scaling,
+    ignored: Sequence[int],
 ) -> str:
     try:
         stats = [
@@ -284,4 +289,5 @@ def _key(
     except OSError as error:
         raise AnomriError(f"{error.filename}: cannot be read ({error.strerror}).") from error
     settings = [PACKING_VERSION, list(channels), asdict(grid), asdict(scaling), stats]
+    settings += [list(ignored)] if ignored else []
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]

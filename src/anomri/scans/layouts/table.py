@@ -1,6 +1,7 @@
 """A table of cases, .tsv: a column ``case``, one per channel, perhaps mask, label, split, subject.
 
-Its paths are relative to its folder. `anomri list -o` writes one.
+``ignored_label`` holds the label's values that mean "not assessed", such as ``2`` or ``2,3``. Paths
+are relative to the table's folder. `anomri list -o` writes one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from anomri.errors import AnomriError
 from anomri.scans.case import Case, case_from_kinds
 from anomri.scans.cohort import Cohort
-from anomri.scans.names import channel_name, may_name_files
+from anomri.scans.names import IMAGES, channel_name, described_channel, may_name_files
 from anomri.scans.places import Place
 from anomri.scans.splits import SPLITS
 from anomri.scans.tables import read_table
@@ -41,11 +42,27 @@ def _read_case(place: Place, where: str, name: str, row: dict[str, str]) -> Case
     subject = row.pop("subject", None) or None
     if split not in (*SPLITS, None):
         raise AnomriError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}.")
+    ignored = _whole_numbers(where, row.pop("ignored_label", ""))
     given = {column: place.path.parent / value for column, value in row.items() if value}
-    files = {channel_name(column): file for column, file in given.items()}
+    files = {_kind(column): file for column, file in given.items()}
     if len(files) < len(given):
         raise AnomriError(f"{where}: two of the columns {', '.join(given)} are the same channel.")
     for column, file in given.items():
         if not file.is_file():
-            raise AnomriError(f"{where}, column {channel_name(column)}: no such file: {file}")
-    return replace(case_from_kinds(name, files), split=split, subject=subject)
+            raise AnomriError(f"{where}, column {_kind(column)}: no such file: {file}")
+    return replace(case_from_kinds(name, files), split=split, subject=subject, ignored=ignored)
+
+
+def _kind(column: str) -> str:
+    """The channel that a column is for, or what kind of label or mask."""
+    described = described_channel(column)
+    return described if described in IMAGES else channel_name(column)
+
+
+def _whole_numbers(where: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in text.split(",") if value.strip())
+    except ValueError:
+        raise AnomriError(
+            f"{where}, column ignored_label: {text!r} is not a list of whole numbers such as 2,3."
+        ) from None
