@@ -3,10 +3,18 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from anomri import optional
+from anomri.cli import main
 from anomri.errors import AnomriError
+from anomri.runs.bids import run_participant
+from anomri.runs.detect import detect_cohort
+from anomri.scans import prepare, register, skull
+from anomri.scans.prepare import Preparation
+from phantom import scan, thresholding
 
 
 def test_a_missing_library_is_reported_with_the_command_that_installs_it() -> None:
@@ -46,3 +54,86 @@ def test_an_extra_is_installed_from_where_the_package_came_from(
     url["url"] = "https://example.org/anomri.whl"
     (checkout / "pyproject.toml").unlink()
     assert optional.install_command("bet") == "pip install 'anomri[bet]'"
+
+
+# A library that is missing is noticed before the first scan is read.
+
+STEPS = {
+    "--skull-strip": "deepbet",
+    "--bias-correction": "SimpleITK",
+    "--register": "SimpleITK",
+    "--dicom-seg": "highdicom",
+}
+
+
+@pytest.fixture
+def no_scan_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No extra is installed, and reading a scan fails the test."""
+
+    def without_extras(name: str) -> object:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    def read(*_: object, **__: object) -> None:
+        pytest.fail("a scan was read")
+
+    monkeypatch.setattr(optional, "import_module", without_extras)
+    monkeypatch.setattr(prepare, "read_volume", read)
+    monkeypatch.setattr(skull, "TOOLS", ())
+    register.template.cache_clear()
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    for name in "abc":
+        data = scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, np.diag([3, 3, 3, 1])), tmp_path / f"{name}_flair.nii.gz")
+    thresholding().save(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("no_scan_is_read")
+@pytest.mark.parametrize("option", STEPS)
+def test_a_missing_extra_is_said_once_before_the_first_scan(
+    scans: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = scans / "out"
+    arguments = ["-i", str(scans), "-o", str(out), "-m", str(scans / "model"), option]
+    assert main(["detect", *arguments]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(f"{option} needs a library that is not installed") == 1
+    assert STEPS[option] in said and "pip install" in said
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_scan_is_read")
+@pytest.mark.parametrize("step", ["skull_strip", "bias_correction", "register"])
+def test_a_missing_extra_is_an_error_of_the_api_before_anything_is_read(
+    scans: Path, step: str
+) -> None:
+    preparation = Preparation(**{step: True})
+    with pytest.raises(AnomriError, match="needs a library that is not installed"):
+        detect_cohort(scans, scans / "out", thresholding(), preparation=preparation)
+    with pytest.raises(AnomriError, match="needs a library that is not installed"):
+        thresholding().detect(scans / "a_flair.nii.gz", preparation=preparation)
+    with pytest.raises(AnomriError, match="needs a library that is not installed"):
+        run_participant(scans, scans / "out", thresholding(), preparation=preparation)
+
+
+@pytest.mark.usefixtures("no_scan_is_read")
+def test_bids_and_dicom_without_their_extras_are_an_error_before_anything_is_read(
+    scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anat = scans / "bids" / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    (scans / "bids" / "dataset_description.json").write_text("{}")
+    (scans / "a_flair.nii.gz").rename(anat / "sub-1_FLAIR.nii.gz")
+    (scans / "dicom").mkdir()
+    (scans / "dicom" / "1").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    for source, what in (("bids", "BIDS"), ("dicom", "DICOM")):
+        arguments = ["-i", str(scans / source), "-o", str(scans / "out")]
+        assert main(["detect", *arguments, "-m", str(scans / "model")]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count(f"{what} needs a library that is not installed") == 1
+    data_set = [str(scans / "bids"), str(scans / "out"), "participant"]
+    assert main(["bids", *data_set, "-m", str(scans / "model"), "--skip-bids-validation"]) == 2
+    assert "BIDS needs a library that is not installed" in capsys.readouterr().err.replace("\n", " ")

@@ -87,6 +87,7 @@ def run_participant(
     something else.
     """
     require_single_process("a run over BIDS (split it by --participant-label)")
+    preparation.check_tools()
     root, out = Path(bids_dir), Path(out_dir)
     detector = model if isinstance(model, Detector) else Detector.load(model)
     channels = detector.channels

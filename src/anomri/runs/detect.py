@@ -82,17 +82,16 @@ def detect_cohort(
     Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written, files of others
     or results of another scan of the same name would be overwritten, or another run is writing to ``out``.
     """
+    preparation.check_tools()
+    if dicom.segmentation:
+        import_extra("highdicom", "dicom", "--dicom-seg")
     folder, part = Path(out), Shard.parse(shard) if shard else None
     team = join_processes(model.device.type if isinstance(model, Detector) else "auto")
     base = model if isinstance(model, Detector) else Detector.load(model)
     detector = base.with_channels(channels) if channels else base
     detector = detector.with_threshold(sensitivity, false_positive_ml).with_min_volume(min_volume)
-    if dicom.segmentation:
-        import_extra("highdicom", "dicom", "--dicom-seg")
-        if detector.thresholds is None:
-            raise AnomriError(
-                "--dicom-seg: this model has no threshold, so there is no mask to write."
-            )
+    if dicom.segmentation and detector.thresholds is None:
+        raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
     say = notify if team.is_main else lambda note: None
     intake = team.run_on_main(lambda: _collect_cases(cohort, folder, detector, dicom, say))
     cases = [without_own_results(case) for case in intake.cases]

@@ -13,8 +13,9 @@ from anomri.errors import AnomriError
 from anomri.scans.bias import correct_bias
 from anomri.scans.case import Case
 from anomri.scans.read import read_volume
-from anomri.scans.register import register
-from anomri.scans.skull import check_skull, find_brain
+from anomri.scans.register import register, template
+from anomri.scans.sitk import import_sitk
+from anomri.scans.skull import check_skull, check_skull_strippers, find_brain
 from anomri.scans.volume import Volume
 from anomri.spec import Grid
 
@@ -42,6 +43,19 @@ class Preparation:
                 "a brain mask is given and skull stripping is asked for; one of the two is enough."
             )
 
+    def check_tools(self) -> None:
+        """Raise `AnomriError` if a step needs a library that is not installed.
+
+        For a run this is known before the first scan is read, and said once.
+        """
+        if self.skull_strip:
+            check_skull_strippers()
+        if self.bias_correction:
+            import_sitk("--bias-correction")
+        if self.register:
+            import_sitk("--register")
+            template()
+
 
 def prepare(
     case: Case,
@@ -57,6 +71,7 @@ def prepare(
     if a file is missing or damaged, if the scan has its skull and nothing says where the brain is,
     or if a step fails.
     """
+    preparation.check_tools()
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
     volume = read_volume(case, channels, grid, resampled=resampled)

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -78,7 +79,7 @@ def find_brain(volume: Volume) -> tuple[NDArray[np.bool_], str]:
     """
     geometry = volume.geometry
     head = nib.Nifti1Image(volume.channel(0), geometry.canonical_affine)
-    tool = next((name for name in TOOLS if shutil.which(name)), None)
+    tool = _find_program()
     mask = _run_program(tool, head, volume.name) if tool else _run_deepbet(head, volume.name)
     millilitres = float(mask.sum()) * geometry.voxel_mm3 / 1000
     if not MIN_BRAIN_ML <= millilitres <= MAX_BRAIN_ML:
@@ -88,6 +89,20 @@ def find_brain(volume: Volume) -> tuple[NDArray[np.bool_], str]:
             f"Strip the skull with another tool, look at its mask, and give it with --brain-mask."
         )
     return mask, tool or "deepbet"
+
+
+def check_skull_strippers() -> None:
+    """Raise `AnomriError` if no tool is installed that finds the brain."""
+    if _find_program() is None:
+        _import_deepbet()
+
+
+def _find_program() -> str | None:
+    return next((name for name in TOOLS if shutil.which(name)), None)
+
+
+def _import_deepbet() -> Any:
+    return import_extra("deepbet.bet", "bet", "--skull-strip")
 
 
 def _evidence_of_head(inside: NDArray[np.bool_], geometry: Geometry) -> str | None:
@@ -111,7 +126,7 @@ def _evidence_of_head(inside: NDArray[np.bool_], geometry: Geometry) -> str | No
 
 
 def _run_deepbet(head: nib.Nifti1Image, name: str) -> NDArray[np.bool_]:
-    library = import_extra("deepbet.bet", "bet", "--skull-strip")
+    library = _import_deepbet()
     try:
         with warnings.catch_warnings():
             # torch calls the format of its weights deprecated.
