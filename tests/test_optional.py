@@ -136,4 +136,6 @@ def test_bids_and_dicom_without_their_extras_are_an_error_before_anything_is_rea
         assert said.count(f"{what} needs a library that is not installed") == 1
     data_set = [str(scans / "bids"), str(scans / "out"), "participant"]
     assert main(["bids", *data_set, "-m", str(scans / "model"), "--skip-bids-validation"]) == 2
-    assert "BIDS needs a library that is not installed" in capsys.readouterr().err.replace("\n", " ")
+    assert "BIDS needs a library that is not installed" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
