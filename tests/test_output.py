@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.model.detector import Detector
+from anomri.reporting.viewer import find_scans
+from anomri.runs.bids import run_group, run_participant
 from anomri.runs.shards import Shard
 from anomri.runs.tables import CaseResult, write_dicom_seg
 from anomri.runtime.folders import sole_use
@@ -213,3 +218,92 @@ def test_scans_called_by_their_channel_are_named_by_their_folder(tmp_path: Path)
         "s1_anomaly.nii.gz",
         "s2_anomaly.nii.gz",
     }
+
+
+# Names of files are bytes, and may be anything.
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    """A folder whose name is not UTF-8."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9 <b>&\"'\x1b[31m")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    return folder
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_folder_that_is_not_utf8_and_a_failing_case_cost_no_table(
+    odd_folder: Path, cohort: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans, out = odd_folder / "scans", odd_folder / "out"
+    shutil.copytree(cohort, scans)
+    (scans / "case7" / "case7_flair.nii.gz").write_bytes(b"junk")
+    arguments = ["-i", str(scans), "-m", str(model), "-o"]
+    for _ in range(2):  # and once more, over what is there
+        assert main(["detect", *arguments, str(out / "maps")]) == 1
+    assert r"caf\udce9" in capsys.readouterr().err
+    _, rows = read_tsv(out / "maps" / "cases.tsv")
+    status = {row[0]: row[1] for row in rows}
+    assert status.pop("case7") == "failed" and set(status.values()) == {"done"}
+    page = (out / "maps" / "report.html").read_text(encoding="utf-8")
+    assert r"caf\udce9 &lt;b&gt;" in page and "<b>&\"'" not in page
+    # Where its scans lie is still known.
+    assert find_scans(out / "maps")["case8"].channels["flair"].is_file()
+    assert main(["evaluate", *arguments, str(out / "figures")]) == 1
+    assert (out / "figures" / "patients.tsv").is_file()
+    assert "case7" in json.loads((out / "figures" / "metrics.json").read_text())["failed"]
+    by_maps = ["evaluate", "-i", str(scans), "--maps", str(out / "maps"), "-o", str(out / "b")]
+    assert main(by_maps) == 1
+    copied = odd_folder / "model"
+    shutil.copytree(model, copied)
+    assert main(["info", str(copied)]) == 0
+
+
+def test_a_training_in_a_folder_that_is_not_utf8(odd_folder: Path, cohort: Path) -> None:
+    trained = anomri.train(
+        cohort,
+        odd_folder / "model",
+        preset="tiny",
+        training={"steps": 2},
+        cache=odd_folder / "cache",
+    )
+    assert Detector.load(odd_folder / "model").spec == trained.spec
+
+
+def test_a_bids_data_set_in_a_folder_that_is_not_utf8(odd_folder: Path) -> None:
+    pytest.importorskip("ancpbids", reason="needs anomri[bids]")
+    anat = odd_folder / "in" / "sub-1" / "anat"
+    data = scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32)
+    write(anat / "sub-1_FLAIR.nii.gz", data, np.diag([3.0, 3, 3, 1]))
+    write(odd_folder / "in" / "sub-2" / "anat" / "sub-2_FLAIR.nii.gz", data * 0)
+    (odd_folder / "in" / "dataset_description.json").write_text(
+        '{"Name": "x", "BIDSVersion": "1.10.0"}'
+    )
+    out = odd_folder.parent / "out"
+    results = run_participant(odd_folder / "in", out, thresholding(), skip_bids_validation=True)
+    assert [result.error is None for result in results] == [True, False]
+    assert run_group(out).is_file()
+    said = json.loads((out / "dataset_description.json").read_text())
+    assert said["DatasetLinks"]["source"].startswith("../caf%E9%20%3Cb%3E")
+
+
+def test_the_command_line_prints_names_that_its_stream_cannot_encode(
+    odd_folder: Path, tmp_path: Path
+) -> None:
+    data = scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32)
+    write(odd_folder / "a_flair.nii.gz", data, np.diag([3.0, 3, 3, 1]))
+    (odd_folder / "b_flair.nii.gz").write_bytes(b"junk")
+    thresholding().save(tmp_path / "m")
+    command = [sys.executable, "-m", "anomri", "detect", "-i", odd_folder, "-m", tmp_path / "m"]
+    ran = subprocess.run(
+        [*command, "-o", odd_folder / "out"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert rb"caf\udce9" in ran.stdout and b"Traceback" not in ran.stderr
+    assert len((odd_folder / "out" / "cases.tsv").read_text().splitlines()) == 3

@@ -39,9 +39,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path``, whole or not at all."""
+    r"""Write ``text`` (UTF-8) to ``path``, whole or not at all.
+
+    Bytes of file names that are not UTF-8 are written as ``\udce4``: a name must not cost a run its
+    tables.
+    """
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def output_folder(path: Path) -> Path:

@@ -6,6 +6,8 @@ Torch is imported inside commands only, so that ``--help`` is quick.
 from __future__ import annotations
 
 import signal
+import sys
+from io import TextIOWrapper
 
 import typer
 
@@ -26,6 +28,7 @@ def main(args: list[str] | None = None) -> int:
     0: all is done, or a scheduler stopped the run and all is saved. 1: some case failed, the
     others are written. 2: the input or the command does not fit.
     """
+    _print_any_name()
     try:
         with stoppable() as stop:
             # The answer is printed inside too: a scheduler may signal twice, and the second
@@ -33,6 +36,13 @@ def main(args: list[str] | None = None) -> int:
             return _run(args, stop)
     except Interrupted as stopped:
         return _stopped(stopped)
+
+
+def _print_any_name() -> None:
+    """Let the streams escape what they cannot encode, such as a file's name that is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(args: list[str] | None, stop: StopRequest) -> int:

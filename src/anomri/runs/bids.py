@@ -182,7 +182,7 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     """
     images = [case.channels[channel] for channel in detection.channels]
     sources = [
-        f"bids:source:{quote(path.relative_to(root).as_posix())}"
+        f"bids:source:{_quote(path.relative_to(root))}"
         for path in (*images, case.mask)
         if path
     ]
@@ -218,6 +218,11 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     labels = write("dseg", lesion_labels(detection.mask), display, made_from, _about_lesions())
     _write_lesions(stem.with_name(f"{stem.name}_dseg.tsv"), detection.lesions)
     return [anomaly, mask, labels]
+
+
+def _quote(path: Path) -> str:
+    """A relative path as part of a URI; its bytes may be anything."""
+    return quote(os.fsencode(path.as_posix()))
 
 
 def _tells_images_apart(part: str) -> bool:
@@ -276,7 +281,7 @@ def _is_derivative(path: Path) -> bool:
 def _start(root: Path, out: Path, facts: dict[str, object]) -> None:
     """Make ``out`` a derivative data set, or see that it is one of the same input and model."""
     try:
-        link = quote(Path(os.path.relpath(root.resolve(), out.resolve())).as_posix())
+        link = _quote(Path(os.path.relpath(root.resolve(), out.resolve())))
     except ValueError as error:
         raise AnomriError(
             f"{out}: lies on another drive than {root}; name a folder on the same one."

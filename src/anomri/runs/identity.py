@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class FileIdentity:
         """The identity of a file as it is now, without its content."""
         # Links are not followed for the place: some tools store contents by their hash, behind
         # links.
-        place = _hash(str(path.absolute()).encode())
+        place = _hash(os.fsencode(path.absolute()))
         try:
             stat = path.stat()
         except OSError:

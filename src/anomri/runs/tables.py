@@ -158,7 +158,7 @@ def _case_row(result: CaseResult) -> dict[str, object]:
         "status": "done",
         "channels": ",".join(summary["channels"]),
         "peak": f"{summary['peak']:.5g}",
-        "notes": " ".join(summary["notes"]),
+        "notes": " ".join(" ".join(summary["notes"]).split()),
     }
     if summary["threshold"] is not None:
         # Without a threshold nothing was looked for, which is not the same as nothing found.

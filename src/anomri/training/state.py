@@ -209,9 +209,16 @@ class Log:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer for TensorBoard; ``None`` without the extra ``tensorboard``."""
+    """A writer for TensorBoard; ``None`` without the extra ``tensorboard``.
+
+    Also ``None`` if the folder's name is not UTF-8, which TensorBoard cannot write to: `log.csv` has
+    the same numbers.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except UnicodeEncodeError:
+        return None
