@@ -182,9 +182,7 @@ def _save(case: Case, detection: Detection, root: Path, out: Path) -> list[Path]
     """
     images = [case.channels[channel] for channel in detection.channels]
     sources = [
-        f"bids:source:{_quote(path.relative_to(root))}"
-        for path in (*images, case.mask)
-        if path
+        f"bids:source:{_quote(path.relative_to(root))}" for path in (*images, case.mask) if path
     ]
     spaces = [part for path in images for part in path.name.split("_") if part.startswith("space-")]
     folder = output_folder(out.joinpath(*case.name.split("_"), "anat"))
