@@ -3,17 +3,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 COHORT ?= ../shared/data/brats18
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test ruff types layers docs bench clean
 
 demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about seven minutes
 	$(BIN)/anomri demo -o demo
 
-test: $(VENV)/.ready  ## lint, types, layers, tests
+test: $(VENV)/.ready  ## lint, types, layers, tests; FAST=1 leaves slow tests out
+	$(MAKE) --no-print-directory --jobs 3 --output-sync ruff types layers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --maxschedchunk 2 $(if $(FAST),-m "not slow")
+
+ruff:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types:
 	$(BIN)/mypy
+
+layers:
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 docs: $(VENV)/.ready  ## the site, in site/; warnings and broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import anomri
 from anomri.methods.dae import DAE
@@ -94,22 +97,56 @@ def write_case(folder: Path, name: str, seed: int, *, lesion: bool) -> None:
 
 
 @pytest.fixture(scope="session")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five healthy training cases, two for validation (one with a lesion), two lesioned test cases."""
-    folder = tmp_path_factory.mktemp("cohort")
-    lines = ["case,split"]
-    for number in range(9):
-        split = "train" if number < 5 else "val" if number < 7 else "test"
-        write_case(folder, f"case{number}", number, lesion=number in (2, 6, 7, 8))
-        lines.append(f"case{number},{split}")
-    (folder / "splits.csv").write_text("\n".join(lines) + "\n")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Let the first process that needs ``folder`` make it; the others wait for it."""
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cohort(shared: Path) -> Path:
+    """Five healthy training cases, two for validation (one with a lesion), two lesioned test cases.
+
+    All tests share it: who changes a file copies it first.
+    """
+
+    def make(folder: Path) -> None:
+        lines = ["case,split"]
+        for number in range(9):
+            split = "train" if number < 5 else "val" if number < 7 else "test"
+            write_case(folder, f"case{number}", number, lesion=number in (2, 6, 7, 8))
+            lines.append(f"case{number},{split}")
+        (folder / "splits.csv").write_text("\n".join(lines) + "\n")
+
+    return make_once(shared / "cohort", make)
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> Path:
     """One packed cohort for all tests."""
-    return tmp_path_factory.mktemp("cache")
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_spheres() -> Iterator[None]:
+    """Plant fewer scans for thresholds: they are what a short training takes longest for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anomri.training.thresholds.PLANTED", 6)
+        patch.setattr("anomri.training.thresholds.SUBSET_PLANTED", 4)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,24 +175,30 @@ def tiny_preset() -> None:
 
 
 @pytest.fixture(scope="session")
-def model(
-    cohort: Path, cache: Path, tiny_preset: None, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def model(cohort: Path, cache: Path, shared: Path, tiny_preset: None) -> Path:
     """A model folder trained on the small cohort."""
-    from anomri.training.train import train
-
-    folder = tmp_path_factory.mktemp("model") / "model"
-    train(cohort, folder, preset="tiny", cache=cache, device="cpu")
-    return folder
+    return make_once(
+        shared / "model",
+        lambda folder: anomri.train(cohort, folder, preset="tiny", cache=cache, device="cpu"),
+    )
 
 
 @pytest.fixture(scope="session")
-def marking(cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a few steps that marks, takes a part of its channels and chose its score itself."""
-    folder = tmp_path_factory.mktemp("marking") / "model"
-    settings = {"widths": [4, 8, 16, 32]}
-    training = {"steps": 12, "batch_size": 4, "validate_every": 6}
-    anomri.train(
-        cohort, folder, preset="accurate", settings=settings, training=training, cache=cache
+def model_with_head(cohort: Path, cache: Path, shared: Path) -> Path:
+    """A model of a few steps with a segmentation head; it takes subsets and chose its score."""
+    return make_once(
+        shared / "model_with_head",
+        lambda folder: anomri.train(
+            cohort,
+            folder,
+            preset="accurate",
+            settings={"widths": [4, 8, 16, 32]},
+            training={"steps": 12, "batch_size": 4, "validate_every": 6},
+            cache=cache,
+        ),
     )
-    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -267,6 +267,7 @@ except AnomriError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limits on memory")
 def test_a_bomb_of_320_mib_is_refused_in_64_mib(tmp_path: Path) -> None:
     path = tmp_path / "a_flair.nii.gz"

@@ -96,12 +96,15 @@ def test_a_mask_is_counted_by_components() -> None:
 
 
 def test_the_first_row_equals_an_evaluation(
-    cohort: Path, marking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cohort: Path,
+    model_with_head: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [
         "robustness.py",
         str(cohort),
-        str(marking),
+        str(model_with_head),
         "--split",
         "test",
         "--only",
@@ -112,7 +115,7 @@ def test_the_first_row_equals_an_evaluation(
     robustness.main()
     head, _, row = capsys.readouterr().out.splitlines()
     assert head.count("|") == row.count("|") == 4
-    found = evaluate(cohort, model=marking)
+    found = evaluate(cohort, model=model_with_head)
     figures = re.findall(r"\d\.\d{3}", row)
     assert figures[:2] == [f"{found[name]:.3f}" for name in ("AUPRC, pooled", "ceil-Dice, pooled")]
     dice, best = (
@@ -123,9 +126,20 @@ def test_the_first_row_equals_an_evaluation(
 
 
 def test_the_table_of_small_lesions_has_a_row_for_every_size(
-    cohort: Path, marking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cohort: Path,
+    model_with_head: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["small_lesions.py", str(cohort), str(marking), "--split", "test", "--repeats", "1"]
+    given = [
+        "small_lesions.py",
+        str(cohort),
+        str(model_with_head),
+        "--split",
+        "test",
+        "--repeats",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", given)
     small_lesions.main()
     tables = capsys.readouterr().out.split("\n| ")

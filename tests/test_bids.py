@@ -524,11 +524,13 @@ def test_invalid_data_sets_are_refused(
     assert "was not validated" in told[0]
 
 
-def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, marking: Path) -> None:
+def test_parts_of_the_channels_and_participants_one_by_one(
+    dataset: Path, model_with_head: Path
+) -> None:
     """With a model whose score has healthy maps, which `run.json` leaves out."""
     shutil.rmtree(dataset / "derivatives")
     (dataset / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
-    detector, out = Detector.load(marking, "cpu"), dataset.parent / "out"
+    detector, out = Detector.load(model_with_head, "cpu"), dataset.parent / "out"
     detector.spec = replace(
         detector.spec,
         score=replace(detector.spec.score, kind="anomaly_probability", healthy_maps="x"),
@@ -544,7 +546,7 @@ def test_parts_of_the_channels_and_participants_one_by_one(dataset: Path, markin
     assert said["Channels"] == ["flair"] and len(said["Sources"]) == 1
 
 
-def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) -> None:
+def test_the_command_takes_what_detection_takes(dataset: Path, model_with_head: Path) -> None:
     arguments = [
         "--sensitivity",
         "lowest",
@@ -555,11 +557,18 @@ def test_the_command_takes_what_detection_takes(dataset: Path, marking: Path) ->
         "--participant-label",
         "01",
     ]
-    command = ["bids", str(dataset), str(dataset.parent / "out"), "participant", "-m", str(marking)]
+    command = [
+        "bids",
+        str(dataset),
+        str(dataset.parent / "out"),
+        "participant",
+        "-m",
+        str(model_with_head),
+    ]
     assert main([*command, *arguments, "--skip-bids-validation"]) == 0
     anat = dataset.parent / "out" / "sub-01" / "anat"
     said = json.loads((anat / "sub-01_desc-anomaly_mask.json").read_text())
-    part = Detector.load(marking).spec.subset_thresholds["flair"]
+    part = Detector.load(model_with_head).spec.subset_thresholds["flair"]
     assert said["VoxelFalsePositiveRate"] == part.false_positive_rate[-1]
     other = [*command, *arguments, "--skip-bids-validation", "--bias-correction"]
     assert main(other) == 2  # results of two preparations do not mix

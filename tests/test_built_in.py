@@ -36,6 +36,7 @@ def lesioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) -> None:
     detector, (case,) = anomri.load(), find_cases(lesioned)
     for part in (detector.spec.channels, ("flair", "t2"), ("flair",)):
@@ -47,6 +48,7 @@ def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) 
         assert rank > 0.7, part  # synthetic brains are not those it knows
 
 
+@pytest.mark.slow
 def test_one_file_of_any_name_and_no_model(
     lesioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

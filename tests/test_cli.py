@@ -158,6 +158,7 @@ def test_info_names_the_libraries_that_an_extra_lacks(monkeypatch: pytest.Monkey
     assert found.startswith("DICOM in and out: no highdicom; pip install ") and "[dicom]" in found
 
 
+@pytest.mark.slow
 def test_threads_limit_torch_and_the_threads_beside_it() -> None:
     code = (
         "from anomri.cli import main; main(['info', '--threads', '1', '--device', 'cpu']);"
@@ -401,6 +402,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_file(cohort: Path, model: Path, tmp_path: Path) -> None:
     command = ["detect", "-i", str(cohort / "case7"), "-o", str(tmp_path), "-m", str(model)]
     done = subprocess.run(
@@ -486,6 +488,7 @@ def test_damaged_and_dangerous_checkpoints_are_refused(released: Path, tmp_path:
             import_checkpoint(bad, tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_first_look_and_writes_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

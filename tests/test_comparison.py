@@ -61,6 +61,7 @@ def first(out: Path, preset: str = "tiny") -> Job:
     return Job("", "", 0, out, "", [], [], preset, channels=("flair", "t1"))
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_a_table_curves_and_pictures_and_reuses_finished_jobs(
     cohort: Path, cache: Path, tiny_vae: None, here: list[tuple[str, str]], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(
     assert "failed: dae-noise_std-nan-seed0" in comparison.report.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_trains_in_processes_of_their_own(
     cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +246,7 @@ def die(job: Job, on_progress: comparison_jobs.OnProgress) -> None:
     os._exit(3)
 
 
+@pytest.mark.slow
 def test_a_job_in_a_process_passes_on_signals_and_its_death(tmp_path: Path) -> None:
     job = replace(first(tmp_path), variant="x")
     reported = []

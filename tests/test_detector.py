@@ -312,6 +312,7 @@ def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> No
         Detector.load(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_volumes_stream(
     model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def ended_well(started: list[subprocess.Popen[str]]) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_do_what_one_does(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ def test_two_processes_of_torchrun_do_what_one_does(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_two_tasks_of_srun_stop_together_and_train_as_one_process(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

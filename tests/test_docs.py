@@ -20,6 +20,7 @@ OUTSIDE_THE_SITE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 CARD = "src/anomri/pretrained/brats18/MODEL_CARD.md"
 
 
+@pytest.mark.slow
 def test_the_examples_in_python_run_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

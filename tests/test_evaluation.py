@@ -431,11 +431,11 @@ def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Pat
 
 
 def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
-    marking: Path, cohort: Path, tmp_path: Path
+    model_with_head: Path, cohort: Path, tmp_path: Path
 ) -> None:
     cases = [case for case in find_cases(cohort) if case.split == "test"]
     cases[0] = replace(cases[0], channels={"flair": cases[0].channels["flair"]})
-    detector = Detector.load(marking)
+    detector = Detector.load(model_with_head)
     evaluation = evaluate(cases, tmp_path, model=detector)
     for case, row in zip(cases, evaluation.patients, strict=True):
         found = detector.detect(case)

@@ -46,6 +46,7 @@ def nothing_half_written(folder: Path) -> None:
     assert not list(folder.rglob(f"{PARTIAL}*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_training_that_goes_on_with_more_room(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +250,7 @@ def test_detection_takes_smaller_batches_where_memory_is_short(
         detector.detect(case)
 
 
+@pytest.mark.slow
 def test_a_stop_while_validating_is_made_up_for(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:

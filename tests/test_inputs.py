@@ -431,9 +431,9 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(
 
 
 def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
-    marking: Path, tmp_path: Path
+    model_with_head: Path, tmp_path: Path
 ) -> None:
-    detector = Detector.load(marking)
+    detector = Detector.load(model_with_head)
     brain = scan((64, 72, 56), grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))).astype(np.float32)
     affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
     paths = {
@@ -576,18 +576,21 @@ def test_another_scan_of_the_same_name_does_not_replace_results(tmp_path: Path) 
 
 
 def test_cases_of_an_earlier_run_are_named(
-    marking: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_with_head: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("case7", "case8"):
         flair = cohort / name / f"{name}_flair.nii.gz"
-        assert main(["detect", "--flair", str(flair), "-m", str(marking), "-o", str(tmp_path)]) == 0
+        assert (
+            main(["detect", "--flair", str(flair), "-m", str(model_with_head), "-o", str(tmp_path)])
+            == 0
+        )
     said = " ".join(capsys.readouterr().err.split())
     assert (
         "has maps of case7 from another run; the tables and the report will be of this run alone"
         in said
     )
     report = (tmp_path / "report.html").read_text()
-    own = Detector.load(marking).spec.subset_thresholds["flair"].threshold
+    own = Detector.load(model_with_head).spec.subset_thresholds["flair"].threshold
     assert f"Channels: flair. Threshold: {own:.4g} (" in report
 
 

@@ -15,6 +15,7 @@ from anomri.errors import Interrupted
 from anomri.runtime.interruption import StopRequest, stoppable
 
 
+@pytest.mark.slow
 def test_thirty_kills_lose_and_repeat_nothing() -> None:
     """`kills.py` prints the same table; each verb's results are compared with those of a run left in peace."""
     script = Path(__file__).parent / "kills.py"

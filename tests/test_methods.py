@@ -116,6 +116,7 @@ def test_saving_and_loading_gives_the_same_map_bit_for_bit(
     ]
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_model_that_was_never_stopped(
     trained: Path, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:

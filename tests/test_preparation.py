@@ -98,6 +98,7 @@ def test_a_brain_mask_lets_a_head_in(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_skull_is_stripped_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepbet", reason="needs anomri[bet]")
     monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
@@ -163,6 +164,7 @@ def test_without_a_tool_the_error_says_how_to_get_one(
 # Space.
 
 
+@pytest.mark.slow
 def test_a_tilted_head_is_turned_and_its_map_turned_back(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK", reason="needs anomri[register]")
     image, grid = template()

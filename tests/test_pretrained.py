@@ -47,18 +47,22 @@ def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
     assert len(again.training.pretrained) == 64 and not before.training.pretrained
 
 
+@pytest.mark.slow
 def test_a_score_that_was_chosen_is_chosen_anew(
-    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+    cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
-    assert Pretrained.read(marking).preset().score.kind == "auto"
+    assert Pretrained.read(model_with_head).preset().score.kind == "auto"
     short = {"steps": 2, "validate_every": 2}
-    spec = train(cohort, tmp_path / "model", pretrained=marking, training=short, cache=cache).spec
+    spec = train(
+        cohort, tmp_path / "model", pretrained=model_with_head, training=short, cache=cache
+    ).spec
     assert spec.score.chosen_by and spec.score.kind != "auto"
     assert set(spec.subset_thresholds) == {"flair", "t1"}
 
 
+@pytest.mark.slow
 def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
-    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+    cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
     alone = [replace(case, channels={"t1": case.channels["t1"]}) for case in find_cases(cohort)]
     told: list[str] = []
@@ -66,7 +70,7 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
     part = train(
         alone,
         tmp_path / "model",
-        pretrained=marking,
+        pretrained=model_with_head,
         training=still,
         cache=cache,
         progress=lambda state: told.append(state.note),
@@ -80,8 +84,8 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
     # What it makes of T1 is what the first model makes of a scan that has nothing else.
     x = torch.rand((2, 2, 32, 40), generator=torch.Generator().manual_seed(0))
     x[:, 0] = 0
-    whole, own = methods.build(read_model(marking)[0]), methods.build(part.spec)
-    whole.load_state_dict(read_model(marking)[2])
+    whole, own = methods.build(read_model(model_with_head)[0]), methods.build(part.spec)
+    whole.load_state_dict(read_model(model_with_head)[2])
     own.load_state_dict(read_model(tmp_path / "model")[2])
     with torch.no_grad():
         expected, found = whole.reconstruct(x), own.reconstruct(x[:, 1:])
@@ -124,10 +128,11 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
             assert torch.allclose(one.reconstruct(x[:, channel : channel + 1]), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_may_begin_with_the_mean_of_several_models(
-    cohort: Path, cache: Path, marking: Path, tmp_path: Path
+    cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
-    spec, _, weights = read_model(marking)
+    spec, _, weights = read_model(model_with_head)
     moved = {name: value + 0.5 for name, value in weights.items()}
     other = replace(
         spec, channels=("flair",), settings={**spec.settings, "network_channels": ["flair", "t1"]}
@@ -141,7 +146,7 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
         tmp_path / "other" / "splits.csv",
         [Case("case0", {}, split="test"), Case("else", {}, split="train")],
     )
-    both = Pretrained.read_all([marking, tmp_path / "other"])
+    both = Pretrained.read_all([model_with_head, tmp_path / "other"])
     assert all(
         torch.allclose(both.weights[name], value + 0.25, atol=1e-6)
         for name, value in weights.items()
@@ -149,13 +154,13 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     assert (both.spec.channels, both.spec.score) == (spec.channels, spec.score)
     assert both.spec.data_licence == f"{spec.data_licence}; CC0" and both.takes_subsets
     # Of two sides the one that more was seen of.
-    sides = splits_by_name(Pretrained.read(marking).cases)
+    sides = splits_by_name(Pretrained.read(model_with_head).cases)
     assert splits_by_name(both.cases) == sides | {"else": "train"} and sides["case0"] == "train"
     still = {"steps": 1, "learning_rate": 1e-12}
     trained = train(
         cohort,
         tmp_path / "mean",
-        pretrained=[marking, tmp_path / "other"],
+        pretrained=[model_with_head, tmp_path / "other"],
         training=still,
         cache=cache,
     )
@@ -167,18 +172,18 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     with pytest.raises(
         AnomriError, match=r"brats18: its network is not that of .*model; only models that"
     ):
-        Pretrained.read_all([marking, "built-in"])
+        Pretrained.read_all([model_with_head, "built-in"])
     alike = replace(spec, channels=("t1", "t2"))
     write_model(tmp_path / "alike", replace(alike, score=Score("anomaly_probability")), weights)
     with pytest.raises(AnomriError, match="alike: its network is not that of"):
-        Pretrained.read_all([marking, tmp_path / "alike"])
+        Pretrained.read_all([model_with_head, tmp_path / "alike"])
 
 
 @pytest.mark.parametrize("channels", [["flair", "t2"], ["flair", "t1", "t1"], ["t2"]])
 def test_a_description_with_other_channels_of_the_network_is_refused_by_name(
-    marking: Path, tmp_path: Path, channels: list[str]
+    model_with_head: Path, tmp_path: Path, channels: list[str]
 ) -> None:
-    spec, _, weights = read_model(marking)
+    spec, _, weights = read_model(model_with_head)
     write_model(
         tmp_path, replace(spec, settings={**spec.settings, "network_channels": channels}), weights
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 
 import anomri
 from anomri.evaluation.evaluate import evaluate
@@ -34,6 +35,7 @@ def test_a_real_scan_is_cut_as_published(real_scans: Path) -> None:
     assert 0.9 < float(stack.x[:, 0][stack.foreground].quantile(0.99)) < 1.1
 
 
+@pytest.mark.slow
 def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path) -> None:
     for name in ("Brats18_CBICA_ABM_1", "Brats18_CBICA_APZ_1", "Brats18_TCIA10_639_1"):
         shutil.copytree(real_scans / "brats18" / name, tmp_path / "cohort" / name)

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,14 +69,15 @@ def test_slices_with_lesion_are_left_out(cohort: Path, cache: Path) -> None:
 
 
 def test_packing_happens_once_and_again_when_a_file_changes(cohort: Path, tmp_path: Path) -> None:
-    cases = find_cases(cohort)[:2]
-    first = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    shutil.copytree(cohort, tmp_path / "cohort")
+    cases = find_cases(tmp_path / "cohort")[:2]
+    first = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path / "cache")
     times = [pack.file.stat().st_mtime_ns for pack in first]
-    second = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    second = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path / "cache")
     assert [pack.file.stat().st_mtime_ns for pack in second] == times
     assert cohort_fingerprint(first) == cohort_fingerprint(second[::-1])
     os.utime(cases[0].channels["flair"])
-    third = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path)
+    third = pack_cohort(cases, ("flair",), Grid(), Scaling(), tmp_path / "cache")
     assert third[0].file != first[0].file
     assert cohort_fingerprint(third) == cohort_fingerprint(first)  # same content
 
@@ -125,6 +127,7 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 40, 47])
 def test_resuming_gives_the_model_that_was_never_stopped(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, step: int
@@ -176,6 +179,7 @@ def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
             assert torch.equal(after.state[new][name], before.state[old][name])
 
 
+@pytest.mark.slow
 def test_what_is_killed_between_validations_goes_on_from_the_last_save(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +197,7 @@ def test_what_is_killed_between_validations_goes_on_from_the_last_save(
     assert weights(tmp_path / "m") == weights(model)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(cohort: Path, cache: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -251,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "anomri.methods.noise.Noise.draw", lambda self, x, *others: x * float("nan")
+        "anomri.methods.noise.Noise.draw", lambda self, shape, *others: torch.full(shape, torch.nan)
     )
     with pytest.raises(
         AnomriError,
@@ -260,6 +265,7 @@ def test_a_loss_that_is_not_finite_stops(
         train(cohort, tmp_path, preset="tiny", cache=cache)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_before_its_loss_was_no_number(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +300,7 @@ class Cramped:
         return self.original(method, x, *arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
