@@ -69,8 +69,7 @@ def run(data: Path, out: Path, only: str | None = None) -> None:
 
 
 def contents(path: Path) -> object:
-    """What is compared of a file: a digest, the rows of a table, or the values of a JSON
-    document."""
+    """What is compared of a file: a digest, rows of a table, or values of a JSON document."""
     if path.name.endswith(".nii.gz"):
         return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
     if path.suffix in (".tsv", ".csv"):
@@ -78,38 +77,45 @@ def contents(path: Path) -> object:
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         return [{key: value for key, value in row.items() if key not in VOLATILE} for row in rows]
     if path.suffix == ".json":
-        return _stable(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _stable(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _stable(one) for key, one in value.items() if key not in VOLATILE}
-    if isinstance(value, list):
-        return [_stable(one) for one in value]
-    return value
+def differences(before: object, after: object, place: str = "") -> list[str]:
+    """Where two values of JSON differ, as ``score.kind``; volatile keys aside.
+
+    >>> differences({"a": {"b": 1, "c": 2}, "seconds": 3}, {"a": {"b": 1, "c": 3}, "seconds": 4})
+    ['a.c']
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if key not in VOLATILE]
+        inside = [differences(before.get(k), after.get(k), f"{place}.{k}".strip(".")) for k in keys]
+        return [one for found in inside for one in found]
+    return [] if before == after else [place or "content"]
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print what differs between two folders of runs; 1 if anything does."""
+    """Print what differs between two folders of runs; 1 if anything does.
+
+    Only the runs that ``after`` holds are compared. Pictures and records of a run are left out.
+    """
     kinds = (".nii.gz", ".tsv", ".csv", ".json", ".safetensors")
     runs = {path.name for path in after.iterdir()}
-    files = {
+    files = [
         path.relative_to(before)
-        for path in before.rglob("*")
+        for path in sorted(before.rglob("*"))
         if path.name.endswith(kinds)
-        and "logs" not in path.parts
-        and "cache" not in path.parts
+        and not {"logs", "cache", "previews"} & {*path.parts}
         and path.relative_to(before).parts[0] in runs
-    }
+    ]
     different = 0
-    for path in sorted(files):
+    for path in files:
         if not (after / path).is_file():
             different += 1
             print(f"missing: {path}")
-        elif contents(before / path) != contents(after / path):
+        elif found := differences(contents(before / path), contents(after / path)):
             different += 1
-            print(f"differs: {path}")
+            print(f"differs: {path}: {', '.join(found[:8])}{', ...' if found[8:] else ''}")
     print(f"{len(files)} files compared, {different} differ")
     return int(different > 0)
 
