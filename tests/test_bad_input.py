@@ -27,6 +27,7 @@ from phantom import scan, thresholding
 SHAPE, AFFINE = (20, 24, 18), nib.affines.from_matvec(np.diag([-9.0, -9, 9]), [85, 103, -76])
 BRAIN = scan(SHAPE, AFFINE).astype(np.float32)
 Writer = Callable[[Path], object]
+AIR = np.random.default_rng(1).uniform(5, 9, BRAIN.shape).astype(np.float32)
 
 
 def image(data: np.ndarray = BRAIN, affine: np.ndarray = AFFINE) -> bytes:
@@ -145,7 +146,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         image(np.where(BRAIN > 0, BRAIN / 100 - 5, 0).astype(np.float32)),
         "looks standardised",
     ),
-    "a head": ("a_flair.nii", image(BRAIN + 9), "still has its skull"),
+    "a head": ("a_flair.nii", image(BRAIN + AIR), "still has its skull"),
     "other channel": ("a_t1.nii", image(), "flair is missing|has t1"),
 }
 

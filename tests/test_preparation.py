@@ -309,3 +309,106 @@ def test_a_head_in_any_channel_is_refused_also_for_training(tmp_path: Path) -> N
         thresholding("flair", "t1").read(cases[0])
     with pytest.raises(AnomriError, match="_t1.nii.gz: . still has its skull"):
         train(cases, tmp_path / "m", preset="tiny", cache=tmp_path / "cache")
+
+
+# Background.
+
+
+def scan_with_fluid() -> np.ndarray:
+    """A brain whose darkest tissue is nearly as dark as the air, as in real scans."""
+    data = scan(SHAPE, AFFINE)
+    data[28:36, 32:40, 24:32] *= 0.05
+    return data
+
+
+def standardised(data: np.ndarray) -> np.ndarray:
+    inside = data[data > 0]
+    return (data - inside.mean()) / inside.std()
+
+
+RESCALED = {
+    "brain + 5": lambda data: data + 5,
+    "z-scores of the whole image": lambda data: (data - data.mean()) / data.std(),
+    "z-scores of the brain": standardised,
+    "from -1 to 1": lambda data: 2 * data / data.max() - 1,
+    "NaN around the brain": lambda data: np.where(data > 0, data, np.nan),
+    "-1 around the brain": lambda data: np.where(data > 0, data, -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("name", RESCALED)
+def test_a_constant_background_is_taken_for_background(
+    tmp_path: Path, name: str, dtype: type
+) -> None:
+    data = scan_with_fluid()
+    (tmp_path / "in").mkdir()
+    plain = thresholding().detect(save(tmp_path / "a_flair.nii.gz", data))
+    rescaled = RESCALED[name](data)
+    if dtype == np.int16 and np.isnan(rescaled).any():
+        pytest.skip("integers hold no NaN")
+    image = nib.Nifti1Image(rescaled, AFFINE)
+    image.set_data_dtype(dtype)  # nibabel adds a slope and an intercept
+    nib.save(image, tmp_path / "in" / "a_flair.nii.gz")
+    found = thresholding().detect(tmp_path / "in" / "a_flair.nii.gz")
+    assert "a_flair.nii.gz has a background of " in found.volume.notes[0]
+    np.testing.assert_array_equal(found.volume.foreground, plain.volume.foreground)
+    step = 0 if dtype == np.float32 else 1e-3
+    np.testing.assert_allclose(found.anomaly_map, plain.anomaly_map, atol=1e-4 + step)
+    expected = plain.summary()["lesion_volume_mm3"]
+    assert found.summary()["lesion_volume_mm3"] == pytest.approx(expected, rel=0.02)
+
+
+def test_each_channel_has_a_background_of_its_own_also_for_training(tmp_path: Path) -> None:
+    data = scan_with_fluid()
+    save(tmp_path / "a_flair.nii.gz", data)
+    save(tmp_path / "a_t1.nii.gz", data + 5)
+    (case,) = find_cases(tmp_path)
+    volume = read_volume(case, ["flair", "t1"])
+    np.testing.assert_allclose(volume.data[1], volume.data[0], atol=1e-3)
+    save(tmp_path / "a_mask.nii.gz", data > 0)
+    (masked,) = find_cases(tmp_path)
+    volume = read_volume(masked, ["flair", "t1"])
+    np.testing.assert_allclose(volume.data[1], volume.data[0], atol=1e-3)
+    assert sum("background" in note for note in volume.notes) == 1
+
+
+def test_a_background_that_is_no_background_is_refused_with_its_own_advice(tmp_path: Path) -> None:
+    data = scan_with_fluid()
+    for filled, message in {
+        -40.0: "the background is -40, far below the darkest tissue",
+        20.0: "the background is 20, and .* of the voxels are darker",
+    }.items():
+        standard = np.where(data > 0, standardised(data), filled)
+        with pytest.raises(AnomriError, match=message):
+            thresholding().detect(save(tmp_path / "a_flair.nii.gz", standard))
+    holes = np.where(data > 0, data, np.nan)
+    holes[30:33, 30:33, 30:33] = np.nan
+    with pytest.raises(AnomriError, match="27 of its .* voxels are NaN or infinite"):
+        thresholding().detect(save(tmp_path / "a_flair.nii.gz", holes))
+
+
+def test_the_air_around_a_head_is_no_background(tmp_path: Path) -> None:
+    data, affine = head(air=True)
+    whole = np.rint(data / 4)
+    for end in np.ndindex(2, 2, 2):
+        whole[tuple(-one for one in end)] = 2  # as many voxels of such air are
+    with pytest.raises(AnomriError, match="still has its skull"):
+        thresholding().detect(save(tmp_path / "a_flair.nii.gz", whole, affine))
+
+
+def test_a_real_scan_after_standardisation_is_the_scan_before(
+    real_scans: Path, tmp_path: Path
+) -> None:
+    (case,) = find_cases(real_scans / "brats18" / "Brats18_2013_11_1")
+    before = read_volume(case, ["flair"], with_label=False)
+    values = nib.load(case.channels["flair"]).get_fdata()
+    image = nib.load(case.channels["flair"])
+    nib.save(
+        nib.Nifti1Image(standardised(values).astype(np.float32), image.affine),
+        tmp_path / "a_flair.nii.gz",
+    )
+    after = thresholding().read(tmp_path / "a_flair.nii.gz")
+    np.testing.assert_array_equal(after.foreground, before.foreground)
+    rescaled = after.data * (before.data.max() / after.data.max())
+    np.testing.assert_allclose(rescaled, before.data, atol=1e-3 * before.data.max())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.runtime.launch import usable_processors
+from anomri.scans.background import zero_background
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
 from anomri.scans.geometry import Geometry, check_same_grid, copy_transposed, gives_position
@@ -154,10 +155,14 @@ def _read_channel(path: Path) -> _Image:
     """Read intensities; negative values, which interpolation leaves, are set to zero."""
     image = read_image(path)
     stored, slope = read_unscaled(image)
+    stored, notes = zero_background(path, stored)
+    if notes:
+        values, notes = zero_background(path, read_values(image))
+        stored, slope = values, 1.0
     stored = _check_values(path, stored)
     if stored.min() >= 0:
-        return _Image(path, image.header, stored, slope)
-    values = _check_values(path, read_values(image))
+        return _Image(path, image.header, stored, slope, tuple(notes))
+    values = _check_values(path, stored if notes else read_values(image))
     lowest, highest = float(values.min()), float(values.max())
     negative, positive = int((values < 0).sum()), int((values > 0).sum())
     share = negative / (negative + positive)
@@ -171,7 +176,7 @@ def _read_channel(path: Path) -> _Image:
         f"{path.name} has {negative:,} negative voxels (down to {lowest:.3g}); they were set to "
         f"zero."
     )
-    return _Image(path, image.header, np.maximum(values, 0), notes=(note,))
+    return _Image(path, image.header, np.maximum(values, 0), notes=(*notes, note))
 
 
 def _check_values(path: Path, values: NDArray[Any]) -> NDArray[Any]:
