@@ -115,6 +115,47 @@ def test_the_skull_is_stripped_offline(tmp_path: Path, monkeypatch: pytest.Monke
     assert "the brain was found by deepbet in channel t1" in volume.notes[0]
 
 
+def test_deepbet_looks_at_t1_and_beyond_its_field_at_the_first_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool's answer is the brightest part, so that each channel has a brain of its own."""
+    monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
+    looked_at = []
+
+    def brightest(image: nib.Nifti1Image, name: str) -> np.ndarray:
+        data = np.asanyarray(image.dataobj)
+        looked_at.append(float(data.max()))
+        return data > 0.9 * data.max()
+
+    monkeypatch.setattr("anomri.scans.skull._run_deepbet", brightest)
+    flair, t1 = np.zeros((2, *SHAPE))
+    flair[6:58, 6:66, 6:50], t1[6:58, 6:66, 6:50] = 10, 20
+    flair[14:50, 14:58, 14:48], t1[12:52, 12:60, 10:46] = 100, 200
+    files = {
+        "flair": save(tmp_path / "p_flair.nii.gz", flair),
+        "t1": save(tmp_path / "p_t1.nii.gz", t1),
+    }
+
+    def strip(channels: dict[str, Path]) -> tuple[np.ndarray, str]:
+        looked_at.clear()
+        volume = thresholding(*channels).read(channels, Preparation(skull_strip=True))
+        return volume.geometry.native(volume.data[0]) > 0, volume.notes[0]
+
+    alone, note = strip({"flair": files["flair"]})
+    np.testing.assert_array_equal(alone, flair == 100)
+    assert "in channel flair: 1,454 ml. deepbet was made for T1" in note
+    both, note = strip(files)
+    assert looked_at == [200]
+    np.testing.assert_array_equal(both, t1 == 200)
+    assert note == "the brain was found by deepbet in channel t1: 1,866 ml."
+    t1[..., 42:] = 0  # the field of T1 ends here
+    save(files["t1"], t1)
+    joined, note = strip(files)
+    assert looked_at == [200, 100]
+    np.testing.assert_array_equal(joined, (t1 == 200) | ((t1 == 0) & (flair == 100)))
+    assert "in channel t1, and in flair where t1 does not reach (257 ml of it): 1,915 ml." in note
+
+
 TOOL = f"""#!{sys.executable}
 import sys, nibabel as nib, numpy as np
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))

@@ -28,8 +28,9 @@ class Preparation:
     """Steps between a scan's files and what a model sees, in this order; by default none.
 
     ``brain_mask`` is a file whose voxels above zero are brain, used instead of the case's own mask.
-    ``skull_strip`` finds the brain in the first channel. ``bias_correction`` runs N4 on every
-    channel. ``register`` turns the scan into the model's space, and its map back.
+    ``skull_strip`` finds the brain, in T1 or the first channel, as `skull.find_brain` says.
+    ``bias_correction`` runs N4 on every channel. ``register`` turns the scan into the model's
+    space, and its map back.
     """
 
     brain_mask: Path | None = None
@@ -126,15 +127,13 @@ def _find_ceiling(channel: NDArray[np.float32]) -> float | None:
 
 
 def _strip_skull(case: Case, volume: Volume) -> Volume:
-    mask, tool = find_brain(volume)
-    millilitres = mask.sum() * volume.geometry.voxel_mm3 / 1000
-    note = f"the brain was found by {tool} in channel {volume.channels[0]}: {millilitres:,.0f} ml."
+    mask, note = find_brain(volume)
     stripped = volume.with_data(volume.data * mask, note)
     for name, channel in zip(stripped.channels, stripped.inside, strict=True):
         if not channel.any():
             raise AnomriError(
-                f"{case.channels[name]}: is zero in all of the brain that {tool} found; look at "
-                "both."
+                f"{case.channels[name]}: is zero in all of the brain that skull stripping found; "
+                "look at both."
             )
     return stripped
 

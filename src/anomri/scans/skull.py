@@ -34,6 +34,21 @@ MAX_FILLED = 0.75
 TOOLS = ("mri_synthstrip", "hd-bet")
 """Programs for scans of any contrast; the first that is on the path is used."""
 
+MAX_UNCOVERED = 0.02
+"""T1 covers a head if it is zero in no more than this share of what the first channel shows."""
+_CAUTIONS = {
+    "flair": (
+        " deepbet was made for T1: in FLAIR it leaves out about 3% of what it finds in T1, mostly "
+        "fluid at the rim."
+    ),
+    "t2": (
+        " deepbet was made for T1: in T2 it adds up to 4% to what it finds in T1, such as marrow and "
+        "parts of the eyes, so look at findings there twice."
+    ),
+}
+"""What a mask is worth that deepbet finds in another contrast than T1; `benchmarks/skulls.py`
+measures it."""
+
 
 def find_skull(volume: Volume) -> tuple[str, str] | None:
     """The first channel that shows a whole head, and the evidence; ``None`` if all show a brain.
@@ -72,23 +87,58 @@ def skull_error(name: str, path: Path, evidence: str) -> AnomriError:
 
 
 def find_brain(volume: Volume) -> tuple[NDArray[np.bool_], str]:
-    """The brain (x, y, z) in the first channel of a scan, and the tool that found it.
+    """The brain (x, y, z) in a scan, and a note that says which tool found it in which channel.
 
-    SynthStrip or HD-BET if installed, else deepbet, which contains its weights. Raises
-    `AnomriError` if no tool is installed, if it fails, or if its result is no brain by its volume.
+    SynthStrip or HD-BET, which take any contrast, look at the first channel. Without them deepbet,
+    which contains its weights, looks at T1 if there is one, and at the first channel for brain that
+    T1 does not cover. Raises `AnomriError` if no tool is installed, if it fails, or if its result
+    is no brain by its volume.
     """
+    tool = _find_program() or "deepbet"
+    number = volume.channels.index("t1") if tool == "deepbet" and "t1" in volume.channels else 0
+    mask = _find_in_channel(volume, number, tool)
+    note = f"the brain was found by {tool} in channel {volume.channels[number]}"
+    beyond = _beyond_channel(volume, number)
+    if beyond is not None:
+        added = beyond & _find_in_channel(volume, 0, tool)
+        added_ml = float(added.sum()) * volume.geometry.voxel_mm3 / 1000
+        if added_ml >= 1:  # else it is only the air that differs
+            mask = mask | added
+            note += (
+                f", and in {volume.channels[0]} where {volume.channels[number]} does not reach "
+                f"({added_ml:,.0f} ml of it)"
+            )
+    note += f": {mask.sum() * volume.geometry.voxel_mm3 / 1000:,.0f} ml."
+    if tool == "deepbet":
+        note += _CAUTIONS.get(volume.channels[number], "")
+    return mask, note
+
+
+def _beyond_channel(volume: Volume, number: int) -> NDArray[np.bool_] | None:
+    """Where (x, y, z) a channel is zero; ``None`` if it covers nearly all of the first channel."""
+    missing = volume.channel(number) == 0
+    head = volume.channel(0) > 0
+    if np.count_nonzero(missing & head) <= MAX_UNCOVERED * np.count_nonzero(head):
+        return None
+    return missing
+
+
+def _find_in_channel(volume: Volume, number: int, tool: str) -> NDArray[np.bool_]:
+    """The brain (x, y, z) that a tool finds in one channel; raises `AnomriError` if it is none."""
     geometry = volume.geometry
-    head = nib.Nifti1Image(volume.channel(0), geometry.canonical_affine)
-    tool = _find_program()
-    mask = _run_program(tool, head, volume.name) if tool else _run_deepbet(head, volume.name)
+    head = nib.Nifti1Image(volume.channel(number), geometry.canonical_affine)
+    if tool == "deepbet":
+        mask = _run_deepbet(head, volume.name)
+    else:
+        mask = _run_program(tool, head, volume.name)
     millilitres = float(mask.sum()) * geometry.voxel_mm3 / 1000
     if not MIN_BRAIN_ML <= millilitres <= MAX_BRAIN_ML:
         raise AnomriError(
-            f"{volume.name}: {tool or 'deepbet'} finds a brain of {millilitres:,.0f} ml in channel "
-            f"{volume.channels[0]}; a brain has {MIN_BRAIN_ML:,.0f} to {MAX_BRAIN_ML:,.0f} ml. "
+            f"{volume.name}: {tool} finds a brain of {millilitres:,.0f} ml in channel "
+            f"{volume.channels[number]}; a brain has {MIN_BRAIN_ML:,.0f} to {MAX_BRAIN_ML:,.0f} ml. "
             f"Strip the skull with another tool, look at its mask, and give it with --brain-mask."
         )
-    return mask, tool or "deepbet"
+    return mask
 
 
 def check_skull_strippers() -> None:
