@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COHORT ?= ../shared/data/brats18
 
-.PHONY: demo test ruff types layers docs bench clean
+.PHONY: demo test ruff types layers docs bench dist clean
 
 demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about seven minutes
 	$(BIN)/anomri demo -o demo
@@ -28,10 +28,14 @@ docs: $(VENV)/.ready  ## the site, in site/; warnings and broken links are error
 bench: $(VENV)/.ready  ## speed as ratios to the plain program, on real scans
 	$(BIN)/python benchmarks/speed.py $(COHORT)
 
+dist: $(VENV)/.ready  ## the wheel and the source archive, in dist/, checked for the package index
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) demo site dist

@@ -96,11 +96,11 @@ def find_brain(volume: Volume) -> tuple[NDArray[np.bool_], str]:
     """
     tool = _find_program() or "deepbet"
     number = volume.channels.index("t1") if tool == "deepbet" and "t1" in volume.channels else 0
-    mask = _find_in_channel(volume, number, tool)
+    mask = find_in_channel(volume, number, tool)
     note = f"the brain was found by {tool} in channel {volume.channels[number]}"
     beyond = _beyond_channel(volume, number)
     if beyond is not None:
-        added = beyond & _find_in_channel(volume, 0, tool)
+        added = beyond & find_in_channel(volume, 0, tool)
         added_ml = float(added.sum()) * volume.geometry.voxel_mm3 / 1000
         if added_ml >= 1:  # else it is only the air that differs
             mask = mask | added
@@ -123,7 +123,7 @@ def _beyond_channel(volume: Volume, number: int) -> NDArray[np.bool_] | None:
     return missing
 
 
-def _find_in_channel(volume: Volume, number: int, tool: str) -> NDArray[np.bool_]:
+def find_in_channel(volume: Volume, number: int, tool: str) -> NDArray[np.bool_]:
     """The brain (x, y, z) that a tool finds in one channel; raises `AnomriError` if it is none."""
     geometry = volume.geometry
     head = nib.Nifti1Image(volume.channel(number), geometry.canonical_affine)
