@@ -18,8 +18,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from anomri.cli import main
 from anomri.cli.facts import libraries_of_extra
-from conftest import write_case
+from conftest import read_tsv, write_case
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "anomri"
@@ -144,7 +145,7 @@ def test_the_source_archive_holds_what_a_build_and_a_reader_need(
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
     assert {f"src/anomri/{path.relative_to(SOURCE).as_posix()}" for path in TREES} <= names
-    stray = r"tests/golden/|docs/.*\.png|\.ci/|examples/|.*\.nii(\.gz)?$|.*__pycache__"
+    stray = r"tests/golden/|docs/.*\.(png|jpg)|\.ci/|examples/|.*\.nii(\.gz)?$|.*__pycache__"
     assert [name for name in names if re.match(stray, name)] == []
     assert archives["sdist"].stat().st_size < 10e6
 
@@ -234,3 +235,49 @@ def test_the_container_is_given_the_files_that_a_build_needs() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
     needed = ["pyproject.toml", facts["readme"], *facts["license-files"], "src"]
     assert [name for name in needed if name.partition("/")[0] not in sources] == []
+
+
+@pytest.fixture
+def example() -> Path:
+    folder = ROOT / "examples"
+    if not folder.is_dir():
+        pytest.skip("the source archive has no example scan")
+    return folder
+
+
+def test_the_example_scan_is_small_anonymous_and_given_away_with_its_source(example: Path) -> None:
+    files = sorted(example.rglob("*.nii.gz"))
+    assert [path.name for path in files] == [
+        f"ms01_{name}.nii.gz" for name in ("flair", "t1", "t2")
+    ]
+    assert sum(path.stat().st_size for path in files) < 4e6
+    images = [nib.load(path) for path in files]
+    assert len({(image.shape, image.affine.tobytes()) for image in images}) == 3
+    for image in images:
+        assert image.get_data_dtype() == np.uint8
+        assert not image.header["descrip"].item() and not image.header.extensions
+    said = " ".join((example / "README.md").read_text(encoding="utf-8").replace(">", "").split())
+    assert "Creative Commons Attribution" in said and "What was changed" in said
+    assert "Neuroinformatics 14 (2016), 403-420" in said
+
+
+@pytest.mark.slow
+def test_the_first_real_scan_gives_what_the_documentation_says(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepbet", reason="needs anomri[bet]")
+    pytest.importorskip("SimpleITK", reason="needs anomri[register]")
+    monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
+    command = ["detect", "-i", str(example), "--skull-strip", "--register", "--device", "cpu"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 0
+    columns, (row,) = read_tsv(tmp_path / "out" / "cases.tsv")
+    case = dict(zip(columns, row, strict=True))
+    assert case["channels"] == "flair,t1,t2" and case["lesions"] == "0"
+    assert "80% of which it covers" in case["notes"]
+    brain = re.search(
+        r"by deepbet in channel t1, and in flair where t1 does not reach \((\d+) ml of it\): ([\d,]+) ml",
+        case["notes"],
+    )
+    assert brain is not None
+    assert int(brain[1]) == pytest.approx(20, abs=2)
+    assert int(brain[2].replace(",", "")) == pytest.approx(1373, abs=10)
