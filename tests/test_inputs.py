@@ -360,6 +360,8 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
         written.append({path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")})
     assert written[0] == written[1] == written[2] and len(written[0]) == 5
     (name,) = (path.name.removesuffix("_mask.dcm") for path in out.glob("*_mask.dcm"))
+    kinds = ("anomaly", "mask", "lesions", "flair", "t1")  # the last two are the converted scan
+    assert {*written[0]} == {f"{name}_{kind}.nii.gz" for kind in kinds}
     for scans in (find_scans(out), named_scans(out, folder)):
         assert scans[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
 

@@ -307,3 +307,36 @@ def test_the_command_line_prints_names_that_its_stream_cannot_encode(
     assert ran.returncode == 1, ran.stderr
     assert rb"caf\udce9" in ran.stdout and b"Traceback" not in ran.stderr
     assert len((odd_folder / "out" / "cases.tsv").read_text().splitlines()) == 3
+
+
+def test_a_label_called_as_a_result_is_named_in_a_note(tmp_path: Path) -> None:
+    affine = np.diag([3.0, 3, 3, 1])
+    data = scan((64, 72, 56), affine).astype(np.float32)
+    write(tmp_path / "p_flair.nii.gz", data, affine)
+    (case,) = find_cases(tmp_path)
+    thresholding().detect(case).save(tmp_path)
+    (again,) = find_cases(tmp_path)
+    assert (again.label, again.mask, again.notes) == (None, None, ())  # these are our own
+    (tmp_path / "p.json").unlink()
+    (case,) = find_cases(tmp_path)
+    assert len(case.notes) == 2
+    label = next(note for note in case.notes if "p_lesions.nii.gz is not read" in note)
+    assert "call it p_seg" in label
+
+
+def test_a_label_beside_an_anomaly_map_is_not_replaced(tmp_path: Path) -> None:
+    affine = np.diag([3.0, 3, 3, 1])
+    data = scan((64, 72, 56), affine).astype(np.float32)
+    write(tmp_path / "in" / "p_flair.nii.gz", data, affine)
+    out = tmp_path / "out"
+    detect = lambda: anomri.detect_cohort(tmp_path / "in", out, thresholding())  # noqa: E731
+    detect()
+    (out / "p.json").unlink()
+    shutil.rmtree(out / "logs")
+    detect()  # as after a run that was killed: its lesions are the components of its mask
+    (out / "p.json").unlink()
+    shutil.rmtree(out / "logs")
+    drawn = write(out / "p_lesions.nii.gz", (data > 500).astype(np.uint8), affine).read_bytes()
+    with pytest.raises(AnomriError, match="p_lesions.nii.gz was not written by anomri"):
+        detect()
+    assert (out / "p_lesions.nii.gz").read_bytes() == drawn

@@ -19,8 +19,8 @@ from anomri.files import has_key, output_folder, write_text
 from anomri.model.lesions import Lesion, lesion_labels
 from anomri.runtime.folders import refuse_foreign
 from anomri.scans.case import Case
-from anomri.scans.names import OUTPUTS
-from anomri.scans.nifti import write_image
+from anomri.scans.names import OUTPUTS, SUMMARY_KEY
+from anomri.scans.nifti import read_image, read_values, write_image
 from anomri.scans.volume import Volume
 from anomri.slices import SliceStack, from_slices
 from anomri.spec import ModelSpec
@@ -28,9 +28,6 @@ from anomri.spec import ModelSpec
 BRIGHTEST_RATE = 0.0005
 """Colours end at twice the score that so many healthy voxels exceed, or as few as the model
 stores."""
-
-SUMMARY_KEY = "anomri"
-"""A key that ``<case>.json`` has if anomri wrote it, and not if a DICOM converter did."""
 
 Kind = Literal["anomaly", "mask", "lesions", "reconstruction"]
 
@@ -48,7 +45,20 @@ def refuse_foreign_results(folder: Path, cases: Sequence[Case]) -> None:
         if has_summary:
             continue
         foreign = [summary] if images[-1].exists() else [summary, *images]
+        # A run that was killed has written no summary; a label has another content than its mask.
+        lesions, mask = (folder / f"{case.name}_{kind}.nii.gz" for kind in ("lesions", "mask"))
+        if lesions.exists() and not _numbers_components(lesions, mask):
+            foreign.append(lesions)
         refuse_foreign(foreign, is_own=lambda path: False)
+
+
+def _numbers_components(lesions: Path, mask: Path) -> bool:
+    """Whether an image is above zero exactly where ``mask`` is, as the lesions of a run are."""
+    try:
+        numbered, marked = (read_values(read_image(path)) > 0 for path in (lesions, mask))
+    except AnomriError:
+        return False
+    return bool(np.array_equal(numbered, marked))
 
 
 def without_own_results(case: Case) -> Case:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anomri.errors import AnomriError
+from anomri.files import read_json
 from anomri.scans.case import Case, case_from_kinds, note_choice
 from anomri.scans.cohort import Cohort, LeftOut
 from anomri.scans.names import (
@@ -18,10 +19,12 @@ from anomri.scans.names import (
     MASK_NAMES,
     MOVED,
     STEPS,
+    SUMMARY_KEY,
     FileName,
     bare_name,
     channel_name,
     folder_name,
+    parse_name,
     preference,
 )
 from anomri.scans.owners import Named, name_files
@@ -56,10 +59,15 @@ def cases_from_groups(layout: str, folder: Path, groups: Iterable[Group]) -> Coh
     files: dict[str, Files] = {}
     for group in ordered:
         for path, (stem, kind) in named[group.folder].files.items():
-            name = group.case or stem
-            if not name or (group.case is None and group.folder in patients):
-                name = folder_name(group.folder)
+            name = _case_name(group, stem, patients)
             files.setdefault(name, {}).setdefault(kind, []).append(path)
+    own_notes: dict[str, list[str]] = {}
+    for group in ordered:
+        for path in _unread(group, named[group.folder]):
+            stem, kind = parse_name(path)
+            if kind in ANNOTATIONS and not _is_result(path, stem):
+                name = _case_name(group, stem, patients)
+                own_notes.setdefault(name, []).append(_note_taken_for_result(name, path, stem))
     subjects = {group.case: group.subject for group in ordered if group.case}
     notes = {path: group.note for group in ordered if group.note for path in group.images}
     left_out = [one for group in ordered for one in _left_out(group, named[group.folder])]
@@ -68,17 +76,46 @@ def cases_from_groups(layout: str, folder: Path, groups: Iterable[Group]) -> Coh
         case, others = _choose(name, found)
         left_out += others
         told = {f"{name}: {notes[path]}" for path in case.channels.values() if path in notes}
-        all_notes = (*case.notes, *sorted(told))
+        all_notes = (*case.notes, *sorted(told), *own_notes.get(name, ()))
         cases.append(replace(case, subject=subjects.get(name), notes=all_notes))
     return Cohort(layout, cases, left_out)
 
 
-def _left_out(group: Group, named: Named) -> list[LeftOut]:
+def _case_name(group: Group, stem: str, patients: set[Path]) -> str:
+    """The case of an image in a group whose name has this stem."""
+    name = group.case or stem
+    if not name or (group.case is None and group.folder in patients):
+        return folder_name(group.folder)
+    return name
+
+
+def _unread(group: Group, named: Named) -> list[Path]:
+    """The images that lie beside an anomaly map and are called as results are."""
     known = {*named.files, *named.left_out}
-    written = [path for path in group.images if path not in known]
+    return [path for path in group.images if path not in known]
+
+
+def _is_result(path: Path, stem: str) -> bool:
+    """Whether `anomri detect` says beside an image that it wrote a mask and lesions."""
+    summary = path.with_name(f"{stem}.json")
+    try:
+        facts = read_json(summary)
+    except AnomriError:
+        return False
+    return SUMMARY_KEY in facts and facts.get("threshold") is not None
+
+
+def _note_taken_for_result(name: str, path: Path, stem: str) -> str:
+    return (
+        f"{name}: {path.name} is not read: beside {stem}_anomaly.nii.gz it is taken for a result of"
+        f" anomri detect. If it is your label or mask, call it {stem}_seg or {stem}_brainmask."
+    )
+
+
+def _left_out(group: Group, named: Named) -> list[LeftOut]:
     return [
         *group.left_out,
-        *(LeftOut(path, "was written by anomri detect") for path in written),
+        *(LeftOut(path, "was written by anomri detect") for path in _unread(group, named)),
         *(LeftOut(path, reason) for path, reason in named.left_out.items()),
     ]
 

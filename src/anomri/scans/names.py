@@ -63,6 +63,11 @@ ANNOTATIONS = {*LABEL_NAMES, *MASK_NAMES}
 """Kinds of image that are not channels."""
 OUTPUTS = ("anomaly", "mask", "lesions", "reconstruction")
 """How the images that `anomri detect` writes end; the anomaly map is written first."""
+SUMMARY_KEY = "anomri"
+"""The key in ``<case>.json`` by which a result of `anomri detect` is known; its value is the
+version."""
+SUMMARY_KEY = "anomri"
+"""A key that ``<case>.json`` has if anomri wrote it, and not if a DICOM converter did."""
 OTHER_IMAGES = {*ANNOTATIONS, *OUTPUTS, *IMAGES}
 """Ends of names that rule out any other channel."""
 
