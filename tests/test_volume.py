@@ -31,9 +31,15 @@ def image_of_ones(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
+def noise(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """A scan that fills its field: values from 1 to 2."""
+    return np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32)
+
+
 def test_only_the_box_around_the_brain_is_kept_and_nothing_is_lost(tmp_path: Path) -> None:
     data = np.zeros((9, 8, 7, 2), np.float32)
-    data[2:5, 3:6, 1, 0], data[4:7, 2:4, 2:4, 1] = 1, 2
+    data[2:5, 3:6, 1, 0] = 1 + np.arange(9).reshape(3, 3)
+    data[4:7, 2:4, 2:4, 1] = 1 + np.arange(12).reshape(3, 2, 2)
     paths = {}
     for number, name in enumerate(("t1", "t2")):
         paths[name] = tmp_path / f"a_{name}.nii.gz"
@@ -81,7 +87,7 @@ def test_both_header_forms_and_their_codes_are_kept(
 ) -> None:
     sform = nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [5, 6, 7])
     sform[0, 1] = 0.3
-    image = image_class(image_of_ones(), None)
+    image = image_class(noise(), None)
     image.header["pixdim"][1:4] = 1.5, 2, 2.5
     image.header.set_xyzt_units("mm", "sec")
     image.header.set_qform(
@@ -89,7 +95,7 @@ def test_both_header_forms_and_their_codes_are_kept(
     )
     image.header.set_sform(sform, code=codes[1])
     path = tmp_path / "a_t1.nii.gz"
-    image = image_class(image_of_ones(), None, image.header)
+    image = image_class(noise(), None, image.header)
     nib.save(image, path)
     volume = read_volume(Case("a", {"t1": path}), ["t1"])
     write_image(tmp_path / "out.nii.gz", volume.geometry.to_image(volume.data[0], (0.1, 0.6)))
@@ -111,7 +117,7 @@ def test_data_types_and_slopes_are_read(tmp_path: Path, dtype: type) -> None:
 
 
 def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
-    path = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    path = write(tmp_path / "a_t1.nii.gz", noise())
     volume = read_volume(Case("a", {"t1": path}), ["t1"])
     both = np.stack([volume.data[0], 2 * volume.data[0]])
     write_image(tmp_path / "out.nii.gz", volume.geometry.to_image(both))
@@ -120,7 +126,7 @@ def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
 
 def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
     volume = read_volume(
-        Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())}), ["t1"]
+        Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", noise())}), ["t1"]
     )
     for name in ("one.nii.gz", "two.nii.gz"):
         write_image(tmp_path / name, volume.geometry.to_image(volume.data[0]))
@@ -132,14 +138,14 @@ def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
     mask[20:40, 10:40, 3:9] = 1
     case = Case(
         "a",
-        {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())},
+        {"t1": write(tmp_path / "a_t1.nii.gz", noise())},
         mask=write(tmp_path / "m.nii.gz", mask),
     )
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
 
 
 def test_a_label_made_soft_by_interpolation_is_cut_at_a_half(tmp_path: Path) -> None:
-    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    image = write(tmp_path / "a_t1.nii.gz", noise())
     for most, cut in ((1.0, 0.5), (1.15, 0.5), (255.0, 127.5), (100.0, 50.0), (4.0, 0.5)):
         soft = np.zeros(SHAPE, np.float32)
         soft[20:40] = np.linspace(0.001, 1, 20, dtype=np.float32)[:, None, None] * most
@@ -181,7 +187,7 @@ def test_a_label_made_soft_by_interpolation_is_cut_at_a_half(tmp_path: Path) -> 
 def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(
     tmp_path: Path, dtype: type
 ) -> None:
-    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    image = write(tmp_path / "a_t1.nii.gz", noise())
     lesions = np.zeros(SHAPE, np.float32)
     lesions[20:26, 20:25, 4:7] = lesions[30:36, 12:20, 3:8] = lesions[22:24, 30:33, 6] = 1
     for most in (100, 255):
@@ -220,7 +226,7 @@ def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(
 def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(
     tmp_path: Path,
 ) -> None:
-    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    image = write(tmp_path / "a_t1.nii.gz", noise())
     case = Case(
         "a", {"t1": image}, label=write(tmp_path / "a_seg.nii.gz", image_of_ones((5, 5, 5)))
     )
@@ -235,7 +241,7 @@ def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(
 
 
 def test_headers_that_were_rounded_are_of_one_grid(tmp_path: Path) -> None:
-    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    image = write(tmp_path / "a_t1.nii.gz", noise())
     near, far = AFFINE.copy(), AFFINE.copy()
     near[0, 3] += 0.1  # of voxels of 3.75 mm
     far[0, 3] += 0.3
@@ -261,8 +267,8 @@ def single(path: Path) -> Case:
 
 
 def test_empty_zero_and_not_finite_images_are_refused(tmp_path: Path) -> None:
-    expect(single(write(tmp_path / "a_t1.nii.gz", 0 * image_of_ones())), "no voxel is above zero")
-    data = image_of_ones()
+    expect(single(write(tmp_path / "a_t1.nii.gz", 0 * noise())), "no voxel is above zero")
+    data = noise()
     data[3, 3, 3], data[4, 4, 4] = np.nan, np.inf
     expect(
         single(write(tmp_path / "a_t1.nii.gz", data)), r"2 of its 53,760 voxels are NaN or infinite"
@@ -293,13 +299,13 @@ def test_truncated_files_and_flipped_bits_are_refused(tmp_path: Path) -> None:
 
 
 def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
-    path = write(tmp_path / "a_t1.nii", image_of_ones((4, 4, 4)))
+    path = write(tmp_path / "a_t1.nii", noise((4, 4, 4)))
     content = bytearray(path.read_bytes())
     struct.pack_into("<4h", content, 40, 3, 10_000, 10_000, 10_000)
     path.write_bytes(bytes(content))
     expect(single(path), rf"claims 1,000,000,000,000 voxels .*more than {MAX_VOXELS:,}")
     bomb = tmp_path / "a_bomb.nii.gz"
-    small = write(tmp_path / "a_small.nii", image_of_ones((4, 4, 4))).read_bytes()
+    small = write(tmp_path / "a_small.nii", noise((4, 4, 4))).read_bytes()
     with gzip.open(bomb, "wb", compresslevel=9) as file:
         file.write(small)
         for _ in range(64):
@@ -312,7 +318,7 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
 
 def test_several_volumes_and_colours_are_refused(tmp_path: Path) -> None:
     expect(
-        single(write(tmp_path / "a_t1.nii.gz", image_of_ones((5, 5, 5, 2)))),
+        single(write(tmp_path / "a_t1.nii.gz", noise((5, 5, 5, 2)))),
         r"4 axes \(5, 5, 5, 2\)",
     )
     colour = np.zeros((5, 5, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -324,7 +330,7 @@ def test_a_lesion_label_is_refused_as_a_brain_mask(tmp_path: Path) -> None:
     lesion[20:25, 20:25, 3:9] = 1
     case = Case(
         "a",
-        {"t1": write(tmp_path / "a_t1.nii.gz", image_of_ones())},
+        {"t1": write(tmp_path / "a_t1.nii.gz", noise())},
         mask=write(tmp_path / "a_m.nii.gz", lesion),
     )
     expect(
@@ -339,7 +345,7 @@ def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_pat
         (place - np.array([32, 30, 7])[:, None, None, None]) ** 2
         * np.array([1, 1, 16])[:, None, None, None]
     ).sum(0) < 64
-    values = np.where(brain, 1.0, 0.03 * draw.random(SHAPE)).astype(np.float32)
+    values = np.where(brain, noise(), 0.03 * draw.random(SHAPE)).astype(np.float32)
     image = write(tmp_path / "a_t1.nii.gz", values)
     mask = write(tmp_path / "a_mask.nii.gz", brain.astype(np.uint8))
     assert (
@@ -354,7 +360,7 @@ def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_pat
 
 
 def test_a_brain_mask_is_refused_as_a_lesion_label(tmp_path: Path) -> None:
-    image = write(tmp_path / "a_t1.nii.gz", image_of_ones())
+    image = write(tmp_path / "a_t1.nii.gz", noise())
     label = write(tmp_path / "a_seg.nii.gz", image_of_ones())
     expect(
         Case("a", {"t1": image}, label=label),
@@ -367,11 +373,11 @@ def test_a_brain_mask_is_refused_as_a_lesion_label(tmp_path: Path) -> None:
 
 
 def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
-    t1 = write(tmp_path / "a_t1.nii.gz", image_of_ones())
-    smaller = write(tmp_path / "a_t2.nii.gz", image_of_ones((10, 10, 10)))
+    t1 = write(tmp_path / "a_t1.nii.gz", noise())
+    smaller = write(tmp_path / "a_t2.nii.gz", noise((10, 10, 10)))
     moved_affine = AFFINE.copy()
     moved_affine[2, 3] += 3
-    moved = write(tmp_path / "a_flair.nii.gz", image_of_ones(), moved_affine)
+    moved = write(tmp_path / "a_flair.nii.gz", noise(), moved_affine)
     both = ("t1", "other")
     expect(
         Case("a", {"t1": t1, "other": smaller}),
@@ -388,7 +394,7 @@ def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_headers_never_end_in_anything_but_a_clear_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "a_t1.nii", image_of_ones((6, 6, 6)))
+    path = write(tmp_path / "a_t1.nii", noise((6, 6, 6)))
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     refused = 0
@@ -413,7 +419,7 @@ def test_damaged_headers_never_end_in_anything_but_a_clear_error(tmp_path: Path)
 
 
 def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(image_of_ones(), AFFINE)
+    image = nib.Nifti1Image(noise(), AFFINE)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Patient John Doe"))
     image.header["db_name"] = image.header["intent_name"] = b"John Doe"
     nib.save(image, tmp_path / "a_t1.nii.gz")
@@ -423,7 +429,7 @@ def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> Non
 
 
 def test_an_unusable_affine_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a_t1.nii", image_of_ones())
+    path = write(tmp_path / "a_t1.nii", noise())
     content = bytearray(path.read_bytes())
     for row in ([0, 0, 0, 0], [np.nan, 0, 0, 0]):
         struct.pack_into("<4f", content, 280, *row)  # srow_x
@@ -434,7 +440,7 @@ def test_an_unusable_affine_is_refused(tmp_path: Path) -> None:
 def test_an_interrupted_or_failed_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    volume = read_volume(single(write(tmp_path / "a_t1.nii.gz", image_of_ones())), ["t1"])
+    volume = read_volume(single(write(tmp_path / "a_t1.nii.gz", noise())), ["t1"])
     out = tmp_path / "out"
     out.mkdir()
     for failure in (KeyboardInterrupt, MemoryError):

@@ -23,6 +23,8 @@ TOLERANCE_MM, TOLERANCE = 1e-2, 0.05
 share of the smallest voxel."""
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
 """Voxels beyond these mean that a header is in metres or micrometres."""
+RESULT = b"anomri"
+"""What the header of a result says, by which it is known if it is given as a scan."""
 PRIVATE_FIELDS = ("aux_file", "intent_name", "db_name", "data_type")
 """Free text of a NIfTI header, which may hold the patient's name."""
 
@@ -131,7 +133,7 @@ class Geometry:
         header.set_data_dtype(data.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"], header["cal_max"] = display or (0, 0)
-        header["descrip"] = b"anomri"
+        header["descrip"] = RESULT
         header.extensions.clear()
         for field in PRIVATE_FIELDS:
             if field in header:

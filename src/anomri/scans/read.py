@@ -17,7 +17,14 @@ from anomri.runtime.launch import usable_processors
 from anomri.scans.background import zero_background
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
-from anomri.scans.geometry import Geometry, check_same_grid, copy_transposed, gives_position
+from anomri.scans.content import check_scan
+from anomri.scans.geometry import (
+    RESULT,
+    Geometry,
+    check_same_grid,
+    copy_transposed,
+    gives_position,
+)
 from anomri.scans.masks import binarise_label, check_brain, check_lesion, split_ignored
 from anomri.scans.nifti import read_image, read_unscaled, read_values
 from anomri.scans.resample import corner_distance_mm, coverage, resample
@@ -154,12 +161,14 @@ def _read_onto_one_grid(
 def _read_channel(path: Path) -> _Image:
     """Read intensities; negative values, which interpolation leaves, are set to zero."""
     image = read_image(path)
+    _refuse_own_result(path, image.header)
     stored, slope = read_unscaled(image)
     stored, notes = zero_background(path, stored)
     if notes:
         values, notes = zero_background(path, read_values(image))
         stored, slope = values, 1.0
     stored = _check_values(path, stored)
+    check_scan(path, stored)
     if stored.min() >= 0:
         return _Image(path, image.header, stored, slope, tuple(notes))
     values = _check_values(path, stored if notes else read_values(image))
@@ -177,6 +186,14 @@ def _read_channel(path: Path) -> _Image:
         f"zero."
     )
     return _Image(path, image.header, np.maximum(values, 0), notes=(*notes, note))
+
+
+def _refuse_own_result(path: Path, header: nib.Nifti1Header) -> None:
+    """Raise `AnomriError` for a map, a mask or a reconstruction that anomri wrote."""
+    if header["descrip"].item() == RESULT:
+        raise AnomriError(
+            f"{path}: is a result that anomri wrote, not a scan. Give the scan that it was made from."
+        )
 
 
 def _check_values(path: Path, values: NDArray[Any]) -> NDArray[Any]:
