@@ -26,6 +26,7 @@ from anomri.scans.geometry import (
     gives_position,
 )
 from anomri.scans.masks import binarise_label, check_brain, check_lesion, split_ignored
+from anomri.scans.names import OUTPUTS, SUFFIXES
 from anomri.scans.nifti import read_image, read_unscaled, read_values
 from anomri.scans.resample import corner_distance_mm, coverage, resample
 from anomri.scans.volume import Volume
@@ -190,7 +191,9 @@ def _read_channel(path: Path) -> _Image:
 
 def _refuse_own_result(path: Path, header: nib.Nifti1Header) -> None:
     """Raise `AnomriError` for a map, a mask or a reconstruction that anomri wrote."""
-    if header["descrip"].item() == RESULT:
+    # A scan converted from DICOM has that description too, but the name of a scan.
+    named = any(path.name.endswith(f"_{kind}{suffix}") for kind in OUTPUTS for suffix in SUFFIXES)
+    if named and header["descrip"].item() == RESULT:
         raise AnomriError(
             f"{path}: is a result that anomri wrote, not a scan. Give the scan that it was made from."
         )
