@@ -295,7 +295,11 @@ def dicom_folder(folder: Path, **tags: str) -> np.ndarray:
     data = scan(shape, np.diag([-1.0, -1, 1, 1]) @ affine).astype(np.int16)
     write_series(folder / "1", "Ax FLAIR", data, affine, **tags)
     write_series(
-        folder / "2", "Sag T1", np.where(data > 0, 400 - data % 50, 0).astype(np.int16), affine, **tags
+        folder / "2",
+        "Sag T1",
+        np.where(data > 0, 400 - data % 50, 0).astype(np.int16),
+        affine,
+        **tags,
     )
     return affine
 

@@ -125,9 +125,7 @@ def test_a_reconstruction_is_written_with_channels_last(tmp_path: Path) -> None:
 
 
 def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
-    volume = read_volume(
-        Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", noise())}), ["t1"]
-    )
+    volume = read_volume(Case("a", {"t1": write(tmp_path / "a_t1.nii.gz", noise())}), ["t1"])
     for name in ("one.nii.gz", "two.nii.gz"):
         write_image(tmp_path / name, volume.geometry.to_image(volume.data[0]))
     assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
