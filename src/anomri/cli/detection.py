@@ -20,6 +20,7 @@ from anomri.cli.options import (
     MinVolume,
     Model,
     OutFolder,
+    Overwrite,
     Precision,
     Sensitivity,
     Shard,
@@ -104,6 +105,7 @@ def detect(
         bool,
         flag("--reconstruction", "Also write the scan as the model thinks it healthy.", OUTPUT),
     ] = False,
+    overwrite: Overwrite = False,
     format: Annotated[
         Literal["text", "json"],
         typer.Option(
@@ -164,6 +166,7 @@ def detect(
             reconstruction=reconstruction,
             preparation=preparation,
             dicom=DicomOptions(parse_pairs(series or [], "--series"), keep_identifiers, dicom_seg),
+            overwrite=overwrite,
             shard=shard,
             notify=_note,
             progress=on_progress,

@@ -21,6 +21,7 @@ from anomri.cli.options import (
     MinVolume,
     Model,
     OutFolder,
+    Overwrite,
     Precision,
     Sensitivity,
     Shard,
@@ -97,6 +98,7 @@ def evaluate(
             rich_help_panel=THRESHOLD,
         ),
     ] = None,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
@@ -125,6 +127,7 @@ def evaluate(
         "min_volume": min_volume,
         "channels": parse_channels(channels),
         "score": score,
+        "overwrite": overwrite,
     }
     with case_progress(err, "evaluating") as advance:
 

@@ -211,6 +211,10 @@ Splits = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    flag("--overwrite", "Replace results that were made with other settings.", OUTPUT),
+]
 Sensitivity = Annotated[
     Optional[str],
     typer.Option(

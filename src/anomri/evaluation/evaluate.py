@@ -20,7 +20,7 @@ from anomri.evaluation.scored import Scored, find_map, score_maps, score_with_mo
 from anomri.files import output_folder, read_json, write_text
 from anomri.model.detector import Detector
 from anomri.runs.identity import ScanIdentity, identify
-from anomri.runs.ledger import DAMAGED, PLAN, Ledger, Task, check_names
+from anomri.runs.ledger import DAMAGED, PLAN, Ledger, Task, check_names, refuse_loss
 from anomri.runs.shards import Shard
 from anomri.runs.tables import LOGS
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
@@ -51,6 +51,7 @@ def evaluate(
     min_volume: float | None = None,
     channels: Sequence[str] | None = None,
     score: str | None = None,
+    overwrite: bool = False,
     progress: Progress = lambda case, done, total: None,
 ) -> Evaluation:
     """Compare anomaly maps with lesion labels: those of a ``model``, or those in the folder
@@ -69,7 +70,8 @@ def evaluate(
 
     The figures are exact, and memory holds one case and the scores of lesion voxels. With ``out``,
     tables and ``report.html`` are written there, and the same call resumes a run that was stopped
-    or killed. Several processes of torchrun or srun share the cases. Raises `AnomriError`.
+    or killed. An evaluation of other cases, or with other settings, is replaced with ``overwrite``,
+    and an error without it. Several processes of torchrun or srun share the cases. Raises `AnomriError`.
     """
     work = plan(
         cohort,
@@ -97,7 +99,7 @@ def evaluate(
             return _pool(ledger)
     folder = Path(out)
     with team.sole_use(folder):
-        team.run_on_main(lambda: refuse_foreign_tables(folder, TABLES))
+        team.run_on_main(lambda: _check_output(work, folder, overwrite))
         finished = team.run_on_main(lambda: _load_finished(folder, work.ledger(folder)))
         if finished is not None and not finished.failed:
             return finished
@@ -111,6 +113,7 @@ def evaluate_shard(
     out: str | Path,
     shard: str,
     progress: Progress = lambda case, done, total: None,
+    overwrite: bool = False,
     **arguments: Any,
 ) -> int:
     """Score one share of the cases, such as ``3/40``, for `merge.merge`; returns how many failed.
@@ -120,7 +123,7 @@ def evaluate_shard(
     part, folder = Shard.parse(shard), Path(out)
     work = plan(cohort, out, **arguments)
     with part.sole_use(folder):
-        refuse_foreign_tables(folder, TABLES)
+        _check_output(work, folder, overwrite)
         ledger = work.ledger(folder).begin()
         mine = part.process.share(work.cases)
         work.score(mine, ledger, progress)
@@ -144,6 +147,24 @@ def merge_evaluations(folder: Path) -> Evaluation:
             f"{folder}: holds no evaluation; begin one with `anomri evaluate --shard K/N`."
         )
     return evaluation
+
+
+def _check_output(work: Plan, folder: Path, overwrite: bool) -> None:
+    """Raise `AnomriError` if others' files would be overwritten, or another evaluation is lost."""
+    refuse_foreign_tables(folder, TABLES)
+    if overwrite:
+        return
+    ledger = work.ledger(folder)
+    ledger.refuse_changes(work.cases)
+    try:
+        stored = read_json(folder / LOGS / EVALUATION)
+        changes = ledger.task.differences(stored["task"])
+        if set(stored["scans"]) != set(ledger.scans):
+            changes.append(f"cases: {len(stored['scans'])} -> {len(ledger.scans)}, not the same")
+    except DAMAGED:
+        return
+    if changes:
+        refuse_loss(folder, changes, "the finished evaluation")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def detect_cohort(
     reconstruction: bool = False,
     preparation: Preparation = Preparation(),
     dicom: DicomOptions = DicomOptions(),
+    overwrite: bool = False,
     shard: str | None = None,
     notify: Callable[[str], None] = lambda note: None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
@@ -74,7 +75,7 @@ def detect_cohort(
     Memory holds a few scans, however many there are. A case that fails is noted in ``cases.tsv``, and the run
     goes on. ``notify`` is called with what the user should know, ``progress`` with each result and how many
     cases there are. What an earlier call with the same scans, model and settings finished in ``out`` is kept.
-    What another call left of these cases is replaced.
+    Results of these cases with other settings are replaced with ``overwrite``, and an error without it.
 
     Where torchrun or srun started several processes, each calls this with the same arguments and they share the
     cases. ``shard``, as ``3/40``, does one share of the cases alone; `merge.merge` then writes the tables.
@@ -113,7 +114,7 @@ def detect_cohort(
     facts = {"started": time.time(), "run": run_facts(detector, len(cases), preparation)}
     scans = identify([_with_mask(case, preparation) for case in cases], detector.spec.channels)
     ledger = Ledger(folder, folder / LOGS, Task(base.fingerprint, settings), scans, facts)
-    run = _Run(detector, ledger, preparation, reconstruction, say, progress)
+    run = _Run(detector, ledger, preparation, reconstruction, overwrite, say, progress)
     if part:
         with part.sole_use(folder):
             mine = part.process.share(cases)
@@ -159,6 +160,7 @@ class _Run:
     ledger: Ledger
     preparation: Preparation
     reconstruction: bool
+    overwrite: bool
     notify: Callable[[str], None]
     progress: Callable[[CaseResult, int], None]
 
@@ -168,6 +170,8 @@ class _Run:
         refuse_foreign_results(folder, cases)
         refuse_foreign_tables(folder, TABLES)
         self.ledger.refuse_other_scans(cases)
+        if not self.overwrite:
+            self.ledger.refuse_changes(cases)
         changes, count = self.ledger.changes(cases)
         if count:
             self.notify(

@@ -21,6 +21,8 @@ STARTED = "started"
 """The fact of a plan that says when the run began, in seconds since the epoch."""
 RESERVED = ("run", "metrics")
 """Names that no case may have: ``run.json`` and ``metrics.json`` are files of a run."""
+EXTRA_OUTPUTS = ("reconstruction",)
+"""Settings that only add files: a result with more files serves a run that asks for fewer."""
 DAMAGED = (AnomriError, KeyError, TypeError, AttributeError)
 """What reading a stored plan or entry raises if its content is not what was written."""
 
@@ -58,6 +60,21 @@ class Task:
             if before.get(name) != after.get(name):
                 found.append(f"{name}: {_words(before.get(name))} -> {_words(after.get(name))}")
         return found
+
+    def is_served_by(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a result of the ``stored`` task is one of this task too, with more files or not.
+
+        >>> before = Task("m", {"reconstruction": True}).to_json()
+        >>> Task("m", {"reconstruction": False}).is_served_by(before)
+        True
+        >>> Task("n", {"reconstruction": False}).is_served_by(before)
+        False
+        """
+        now = self.to_json()
+        for name in EXTRA_OUTPUTS:
+            if stored["settings"].get(name) and now["settings"].get(name) is False:
+                now["settings"][name] = stored["settings"][name]
+        return bool(stored == now)
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class Ledger:
         """The entry of a case, finished or failed; ``None`` if there is none that counts."""
         entry = self.stored(case)
         try:
-            if entry is None or entry["task"] != self.task.to_json():
+            if entry is None or not self.task.is_served_by(entry["task"]):
                 return None
             scan = ScanIdentity.from_json(entry["identity"])
             return entry if scan.is_same(self.scans[case]) else None
@@ -132,7 +149,7 @@ class Ledger:
     def save(self, case: str, facts: Mapping[str, Any]) -> None:
         """Write a case's entry: that it is done, or has failed (``error``), and its ``files`` in ``root``."""
         scan = self.scans[case].with_content().to_json()
-        entry = {**facts, "task": self.task.to_json(), "identity": scan}
+        entry = {"task": self.task.to_json(), **facts, "identity": scan}
         write_text(self._path(case), json.dumps(entry, indent=2) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
@@ -171,15 +188,24 @@ class Ledger:
                     f"another folder with -o, or list the scans in a .tsv with names of their own."
                 )
 
+    def refuse_changes(self, cases: Sequence[Case]) -> None:
+        """Raise `AnomriError` if results of the ``cases`` with other settings would be lost."""
+        changes, count = self.changes(cases)
+        if count:
+            refuse_loss(
+                self.root, changes, f"the results of {count} finished case{'s'[: count > 1]}"
+            )
+
     def changes(self, cases: Sequence[Case]) -> tuple[list[str], int]:
-        """How the task differs from that of earlier results of the same ``cases``, and for how many of them."""
+        """How earlier results of the ``cases`` differ in their task, and how many they are."""
         found: list[str] = []
         count = 0
         for case in cases:
             entry = self.stored(case.name)
             if entry is None or entry.get("error") or not isinstance(entry.get("task"), dict):
                 continue
-            differences = self.task.differences(entry["task"])
+            served = self.task.is_served_by(entry["task"])
+            differences = [] if served else self.task.differences(entry["task"])
             found += differences
             count += bool(differences)
         return list(dict.fromkeys(found)), count
@@ -203,6 +229,15 @@ class Ledger:
 
     def _path(self, case: str) -> Path:
         return self.folder / f"{case}.json"
+
+
+def refuse_loss(folder: Path, changes: Sequence[str], results: str) -> None:
+    """Raise `AnomriError`: a run with other settings would replace ``results``, without consent."""
+    raise AnomriError(
+        f"{folder}: settings differ from those of the earlier run ({'; '.join(changes)}), and "
+        f"{results} would be overwritten; add --overwrite to replace them, or choose another "
+        f"folder with -o."
+    )
 
 
 def check_names(cases: Sequence[Case]) -> None:
