@@ -255,7 +255,7 @@ def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(
             tmp_path / "maps" / f"{case.name}.nii.gz",
             np.random.default_rng(0).random(SHAPE).astype(np.float32),
         )
-    evaluate(cohort, tmp_path / "out", maps=tmp_path / "maps")
+    evaluate(cohort, tmp_path / "out", maps=tmp_path / "maps", overwrite=True)
     assert "data:image/jpeg" not in (tmp_path / "out" / "report.html").read_text()
     # Beside the maps they are theirs.
     anomri.detect_cohort(

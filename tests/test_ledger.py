@@ -6,10 +6,12 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import anomri
+from anomri.errors import AnomriError
 from anomri.runs.identity import ScanIdentity, are_same, identify, store_scans
 from anomri.runs.ledger import Ledger, Task
 from anomri.scans.case import Case
@@ -123,14 +125,65 @@ def test_a_run_that_goes_on_keeps_the_time_it_was_started(case: Case, tmp_path: 
     assert other.begin().facts["started"] == 2.0
 
 
-def test_a_run_with_other_settings_says_what_differs(
+def test_results_with_other_settings_are_replaced_only_with_consent(
     cohort: Path, model: Path, tmp_path: Path
 ) -> None:
     cases = [case for case in find_cases(cohort) if case.split == "test"]
     notes: list[str] = []
-    for settings in ({}, {}, {"sensitivity": "high", "reconstruction": True}):
-        anomri.detect_cohort(cases, tmp_path, model, notify=notes.append, **settings)  # type: ignore[arg-type]
+
+    def detect(**settings: Any) -> None:
+        anomri.detect_cohort(cases, tmp_path, model, notify=notes.append, **settings)
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.glob("case*")}
+
+    detect()
+    detect()
+    before = files()
+    other = {"sensitivity": "high", "reconstruction": True}
+    with pytest.raises(
+        AnomriError,
+        match=r"settings differ from those of the earlier run \(sensitivity: default -> high; "
+        r"reconstruction: off -> on\), and the results of 2 finished cases would be overwritten; "
+        r"add --overwrite",
+    ):
+        detect(**other)
+    assert files() == before and notes == []
+    detect(**other, overwrite=True)
+    assert files() != before
     assert notes == [
         "settings differ from those of an earlier run (sensitivity: default -> high; "
         "reconstruction: off -> on); 2 cases are done again."
     ]
+    # A case that is missing is no other setting: the run is resumed without consent.
+    (tmp_path / f"{cases[0].name}_anomaly.nii.gz").unlink()
+    detect(**other)
+    assert (tmp_path / f"{cases[0].name}_anomaly.nii.gz").is_file()
+
+
+def test_a_run_without_reconstructions_keeps_those_that_are_there(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
+    case = next(case for case in find_cases(cohort) if case.split == "test")
+    anomri.detect_cohort([case], tmp_path, model, reconstruction=True)
+    image = tmp_path / f"{case.name}_reconstruction.nii.gz"
+    written = image.stat().st_mtime_ns
+    anomri.detect_cohort([case], tmp_path, model)
+    assert image.stat().st_mtime_ns == written
+    assert (tmp_path / "cases.tsv").is_file()
+
+
+def test_an_evaluation_is_replaced_only_with_consent(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
+    anomri.evaluate(cohort, tmp_path, model=model)
+    before = (tmp_path / "metrics.json").read_bytes()
+    for settings, words in (
+        ({"grid": "input"}, "grid: model -> input"),
+        ({"split": "val"}, "other cases"),
+    ):
+        with pytest.raises(AnomriError, match=f"{words}.*the finished evaluation would be over"):
+            anomri.evaluate(cohort, tmp_path, model=model, **settings)
+        assert (tmp_path / "metrics.json").read_bytes() == before
+    anomri.evaluate(cohort, tmp_path, model=model, grid="input", overwrite=True)
+    assert (tmp_path / "metrics.json").read_bytes() != before

@@ -77,7 +77,7 @@ def test_a_converter_s_json_beside_a_map_is_not_replaced(flat: Path, model: Path
 
 def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> None:
     for threshold in (None, "high"):
-        (result,) = anomri.detect_cohort(flat, flat, model, sensitivity=threshold)
+        (result,) = anomri.detect_cohort(flat, flat, model, sensitivity=threshold, overwrite=True)
         assert result.error is None and (flat / "p_mask.nii.gz").is_file()
     (flat / "p_anomaly.nii.gz").unlink()
     anomri.detect_cohort(flat, flat, model, sensitivity="high")
@@ -92,17 +92,17 @@ def test_nothing_of_another_run_stays_beside_results(
     (out / "p_mask.dcm").touch()
     maps = {f"p_{kind}.nii.gz" for kind in ("anomaly", "mask", "lesions", "reconstruction")}
     assert {path.name for path in out.glob("p[_.]*")} == {*maps, "p.json", "p_mask.dcm"}
-    anomri.detect_cohort(flat, out, detector, sensitivity="high")
+    anomri.detect_cohort(flat, out, detector, sensitivity="high", overwrite=True)
     assert {path.name for path in out.glob("p[_.]*")} == {
         "p_anomaly.nii.gz",
         "p_mask.nii.gz",
         "p_lesions.nii.gz",
         "p.json",
     }
-    anomri.detect_cohort(flat, out, detector.with_score(kind="absolute"))
+    anomri.detect_cohort(flat, out, detector.with_score(kind="absolute"), overwrite=True)
     assert {path.name for path in out.glob("p[_.]*")} == {"p_anomaly.nii.gz", "p.json"}
     (flat / "p_t1.nii.gz").write_bytes(b"no image")
-    (result,) = anomri.detect_cohort(flat, out, detector)
+    (result,) = anomri.detect_cohort(flat, out, detector, overwrite=True)
     assert result.error and not list(out.glob("p[_.]*"))
 
 

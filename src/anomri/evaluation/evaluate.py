@@ -160,7 +160,7 @@ def _check_output(work: Plan, folder: Path, overwrite: bool) -> None:
         stored = read_json(folder / LOGS / EVALUATION)
         changes = ledger.task.differences(stored["task"])
         if set(stored["scans"]) != set(ledger.scans):
-            changes.append(f"cases: {len(stored['scans'])} -> {len(ledger.scans)}, not the same")
+            changes.append("other cases")
     except DAMAGED:
         return
     if changes:
