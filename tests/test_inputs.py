@@ -297,7 +297,7 @@ def dicom_folder(folder: Path, **tags: str) -> np.ndarray:
     write_series(
         folder / "2",
         "Sag T1",
-        np.where(data > 0, 400 - data % 50, 0).astype(np.int16),
+        np.where(data > 0, 1400 - 7 * (data % 150), 0).astype(np.int16),
         affine,
         **tags,
     )
@@ -401,7 +401,7 @@ def test_dicom_series_are_named_and_identifiers_kept_on_demand(
     assert main(["detect", *arguments, "--series", "flair=Sag T1", "--keep-identifiers"]) == 0
     (written,) = (tmp_path / "out" / "nifti").iterdir()
     assert written.name.startswith("MARKERID77-")
-    assert np.asanyarray(nib.load(written).dataobj).max() == 400
+    assert np.asanyarray(nib.load(written).dataobj).max() == 1400
     capsys.readouterr()
     assert main(["detect", *arguments, "--series", "flair=nothing"]) == 2
     assert "MR series found" in capsys.readouterr().err
