@@ -1,4 +1,5 @@
-"""Fixtures: a small cohort of ellipsoid brains on disk, a model trained on it, and where real scans lie."""
+"""Fixtures: a small cohort of ellipsoid brains on disk, a model trained on it, and where real
+scans lie."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Kill the real command line at random moments, give the same command again, and compare with a run left in peace.
+"""Kill the real command line at random moments, give the same command again, and compare with a run
+left in peace.
 
     python tests/kills.py --kills 100 --seed 7
 
-prints a table (verb, kills, lost, done twice, other bytes, half-written). A parent that has imported everything forks
-a child for each command, so that a kill costs no start-up; it computes nothing itself, which makes forking safe.
+prints a table (verb, kills, lost, done twice, other bytes, half-written). A parent that has
+imported everything forks a child for each command, so that a kill costs no start-up; it computes
+nothing itself, which makes forking safe.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def warm_up() -> None:
     changes.setattr(
         "anomri.evaluation.pooling.BOOTSTRAP_STEPS", 64
     )  # the figures' intervals are not what is tried here
-    # A cache may be shared, so that what a killed run left in it stays for a day; here it is one run's.
+    # A cache may be shared, so that what a killed run left in it stays for a day; here it is one
+    # run's.
     changes.setattr("anomri.files.ABANDONED_S", 0.0)
     # A case takes no time, so that tables and reports can be compared to the byte.
     clock = {name: getattr(time, name) for name in ("time", "strftime", "localtime")}
@@ -104,7 +107,8 @@ def start(command: list[str], log: Path) -> int:
 
         from anomri.cli import main
 
-        # A fork leaves torch's thread pool behind, and threads that make a new one at once may find none.
+        # A fork leaves torch's thread pool behind, and threads that make a new one at once may find
+        # none.
         torch.set_num_threads(1)
         code = main(command)
     except BaseException:
@@ -128,7 +132,8 @@ def finished(pid: int, log: Path) -> None:
 
 
 class Verb:
-    """A command that writes to ``<place>/out`` (and ``cache``), what there has to be before, and its records of work done."""
+    """A command that writes to ``<place>/out`` (and ``cache``), what there has to be before, and
+    its records of work done."""
 
     def __init__(
         self,
@@ -202,7 +207,8 @@ def attack(verb: Verb, root: Path, kills: int, rng: random.Random) -> dict[str, 
             elif code:
                 raise SystemExit(f"{verb.name}: exit code {code}\n{log.read_text()}")
             after = verb.done(place)
-            # The scores of an evaluation go after its last file, the report: what is killed in between has ended.
+            # The scores of an evaluation go after its last file, the report: what is killed in
+            # between has ended.
             _compare(
                 row, before, after, ended=code == 0 or (place / "out" / "report.html").exists()
             )
@@ -242,7 +248,8 @@ def _compare(
 
 
 def verbs(root: Path) -> list[Verb]:
-    """Cache building, training, detecting, evaluating and merging, on a cohort in ``root`` and a model made of it."""
+    """Cache building, training, detecting, evaluating and merging, on a cohort in ``root`` and a
+    model made of it."""
     from conftest import write_case
 
     cohort, lesioned = root / "cohort", root / "lesioned"
@@ -299,7 +306,8 @@ def verbs(root: Path) -> list[Verb]:
 
 
 def stop(verb: Verb, root: Path, rng: random.Random, signals: list[int]) -> dict[str, object]:
-    """Ask ``verb`` to stop as a scheduler does, at a random moment; returns how long it took and how it ended."""
+    """Ask ``verb`` to stop as a scheduler does, at a random moment; returns how long it took and
+    how it ended."""
     place = root / f"{verb.name}-stop-{rng.randrange(10**9)}"
     place.mkdir()
     verb.prepare(place)
@@ -318,7 +326,8 @@ def stop(verb: Verb, root: Path, rng: random.Random, signals: list[int]) -> dict
 
 
 def _fork(every: list[Verb], root: Path, kills: int, seed: int) -> int:
-    """A child that attacks some verbs and leaves their rows in a file called after the first; returns its process id."""
+    """A child that attacks some verbs and leaves their rows in a file called after the first;
+    returns its process id."""
     pid = os.fork()
     if pid:
         return pid

@@ -1,4 +1,5 @@
-"""A brain of ellipsoids given by where it lies in mm, so that it can be scanned on any grid; and detectors without training."""
+"""A brain of ellipsoids given by where it lies in mm, so that it can be scanned on any grid; and
+detectors without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def places(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
 def scan(
     shape: Sequence[int], affine: np.ndarray, lesion: Sequence[float] = LESION_MM, seed: int = 0
 ) -> np.ndarray:
-    """A brain of 130 x 165 x 120 mm around the origin with a bright lesion, on a grid (x, y, z) float64, up to 1000."""
+    """A brain of 130 x 165 x 120 mm around the origin with a bright lesion, on a grid (x, y, z)
+    float64, up to 1000."""
     where = places(shape, affine)
     inside = ((where / [65, 82, 60]) ** 2).sum(-1) < 1
     noise = np.random.default_rng(seed).normal(0, 12, shape)
@@ -40,7 +42,8 @@ def scan(
 
 
 def found_mm(path: Path) -> np.ndarray:
-    """The centre in scanner mm of the largest lesion in a mask on disk, by the file's own header."""
+    """The centre in scanner mm of the largest lesion in a mask on disk, by the file's own
+    header."""
     from scipy import ndimage
 
     image = nib.load(path)

@@ -1,4 +1,5 @@
-"""Synthetic anomalies and augmentation: what they change, what they leave, and that their randomness is the seed's."""
+"""Synthetic anomalies and augmentation: what they change, what they leave, and that their
+randomness is the seed's."""
 
 from __future__ import annotations
 
@@ -184,7 +185,7 @@ def test_several_noises() -> None:
     assert float(drawn.min()) < 0.12 and float(drawn.max()) > 0.15
 
 
-def test_marks_that_are_right_cost_least() -> None:
+def test_a_right_segmentation_costs_least() -> None:
     _, foreground = slices(4)
     where = blobs(foreground)
     right = torch.where(where, 8.0, -8.0)

@@ -1,4 +1,5 @@
-"""Bad input, one named case after the other, through `Detector.detect` and `save`: a clear error, no crash, no half file."""
+"""Bad input, one named case after the other, through `Detector.detect` and `save`: a clear
+error, no crash, no half file."""
 
 import bz2
 import gzip

@@ -1,4 +1,5 @@
-"""The BIDS app: finding scans in a data set, derivatives that the validator accepts, clear errors."""
+"""The BIDS app: finding scans in a data set, derivatives that the validator accepts, clear
+errors."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def add(
     lesion: bool = True,
     images: tuple[str, ...] = ("FLAIR", "T1w"),
 ) -> None:
-    """Write images of one subject or session; the part of a name before the suffix may hold entities."""
+    """Write images of one subject or session; the part of a name before the suffix may hold
+    entities."""
     channels, label = brain(np.random.default_rng(seed), lesion=lesion)
     anat = Path(*name.split("_"), "anat")
     for image in images:
@@ -74,7 +76,8 @@ def add(
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Three participants: with one image a channel, with two sessions, with a contrast agent and two runs."""
+    """Three participants: with one image a channel, with two sessions, with a contrast agent and
+    two runs."""
     root = describe(tmp_path / "in", DatasetDOI="doi:10.0000/small")
     add(root, "sub-01", 1)
     add(root, "sub-02_ses-a", 2)

@@ -1,4 +1,5 @@
-"""The model in the package: it is there, small, and finds what is plainly wrong in a scan of any of its channels."""
+"""The model in the package: it is there, small, and finds what is plainly wrong in a scan of any
+of its channels."""
 
 from __future__ import annotations
 

@@ -803,7 +803,9 @@ def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
     assert second == Case("p2", {"flair": tmp_path / "raw/p2_FLAIR.nii"})
 
 
-def test_steps_are_told_from_times_from_cohorts_and_from_data_sets(tmp_path: Path) -> None:
+def test_folders_of_processing_steps_are_not_taken_for_visits_cohorts_or_data_sets(
+    tmp_path: Path,
+) -> None:
     touch(tmp_path / "times", "p1/pre/FLAIR.nii", "p2/pre/FLAIR.nii", "p2/post/FLAIR.nii")
     with pytest.raises(
         AnomriError, match="p2: has images in pre and in post; call folders of times"

@@ -126,7 +126,8 @@ def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path
     scan = shutil.copy(cohort / "case7" / "case7_flair.nii.gz", tmp_path / "any-name.nii.gz")
     assert detector.detect(scan).anomaly_map.max() > 0
     assert detect_cohort(scan, tmp_path / "out", detector)[0].error is None
-    # A name that says another channel is no longer one file without a name: folders and tables name theirs.
+    # A name that says another channel is no longer one file without a name: folders and tables name
+    # theirs.
     folder = tmp_path / "p"
     folder.mkdir()
     shutil.copy(scan, folder / "p_t1.nii.gz")

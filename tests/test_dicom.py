@@ -1,4 +1,5 @@
-"""DICOM in and out: series built here slice by slice, checked in scanner mm, and every damaged folder named."""
+"""DICOM in and out: series built here slice by slice, checked in scanner mm, and every damaged
+folder named."""
 
 import gzip
 import re
@@ -39,7 +40,8 @@ SECRETS = {
     "PatientComments": "MARKERCOMMENT",
     "StudyDate": "19990807",
 }
-# Pixels a slice in eights: GDCM leaves the last pixels of a binary SEG undefined where they fill no whole byte.
+# Pixels a slice in eights: GDCM leaves the last pixels of a binary SEG undefined where they fill no
+# whole byte.
 COLUMNS, ROWS, SLICES = 8, 7, 12
 
 
@@ -144,7 +146,8 @@ def write_series(
     affine: np.ndarray | None = None,
     **tags: Any,
 ) -> list[Path]:
-    """Write a series with names that say nothing about the order of its slices; returns them in that order."""
+    """Write a series with names that say nothing about the order of its slices; returns them in
+    that order."""
     data, affine = voxels() if data is None else data, lps_affine() if affine is None else affine
     names = np.random.default_rng(1).permutation(data.shape[2])
     return [
@@ -198,8 +201,8 @@ def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: P
     assert image.get_data_dtype() == np.float32
     np.testing.assert_allclose(image.get_fdata(), flair * 0.37 - 12.5, rtol=1e-6, atol=1e-4)
     np.testing.assert_array_equal(nib.load(case.channels["t1"]).get_fdata(), t1)
-    # Written as a case that the rest of the package reads: DICOM's own axes are the working orientation.
-    # Values below zero count as background.
+    # Written as a case that the rest of the package reads: DICOM's own axes are the working
+    # orientation. Values below zero count as background.
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0], np.maximum(t1, 0))
 
 

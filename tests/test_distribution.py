@@ -153,7 +153,8 @@ def test_two_processes_of_torchrun_do_what_one_does(
     assert printed.count("Trained on") == 1  # one speaks for all
     assert printed.count("disconnected") == 2  # a process that ends connected is aborted at times
     same_training(alone / "model", tmp_path / "model", tmp_path / "cache")
-    # With the very same model, their maps, tables and figures are those of one process of one thread.
+    # With the very same model, their maps, tables and figures are those of one process of one
+    # thread.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

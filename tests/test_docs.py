@@ -1,4 +1,5 @@
-"""The documentation holds: its examples run, its messages and commands exist, and its links lead somewhere."""
+"""The documentation holds: its examples run, its messages and commands exist, and its links lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def test_every_folder_drawn_on_the_page_about_scans_is_read(
 
 
 def _draw(folder: Path, tree: str) -> Path:
-    """Make the files of a tree, two spaces a level; empty but for descriptions. Returns the topmost folder."""
+    """Make the files of a tree, two spaces a level; empty but for descriptions. Returns the
+    topmost folder."""
     contents = {
         "dataset_description.json": '{"Name": "a", "BIDSVersion": "1.8.0"}',
         "dataset.json": '{"channel_names": {"0": "FLAIR"}}',

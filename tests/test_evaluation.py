@@ -119,7 +119,8 @@ def test_anyones_maps_with_ties_and_negative_scores(tmp_path: Path) -> None:
 
 
 def test_lesion_voxels_that_score_zero_count_for_every_patient(tmp_path: Path) -> None:
-    """Erosion leaves lesion voxels at the brain's edge without a score; nothing may be left out for it."""
+    """Erosion leaves lesion voxels at the brain's edge without a score; nothing may be left out
+    for it."""
     cases, scores, labels = synthetic_maps(tmp_path, 2)
     scores[0][labels[0]] = np.where(np.arange(labels[0].sum()) % 2, 0, scores[0][labels[0]])
     scores[0] = np.abs(scores[0]) * (np.indices(SHAPE)[0] > 20)
@@ -189,7 +190,7 @@ def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_pat
     assert figure.high == pytest.approx(high, abs=0.35 * width)
 
 
-def test_a_case_that_fails_is_told_and_the_others_count(tmp_path: Path) -> None:
+def test_a_case_that_fails_is_named_and_the_others_count(tmp_path: Path) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     (tmp_path / "c1.nii.gz").unlink()
     write(tmp_path / "c2.nii.gz", np.zeros((4, 4, 4), np.float32))
@@ -265,7 +266,7 @@ def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(
     assert "data:image/jpeg" in (tmp_path / "own" / "report.html").read_text()
 
 
-def test_scores_that_only_float64_tells_apart_are_told_apart(tmp_path: Path) -> None:
+def test_maps_keep_the_precision_of_float64(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path)
     fine = [1 - 1e-9 * np.exp(-score.astype(np.float64)) for score in scores]
     for case, score in zip(cases, fine, strict=True):
@@ -308,7 +309,9 @@ def test_what_should_be_known_of_labels_stands_in_the_protocol(
     assert evaluate([case], model=model).protocol["labels"].count("c1_seg.nii.gz") == 2
 
 
-def test_lesions_that_the_grid_loses_are_told(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_the_protocol_counts_lesions_that_the_grid_loses(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     label = np.zeros(SHAPE, np.uint8)
     label[20:28, 20:28, 4:8] = 1
     label[12, 14, 2] = label[14, 30, 3] = label[31, 12, 5] = label[35, 35, 6] = 1
@@ -323,7 +326,7 @@ def test_lesions_that_the_grid_loses_are_told(cohort: Path, model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -3.0])
-def test_a_method_whose_scores_are_no_scores_is_told(
+def test_a_method_with_negative_or_infinite_scores_is_refused(
     cohort: Path, model: Path, monkeypatch: pytest.MonkeyPatch, score: float
 ) -> None:
     detector = Detector.load(model)
@@ -407,7 +410,7 @@ def test_a_patient_with_many_scans_is_one_patient(tmp_path: Path) -> None:
         alone["AUPRC"]
 
 
-def test_patients_that_are_told_later_are_counted(tmp_path: Path) -> None:
+def test_patients_that_become_known_later_are_counted(tmp_path: Path) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     cases = [case for case in cases if case.label]
     first = evaluate(cases, tmp_path / "out", maps=tmp_path)

@@ -1,4 +1,5 @@
-"""What is done for speed changes no map: against the method as its description reads, and bfloat16 against float32."""
+"""What is done for speed changes no map: against the method as its description reads, and
+bfloat16 against float32."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ def test_methods_that_do_not_say_so_are_computed_in_float32() -> None:
     assert not Detector(spec, methods.build(spec), precision="bf16-mixed").inference.half
 
 
-def test_a_precision_that_is_none() -> None:
+def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(
         AnomriError, match="unknown precision 'half'; choose one of auto, 32-true, bf16-mixed"
     ):

@@ -1,4 +1,5 @@
-"""Full disks, folders that cannot be written, files that vanish or rot, two runs at once: told, and gone on from."""
+"""Full disks, folders that cannot be written, files that vanish or rot, two runs at once: told,
+and gone on from."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def test_a_full_disk_fails_cases_that_are_done_when_there_is_room(
         nothing_half_written(place)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
@@ -175,7 +176,7 @@ def test_a_damaged_cache_is_noticed_and_packed_anew(
     assert torch.equal(slices.batch(range(len(slices))), whole)  # a training under way reads on
 
 
-def test_a_damaged_cache_without_its_scan_is_told(cohort: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_whose_scan_is_gone_is_an_error(cohort: Path, tmp_path: Path) -> None:
     shutil.copytree(cohort / "case0", tmp_path / "scans" / "case0")
     (packed,) = pack_cohort(
         find_cases(tmp_path / "scans"), ("flair",), Grid(), Scaling(), tmp_path / "cache"
@@ -254,7 +255,8 @@ def test_detection_takes_smaller_batches_where_memory_is_short(
 def test_a_stop_while_validating_is_made_up_for(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A validation that is cut short is done first when the training goes on, so that the model is the same."""
+    """A validation that is cut short is done first when the training goes on, so that the model
+    is the same."""
     import signal
 
     from anomri.errors import Interrupted

@@ -1,4 +1,5 @@
-"""Scans as people have them: any header, channels on their own grids, files by name, DICOM folders."""
+"""Scans as people have them: any header, channels on their own grids, files by name, DICOM
+folders."""
 
 import json
 from dataclasses import replace

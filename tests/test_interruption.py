@@ -1,4 +1,5 @@
-"""Processes are killed and asked to stop at random moments; the same command goes on as if nothing had been."""
+"""Processes are killed and asked to stop at random moments; the same command goes on as if
+nothing had been."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from anomri.runtime.interruption import StopRequest, stoppable
 
 @pytest.mark.slow
 def test_thirty_kills_lose_and_repeat_nothing() -> None:
-    """`kills.py` prints the same table; each verb's results are compared with those of a run left in peace."""
+    """`kills.py` prints the same table; each verb's results are compared with those of a run
+    left in peace."""
     script = Path(__file__).parent / "kills.py"
     command = [sys.executable, str(script), "--kills", "6", "--json"]
     ran = subprocess.run(

@@ -1,4 +1,5 @@
-"""Finished work is recognised by the content of its scan, the version, the model and the settings."""
+"""Finished work is recognised by the content of its scan, the version, the model and the
+settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The schema of a lesion: one field is all that tables, sidecars, the report and the viewer need."""
+"""The schema of a lesion: one field is all that tables, sidecars, the report and the viewer
+need."""
 
 from __future__ import annotations
 

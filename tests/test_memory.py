@@ -22,6 +22,7 @@ print(faults())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
 def test_freed_memory_is_kept() -> None:
-    """Twenty blocks of 64 MiB, one after the other, are one: no page of theirs has to be found anew."""
+    """Twenty blocks of 64 MiB, one after the other, are one: no page of theirs has to be found
+    anew."""
     done = subprocess.run([sys.executable, "-c", PAGES], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 20

@@ -71,7 +71,8 @@ def trained(
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    """A restoring VAE that has learnt three slices a little: an untrained one has no objective worth lowering."""
+    """A restoring VAE that has learnt three slices a little: an untrained one has no objective
+    worth lowering."""
     torch.manual_seed(0)
     method = VAE(("flair", "t1"), WIDTHS, latent=4, restoration_steps=15, restoration_rate=0.02)
     optimizer = torch.optim.Adam(method.parameters(), 1e-2)
@@ -266,7 +267,8 @@ def test_diffusion_with_little_noise_returns_the_input(noise: str) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_network_that_knows_the_noise_denoises_exactly(eta: float) -> None:
-    """The scheme itself, step by step and strided: with the true noise, every jump lands on the true slice."""
+    """The scheme itself, step by step and strided: with the true noise, every jump lands on the
+    true slice."""
     method = Diffusion(("flair", "t1"), WIDTHS, noise="gaussian", start=250, strides=7, eta=eta)
     x = brains(1)
 
@@ -349,7 +351,7 @@ def test_diffusion_makes_the_same_of_a_slice_whatever_lies_beside_it(noise: str)
 
 
 @pytest.mark.parametrize(("method", "grid", "sides"), [("dae", 100, 8)])
-def test_a_grid_that_does_not_fit_is_told_before_anything_is_packed(
+def test_a_grid_that_does_not_fit_is_refused_before_anything_is_packed(
     method: str, grid: int, sides: int, cohort: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -412,7 +414,8 @@ def test_true_and_false_are_not_text() -> None:
 
 
 class Heavy(DAE):
-    """What keeps a table that it does not save, and has a setting larger than a model's description may hold."""
+    """What keeps a table that it does not save, and has a setting larger than a model's
+    description may hold."""
 
     def __init__(
         self, channels: Sequence[str], widths: tuple[int, ...], table: int, seed: int = 0

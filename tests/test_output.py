@@ -1,4 +1,5 @@
-"""Results in a folder: they replace nothing that is not theirs, and none of two models or runs lie side by side."""
+"""Results in a folder: they replace nothing that is not theirs, and none of two models or runs
+lie side by side."""
 
 from __future__ import annotations
 

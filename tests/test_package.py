@@ -1,4 +1,5 @@
-"""The package: what is in the wheel and the source archive, what they need, and the container's recipe."""
+"""The package: what is in the wheel and the source archive, what they need, and the container's
+recipe."""
 
 from __future__ import annotations
 

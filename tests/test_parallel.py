@@ -1,4 +1,5 @@
-"""Parts of some work side by side: threads of torch divided among them and given back, results the same."""
+"""Parts of some work side by side: threads of torch divided among them and given back, results
+the same."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def test_a_cell_has_the_mean_and_spread_of_its_own_tissue() -> None:
 
 
 def test_slices_that_do_not_count_are_not_looked_at() -> None:
-    """A lesion in the upper half of a scan changes nothing, and cells without a healthy slice take the mean of all."""
+    """A lesion in the upper half of a scan changes nothing, and cells without a healthy slice
+    take the mean of all."""
     inside = brain()
     residual = torch.full((24, 2, 40, 40), 0.2)
     residual[12:] = 9.0
@@ -48,7 +49,8 @@ def test_slices_that_do_not_count_are_not_looked_at() -> None:
 
 
 def test_cells_follow_the_brain_wherever_it_lies() -> None:
-    """A brain in another place, of another size, in more slices, gets the same values at the same relative place."""
+    """A brain in another place, of another size, in more slices, gets the same values at the
+    same relative place."""
     cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
     here = interpolate_cells(cells, Position.from_foreground(brain(first=0)), (40, 40))[:, 0]
     there = interpolate_cells(cells, Position.from_foreground(brain(48, 40, 8)), (40, 40))[:, 0]

@@ -1,4 +1,5 @@
-"""What is done to a scan before a model sees it: brain mask, skull, shading, space; and scaling that holds."""
+"""What is done to a scan before a model sees it: brain mask, skull, shading, space; and scaling
+that holds."""
 
 import os
 import re
@@ -37,7 +38,8 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
 
 
 def head(*, air: bool, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """A head (x, y, z) made of the template's brain, dark bone and a bright scalp, in noisy or empty air; its affine."""
+    """A head (x, y, z) made of the template's brain, dark bone and a bright scalp, in noisy or
+    empty air; its affine."""
     image, _ = template()
     brain = np.pad(np.asanyarray(image.dataobj), 12)
     inside = ndimage.binary_fill_holes(ndimage.binary_closing(brain > 0, iterations=2))

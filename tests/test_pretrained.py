@@ -334,7 +334,7 @@ def test_a_saved_model_knows_whom_it_has_seen(model: Path, tmp_path: Path) -> No
         assert Detector.load(tmp_path / str(number)).splits == detector.splits
 
 
-def test_the_terms_of_both_cohorts_are_told(
+def test_a_model_names_the_terms_of_both_cohorts(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     arguments = {"pretrained": model, "training": {"steps": 1}, "cache": cache}

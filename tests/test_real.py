@@ -44,7 +44,8 @@ def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path
         tmp_path / "cohort", tmp_path / "m", preset="tiny", cache=tmp_path / "cache", device="cpu"
     )
     evaluation = evaluate(tmp_path / "cohort", tmp_path / "ev", model=tmp_path / "m")
-    # A network of a few seconds is no detector yet, but far better than chance (the lesion's share of voxels).
+    # A network of a few seconds is no detector yet, but far better than chance (the lesion's share
+    # of voxels).
     patient = evaluation.patients[0]
     assert patient.case == "Brats18_TCIA10_639_1"
     assert patient.average_precision > 0.3
@@ -66,7 +67,8 @@ def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path
 
 
 def test_another_grid_and_bit_depth(real_scans: Path, tmp_path: Path) -> None:
-    """The stroke subject: oblique, 124 x 160 x 140, 8 bit, channels named FLAIR.nii.gz, no case name."""
+    """The stroke subject: oblique, 124 x 160 x 140, 8 bit, channels named FLAIR.nii.gz, no case
+    name."""
     (case,) = find_cases(real_scans / "stroke")
     assert (case.name, sorted(case.channels)) == ("stroke", ["flair", "t1", "t2"])
     shutil.copytree(real_scans / "stroke", tmp_path / "cohort" / "b")

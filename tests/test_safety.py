@@ -1,7 +1,9 @@
-"""What a stranger hands over runs no code and takes no memory; what a header says of a patient stays there.
+"""What a stranger hands over runs no code and takes no memory; what a header says of a patient
+stays there.
 
-More of the same: `test_viewer` (loopback, policy, ``..``, links), `test_reporting` (escaping in a real browser),
-`test_dicom` (identifiers), `test_bids` (a pickle in a data set), `test_cli` (checkpoints), `test_bad_input` (images).
+More of the same: `test_viewer` (loopback, policy, ``..``, links), `test_reporting` (escaping in a
+real browser), `test_dicom` (identifiers), `test_bids` (a pickle in a data set), `test_cli`
+(checkpoints), `test_bad_input` (images).
 """
 
 from __future__ import annotations
@@ -170,13 +172,13 @@ def test_giant_headers_of_weights_are_refused(stranger: Path, header: int) -> No
     refused(stranger, "weights.safetensors: does not contain the weights")
 
 
-def test_weights_that_are_no_numbers_are_refused(stranger: Path) -> None:
+def test_weights_that_are_nan_or_infinite_are_refused(stranger: Path) -> None:
     path = stranger / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
     refused(stranger, "weights.safetensors: is damaged .* contains NaN")
 
 
-def test_a_split_that_is_none_is_refused(stranger: Path) -> None:
+def test_an_unknown_split_is_refused(stranger: Path) -> None:
     (stranger / "splits.csv").write_text("case,split\ncase0,train\ncase1,tr")
     refused(stranger, "splits.csv, line 3: split 'tr' is not one of train, val, test")
 

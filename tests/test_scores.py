@@ -1,4 +1,5 @@
-"""Scores as settings of a model, how one is chosen without labels, and scans with a part of the channels."""
+"""Scores as settings of a model, how one is chosen without labels, and scans with a part of the
+channels."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def case_of(cohort: Path, name: str) -> Any:
 
 @pytest.mark.parametrize("corner", [(0, 0), (9, 14), (20, 16)])
 def test_filters_look_no_further_than_they_reach_and_lose_nothing(corner: tuple[int, int]) -> None:
-    """A brain at an edge of the grid, in the middle and in a corner: as with filters over all of the grid."""
+    """A brain at an edge of the grid, in the middle and in a corner: as with filters over all of
+    the grid."""
     raw = torch.rand((6, 40, 36), generator=torch.Generator().manual_seed(0))
     foreground = torch.zeros(raw.shape, dtype=torch.bool)
     foreground[:, corner[0] : corner[0] + 20, corner[1] : corner[1] + 20] = True
@@ -129,7 +131,7 @@ def test_a_channel_that_is_not_there_does_not_count(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMULAS if SCORES[kind].without_flair])
 @pytest.mark.parametrize("looked_at", [(), ("flair", "t2")])
-def test_without_flair_where_it_would_count_the_marks_count_alone(
+def test_without_flair_the_anomaly_probability_counts_alone(
     kind: str, looked_at: tuple[str, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -485,7 +487,8 @@ def test_a_chosen_threshold_is_chosen_for_parts_too(
         == part.value[-1]
         == lowest.with_channels(["flair"]).detect(case).threshold
     )
-    # What is asked for is what there is for the channels that are looked at; others that have no such rate keep theirs.
+    # What is asked for is what there is for the channels that are looked at; others that have no
+    # such rate keep theirs.
     rare = replace(
         part, false_positive_rate=(*part.false_positive_rate[:-1], 7e-5), default_rate=7e-5
     )

@@ -127,7 +127,8 @@ def test_what_healthy_scans_look_like_survives_the_model_folder(
         len(healthy.scan_peaks) == thresholds.healthy_cases
         and healthy.scan_peaks[-1] == healthy.threshold[-1]
     )
-    # The brain of the fixture's scans holds less than a litre, and one tenth of it lies above the first threshold.
+    # The brain of the fixture's scans holds less than a litre, and one tenth of it lies above the
+    # first threshold.
     assert healthy.false_positive_ml[0] < 200
     # An older model.json knows none of this.
     facts = json.loads((model / "model.json").read_text())

@@ -1,4 +1,5 @@
-"""A step that cannot be recorded goes on as before, and says so; what recording does is in ``test_gpu``."""
+"""A step that cannot be recorded goes on as before, and says so; what recording does is in
+``test_gpu``."""
 
 from __future__ import annotations
 

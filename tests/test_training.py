@@ -82,7 +82,7 @@ def test_packing_happens_once_and_again_when_a_file_changes(cohort: Path, tmp_pa
     assert cohort_fingerprint(third) == cohort_fingerprint(first)  # same content
 
 
-def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> None:
+def test_one_error_names_all_unusable_cases(cohort: Path, tmp_path: Path) -> None:
     cases = find_cases(cohort)
     with pytest.raises(AnomriError) as caught:
         pack_cohort(cases, ("flair", "t2"), Grid(), Scaling(), tmp_path)
@@ -90,7 +90,7 @@ def test_all_unusable_cases_are_told_at_once(cohort: Path, tmp_path: Path) -> No
     assert all(case.name in str(caught.value) for case in cases)
 
 
-def test_what_is_not_known_of_a_cohort_is_told_before_it_is_packed(cohort: Path) -> None:
+def test_notes_before_packing_name_cases_without_label_split_or_image(cohort: Path) -> None:
     cases = split_cases(find_cases(cohort), {}, 0)
     unlabelled = "no label, so all slices are taken for healthy: 5 of 7 cases (case0, case1, case3, case4, case5)."
     assert collect_notes(cases) == [unlabelled]
@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops(
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_from_before_its_loss_was_no_number(
+def test_a_training_resumes_from_before_its_loss_became_nan(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu"}
@@ -320,7 +320,8 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         **{**arguments, "training": {"steps": 6, "seed": 0}},
     )  # type: ignore[arg-type]
     for name, value in anomri.load(tmp_path / "m")._state.items():
-        # Adam divides by the gradient's size, so that the order of a sum shows where there is next to no gradient.
+        # Adam divides by the gradient's size, so that the order of a sum shows where there is next
+        # to no gradient.
         torch.testing.assert_close(value, whole._state[name], atol=1e-3, rtol=0)
         torch.testing.assert_close(parted._state[name], whole._state[name], atol=1e-3, rtol=0)
     cramped.room = 0
@@ -470,7 +471,7 @@ def test_the_smallest_labelled_lesion_leaves_its_slice_out(tmp_path: Path) -> No
     assert pack.slices == 6 and pack.healthy == (0, 1, 2, 4, 5)
 
 
-def test_a_validation_that_is_no_number_is_told(
+def test_a_validation_loss_of_nan_is_an_error(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anomri.training.train.validation_loss", lambda *_: float("nan"))
@@ -628,7 +629,8 @@ def test_thresholds_are_what_they_say(cohort: Path, cache: Path, model: Path) ->
     detector = Detector.load(model)
     thresholds = detector.spec.thresholds
     assert thresholds is not None
-    # case5 is healthy and held out; the rates hold over both held-out cases pooled, so roughly over one.
+    # case5 is healthy and held out; the rates hold over both held-out cases pooled, so roughly over
+    # one.
     detection = detector.detect(find_cases(cohort)[5])
     inside = detection.scores[detection.stack.foreground.numpy()]
     for rate, value in zip(thresholds.false_positive_rate, thresholds.value, strict=True):

@@ -1,4 +1,5 @@
-"""The viewer's server gives what it lists and nothing else, and its page shows the volumes in a real browser."""
+"""The viewer's server gives what it lists and nothing else, and its page shows the volumes in a
+real browser."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from conftest import CHROMIUM, CHROMIUM_FLAGS
 NAME = "b<i>&'2"  # a name that is markup
 SHAPE = (20, 24, 16)
 CENTRES = ((6, 10, 9), (14, 16, 5))
-# Oblique, the first axis to the left: an alignment that is wrong anywhere gives another value at the crosshair.
+# Oblique, the first axis to the left: an alignment that is wrong anywhere gives another value at
+# the crosshair.
 TURN = np.deg2rad(12)
 AFFINE = np.array(
     [
@@ -58,7 +60,8 @@ def anomaly_map() -> np.ndarray:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder as `detect` writes it: one case with lesions, one with a map only; the scans lie in ``scans``."""
+    """A folder as `detect` writes it: one case with lesions, one with a map only; the scans lie
+    in ``scans``."""
     out, scans = tmp_path / "out", tmp_path / "scans"
     out.mkdir()
     scans.mkdir()
@@ -116,7 +119,8 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
         place = ", ".join(
             f"{mm:.0f}" for mm in nib.affines.apply_affine(AFFINE, CENTRES[0])
         ).replace("-", "\u2212")
-        # The mean is not a number, which JSON does not know; a confidence and a distance are not there.
+        # The mean is not a number, which JSON does not know; a confidence and a distance are not
+        # there.
         assert first["lesions"][0]["cells"] == ["1", "1.00", place, "0.40", "-", "-", "-"]
         assert [one["heading"] for one in listing["columns"]][:2] == ["#", "ml"]
         labels = [background["label"] for background in first["backgrounds"]]

@@ -13,7 +13,8 @@ def first_line(error: BaseException) -> str:
 
 
 class Interrupted(BaseException):
-    """A run was asked to stop by ``signal``; what it reached is saved, and the message says how to go on.
+    """A run was asked to stop by ``signal``; what it reached is saved, and the message says how to
+    go on.
 
     No ``Exception``: what guards against a library's errors must not take a stop for one.
     """

@@ -21,7 +21,8 @@ ABANDONED_S = 24 * 3600.0
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; it becomes ``path`` in one step, or is removed if the block fails.
+    """Give a temporary name to write to; it becomes ``path`` in one step, or is removed if the
+    block fails.
 
     Raises `AnomriError` naming the file if the disk is full or the folder cannot be written.
     """

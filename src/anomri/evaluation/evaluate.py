@@ -71,7 +71,8 @@ def evaluate(
     The figures are exact, and memory holds one case and the scores of lesion voxels. With ``out``,
     tables and ``report.html`` are written there, and the same call resumes a run that was stopped
     or killed. An evaluation of other cases, or with other settings, is replaced with ``overwrite``,
-    and an error without it. Several processes of torchrun or srun share the cases. Raises `AnomriError`.
+    and an error without it. Several processes of torchrun or srun share the cases. Raises
+    `AnomriError`.
     """
     work = plan(
         cohort,

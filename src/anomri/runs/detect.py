@@ -1,4 +1,5 @@
-"""Detection over a cohort: one model, many scans; every file is written whole, and a bad scan fails alone."""
+"""Detection over a cohort: one model, many scans; every file is written whole, and a bad scan
+fails alone."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ TABLES = ("cases.tsv", "lesions.tsv", "run.json", "report.html")
 class DicomOptions:
     """How a folder of DICOM files is read and written.
 
-    ``series`` says by channel which series it is, by a part of its description. ``keep_identifiers`` names
-    the case by its PatientID and not by a hash. ``segmentation`` writes the mask also as DICOM SEG.
+    ``series`` says by channel which series it is, by a part of its description.
+    ``keep_identifiers`` names the case by its PatientID and not by a hash. ``segmentation`` writes
+    the mask also as DICOM SEG.
     """
 
     series: Mapping[str, str] = field(default_factory=dict)
@@ -64,24 +66,29 @@ def detect_cohort(
     notify: Callable[[str], None] = lambda note: None,
     progress: Callable[[CaseResult, int], None] = lambda result, total: None,
 ) -> list[CaseResult]:
-    """Detect in every case of ``cohort`` and write maps, masks, tables and ``report.html`` to the folder ``out``.
+    """Detect in every case of ``cohort`` and write maps, masks, tables and ``report.html`` to the
+    folder ``out``.
 
-    ``cohort`` is a scan, a folder (also of DICOM files), a table of cases, the files of one scan by channel, or
-    cases. ``model`` is by default the one in the package. ``sensitivity`` or ``false_positive_ml`` choose
-    another of its thresholds (see `sensitivity.choose_threshold`), ``min_volume`` (mm3) which components its
-    masks keep, and ``channels`` which of its channels are looked at. ``reconstruction`` also writes what the
-    network takes for healthy. ``preparation`` is done to every scan.
+    ``cohort`` is a scan, a folder (also of DICOM files), a table of cases, the files of one scan by
+    channel, or cases. ``model`` is by default the one in the package. ``sensitivity`` or
+    ``false_positive_ml`` choose another of its thresholds (see `sensitivity.choose_threshold`),
+    ``min_volume`` (mm3) which components its masks keep, and ``channels`` which of its channels are
+    looked at. ``reconstruction`` also writes what the network takes for healthy. ``preparation`` is
+    done to every scan.
 
-    Memory holds a few scans, however many there are. A case that fails is noted in ``cases.tsv``, and the run
-    goes on. ``notify`` is called with what the user should know, ``progress`` with each result and how many
-    cases there are. What an earlier call with the same scans, model and settings finished in ``out`` is kept.
-    Results of these cases with other settings are replaced with ``overwrite``, and an error without it.
+    Memory holds a few scans, however many there are. A case that fails is noted in ``cases.tsv``,
+    and the run goes on. ``notify`` is called with what the user should know, ``progress`` with each
+    result and how many cases there are. What an earlier call with the same scans, model and
+    settings finished in ``out`` is kept. Results of these cases with other settings are replaced
+    with ``overwrite``, and an error without it.
 
-    Where torchrun or srun started several processes, each calls this with the same arguments and they share the
-    cases. ``shard``, as ``3/40``, does one share of the cases alone; `merge.merge` then writes the tables.
+    Where torchrun or srun started several processes, each calls this with the same arguments and
+    they share the cases. ``shard``, as ``3/40``, does one share of the cases alone; `merge.merge`
+    then writes the tables.
 
-    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written, files of others
-    or results of another scan of the same name would be overwritten, or another run is writing to ``out``.
+    Raises `AnomriError` if there is no case, model or such threshold, ``out`` cannot be written,
+    files of others or results of another scan of the same name would be overwritten, or another run
+    is writing to ``out``.
     """
     preparation.check_tools()
     if dicom.segmentation:
@@ -165,7 +172,8 @@ class _Run:
     progress: Callable[[CaseResult, int], None]
 
     def check(self, cases: Sequence[Case]) -> None:
-        """Raise `AnomriError` if results of the ``cases`` would overwrite others' files or another scan's results."""
+        """Raise `AnomriError` if results of the ``cases`` would overwrite others' files or
+        another scan's results."""
         folder = self.ledger.root
         refuse_foreign_results(folder, cases)
         refuse_foreign_tables(folder, TABLES)
@@ -196,7 +204,8 @@ class _Run:
     def detect(
         self, cases: Sequence[Case], ledger: Ledger, done: list[CaseResult] | None = None
     ) -> list[CaseResult]:
-        """The result of each of the ``cases``; ``done`` collects them as they come, earlier ones first."""
+        """The result of each of the ``cases``; ``done`` collects them as they come, earlier ones
+        first."""
         done = [] if done is None else done
         folder = ledger.root
         for case in cases:

@@ -1,4 +1,5 @@
-"""Which scan a result is of: told by the content of the scan's files, not by their names or places."""
+"""Which scan a result is of: told by the content of the scan's files, not by their names or
+places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ledger of a run: what was done with which case, so that a run can be killed, shared out and resumed."""
+"""The ledger of a run: what was done with which case, so that a run can be killed, shared out
+and resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ DAMAGED = (AnomriError, KeyError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class Task:
-    """All that a case's result depends on besides its scan: the model and the settings, and who computed it."""
+    """All that a case's result depends on besides its scan: the model and the settings, and who
+    computed it."""
 
     model: str
     settings: dict[str, Any]
@@ -79,11 +81,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Ledger:
-    """An entry (JSON) for every finished or failed case of a run, and the run's plan, in ``folder``.
+    """An entry (JSON) for every finished or failed case of a run, and the run's plan, in
+    ``folder``.
 
-    An entry is written after all other files of its case. It counts if it has the run's ``task`` and its scan
-    is the one in ``scans``; what was done with others is done again. Files that an entry names lie in
-    ``root``. ``facts`` are noted with the plan.
+    An entry is written after all other files of its case. It counts if it has the run's ``task``
+    and its scan is the one in ``scans``; what was done with others is done again. Files that an
+    entry names lie in ``root``. ``facts`` are noted with the plan.
     """
 
     root: Path
@@ -142,18 +145,21 @@ class Ledger:
         if not all((self.root / name).is_file() for name in entry.get("files", ())):
             return None
         if ScanIdentity.from_json(entry["identity"]).without_content() != self.scans[case]:
-            # The same bytes in files that were moved or touched: noted, so that they are not read again.
+            # The same bytes in files that were moved or touched: noted, so that they are not read
+            # again.
             self.save(case, entry)
         return entry
 
     def save(self, case: str, facts: Mapping[str, Any]) -> None:
-        """Write a case's entry: that it is done, or has failed (``error``), and its ``files`` in ``root``."""
+        """Write a case's entry: that it is done, or has failed (``error``), and its ``files`` in
+        ``root``."""
         scan = self.scans[case].with_content().to_json()
         entry = {"task": self.task.to_json(), **facts, "identity": scan}
         write_text(self._path(case), json.dumps(entry, indent=2) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
-        """The entries of all cases in the plan's order; raises `AnomriError` naming those that are missing."""
+        """The entries of all cases in the plan's order; raises `AnomriError` naming those that
+        are missing."""
         entries = {case: self.load(case) for case in self.scans}
         missing = [case for case, entry in entries.items() if entry is None]
         if missing:
@@ -166,10 +172,11 @@ class Ledger:
         return [entry for entry in entries.values() if entry is not None]
 
     def refuse_other_scans(self, cases: Sequence[Case]) -> None:
-        """Raise `AnomriError` if the ledger has results of another scan with the name of one of the ``cases``.
+        """Raise `AnomriError` if the ledger has results of another scan with the name of one of the
+        ``cases``.
 
-        Names such as ``pre`` or ``baseline`` occur in the folders of many patients. A scan that was moved, or
-        made anew in its place, is the same.
+        Names such as ``pre`` or ``baseline`` occur in the folders of many patients. A scan that was
+        moved, or made anew in its place, is the same.
         """
         for case in cases:
             entry = self.stored(case.name)

@@ -1,4 +1,5 @@
-"""What a run over a cohort leaves beside its maps: a result a case, the tables, and ``run.json``."""
+"""What a run over a cohort leaves beside its maps: a result a case, the tables, and
+``run.json``."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ CASE_COLUMNS = (
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one case: its `Detection.summary`, or the error that kept it from having one."""
+    """What became of one case: its `Detection.summary`, or the error that kept it from having
+    one."""
 
     case: str
     seconds: float

@@ -1,4 +1,5 @@
-"""Output folders: one run at a time writes to a folder, and it overwrites only what anomri wrote."""
+"""Output folders: one run at a time writes to a folder, and it overwrites only what anomri
+wrote."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from anomri.files import has_key, output_folder, remove_partial
 LOCK = ".lock"
 """The lock file of a run that has its folder alone; shards add their number to the name."""
 MOMENT_S = 30.0
-"""How long, in seconds, a shard waits while other shards look whether a run has the folder alone."""
+"""How long, in seconds, a shard waits while other shards look whether a run has the folder
+alone."""
 RUN_FOLDERS = ("logs", "previews", ".scores")
 """Folders in an output folder that runs write to."""
 RUN_FILES = ("logs/plan", "logs/evaluation", ".scores/plan")

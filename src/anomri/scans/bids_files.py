@@ -87,7 +87,8 @@ class BidsFile:
         return self.is_image and CHANNELS.get(what) == kind
 
     def names_image(self, image: BidsFile) -> bool:
-        """Whether a mask may belong to ``image``: the image has all entities that the mask names."""
+        """Whether a mask may belong to ``image``: the image has all entities that the mask
+        names."""
         space = self.entities.get("space")
         if space in SUFFIXES and "space" not in image.entities and space != image.suffix:
             return False

@@ -21,24 +21,26 @@ MIN_SAMPLE = 2000
 FEW_LEVELS = 8
 """No scan has so few different values above zero; masks, lesion labels and tissue classes do."""
 MAX_FLAT = ((24, 0.72), (np.inf, 0.5))
-"""Up to how many different values, the share of flat voxels that a scan has at most: scans have up to
-0.05, rounded to 32 or 16 grey levels up to 0.40 or 0.70; label maps have 0.75, at 3 mm 0.53."""
+"""Up to how many different values, the share of flat voxels that a scan has at most: scans have up
+to 0.05, rounded to 32 or 16 grey levels up to 0.40 or 0.70; label maps have 0.75, at 3 mm 0.53."""
 MAX_PLATEAU = 0.12
 """The share at the maximum that a scan has at most: scans have up to 0.002, clipped at their 95th
 percentile 0.05; probability maps of the brain have 0.5, of lesions 0.15."""
 MIN_HIGH, NOTHING = 0.05, 1e-4
-"""A smaller share of voxels above a tenth of the maximum are faulty ones of a scan, unless half of all
-voxels are below the second number times the maximum."""
+"""A smaller share of voxels above a tenth of the maximum are faulty ones of a scan, unless half of
+all voxels are below the second number times the maximum."""
 MIN_SCAN_LEVELS = 64
 """An image has more different values than this to be called a scan where a mask is expected."""
 MAX_SCAN_FLAT = 0.25
-"""A larger share of flat voxels, the commonest value included, is not called one: scans have 0.05."""
+"""A larger share of flat voxels, the commonest value included, is not called one: scans have
+0.05."""
 RELATIVE = 1e-3
 """Values that differ by less than this share are equal."""
 
 
 def check_scan(path: Path, values: NDArray[Any]) -> None:
-    """Raise `AnomriError` if ``values`` (x, y, z) are those of a mask, a label or a probability map.
+    """Raise `AnomriError` if ``values`` (x, y, z) are those of a mask, a label or a probability
+    map.
 
     An image without a voxel above zero passes.
     """
@@ -65,7 +67,8 @@ def check_scan(path: Path, values: NDArray[Any]) -> None:
 
 
 def is_scan(values: NDArray[Any]) -> bool:
-    """Whether ``values`` (x, y, z) are surely those of a scan, and neither of a mask nor of a label.
+    """Whether ``values`` (x, y, z) are surely those of a scan, and neither of a mask nor of a
+    label.
 
     >>> is_scan(np.random.default_rng(0).normal(500, 50, (20, 20, 20)))
     True

@@ -211,8 +211,8 @@ class Log:
 def _tensorboard(folder: Path, step: int) -> Any:
     """A writer for TensorBoard; ``None`` without the extra ``tensorboard``.
 
-    Also ``None`` if the folder's name is not UTF-8, which TensorBoard cannot write to: `log.csv` has
-    the same numbers.
+    Also ``None`` if the folder's name is not UTF-8, which TensorBoard cannot write to: `log.csv`
+    has the same numbers.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
