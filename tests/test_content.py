@@ -11,6 +11,7 @@ from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.scans.case import Case
 from anomri.scans.content import check_scan, is_scan
+from anomri.scans.prepare import prepare
 from anomri.scans.read import read_volume
 from phantom import places, scan, thresholding
 
@@ -113,3 +114,45 @@ def test_a_real_scan_of_16_grey_levels_is_one(real_scans: Path) -> None:
     values = np.asanyarray(nib.load(path).dataobj)
     top = np.percentile(values[values > 0], 99.9)
     check_scan(path, np.clip(np.rint(values / top * 16), 0, 16).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1, np.float32), (100, np.uint8), (255, np.uint8)])
+def test_a_soft_brain_mask_is_cut_at_a_half_with_a_note(
+    tmp_path: Path, scale: int, dtype: type
+) -> None:
+    place = np.stack(np.meshgrid(*[np.linspace(-1, 1, 48)] * 3, indexing="ij"))
+    distance = np.sqrt((place**2).sum(0))
+    values = np.random.default_rng(0).normal(500, 60, distance.shape).clip(50, 900)
+    affine = np.diag([4.0, 4, 4, 1])
+    soft = (0.5 + 5 * (0.7 - distance)).clip(0, 1) * scale  # half of the full value at 0.7
+    flair = tmp_path / "a_flair.nii.gz"
+    mask = tmp_path / "a_mask.nii.gz"
+    nib.save(nib.Nifti1Image(values.astype(np.float32), affine), flair)
+    nib.save(nib.Nifti1Image(soft.astype(dtype), affine), mask)
+    volume = read_volume(Case("a", {"flair": flair}, mask=mask), ("flair",))
+    stored = np.asanyarray(nib.load(mask).dataobj)
+    expected = np.count_nonzero(stored >= (0.5 if scale == 1 else stored.max() / 2))
+    assert 0.9 < expected / np.count_nonzero(distance <= 0.7) < 1.1
+    assert np.count_nonzero(volume.data) == expected
+    assert any("a_mask.nii.gz has values" in note and "are taken" in note for note in volume.notes)
+
+
+def test_a_brain_mask_of_the_whole_head_does_not_let_the_skull_in(tmp_path: Path) -> None:
+    shape, affine = (60, 70, 60), np.diag([3.5, 3.5, 3.5, 1])
+    head = np.random.default_rng(0).normal(400, 60, shape).clip(50, 900).astype(np.float32)
+    flair, mask = tmp_path / "a_flair.nii.gz", tmp_path / "a_mask.nii.gz"
+    nib.save(nib.Nifti1Image(head, affine), flair)
+    nib.save(nib.Nifti1Image(np.ones(shape, np.uint8), affine), mask)
+    with pytest.raises(AnomriError, match=r"a_mask.nii.gz: takes in more than the brain of a"):
+        prepare(Case("a", {"flair": flair}, mask=mask), ("flair",))
+
+
+def test_a_scan_given_as_a_brain_mask_is_refused(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(500, 60, (40, 40, 40)).clip(50, 900)
+    image = nib.Nifti1Image(values.astype(np.float32), np.diag([4.0, 4, 4, 1]))
+    files = [tmp_path / f"a_{kind}.nii.gz" for kind in ("flair", "mask")]
+    for path in files:
+        nib.save(image, path)
+    case = Case("a", {"flair": files[0]}, mask=files[1])
+    with pytest.raises(AnomriError, match=r"a_mask.nii.gz: holds the values of a scan"):
+        read_volume(case, ("flair",))

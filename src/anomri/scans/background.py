@@ -34,7 +34,7 @@ def zero_background(path: Path, values: NDArray[Any]) -> tuple[NDArray[Any], lis
     background is not of the scale of the brain.
 
     >>> image = np.full((4, 4, 4), -0.5, np.float32)
-    >>> image[1:3, 1:3, 1:3] = [[[0, 1], [2, 3]], [[0, 1], [2, 3]]]
+    >>> image[1:3, 1:3, 1:3] = [[[-0.25, 1], [2, 3]], [[-0.25, 1], [2, 3]]]
     >>> zeroed, notes = zero_background(Path("a_t1.nii"), image)
     >>> zeroed[0, 0, 0].item(), zeroed[1, 2, 2].item()
     (0.0, 3.5)

@@ -17,7 +17,7 @@ from anomri.runtime.launch import usable_processors
 from anomri.scans.background import zero_background
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
-from anomri.scans.content import check_scan
+from anomri.scans.content import check_scan, is_scan
 from anomri.scans.geometry import (
     RESULT,
     Geometry,
@@ -295,11 +295,21 @@ def _read_brain_mask(
     *,
     resampled: bool,
 ) -> NDArray[np.bool_]:
-    """The voxels of a brain mask above zero, on the grid of the first channel's ``values``."""
+    """The voxels of a brain mask, on the grid of the first channel's ``values``.
+
+    As in a label, voxels above zero are marked; from a half on, if the values are shares.
+    """
     image = read_image(path)
-    marked = _check_values(path, read_values(image)) > 0
+    stored = _check_values(path, read_values(image))
+    marked, more = binarise_label(stored, path.name)
     own = _Image(path, image.header, marked)
     mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
+    if is_scan(stored):
+        raise AnomriError(
+            f"{path}: holds the values of a scan, not of a brain mask. Give a mask; if it is a scan "
+            f"without its skull, give it as the scan."
+        )
+    notes += more
     check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
     return mask
 

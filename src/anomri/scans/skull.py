@@ -64,11 +64,18 @@ def find_skull(volume: Volume) -> tuple[str, str] | None:
 
 
 def check_skull(case: Case, volume: Volume) -> None:
-    """Raise `AnomriError` if a scan has its skull and no mask says where the brain is."""
-    found = None if case.mask is not None else find_skull(volume)
-    if found:
-        channel, evidence = found
+    """Raise `AnomriError` if a scan has its skull, also within the case's brain mask."""
+    found = find_skull(volume)
+    if found is None:
+        return
+    channel, evidence = found
+    if case.mask is None:
         raise skull_error(case.name, case.channels[channel], evidence)
+    raise AnomriError(
+        f"{case.mask}: takes in more than the brain of {case.name}: within it {channel} still has "
+        f"its skull ({evidence}). Give a mask of the brain alone, or leave the mask out and use "
+        f"--skull-strip."
+    )
 
 
 def skull_error(name: str, path: Path, evidence: str) -> AnomriError:
