@@ -170,7 +170,8 @@ def test_a_training_may_begin_with_the_mean_of_several_models(
     )
     assert trained.splits["else"] == "train"
     with pytest.raises(
-        AnomriError, match=r"brats18: its network is not that of .*model_with_head; only models that"
+        AnomriError,
+        match=r"brats18: its network is not that of .*model_with_head; only models that",
     ):
         Pretrained.read_all([model_with_head, "built-in"])
     alike = replace(spec, channels=("t1", "t2"))
