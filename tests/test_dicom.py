@@ -15,6 +15,7 @@ from nibabel.affines import apply_affine
 from anomri.errors import AnomriError
 from anomri.optional import install_command
 from anomri.scans.dicom.channels import Series, guess_channel
+from anomri.scans.dicom.files import quiet
 from anomri.scans.dicom.find import MIN_SLICES, choose_series, find_series
 from anomri.scans.dicom.read import convert
 from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
@@ -645,6 +646,24 @@ def test_series_of_several_frames_of_reference_give_a_note(tmp_path: Path) -> No
     )
     (note,) = convert(tmp_path / "in", tmp_path / "out").notes
     assert "not of one frame of reference" in note
+
+
+def test_header_values_that_the_standard_forbids_are_left_empty_in_a_segmentation(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("highdicom", reason="needs anomri[dicom]")
+    with quiet():
+        for file in write_series(tmp_path / "in"):
+            one = pydicom.dcmread(file)
+            one.PatientSex, one.PatientBirthDate, one.StudyTime = "...", "XXXX", "101500"
+            one.save_as(file)
+    case, (source,) = convert(tmp_path / "in", tmp_path / "out"), find_series(tmp_path / "in")
+    volume = read_volume(case, ["flair"])
+    mask = volume.data[0] > 1500
+    emptied = write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source)
+    assert emptied == ["PatientBirthDate", "PatientSex"]
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert not seg.PatientSex and not seg.PatientBirthDate and seg.StudyTime == "101500"
 
 
 def test_a_segmentation_says_what_it_is_and_whose(tmp_path: Path, scanned: Any) -> None:

@@ -159,13 +159,16 @@ def test_a_threshold_of_numpy_is_written_as_a_number(
     assert json.loads((tmp_path / "p.json").read_text())["threshold"] == 0.25
 
 
-def test_a_segmentation_that_cannot_be_written_is_the_error_of_its_case(tmp_path: Path) -> None:
+def test_a_dicom_seg_that_cannot_be_written_is_no_failed_case(tmp_path: Path) -> None:
     mask = write(tmp_path / "a_mask.nii.gz", np.zeros((4, 4, 4), np.uint8))
     summary = {"channels": ["flair"], "method": "dae", "threshold": 1.0}
     done = CaseResult("a", 1.0, summary, files=(mask,))
     (tmp_path / "a_mask.nii.gz").write_bytes(b"no image")
     failed = write_dicom_seg(tmp_path, done, {})
-    assert failed.error and "a_mask.nii.gz" in failed.error and failed.files == (mask,)
+    assert failed.error is None and failed.files == (mask,)
+    assert failed.export_error and "a_mask.nii.gz" in failed.export_error
+    facts = failed.to_json()
+    assert facts["status"] == "done" and facts["export_error"] == failed.export_error
     without = replace(done, files=())
     assert write_dicom_seg(tmp_path, without, {}) is without
 

@@ -172,21 +172,22 @@ def detect(
             progress=on_progress,
         )
     for result in results:
-        if result.error and result.summary:  # its DICOM SEG could not be written
-            err.print(f"failed: {result.error}", style="red", soft_wrap=True)
+        if result.export_error:
+            err.print(f"no DICOM SEG: {result.export_error}", style="red", soft_wrap=True)
     failed = sum(result.error is not None for result in results)
+    code = 1 if failed or any(result.export_error for result in results) else 0
     if format == "json" and team.is_main:
         report = None if shard else str((output / "report.html").resolve())
         facts = {"report": report, "cases": [result.to_json() for result in results]}
         typer.echo(json.dumps(facts, indent=2))
-        raise typer.Exit(1 if failed else 0)
+        raise typer.Exit(code)
     then = (
         f"After the last shard: anomri merge {output}"
         if shard
         else f"Look at {output / 'report.html'}"
     )
     out.print(f"{len(results) - failed} scans done, {failed} failed. {then}", soft_wrap=True)
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(code)
 
 
 def _note(text: str) -> None:

@@ -136,7 +136,7 @@ def detect_cohort(
     with team.sole_use(folder):
         results = run.share(cases, team)
     if dicom.segmentation and team.is_main:
-        results = [write_dicom_seg(folder, result, intake.series) for result in results]
+        results = [write_dicom_seg(folder, one, intake.series, say) for one in results]
     return results
 
 

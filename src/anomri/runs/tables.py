@@ -7,7 +7,7 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from io import StringIO
@@ -52,6 +52,8 @@ class CaseResult:
     error: str | None = None
     files: tuple[Path, ...] = ()
     """What was written of it: by `Detection.save`, `write_dicom_seg`."""
+    export_error: str | None = None
+    """Why its DICOM SEG could not be written; the case itself is done."""
 
     @property
     def lesions(self) -> tuple[Lesion, ...]:
@@ -65,6 +67,8 @@ class CaseResult:
         facts |= {"seconds": round(self.seconds, 2)} | (self.summary or {})
         if self.error:
             return facts | {"error": self.error}
+        if self.export_error:
+            facts["export_error"] = self.export_error
         return facts | {"files": {self._kind(file): str(file.resolve()) for file in self.files}}
 
     def _kind(self, file: Path) -> str:
@@ -86,11 +90,16 @@ class CaseResult:
         return cls(**known, files=tuple(folder / name for name in record["files"]))
 
 
-def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Series]) -> CaseResult:
-    """The result with ``<case>_mask.dcm`` beside its mask in ``folder``, on a series that this was
-    made from.
+def write_dicom_seg(
+    folder: Path,
+    result: CaseResult,
+    series: Mapping[str, Series],
+    notify: Callable[[str], None] = lambda note: None,
+) -> CaseResult:
+    """Write ``<case>_mask.dcm`` beside the mask of a case in ``folder``, on its source ``series``.
 
-    What keeps it from being written is the result's error; a case without a mask has none.
+    Returns the result with that file, or with the ``export_error`` that kept it from being
+    written. A case without a mask is returned as it is.
     """
     made: Mapping[str, Any] = result.summary or {}
     mask, path = (folder / f"{result.case}_mask{ending}" for ending in (".nii.gz", ".dcm"))
@@ -99,11 +108,16 @@ def write_dicom_seg(folder: Path, result: CaseResult, series: Mapping[str, Serie
     parameters = {name: made[name] for name in ("method", "threshold")}
     try:
         label, geometry = read_label(Case(result.case, {}, label=mask))
-        write_segmentation(
+        emptied = write_segmentation(
             path, label.lesion, geometry, series[made["channels"][0]], parameters=parameters
         )
     except AnomriError as error:
-        return replace(result, error=str(error))
+        return replace(result, export_error=str(error))
+    if emptied:
+        notify(
+            f"{result.case}: the DICOM SEG leaves {', '.join(emptied)} empty: the series holds "
+            f"values there that the standard forbids."
+        )
     return replace(result, files=(*result.files, path))
 
 

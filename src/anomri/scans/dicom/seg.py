@@ -7,6 +7,7 @@ identifying as the source series.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,13 @@ PATIENT_AND_STUDY = [
     "ReferringPhysicianName",
 ]
 """Elements that the standard requires in a SEG, perhaps empty."""
+VALID = {
+    "PatientSex": r"[MFO]?",
+    "PatientBirthDate": r"(\d{8})?",
+    "StudyDate": r"(\d{8})?",
+    "StudyTime": r"(\d{2}){0,3}(\.\d{1,6})?",
+}
+"""What the standard allows in elements that anonymisation fills with other text."""
 OFFSET_TOLERANCE = 0.1
 """How far, in voxels, a voxel of the mask may lie from its pixel of the source series."""
 
@@ -48,18 +56,20 @@ def write_segmentation(
     source: Series,
     *,
     parameters: Mapping[str, object] | None = None,
-) -> None:
+) -> list[str]:
     """Write a mask as DICOM SEG (binary, one segment ``Anomaly``) on the slices of ``source``.
 
     ``mask`` (x, y, z) is in the working orientation of ``geometry``, which must be that of the
     series' own NIfTI. ``parameters``, such as the method and the threshold, are listed as those of
     the algorithm. Slices without a finding are left out; an empty mask is written with all slices.
+    Returns the names of elements that are left empty, because the series holds values there that
+    the standard forbids.
     Raises `AnomriError` naming the file, or the series if the mask lies on another grid or the
     headers do not suffice.
     """
     highdicom = import_dicom("highdicom")
     with quiet():
-        slices, affine = _read_source(source)
+        slices, affine, emptied = _read_source(source)
         shape = (int(slices[0].Columns), int(slices[0].Rows), len(slices))
         frames = _turn_onto(mask, geometry, VoxelGrid(shape, affine), source.place)
         with whole_file(path) as partial:
@@ -75,10 +85,14 @@ def write_segmentation(
                     f"{source.place}: its headers do not suffice for a DICOM SEG "
                     f"({describe_error(error)}); leave --dicom-seg out, or correct the headers."
                 ) from error
+    return emptied
 
 
-def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64]]:
-    """The headers of a series in the order of its slices, completed for a SEG, and its affine."""
+def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64], list[str]]:
+    """The headers of a series in the order of its slices, completed for a SEG, and its affine.
+
+    The third value names the elements whose values the standard forbids, which are emptied.
+    """
     pydicom = import_dicom("pydicom")
     try:
         headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in source.files]
@@ -87,14 +101,19 @@ def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64]]:
             f"{source.place}: cannot be read as DICOM ({describe_error(error)}); copy it again."
         ) from error
     slices, affine = stack_slices(source, headers)
+    emptied: set[str] = set()
     for one in slices:
         # Anonymisation may have removed whole elements; the standard wants them there, empty.
         for keyword in PATIENT_AND_STUDY:
             if keyword not in one:
                 setattr(one, keyword, "")
+        for keyword, allowed in VALID.items():
+            if not re.fullmatch(allowed, str(one.get(keyword) or "").strip()):
+                setattr(one, keyword, "")
+                emptied.add(keyword)
         if not one.get("SliceThickness"):
             one.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.6g}"
-    return slices, affine
+    return slices, affine, sorted(emptied)
 
 
 def _turn_onto(
