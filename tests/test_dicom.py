@@ -760,3 +760,87 @@ def test_odd_header_values_neither_warn_nor_leak(tmp_path: Path) -> None:
     (found,) = find_series(tmp_path / "in")
     assert found.echo_time is None and found.inversion_time is None
     assert convert(tmp_path / "in", tmp_path / "out").channels
+
+
+SERIES_NAMES = {
+    "flair": (
+        "Ax FLAIR",
+        "sFLAIR/T",
+        "FLAIR_longTR",
+        "3D BRAIN VIEW FLAIR",
+        "Sag CUBE FLAIR",
+        "AX T2 FLAIR FS",
+        "t2_space_dark-fluid_sag_p2_iso",
+        "t2_tirm_tra_dark-fluid",
+        "T2W_FLAIR_SPAIR",
+        "3D_FLAIR_VISTA",
+        "FLAIR  AX FC",
+    ),
+    "t1": (
+        "t1_mprage_sag_p2_iso",
+        "MPRAGE",
+        "T1W_3D_TFE",
+        "sT1W_3D_TFE",
+        "Ax T1 SE",
+        "SAG T1 FSE",
+        "t1_se_tra",
+        "3D BRAVO",
+        "Ax 3D FSPGR",
+        "T1 TSE SAG",
+        "eT1W_SE",
+        "t1_vibe_tra",
+        "T1_3D_FFE",
+    ),
+    "t1ce": (
+        "eT1 post gad",
+        "t1_mprage_tra_KM",
+        "AX T1 POST",
+        "T1W_3D_TFE +C",
+        "t1_se_tra_Gd",
+        "SAG T1 CE",
+    ),
+    "t2": (
+        "sT2/TSE/T",
+        "t2_tse_tra_320",
+        "Ax T2 FSE",
+        "T2W_TSE",
+        "AX T2 PROPELLER",
+        "t2_blade_tra",
+        "sT2W_TSE",
+        "T2 FRFSE",
+        "3D CUBE T2",
+        "T2_SPACE_sag",
+    ),
+    None: (
+        "localizer",
+        "3-plane loc",
+        "Survey",
+        "ep2d_diff_3scan_trace_p2",
+        "DWI_b1000",
+        "dADC",
+        "SWI_Images",
+        "T2* GRE",
+        "Ax T2 STAR",
+        "3D TOF MRA",
+        "t1_fl3d_tof",
+        "PD_T2_TSE",
+        "T2 MAP",
+        "T1 FLAIR",
+        "ASL perfusion",
+        "T2 STIR SAG SPINE",
+        "Phase contrast",
+        "GRE_Field_Map",
+        "BOLD_rest",
+        "4D_DSC_PERF",
+        "dti_64dir",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "channel"),
+    [(name, channel) for channel, names in SERIES_NAMES.items() for name in names],
+)
+def test_usual_names_of_series_say_their_channel(name: str, channel: str | None) -> None:
+    series = Series("1", "2", name, "", "MR", (Path("1.dcm"),))
+    assert guess_channel(series) == channel

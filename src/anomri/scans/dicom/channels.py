@@ -14,8 +14,9 @@ _OTHER = re.compile(
     r"t2[ _-]?(?:\*|star)|perfusion|diffusion|subtract|angio"
 )
 _FLAIR = re.compile(r"flair|tirm|dark[ _-]?fl|da-fl")
-_T1 = re.compile(r"(?<![a-z0-9])t1(?!\d)|mp[ _-]?rage|bravo|spgr")
-_T2 = re.compile(r"(?<![a-z0-9])t2(?!\d)")
+# Philips writes a letter before the weighting, as in sT2/TSE/T and eT1.
+_T1 = re.compile(r"(?<![a-z0-9])[es]?t1(?!\d)|mp[ _-]?rage|bravo|spgr")
+_T2 = re.compile(r"(?<![a-z0-9])[es]?t2(?!\d)")
 _AGENT = r"(?:gd|gad\w*|contrast|km)(?![a-z])"
 _WITH_AGENT = re.compile(
     rf"(?<![a-z])(?:ce(?![a-z])|(?:post)?{_AGENT})|post(?![a-z0-9]|[ _-]?op)|"
