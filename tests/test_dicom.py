@@ -19,6 +19,7 @@ from anomri.scans.dicom.files import quiet
 from anomri.scans.dicom.find import MIN_SLICES, choose_series, find_series
 from anomri.scans.dicom.read import convert
 from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
+from anomri.scans.intake import holds_dicom
 from anomri.scans.read import read_volume
 from anomri.scans.volume import Volume
 
@@ -735,12 +736,24 @@ def test_a_mask_on_another_grid_or_an_unfit_series_is_refused(tmp_path: Path, sc
     assert not list(tmp_path.glob("*.dcm")) and not list(tmp_path.glob(".partial*"))
 
 
-def test_an_error_quotes_no_patient(tmp_path: Path, scanned: Any) -> None:
+def test_an_error_quotes_no_patient(
+    tmp_path: Path, scanned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, volume, _ = scanned("axial")
     for path in source.files:
         path.write_bytes(path.read_bytes().replace(b"19010203", b"MARKBORN"))
+    arguments = tmp_path / "seg.dcm", volume.data[0] > 9, volume.geometry, source
+    # A date that is none is left out.
+    assert write_segmentation(*arguments) == ["PatientBirthDate"]
+    assert b"MARK" not in (tmp_path / "seg.dcm").read_bytes()
+    (tmp_path / "seg.dcm").unlink()
+
+    def fail(*_: object) -> None:
+        raise ValueError("cannot read 'MARKBORN' as a date")
+
+    monkeypatch.setattr("anomri.scans.dicom.seg._make_segmentation", fail)
     with pytest.raises(AnomriError, match="do not suffice for a DICOM SEG") as error:
-        write_segmentation(tmp_path / "seg.dcm", volume.data[0] > 9, volume.geometry, source)
+        write_segmentation(*arguments)
     assert "MARK" not in str(error.value) and not list(tmp_path.glob("*.dcm"))
 
 
@@ -844,3 +857,14 @@ SERIES_NAMES = {
 def test_usual_names_of_series_say_their_channel(name: str, channel: str | None) -> None:
     series = Series("1", "2", name, "", "MR", (Path("1.dcm"),))
     assert guess_channel(series) == channel
+
+
+def test_a_series_in_a_linked_folder_is_found_and_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_series(tmp_path / "study" / "1", "Ax FLAIR")
+    write_series(tmp_path / "elsewhere" / "2", "Ax T1")
+    (tmp_path / "study" / "linked").symlink_to(tmp_path / "elsewhere" / "2")
+    (tmp_path / "study" / "circle").symlink_to(tmp_path / "study")
+    assert holds_dicom(tmp_path / "study")
+    found = find_series(tmp_path / "study")
+    assert sorted(one.description for one in found) == ["Ax FLAIR", "Ax T1"]
+    assert len({one.slices for one in found}) == 1

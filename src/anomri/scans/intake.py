@@ -11,6 +11,7 @@ from anomri.files import output_folder
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series
 from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, parse_name
+from anomri.scans.places import walk_once
 
 CONVERTED = "nifti"
 """The folder in the output for converted scans."""
@@ -54,7 +55,8 @@ def holds_dicom(folder: Path, out: Path | None = None) -> bool:
     DICOM files are known by their content. All folders below are searched, too.
     """
     found = False
-    for number, path in enumerate(folder.rglob("*")):
+    files = (place / name for place, names in walk_once(folder) for name in names)
+    for number, path in enumerate(files):
         if path.name.lower().endswith(SUFFIXES):
             if out is None or not _is_result(path, out):
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -44,3 +45,20 @@ class Place:
             )
         images = [self.path / name for name, _ in visible if name.lower().endswith(SUFFIXES)]
         return images, [Place(self.path / name) for name, is_folder in visible if is_folder]
+
+
+def walk_once(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder in ``folder``, itself included, with the sorted names of its files.
+
+    Links to folders are followed, and every folder is entered once, so that links in a circle end.
+    Hidden folders are left out.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        facts = Path(place).stat()
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), sorted(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from anomri.errors import AnomriError, first_line
 from anomri.optional import import_extra
+from anomri.scans.places import walk_once
 
 REASONS = {
     "1.2.840.10008.5.1.4.1.1.4.1": "enhanced multi-frame MR; convert it to NIfTI with dcm2niix",
@@ -56,9 +56,8 @@ def regular_files(folder: Path) -> Iterator[Path]:
         raise AnomriError(
             f"{folder}: {what}; name the folder that holds the DICOM series (not a DICOMDIR)."
         )
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
+    for place, names in walk_once(folder):
+        for name in names:
             path = Path(place, name)
             # Regular files only: reading a pipe would block.
             if not name.startswith(".") and path.is_file():
