@@ -745,7 +745,7 @@ def test_an_error_quotes_no_patient(
     arguments = tmp_path / "seg.dcm", volume.data[0] > 9, volume.geometry, source
     # A date that is none is left out.
     assert write_segmentation(*arguments) == ["PatientBirthDate"]
-    assert b"MARK" not in (tmp_path / "seg.dcm").read_bytes()
+    assert b"MARKBORN" not in (tmp_path / "seg.dcm").read_bytes()
     (tmp_path / "seg.dcm").unlink()
 
     def fail(*_: object) -> None:
