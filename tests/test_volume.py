@@ -451,3 +451,26 @@ def test_an_interrupted_or_failed_write_leaves_nothing(
             with pytest.raises(failure):
                 write_image(out / "map.nii.gz", volume.geometry.to_image(volume.data[0]))
         assert os.listdir(out) == []
+
+
+@pytest.mark.parametrize("size", [2.0, 0.5])
+def test_two_voxel_sizes_in_one_header_are_refused(tmp_path: Path, size: float) -> None:
+    values = np.random.default_rng(0).normal(500, 60, (20, 20, 20)).clip(50, 900)
+    image = nib.Nifti1Image(values.astype(np.float32), np.diag([1.0, 1, 1, 1]))
+    image.header["pixdim"][1:4] = size
+    path = tmp_path / "a_t1.nii"
+    path.write_bytes(image.to_bytes())
+    stored = nib.load(path)
+    assert stored.header["pixdim"][1] == size and stored.affine[0, 0] == 1
+    with pytest.raises(AnomriError, match=r"a_t1.nii: its header has two voxel sizes: 1 x 1 x 1"):
+        read_volume(Case("a", {"t1": path}), ("t1",))
+
+
+def test_rounding_of_the_voxel_size_is_no_disagreement(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(500, 60, (20, 20, 20)).clip(50, 900)
+    image = nib.Nifti1Image(values.astype(np.float32), np.diag([0.9375, 0.9375, 1.2, 1]))
+    image.header["pixdim"][1:4] = 0.94, 0.94, 1.2
+    path = tmp_path / "a_t1.nii"
+    path.write_bytes(image.to_bytes())
+    volume = read_volume(Case("a", {"t1": path}), ("t1",))
+    assert volume.geometry.voxel_mm3 == pytest.approx(0.9375**2 * 1.2)

@@ -21,6 +21,8 @@ from anomri.spec import Grid
 TOLERANCE_MM, TOLERANCE = 1e-2, 0.05
 """How far the corners of one grid may differ between two headers, which are rounded: in mm, or as a
 share of the smallest voxel."""
+MAX_SIZE_DIFFERENCE = 0.05
+"""Share by which the two voxel sizes of a header may differ; more changes volumes in mm3."""
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
 """Voxels beyond these mean that a header is in metres or micrometres."""
 RESULT = b"anomri"
@@ -50,6 +52,7 @@ class Geometry:
         """The geometry of the image in ``path``; raises `AnomriError` if its header is unusable."""
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         _check_affine(path, affine)
+        _check_voxel_size(path, header, affine)
         axes = orientations.io_orientation(affine)
         if np.isnan(axes).any():
             raise AnomriError(
@@ -175,6 +178,26 @@ def check_same_grid(
         raise AnomriError(
             f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All "
             f"images of a case lie on one grid; register or resample this one to that one's."
+        )
+
+
+def _check_voxel_size(path: Path, header: nib.Nifti1Header, affine: NDArray[np.float64]) -> None:
+    """Raise `AnomriError` if the sform and pixdim of a header disagree on the size of a voxel.
+
+    Without an sform the affine is made from pixdim, so that they cannot disagree.
+    """
+    stored = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    if int(header["sform_code"]) <= 0 or not (stored > 0).all():
+        return
+    sizes = nib.affines.voxel_sizes(affine)
+    if (np.abs(stored / sizes - 1) > MAX_SIZE_DIFFERENCE).any():
+        by_sform, by_pixdim = (
+            " x ".join(f"{one:.4g}" for one in found) for found in (sizes, stored)
+        )
+        raise AnomriError(
+            f"{path}: its header has two voxel sizes: {by_sform} mm by the sform, {by_pixdim} mm by "
+            f"pixdim. One is wrong, and volumes depend on it. Correct the header, for example by "
+            f"exporting the scan again from its source."
         )
 
 
