@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from anomri.model.detector import Detector
 from anomri.model.lesions import (
     Lesion,
     column,
+    find_lesions,
     lesion_labels,
     page_row,
     read_lesion,
@@ -29,11 +31,12 @@ from anomri.reporting.viewer import serve
 from anomri.runs.bids import run_participant
 from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case
+from anomri.scans.geometry import Geometry
 from conftest import read_tsv
 from test_bids import add, describe
 from test_viewer import ask
 
-LESION = Lesion(2, 1234.5, (-1.5, 2.25, 30.0), 5.123456, 4.0, 0.75, 16.58)
+LESION = Lesion(2, 1234.5, (-1.5, 2.25, 30.0), 5.123456, 4.0, 0.75, 16.58, 0.25)
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,32 @@ def test_what_a_run_left_beside_its_scan_is_no_mask_or_label_of_it(tmp_path: Pat
 
 
 def test_a_row_of_a_table_and_of_a_page() -> None:
-    assert table_row(LESION) == ["2", "1234.5", "-1.5", "2.25", "30.0", "5.1235", "4", "0.75", "16.58"]  # fmt: skip
-    assert page_row(LESION, 3) == ["2", "1.23", "−2, 2, 30", "5.12", "4.00", "3 of 3", "16.6"]  # noqa: RUF001
+    assert table_row(LESION) == ["2", "1234.5", "-1.5", "2.25", "30.0", "5.1235", "4", "0.75", "16.58", "0.25"]  # fmt: skip
+    shown = ["2", "1.23", "\N{MINUS SIGN}2, 2, 30", "5.12", "4.00", "3 of 3", "16.6", "25%"]
+    assert page_row(LESION, 3) == shown
     without = Lesion(1, 8.0, (0.0, 0.0, 0.0), 1.0, 1.0)
-    assert table_row(without, missing="n/a")[-2:] == ["n/a", "n/a"]
-    assert page_row(without, 3)[-2:] == ["-", "-"]
+    assert table_row(without, missing="n/a")[-3:] == ["n/a"] * 3
+    assert page_row(without, 3)[-3:] == ["-"] * 3
+
+
+@pytest.mark.parametrize(("slice_mm", "share_of_long"), [(1.0, 5 / 40), (8.0, 8 / 40)])
+def test_a_finding_in_a_rim_is_at_the_edge_and_a_lesion_that_reaches_it_is_not(
+    slice_mm: float, share_of_long: float
+) -> None:
+    # With slices of 8 mm the last one is at the edge too, though the next lies more than 5 mm away.
+    axes = np.array([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    geometry = Geometry((90, 90, 40), np.diag([1, 1, slice_mm, 1]), axes, nib.Nifti1Header())
+    brain, found = (np.zeros((90, 90, 40), bool) for _ in range(2))
+    brain[5:85, 5:85, 5:35] = True
+    found[5:45, 40:50, 20] = True  # a lesion from the edge to deep inside
+    found[60:75, 5:9, 20] = True  # what is left of the scalp
+    found[30:40, 60:70, 34] = True  # in the last slice
+    found[30:40, 20:25, 20] = True  # deep inside
+    scores = found.astype(np.float32)
+    listed = find_lesions(found, scores, geometry, brain)
+    share = {one.volume_mm3 / slice_mm: one.edge_share for one in listed}
+    assert share == {400: share_of_long, 100: 1, 60: 1, 50: 0}
+    assert [one.at_edge for one in listed] == [False, True, True, False]
 
 
 def test_a_confidence_is_shown_as_a_count_only_if_it_is_one() -> None:
@@ -110,4 +134,4 @@ def test_a_lesion_is_read_back_from_json_as_far_as_that_is_sound() -> None:
         read = read_lesion({**facts, "peak": broken, "confidence": broken, "centroid_mm": broken})
         assert math.isnan(read.peak) and read.confidence is None
         assert all(map(math.isnan, read.centroid_mm)) and len(read.centroid_mm) == 3
-    assert page_row(read_lesion({}), 3) == ["-"] * 7
+    assert page_row(read_lesion({}), 3) == ["-"] * 8

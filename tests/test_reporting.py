@@ -176,9 +176,28 @@ def test_the_report_of_a_run_is_made_again_from_its_files(run: Path) -> None:
     (run / "previews" / "case7.row.jpg").unlink()
     record = json.loads((run / "logs" / "case8.json").read_text())
     for lesion in record["summary"]["lesions"]:
-        del lesion["confidence"], lesion["edge_distance_mm"]
+        del lesion["confidence"], lesion["edge_distance_mm"], lesion["edge_share"]
     (run / "logs" / "case8.json").write_text(json.dumps(record))
     assert report(run).read_text().count('<section class="case"') == 1
+
+
+def test_the_report_says_which_findings_lie_at_the_edge(run: Path) -> None:
+    record = run / "logs" / "case8.json"
+    facts = json.loads(record.read_text())
+    inner = facts["summary"]["lesions"][0] | {"edge_share": 0.5}
+    rim = [inner | {"lesion": number, "edge_share": 0.9} for number in (2, 3)]
+    sentence = "at the edge of the brain, where what is left of the skull is often taken for a"
+    for lesions, said in (
+        ([inner], None),
+        ([inner, rim[0]], f"1 of 2 findings lies {sentence} lesion: finding 2."),
+        ([inner, *rim], f"2 of 3 findings lie {sentence} lesion: findings 2, 3."),
+    ):
+        facts["summary"]["lesions"] = lesions
+        record.write_text(json.dumps(facts))
+        text = report(run).read_text()
+        part = text[text.index('id="case') :].split('<section class="case"')
+        of_case8 = next(one for one in part if "<h3>case8" in one)
+        assert (said in of_case8) if said else (sentence not in of_case8)
 
 
 def test_the_report_of_an_evaluation(cohort: Path, model: Path, tmp_path: Path) -> None:

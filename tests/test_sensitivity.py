@@ -10,7 +10,7 @@ from scipy import ndimage
 import anomri
 from anomri.cli import main
 from anomri.errors import AnomriError
-from anomri.model.lesions import smallest_edge_distances
+from anomri.model.lesions import find_edge, shares_at_edge, smallest_edge_distances
 from anomri.model.sensitivity import choose_threshold, confidence, false_positive_words
 from anomri.spec import HealthyScores, ModelSpec, Thresholds
 
@@ -107,11 +107,16 @@ def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes
     holed = brain.copy()
     holed[15, 12, 4] = False
     for some in (components, alone, voxel, capped):
-        found = smallest_edge_distances(some, holed, spacing)
+        edge = find_edge(some > 0, holed, spacing)
+        found = smallest_edge_distances(some, edge, spacing)
         assert found == pytest.approx(
             [expected[some == number].min() for number in range(1, some.max() + 1)], rel=1e-5
         )
         assert (found > 0).all()
+        near = expected <= max(5, *spacing) + 1e-6
+        assert shares_at_edge(some, edge, spacing) == pytest.approx(
+            [near[some == number].mean() for number in range(1, some.max() + 1)]
+        )
 
 
 def test_what_healthy_scans_look_like_survives_the_model_folder(

@@ -119,9 +119,9 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
         place = ", ".join(
             f"{mm:.0f}" for mm in nib.affines.apply_affine(AFFINE, CENTRES[0])
         ).replace("-", "\u2212")
-        # The mean is not a number, which JSON does not know; a confidence and a distance are not
+        # The mean is not a number, which JSON does not know; a confidence and distances are not
         # there.
-        assert first["lesions"][0]["cells"] == ["1", "1.00", place, "0.40", "-", "-", "-"]
+        assert first["lesions"][0]["cells"] == ["1", "1.00", place, "0.40"] + ["-"] * 4
         assert [one["heading"] for one in listing["columns"]][:2] == ["#", "ml"]
         labels = [background["label"] for background in first["backgrounds"]]
         assert labels == ["flair", "t1", "reconstruction flair", "reconstruction t1", "anomaly map"]

@@ -18,6 +18,13 @@ from anomri.scans.boxes import box_around
 from anomri.scans.geometry import Geometry
 from anomri.spec import HealthyScores
 
+EDGE_MM = 5.0
+"""What lies this near to a voxel outside the brain, or in the outermost voxels, is at the edge. A
+rim of scalp or marrow that skull stripping leaves is as thin, and few true lesions are:
+docs/notes/2026-12-01-rim-after-stripping.md."""
+_TOLERANCE_MM = 1e-3
+"""Spacings of headers are rounded."""
+
 Show = Callable[[Any, "int | None"], str]
 """A value as a page shows it; the second argument is the number of healthy scans of the model."""
 
@@ -72,6 +79,15 @@ def show_place(place: tuple[float, ...], _: int | None) -> str:
     return ", ".join(str(round(value)) for value in place).replace("-", "\N{MINUS SIGN}")
 
 
+def show_percent(share: float, _: int | None) -> str:
+    """Show a share as a percentage.
+
+    >>> show_percent(0.254, None)
+    '25%'
+    """
+    return f"{share:.0%}"
+
+
 def show_healthy_below(share: float, healthy_scans: int | None) -> str:
     """Show a confidence k / (n + 1) as "k of n"; as a number if it is not of so many scans.
 
@@ -120,6 +136,19 @@ class Lesion:
         unit="mm",
         format=".4g",
     )
+    edge_share: float | None = column(
+        f"Share of the lesion that lies within {EDGE_MM:g} mm of a voxel outside the brain, or within "
+        "a slice's thickness where that is more.",
+        "at edge",
+        show_percent,
+        default=None,
+        format=".3g",
+    )
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether most of it lies at the edge of the brain, as what is left of a skull does."""
+        return self.edge_share is not None and self.edge_share > 0.5
 
 
 def lesion_columns() -> dict[str, Column]:
@@ -212,11 +241,13 @@ def find_lesions(
     means = np.bincount(inside, weights=scores)[1:] / counts
     peaks = np.zeros(len(counts) + 1)
     np.maximum.at(peaks, inside, scores)
-    distances = None
+    distances = shares = None
     if brain is not None:
         components = np.zeros(mask.shape, dtype=found.dtype)
         components[box] = found
-        distances = smallest_edge_distances(components, brain, geometry.spacing_mm)
+        edge = find_edge(mask, brain, geometry.spacing_mm)
+        distances = smallest_edge_distances(components, edge, geometry.spacing_mm)
+        shares = shares_at_edge(components, edge, geometry.spacing_mm)
     centroids = cc3d.statistics(found)["centroids"][1:] + [side.start for side in box]
     centroids_mm = apply_affine(geometry.canonical_affine, centroids).round(2)
     largest_first = np.argsort(-counts, kind="stable")
@@ -229,6 +260,7 @@ def find_lesions(
             float(means[k]),
             confidence(float(peaks[k + 1]), healthy),
             None if distances is None else round(float(distances[k]), 2),
+            None if shares is None else round(float(shares[k]), 3),
         )
         for number, k in enumerate(largest_first, start=1)
     )
@@ -253,41 +285,60 @@ def lesion_labels(mask: NDArray[np.bool_]) -> NDArray[Any]:
     return labels
 
 
-def smallest_edge_distances(
-    components: NDArray[np.integer[Any]],
-    brain: NDArray[np.bool_],
-    spacing_mm: tuple[float, float, float],
-) -> NDArray[np.float64]:
-    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from a voxel outside
-    the brain.
+def find_edge(
+    lesions: NDArray[np.bool_], brain: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> KDTree:
+    """The voxels next to the brain (x, y, z) and outside it, as places in mm from the first voxel.
 
-    Distances are those between centres of voxels. Holes of the ``brain`` (x, y, z) are inside; what
-    lies beyond the image is outside.
+    The ``lesions`` (x, y, z) and holes of the brain are inside; what lies beyond the image is
+    outside.
     """
-    found = components > 0
-    inside = brain | found
+    inside = brain | lesions
     box = box_around(inside)
     # Holes of the brain are air that the air around does not reach.
     air = cc3d.connected_components(
         np.pad(~inside[box], 1, constant_values=True).view(np.uint8), connectivity=6
     )
     outside = air == air[0, 0, 0]
-    skin = np.argwhere(outside & _rim(outside)) - 1
-    # Nearest to each other are a voxel on the rim of a component and one on the rim of the air.
-    lesions = box_around(found[box])
-    near = components[box][lesions]
+    skin = np.argwhere(outside & _rim(outside)) - 1 + [side.start for side in box]
+    return KDTree(skin * np.array(spacing_mm), balanced_tree=False, compact_nodes=False)
+
+
+def smallest_edge_distances(
+    components: NDArray[np.integer[Any]], edge: KDTree, spacing_mm: tuple[float, float, float]
+) -> NDArray[np.float64]:
+    """For every component 1, 2, ... of (x, y, z), its smallest distance in mm from the ``edge``
+    that `find_edge` found.
+
+    Distances are those between centres of voxels.
+    """
+    # Nearest to each other are a voxel on the rim of a component and one of the edge.
+    box = box_around(components > 0)
+    near = components[box]
     rim = np.nonzero((near > 0) & _rim(np.pad(near, 1))[1:-1, 1:-1, 1:-1])
-    places = (np.stack(rim, 1) + [side.start for side in lesions]) * spacing_mm
-    tree = KDTree(skin * np.array(spacing_mm), balanced_tree=False, compact_nodes=False)
+    places = (np.stack(rim, 1) + [side.start for side in box]) * spacing_mm
     numbers, smallest = near[rim], np.full(int(components.max()) + 1, np.inf)
-    # Further and further until every component has met the air: what is deep inside one is hardly
+    # Further and further until every component has met the edge: what is deep inside one is hardly
     # looked at.
     left, reach = np.arange(len(numbers)), 2 * max(spacing_mm)
     while left.size:
-        distances, _ = tree.query(places[left], distance_upper_bound=reach)
+        distances, _ = edge.query(places[left], distance_upper_bound=reach)
         np.minimum.at(smallest, numbers[left], distances)
         left, reach = left[np.isinf(smallest[numbers[left]])], 2 * reach
     return smallest[1:]
+
+
+def shares_at_edge(
+    components: NDArray[np.integer[Any]], edge: KDTree, spacing_mm: tuple[float, float, float]
+) -> NDArray[np.float64]:
+    """For every component 1, 2, ... of (x, y, z), the share of its voxels that is at the ``edge``:
+    within `EDGE_MM`, or within one voxel where that is more."""
+    reach = max(EDGE_MM, *spacing_mm) + _TOLERANCE_MM
+    voxels = np.nonzero(components)
+    distances, _ = edge.query(np.stack(voxels, 1) * spacing_mm, distance_upper_bound=reach)
+    numbers = components[voxels].astype(np.int64)
+    near = np.bincount(numbers, weights=np.isfinite(distances))
+    return near[1:] / np.bincount(numbers)[1:]
 
 
 def _rim(parts: NDArray[Any]) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anomri.files import read_json
-from anomri.model.lesions import Lesion, healthy_scans, lesion_columns, page_row
+from anomri.model.lesions import EDGE_MM, Lesion, healthy_scans, lesion_columns, page_row
 from anomri.model.sensitivity import false_positive_words
 from anomri.reporting.pages import CaseView, Page, Table, case_views, pictured, write_page
 from anomri.runs.ledger import Ledger
@@ -29,6 +29,7 @@ GLOSSARY = (
         "how many of the healthy scans that the model was tested on have a lower peak in all of the brain",
     ),
     ("from edge", "distance from the surface of the brain; artefacts often lie there"),
+    ("at edge", f"how much of a finding lies within {EDGE_MM:g} mm or one slice of that surface"),
 )
 
 
@@ -145,7 +146,22 @@ def _details(result: CaseResult) -> list[str]:
     summary: Mapping[str, Any] = result.summary or {}
     return [
         f"Channels: {_channels(result)}. Threshold: {_threshold(result)}.",
+        *_note_edge(result.lesions),
         *(f"Note: {text}" for text in summary["notes"]),
+    ]
+
+
+def _note_edge(lesions: Sequence[Lesion]) -> list[str]:
+    """A warning if findings lie where a rim of the skull may be left."""
+    at_edge = [f"{one.lesion}" for one in lesions if one.at_edge]
+    if not at_edge:
+        return []
+    shown = ", ".join(at_edge[:MAX_LESIONS]) + (", ..." if len(at_edge) > MAX_LESIONS else "")
+    lie, are = ("lies", "finding") if len(at_edge) == 1 else ("lie", "findings")
+    of_all = "finding" if len(lesions) == 1 else "findings"
+    return [
+        f"{len(at_edge)} of {len(lesions)} {of_all} {lie} at the edge of the brain, where what is "
+        f"left of the skull is often taken for a lesion: {are} {shown}."
     ]
 
 
