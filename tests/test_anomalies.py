@@ -40,7 +40,7 @@ def blobs(foreground: Tensor) -> Tensor:
     return (random_depths(foreground, seeded())[0] > 0) & foreground
 
 
-def test_planted_anomalies_change_what_they_say_and_leave_the_rest() -> None:
+def test_planted_anomalies_change_the_brain_only_where_their_label_is() -> None:
     x, foreground = slices()
     changed, where = plant_anomalies(x, foreground, torch.ones(32, 4, 1, 1), CHANNELS, seeded())
     assert torch.equal(
@@ -109,13 +109,13 @@ def test_every_part_of_the_foreground_may_hold_an_anomaly() -> None:
     assert not blobs(empty).any()
 
 
-def test_an_unknown_channel_changes_either_way() -> None:
+def test_an_unknown_channel_gets_brighter_or_darker() -> None:
     shifts = typical_shifts(4000, ("flair", "adc"), seeded(), typical=1.0)
     assert float((shifts[:, 0] > 0).float().mean()) > 0.95
     assert 0.45 < float((shifts[:, 1] > 0).float().mean()) < 0.55
 
 
-def test_half_of_the_parts_show_what_people_have_alone() -> None:
+def test_half_of_the_subsets_show_a_channel_that_people_often_have_alone() -> None:
     x, _ = slices(600)
     kept = (
         DAE(CHANNELS, [4, 8, 16, 32], channel_dropout=0.5, alone=["flair", "swi"])
@@ -128,7 +128,7 @@ def test_half_of_the_parts_show_what_people_have_alone() -> None:
     assert bool(kept.flatten(1).any(1).all())
 
 
-def test_what_no_shown_channel_shows_is_not_asked_for() -> None:
+def test_an_anomaly_that_no_kept_channel_shows_has_no_label() -> None:
     x, foreground = slices(300)
     shown = torch.zeros(300, 4, 1, 1)
     assert not plant_anomalies(x, foreground, shown, CHANNELS, seeded())[1].any()
@@ -140,7 +140,7 @@ def test_what_no_shown_channel_shows_is_not_asked_for() -> None:
 
 
 @pytest.mark.parametrize("work", ["anomalies", "augmentation", "noise"])
-def test_a_part_of_a_batch_gets_the_rows_of_the_whole(work: str) -> None:
+def test_a_part_of_a_batch_draws_the_rows_of_the_whole_batch(work: str) -> None:
     x, foreground = slices(6)
     how = Augmentation(True, 10, 0.1, 0.05, 0.2, 0.1, 0.02, 0.02, 1.0)
     noise = Noise([8, 16], [0.1, 0.3], share=0.5)
@@ -177,7 +177,7 @@ def test_each_augmentation_changes_the_brain_and_nothing_else(field: str) -> Non
     assert torch.equal(same, x) and torch.equal(there, foreground)
 
 
-def test_several_noises() -> None:
+def test_noise_may_have_several_sizes_and_strengths() -> None:
     noise = Noise([8, 16], [0.1, 0.3], share=0.5).draw((64, 4, 64, 72), seeded())
     strengths = noise.flatten(1).std(1)
     assert 16 < int((strengths == 0).sum()) < 48
@@ -203,7 +203,7 @@ def test_a_right_segmentation_costs_least() -> None:
     )
 
 
-def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
+def test_a_voxel_of_a_small_anomaly_counts_more_than_one_of_a_large_anomaly() -> None:
     _, foreground = slices(1)
     small, large = torch.zeros_like(foreground), torch.zeros_like(foreground)
     small[0, 32:35, 32:35] = True
@@ -219,7 +219,7 @@ def test_a_small_anomaly_counts_for_more_than_as_much_of_a_large_one() -> None:
     assert float(cost_small) > 2 * float(cost_large)
 
 
-def test_a_finer_grid_shows_anomalies_of_the_same_size() -> None:
+def test_anomalies_have_the_same_size_in_mm_on_a_finer_grid() -> None:
     x, foreground = slices(300)
     fine = foreground.repeat_interleave(2, 1).repeat_interleave(2, 2)
     shown = torch.ones(300, 4, 1, 1)

@@ -207,7 +207,7 @@ PAIRS: dict[str, tuple[str, bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_bad_companion_is_named(tmp_path: Path, name: str) -> None:
+def test_a_bad_file_beside_the_scan_is_named(tmp_path: Path, name: str) -> None:
     kind, content, message = PAIRS[name]
     (tmp_path / "a_flair.nii").write_bytes(image())
     second = tmp_path / f"a_{kind}.nii"
@@ -242,7 +242,7 @@ def test_a_brain_mask_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gzip bomb", "10^12 voxels"])
-def test_memory_is_not_taken_for_what_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_refused_file_takes_no_memory(tmp_path: Path, name: str) -> None:
     file, content, message = FILES[name]
     (tmp_path / file).write_bytes(content)
     detector = thresholding()
@@ -271,7 +271,7 @@ except AnomriError as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limits on memory")
-def test_a_bomb_of_320_mib_is_refused_in_64_mib(tmp_path: Path) -> None:
+def test_a_compressed_file_of_320_mib_is_refused_within_64_mib_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "a_flair.nii.gz"
     with gzip.open(path, "wb", compresslevel=9) as file:
         file.write(image())
@@ -327,7 +327,9 @@ FUZZ = settings(
 
 @FUZZ
 @given(field=st.sampled_from(HEADER_FIELDS), data=st.data())
-def test_any_header_field_may_hold_anything(field: tuple[int, str], data: st.DataObject) -> None:
+def test_a_random_header_field_is_read_or_refused_clearly(
+    field: tuple[int, str], data: st.DataObject
+) -> None:
     offset, form = field
     width = struct.calcsize(form)
     content = bytearray(image())
@@ -341,7 +343,9 @@ def test_any_header_field_may_hold_anything(field: tuple[int, str], data: st.Dat
     byte=st.integers(0, 255),
     packed=st.booleans(),
 )
-def test_any_byte_may_be_wrong(places: list[int], byte: int, packed: bool) -> None:
+def test_a_random_wrong_byte_is_read_or_refused_clearly(
+    places: list[int], byte: int, packed: bool
+) -> None:
     content = bytearray(gzip.compress(image(), 1, mtime=0) if packed else image())
     for place in places:
         content[place % len(content)] ^= byte
@@ -350,7 +354,7 @@ def test_any_byte_may_be_wrong(places: list[int], byte: int, packed: bool) -> No
 
 @FUZZ
 @given(content=st.binary(max_size=600), head=st.integers(0, 400), packed=st.booleans())
-def test_any_bytes_may_be_a_file(content: bytes, head: int, packed: bool) -> None:
+def test_random_bytes_are_refused_clearly(content: bytes, head: int, packed: bool) -> None:
     whole = image()[:head] + content
     outcome(gzip.compress(whole) if packed else whole, ".nii.gz" if packed else ".nii")
 
@@ -361,7 +365,7 @@ def test_any_bytes_may_be_a_file(content: bytes, head: int, packed: bool) -> Non
     spacing=st.tuples(*[st.floats(0.05, 80)] * 3),
     gain=st.floats(1e-6, 1e6),
 )
-def test_any_whole_scan_is_done_or_refused(
+def test_a_scan_of_random_shape_and_spacing_is_done_or_refused(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], gain: float
 ) -> None:
     data = np.zeros(shape, np.float32)
@@ -369,7 +373,7 @@ def test_any_whole_scan_is_done_or_refused(
     outcome(image(data, nib.affines.from_matvec(np.diag(spacing))), ".nii")
 
 
-def test_the_fuzz_can_tell_good_from_bad() -> None:
+def test_the_fuzz_test_accepts_good_files_and_finds_bad_ones() -> None:
     assert outcome(image(), ".nii") == "done"
     assert outcome(image()[:-9], ".nii") == "refused"
     assert len(FILES) + len(PAIRS) >= 25

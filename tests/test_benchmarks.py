@@ -80,7 +80,7 @@ def test_a_change_alters_the_brain_and_leaves_the_air(scan: Volume, name: str) -
         assert np.corrcoef(after[0][inside], before[0][inside])[0, 1] > 0.5
 
 
-def test_a_mask_is_counted_by_components() -> None:
+def test_spheres_and_false_components_of_a_mask_are_counted() -> None:
     spheres, mask = np.zeros((20, 20, 6), bool), np.zeros((20, 20, 6), bool)
     spheres[2:5, 2:5, 1], spheres[10:12, 10:12, 1], spheres[15, 15, 2] = True, True, True
     healthy = np.array([False, True, True, True, True, False])
@@ -95,7 +95,7 @@ def test_a_mask_is_counted_by_components() -> None:
     assert false == 1
 
 
-def test_the_first_row_equals_an_evaluation(
+def test_the_first_row_of_the_robustness_table_equals_an_evaluation(
     cohort: Path,
     model_with_head: Path,
     monkeypatch: pytest.MonkeyPatch,

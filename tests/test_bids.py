@@ -107,7 +107,7 @@ def errors(folder: Path) -> list[object]:
     ]
 
 
-def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
+def test_a_data_set_may_have_sessions_or_none(dataset: Path) -> None:
     told: list[str] = []
     cases = {case.name: case for case in bids_cases(dataset, warn=told.append)}
     assert list(cases) == ["sub-01", "sub-02_ses-a", "sub-02_ses-b", "sub-03"]
@@ -133,7 +133,7 @@ def test_cases_of_a_data_set_with_and_without_sessions(dataset: Path) -> None:
     ]
 
 
-def test_a_data_set_is_a_cohort(dataset: Path, cache: Path) -> None:
+def test_a_bids_data_set_is_found_as_a_cohort(dataset: Path, cache: Path) -> None:
     (dataset / "sub-04" / "anat").mkdir(parents=True)
     (dataset / "splits.csv").write_text(
         "case,split\nsub-01,test\nsub-02_ses-a,train\nsub-02_ses-b,train\nsub-03,val\n"
@@ -179,7 +179,7 @@ def test_a_file_that_may_be_a_label_but_is_not_read_as_one_is_refused_by_name(
         find_cases(dataset)
 
 
-def test_a_participant_may_be_called_after_a_lesion(dataset: Path) -> None:
+def test_a_participant_label_may_be_a_word_for_a_lesion(dataset: Path) -> None:
     for place in [dataset / "sub-03", *dataset.glob("derivatives/*/sub-03")]:
         for file in place.rglob("sub-03*"):
             file.rename(file.with_name(file.name.replace("sub-03", "sub-stroke3")))
@@ -187,7 +187,7 @@ def test_a_participant_may_be_called_after_a_lesion(dataset: Path) -> None:
     assert "sub-stroke3" in [case.name for case in find_cases(dataset)]
 
 
-def test_a_folder_called_as_in_bids_may_be_another_layout(dataset: Path) -> None:
+def test_a_folder_named_as_in_bids_may_have_another_layout(dataset: Path) -> None:
     other = describe(dataset.parent / "brats")
     for case in ("sub-1", "sub-2"):
         save(other / case / f"{case}_flair.nii.gz", np.ones(SHAPE, np.float32))
@@ -205,7 +205,7 @@ def test_labels_choose_participants_and_sessions(dataset: Path) -> None:
     ]
 
 
-def test_a_case_lies_in_one_space(tmp_path: Path) -> None:
+def test_the_channels_of_a_case_are_in_one_space(tmp_path: Path) -> None:
     root = describe(tmp_path / "prep", DatasetType="derivative", GeneratedBy=[{"Name": "prep"}])
     anat = root / "sub-1" / "anat"
     names = ("desc-preproc_T1w", "desc-preproc_FLAIR", "desc-brain_mask", "desc-anomaly_FLAIR")
@@ -250,7 +250,8 @@ def test_a_pickle_in_the_data_set_is_not_loaded(dataset: Path) -> None:
     assert len(bids_cases(dataset)) == 4
 
 
-def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detector) -> None:
+@pytest.mark.slow
+def test_participants_run_one_by_one_and_then_the_group(dataset: Path, detector: Detector) -> None:
     out = dataset / "derivatives" / "anomri"
     assert errors(dataset) == []
     (first,) = run_participant(dataset, out, detector, participant_labels=["01"])
@@ -291,7 +292,7 @@ def test_participants_one_by_one_then_the_group(dataset: Path, detector: Detecto
     ]
 
 
-def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Detector) -> None:
+def test_a_participant_gets_images_sidecars_and_a_table(dataset: Path, detector: Detector) -> None:
     out = dataset.parent / "out"
     (result,) = run_participant(
         dataset, out, detector, participant_labels=["01"], skip_bids_validation=True
@@ -347,7 +348,7 @@ def test_images_sidecars_and_table_of_a_participant(dataset: Path, detector: Det
     assert not any(str(dataset.parent) in text for text in texts)
 
 
-def test_the_space_of_the_images_is_that_of_the_outputs(tmp_path: Path, detector: Detector) -> None:
+def test_outputs_are_in_the_space_of_the_images(tmp_path: Path, detector: Detector) -> None:
     root = describe(tmp_path / "prep", DatasetType="derivative", GeneratedBy=[{"Name": "prep"}])
     add(
         root,
@@ -361,7 +362,7 @@ def test_the_space_of_the_images_is_that_of_the_outputs(tmp_path: Path, detector
     assert errors(tmp_path / "out") == []
 
 
-def test_models_without_threshold_and_with_other_channels(
+def test_a_model_without_threshold_writes_maps_only_and_other_channels_are_refused(
     dataset: Path, detector: Detector
 ) -> None:
     out = dataset.parent / "my out"
@@ -416,7 +417,7 @@ def test_a_case_that_lacks_a_channel_fails_and_the_others_go_on(
     assert errors(out) == []
 
 
-def test_errors_say_what_to_do(
+def test_errors_of_a_data_set_say_what_to_do(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(AnomriError, match="no participant 99; labels found: 01, 02, 03"):
@@ -455,7 +456,7 @@ def test_errors_say_what_to_do(
         bids_cases(dataset)
 
 
-def test_nothing_of_others_is_overwritten(
+def test_files_of_others_are_not_overwritten(
     dataset: Path, detector: Detector, tmp_path: Path
 ) -> None:
     description = (dataset / "dataset_description.json").read_text()
@@ -474,7 +475,7 @@ def test_nothing_of_others_is_overwritten(
         run_participant(dataset, out, detector, skip_bids_validation=True)
 
 
-def test_what_is_done_is_not_done_again_unless_it_changed(
+def test_finished_participants_run_again_only_if_they_changed(
     dataset: Path, detector: Detector
 ) -> None:
     out = dataset.parent / "out"
@@ -527,7 +528,7 @@ def test_invalid_data_sets_are_refused(
     assert "was not validated" in told[0]
 
 
-def test_parts_of_the_channels_and_participants_one_by_one(
+def test_participants_may_have_different_subsets_of_the_channels(
     dataset: Path, model_with_head: Path
 ) -> None:
     """With a model whose score has healthy maps, which `run.json` leaves out."""
@@ -549,7 +550,7 @@ def test_parts_of_the_channels_and_participants_one_by_one(
     assert said["Channels"] == ["flair"] and len(said["Sources"]) == 1
 
 
-def test_the_command_takes_what_detection_takes(dataset: Path, model_with_head: Path) -> None:
+def test_the_bids_command_takes_the_options_of_detect(dataset: Path, model_with_head: Path) -> None:
     arguments = [
         "--sensitivity",
         "lowest",

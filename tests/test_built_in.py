@@ -18,7 +18,7 @@ from anomri.model.detector import BUILT_IN
 from anomri.scans.find import find_cases
 
 
-def test_it_is_small_and_has_its_card() -> None:
+def test_the_built_in_model_is_small_and_has_a_card() -> None:
     assert sum(path.stat().st_size for path in BUILT_IN.iterdir()) < 16 * 2**20
     card = " ".join((BUILT_IN / "MODEL_CARD.md").read_text().split())
     for word in ("not a medical device", "Menze", "Bakas", "Where it fails", "AUPRC"):
@@ -38,7 +38,9 @@ def lesioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) -> None:
+def test_the_built_in_model_finds_synthetic_lesions_with_all_channels_and_with_some(
+    lesioned: Path,
+) -> None:
     detector, (case,) = anomri.load(), find_cases(lesioned)
     for part in (detector.spec.channels, ("flair", "t2"), ("flair",)):
         found = detector.with_channels(part).detect(case)
@@ -50,7 +52,7 @@ def test_it_finds_synthetic_lesions_by_all_channels_and_by_some(lesioned: Path) 
 
 
 @pytest.mark.slow
-def test_one_file_of_any_name_and_no_model(
+def test_the_built_in_model_takes_one_file_of_any_name(
     lesioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (case,) = find_cases(lesioned)

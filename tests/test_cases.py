@@ -22,7 +22,7 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_brats_layout(tmp_path: Path) -> None:
+def test_a_folder_for_each_case_is_read(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "B/B_t1.nii.gz",
@@ -38,7 +38,7 @@ def test_brats_layout(tmp_path: Path) -> None:
     assert first.mask == tmp_path / "A_1/A_1_mask.nii.gz"
 
 
-def test_flat_folder_a_single_case_and_a_single_file(tmp_path: Path) -> None:
+def test_a_flat_folder_a_single_case_and_a_single_file_are_read(tmp_path: Path) -> None:
     touch(tmp_path, "a_flair.nii.gz", "a_t1.nii.gz", "b_flair.nii.gz")
     assert [(case.name, len(case.channels)) for case in find_cases(tmp_path)] == [
         ("a", 2),
@@ -51,7 +51,7 @@ def test_flat_folder_a_single_case_and_a_single_file(tmp_path: Path) -> None:
     assert case == Case("a", {"t1": tmp_path / "a_t1.nii.gz"})
 
 
-def test_table(tmp_path: Path) -> None:
+def test_a_table_of_cases_is_read(tmp_path: Path) -> None:
     touch(tmp_path, "x.nii.gz", "y.nii.gz", "l.nii.gz")
     table = tmp_path / "cohort.tsv"
     table.write_text(
@@ -64,7 +64,7 @@ def test_table(tmp_path: Path) -> None:
     assert (second.label, second.split, second.patient) == (None, None, "p2")
 
 
-def test_splits_are_found_and_come_back(tmp_path: Path) -> None:
+def test_splits_are_read_and_written(tmp_path: Path) -> None:
     touch(tmp_path, "a_t1.nii.gz", "b_t1.nii.gz")
     (tmp_path / "splits.csv").write_text("case,split\na,train\nb,val\n")
     cases = find_cases(tmp_path)
@@ -74,7 +74,7 @@ def test_splits_are_found_and_come_back(tmp_path: Path) -> None:
     assert [case.split for case in assign_splits(cases, {"a": "test"})] == ["test", "val"]
 
 
-def test_channels_are_those_that_most_cases_have() -> None:
+def test_the_common_channels_are_those_of_most_cases() -> None:
     def case(*names: str) -> Case:
         return Case("c", dict.fromkeys(names, Path("x")))
 
@@ -116,7 +116,7 @@ def test_bad_tables_name_file_and_line(tmp_path: Path, content: str, message: st
         find_cases(tmp_path / "cohort.tsv")
 
 
-def test_other_bad_cohorts(tmp_path: Path) -> None:
+def test_a_missing_empty_or_unreadable_cohort_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AnomriError, match="no such file"):
         find_cases(tmp_path / "gone")
     with pytest.raises(AnomriError, match="no scans found"):
@@ -147,7 +147,7 @@ def test_what_detect_wrote_beside_the_scans_is_not_read_as_input(tmp_path: Path)
     assert (case.name, list(case.channels), case.mask) == ("p", ["flair", "t1"], None)
 
 
-def test_splits_of_another_cohort_are_refused(tmp_path: Path) -> None:
+def test_splits_that_name_other_cases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         AnomriError, match="the splits name x, y, ... but no case of the cohort, which has a, b"
     ):
@@ -184,7 +184,7 @@ def test_given_splits_are_honoured_and_checked() -> None:
         split_cases(_cases("a"), {}, seed=0)
 
 
-def test_channels_by_the_names_of_others(tmp_path: Path) -> None:
+def test_common_names_of_channels_are_known(tmp_path: Path) -> None:
     stem = "BraTS-GLI-00002-000"
     names = [f"{stem}/{stem}-{kind}.nii.gz" for kind in ("t1n", "t1c", "t2w", "t2f", "seg")]
     (case,) = find_cases(touch(tmp_path / "2023", *names))
@@ -199,14 +199,14 @@ def test_channels_by_the_names_of_others(tmp_path: Path) -> None:
         case_from_files({"t1": file, "T1w": file})
 
 
-def test_what_was_detected_is_no_scan(tmp_path: Path) -> None:
+def test_outputs_of_detect_are_not_read_as_scans(tmp_path: Path) -> None:
     outputs = [f"x_{kind}.nii.gz" for kind in ("anomaly", "mask", "reconstruction")]
     touch(tmp_path, "x_flair.nii.gz", *outputs, *(f"again/{name}" for name in outputs))
     (case,) = find_cases(tmp_path)
     assert list(case.channels) == ["flair"] and case.mask is None
 
 
-def test_contrast_agents_of_bids_names_and_channels_named_twice_in_a_table(tmp_path: Path) -> None:
+def test_a_contrast_agent_makes_t1ce_and_a_channel_named_twice_is_refused(tmp_path: Path) -> None:
     (case,) = find_cases(touch(tmp_path, "sub-1_T1w.nii.gz", "sub-1_ce-gd_T1w.nii.gz"))
     assert {name: path.name for name, path in case.channels.items()} == {
         "t1": "sub-1_T1w.nii.gz",
@@ -219,7 +219,7 @@ def test_contrast_agents_of_bids_names_and_channels_named_twice_in_a_table(tmp_p
         find_cases(tmp_path / "x.tsv")
 
 
-def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path) -> None:
+def test_output_names_of_skull_stripping_tools_are_known(tmp_path: Path) -> None:
     names = ("p_FLAIR.nii.gz", "p_FLAIR_brain.nii.gz", "p_T1w_brain.nii.gz", "p_FLAIR_mask.nii.gz")
     (case,) = find_cases(touch(tmp_path, *names))
     assert case.name == "p" and case.mask == tmp_path / "p_FLAIR_mask.nii.gz"
@@ -246,14 +246,14 @@ def test_brains_and_masks_by_the_names_of_tools_that_strip_skulls(tmp_path: Path
         ("p_swi.nii.gz", "p_flair.nii.gz", "p_swi_mask.nii.gz"),
     ],
 )
-def test_a_mask_is_of_the_case_whose_image_has_its_name(
+def test_a_mask_belongs_to_the_case_whose_image_has_its_name(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     (case,) = find_cases(touch(tmp_path, *names))
     assert (case.name, case.mask) == ("p", tmp_path / names[-1]) and "flair" in case.channels
 
 
-def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
+def test_folders_of_one_patient_become_one_case(tmp_path: Path) -> None:
     names = (
         "anat/sub-01_T1w.nii",
         "anat/sub-01_FLAIR.nii",
@@ -281,14 +281,14 @@ def test_folders_of_one_patient_are_put_together(tmp_path: Path) -> None:
         (("p_t1.nii", "p_seg.nii", "p_seg_mask.nii"), None),
     ],
 )
-def test_of_several_masks_the_plainest_is_taken(
+def test_the_plainest_of_several_masks_is_taken(
     tmp_path: Path, names: tuple[str, ...], mask: str | None
 ) -> None:
     (case, *_) = find_cases(touch(tmp_path, *names))
     assert (case.mask and case.mask.name) == mask
 
 
-def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
+def test_time_points_named_t1_and_t2_are_not_channels(tmp_path: Path) -> None:
     kinds = ("flair", "t1", "seg")
     first, second = find_cases(
         touch(tmp_path / "a", *(f"P_{time}_{kind}.nii" for time in ("T1", "T2") for kind in kinds))
@@ -318,7 +318,7 @@ def test_points_in_time_called_as_channels_are(tmp_path: Path) -> None:
     assert list(case.channels) == ["flair", "t2"] and case.mask
 
 
-def test_channels_in_two_words(tmp_path: Path) -> None:
+def test_a_channel_name_may_have_two_words(tmp_path: Path) -> None:
     names = ("T1_brain.nii.gz", "T2_FLAIR_brain.nii.gz", "t1_ce.nii.gz")
     (case,) = find_cases(touch(tmp_path, *(f"s1/{name}" for name in names)))
     assert case.name == "s1" and list(case.channels) == ["flair", "t1", "t1ce"]
@@ -328,7 +328,7 @@ def test_channels_in_two_words(tmp_path: Path) -> None:
     assert case.name == "a" and list(case.channels) == ["flair", "t1ce", "t2"]
 
 
-def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) -> None:
+def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path: Path) -> None:
     touch(tmp_path / "store", "1/anat/FLAIR.nii.gz", "2/anat/T1.nii.gz", "KEY.nii.gz")
     cohort = tmp_path / "cohort"
     cohort.mkdir()
@@ -343,7 +343,7 @@ def test_folders_behind_links_are_called_as_the_user_calls_them(tmp_path: Path) 
     assert [case_from_files({"flair": annexed}).name, find_cases(annexed)[0].name] == ["p3", "p3"]
 
 
-def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> None:
+def test_patients_with_equal_file_names_stay_apart(tmp_path: Path) -> None:
     touch(
         tmp_path / "mixed",
         "p1/scan_flair.nii.gz",
@@ -395,21 +395,21 @@ def test_patients_whose_files_are_called_alike_stay_apart(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_folders_of_channels_and_masks_are_put_together(
+def test_folders_for_each_channel_and_mask_are_joined(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     case = find_cases(touch(tmp_path, *names))[0]
     assert (case.name, list(case.channels)) == ("p", ["flair", "t1"]) and case.mask is not None
 
 
-def test_visits_of_a_patient_by_the_names_of_brats(tmp_path: Path) -> None:
+def test_visits_in_brats_names_belong_to_one_patient(tmp_path: Path) -> None:
     cases = _cases(*(f"BraTS-GLI-{k:05d}-{visit:03d}" for k in range(10) for visit in range(3)))
     assert {case.patient for case in cases} == {f"BraTS-GLI-{k:05d}" for k in range(10)}
     held_out = [case.name[:15] for case in split_cases(cases, {}, seed=0) if case.split == "val"]
     assert len(held_out) == 3 and len({*held_out}) == 1
 
 
-def test_folders_of_visits_in_folders_of_patients(tmp_path: Path) -> None:
+def test_visit_folders_in_patient_folders_are_read(tmp_path: Path) -> None:
     touch(
         tmp_path,
         *(
@@ -440,7 +440,7 @@ def test_folders_of_visits_in_folders_of_patients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["p1_v1_seg", "p1_seg", "v1_seg", "seg", "scan_seg"])
 @pytest.mark.parametrize("image", ["p1_v1_flair", "p1_flair", "FLAIR", "scan_flair"])
-def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(
+def test_files_of_a_visit_are_one_case_whatever_their_names(
     tmp_path: Path, name: str, image: str
 ) -> None:
     touch(
@@ -454,7 +454,7 @@ def test_whatever_they_are_called_the_files_of_a_visit_are_one_case(
     assert all(case.label and case.mask for case in cases)
 
 
-def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -> None:
+def test_patients_may_have_visits_or_none_and_labels_elsewhere(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "p1/FLAIR.nii.gz",
@@ -481,7 +481,7 @@ def test_patients_with_and_without_visits_and_labels_elsewhere(tmp_path: Path) -
         ("sub-01/anat/sub-01_FLAIR", "derivatives/hand/sub-01_label-lesion_mask"),
     ],
 )
-def test_folders_in_folders_that_are_no_visits_are_refused(
+def test_nested_folders_that_are_not_visits_are_refused(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
@@ -699,7 +699,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_public_data_sets_by_their_own_names(tmp_path: Path, layout: str) -> None:
+def test_names_of_public_data_sets_are_known(tmp_path: Path, layout: str) -> None:
     names, expected = LAYOUTS[layout]
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
     found = {
@@ -713,7 +713,7 @@ def test_public_data_sets_by_their_own_names(tmp_path: Path, layout: str) -> Non
     assert found == expected
 
 
-def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(
+def test_the_processing_step_that_fits_the_labels_is_taken_with_a_note(
     tmp_path: Path,
 ) -> None:
     touch(tmp_path, "0/pre/FLAIR.nii", "0/orig/FLAIR.nii", "0/raw/notes.txt", "0/wmh.nii")
@@ -761,7 +761,7 @@ def test_of_the_steps_of_processing_the_one_that_labels_fit_is_taken_and_said(
         (("wmh_v2.nii", "raw/brainmask.nii"), None, "wmh_v2.nii, raw/brainmask.nii"),
     ],
 )
-def test_what_is_not_read_beside_steps_is_said(
+def test_files_left_out_beside_processing_steps_are_named(
     tmp_path: Path, names: tuple[str, ...], label: str | None, unread: str
 ) -> None:
     place = touch(tmp_path / "P1", "processed/FLAIR.nii", *names)
@@ -771,7 +771,7 @@ def test_what_is_not_read_beside_steps_is_said(
         assert case.notes == (f"P1: its images are those in processed; not read: {unread}.",)
 
 
-def test_one_patients_folder_is_read_as_in_the_cohort(tmp_path: Path) -> None:
+def test_a_patient_folder_alone_is_read_as_in_its_cohort(tmp_path: Path) -> None:
     for place in ("orig", "preprocessed"):
         touch(
             tmp_path,
@@ -791,7 +791,7 @@ def test_one_patients_folder_is_read_as_in_the_cohort(tmp_path: Path) -> None:
     }
 
 
-def test_steps_of_a_cohort_are_not_mixed_in_a_case(tmp_path: Path) -> None:
+def test_a_case_does_not_mix_processing_steps(tmp_path: Path) -> None:
     touch(tmp_path, "raw/p1_FLAIR.nii", "raw/p2_FLAIR.nii", "raw/p1_seg.nii")
     touch(tmp_path, "preprocessed/p1_FLAIR_mni.nii", "preprocessed/p1_T1_mni.nii")
     first, second = find_cases(tmp_path)
@@ -834,12 +834,12 @@ def test_folders_of_processing_steps_are_not_taken_for_visits_cohorts_or_data_se
     assert [one.name for one in find_cases(visited)] == ["P1_v1", "raw"]
 
 
-def test_a_mask_of_a_scan_that_is_called_like_a_tissue_is_its_own(tmp_path: Path) -> None:
+def test_a_patient_name_that_looks_like_a_tissue_tool_keeps_its_mask(tmp_path: Path) -> None:
     (case,) = find_cases(touch(tmp_path, "FAST_001_dwi.nii", "FAST_001_mask.nii"))
     assert case.mask == tmp_path / "FAST_001_mask.nii"
 
 
-def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
+def test_one_of_several_labels_is_taken_with_a_note(tmp_path: Path) -> None:
     (case,) = find_cases(
         touch(
             tmp_path,
@@ -871,7 +871,7 @@ def test_of_several_labels_one_is_taken_and_said(tmp_path: Path) -> None:
         ("a/b/c/d/FLAIR",),
     ],
 )
-def test_labels_without_images_lead_to_images_that_lie_deeper(
+def test_a_folder_with_labels_only_is_refused_and_deeper_images_are_named(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     touch(tmp_path, *(f"{name}.nii.gz" for name in names))
@@ -882,7 +882,7 @@ def test_labels_without_images_lead_to_images_that_lie_deeper(
         find_cases(tmp_path)
 
 
-def test_labels_alone_are_cases_for_the_maps_of_others(tmp_path: Path) -> None:
+def test_labels_without_images_are_cases_for_maps_of_other_programs(tmp_path: Path) -> None:
     touch(tmp_path, "p1/v1/seg.nii", "p2/v1/seg.nii")
     assert all(case.label and not case.channels for case in find_cases(tmp_path))
 
@@ -902,7 +902,7 @@ def test_labels_alone_are_cases_for_the_maps_of_others(tmp_path: Path) -> None:
         ("test1_001", "test1_001"),
     ],
 )
-def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
+def test_the_patient_is_read_from_the_scan_name(name: str, patient: str) -> None:
     assert Case(name, {}).patient == patient
 
 
@@ -917,19 +917,19 @@ def test_patients_by_the_names_of_their_scans(name: str, patient: str) -> None:
         (("p_mprage",), "p_mprage"),
     ],
 )
-def test_of_several_images_of_a_channel_one_is_preferred(
+def test_one_of_several_images_of_a_channel_is_preferred(
     tmp_path: Path, names: tuple[str, ...], taken: str
 ) -> None:
     (case,) = find_cases(touch(tmp_path, *(f"{name}.nii" for name in names)))
     assert case.channels == {"t1": tmp_path / f"{taken}.nii"}
 
 
-def test_of_two_that_were_processed_otherwise_none_is(tmp_path: Path) -> None:
+def test_two_images_with_different_processing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AnomriError, match="p_t1_n4.nii and .*p_t1_reg.nii are both t1 of case p"):
         find_cases(touch(tmp_path, "p_t1_n4.nii", "p_t1_reg.nii"))
 
 
-def test_a_patient_who_was_seen_once_was_seen() -> None:
+def test_a_patient_with_one_training_scan_counts_as_trained_on() -> None:
     cases = [
         Case("P1_v1", {}, split="test"),
         Case("P1_v2", {}, split="train"),
@@ -944,7 +944,7 @@ def test_a_patient_who_was_seen_once_was_seen() -> None:
         }
 
 
-def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
+def test_a_raw_nnunet_data_set_is_read(tmp_path: Path) -> None:
     names = (
         "imagesTr/MS_001_0000",
         "imagesTr/MS_001_0001",
@@ -1000,7 +1000,7 @@ def describe_nnunet(folder: Path, channels: dict[str, str], **more: object) -> P
         ({"0": "background", "1": "lesion"}, ()),
     ],
 )
-def test_labels_of_nnunet_to_ignore_are_known_and_written_to_tables(
+def test_ignored_nnunet_labels_are_known_and_kept_in_tables(
     tmp_path: Path, labels: dict[str, object], ignored: tuple[int, ...]
 ) -> None:
     (case,) = find_cases(describe_nnunet(tmp_path / "in", {"0": "FLAIR"}, labels=labels))
@@ -1018,7 +1018,7 @@ def test_labels_of_nnunet_to_ignore_are_known_and_written_to_tables(
         (["background", "lesion"], "labels are not written as"),
     ],
 )
-def test_labels_of_nnunet_that_cannot_be_understood_are_refused(
+def test_nnunet_labels_that_cannot_be_understood_are_refused(
     tmp_path: Path, labels: object, message: str
 ) -> None:
     with pytest.raises(AnomriError, match=rf"dataset.json: {message}"):
@@ -1034,7 +1034,7 @@ def test_labels_of_nnunet_that_cannot_be_understood_are_refused(
         *(("T2-weighted", "t2"), ("T2*", "t2star"), ("PD-weighted", "pd"), ("CBF", "cbf")),
     ],
 )
-def test_a_channel_that_nnunet_describes_is_known_by_its_name(
+def test_nnunet_channels_get_the_names_of_dataset_json(
     tmp_path: Path, name: str, channel: str
 ) -> None:
     (case,) = find_cases(describe_nnunet(tmp_path, {"0": name}))
@@ -1042,12 +1042,12 @@ def test_a_channel_that_nnunet_describes_is_known_by_its_name(
 
 
 @pytest.mark.parametrize("name", ["noNorm", "zscore", "MRI", "CT", "T1 map of something", "T1rho"])
-def test_a_name_in_dataset_json_that_is_no_channel_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_dataset_json_name_that_is_not_a_channel_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(AnomriError, match=f"channel 1 is called '{name}', which is not a channel"):
         find_cases(describe_nnunet(tmp_path, {"0": "FLAIR", "1": name}))
 
 
-def test_a_column_may_be_called_as_people_call_a_channel(tmp_path: Path) -> None:
+def test_a_table_column_may_have_any_common_channel_name(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "b.nii.gz")
     table = tmp_path / "cohort.tsv"
     table.write_text("case\tT1-weighted\tT2-FLAIR\tignored_label\nx\ta.nii.gz\tb.nii.gz\t2, 3\n")

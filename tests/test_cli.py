@@ -126,7 +126,7 @@ def test_anomri_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Usage" in shown.out and "detect" in shown.out and not shown.err
 
 
-def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_version_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"anomri {version('anomri')}\n"
     assert anomri.__version__ == version("anomri")
@@ -181,7 +181,7 @@ def test_threads_limit_torch_and_the_threads_beside_it() -> None:
         ("in out participant --participant-label=01 -m built-in", "01"),
     ],
 )
-def test_labels_of_participants_as_bids_apps_take_them(given: str, parsed: str) -> None:
+def test_participant_labels_are_given_as_for_other_bids_apps(given: str, parsed: str) -> None:
     command = typer.main.get_command(app).commands["bids"]  # type: ignore[attr-defined]
     values = command.make_context("bids", given.split()).params
     assert values["participant_label"] == parsed.split()
@@ -210,13 +210,13 @@ def test_progress_in_a_file_is_a_line_for_each_case_with_an_honest_estimate() ->
     ]
 
 
-def test_cases_of_an_earlier_run_do_not_count_for_the_estimate() -> None:
+def test_cases_of_an_earlier_run_do_not_count_in_the_time_estimate() -> None:
     finished = [(0.0, done, 100) for done in range(1, 91)]
     lines = shown_by(Console(file=StringIO()), *finished, (60, 91, 100), (60, 92, 101))
     assert lines[-3:] == ["cases 90/100", "cases 91/100 (about 9 min left)", "cases 92/101"]
 
 
-def test_a_terminal_shows_no_time_left_before_it_is_known() -> None:
+def test_a_terminal_shows_the_time_left_only_once_it_is_known() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=100)
     shown = ANSI.sub("", "\n".join(shown_by(console, (0, 0, 0))))
     assert "elapsed" in shown and "left" not in shown and "?" not in shown
@@ -241,7 +241,7 @@ def test_every_public_name_has_help() -> None:
     assert callable(anomri.compare)
 
 
-def test_train_detect_evaluate(
+def test_train_detect_and_evaluate_run_from_the_command_line(
     cohort: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
@@ -384,7 +384,9 @@ def test_exit_codes_are_1_for_a_case_that_fails_and_2_for_wrong_usage(
     assert main(["detect", *arguments, "--device", "abacus"]) == 2
 
 
-def test_an_output_folder_that_cannot_be_written(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/anomri")):
         with pytest.raises(

@@ -71,7 +71,7 @@ def test_the_lesion_is_found_in_the_scans_own_grid(
     )
 
 
-def test_lesion_rows_say_where_in_scanner_mm(model: Path, lesioned: Case) -> None:
+def test_lesion_rows_give_the_place_in_scanner_mm(model: Path, lesioned: Case) -> None:
     detection = Detector.load(model).detect(lesioned)
     assert detection.mask is not None
     components, _ = ndimage.label(detection.mask, np.ones((3, 3, 3)))
@@ -111,7 +111,7 @@ def test_maps_are_not_rescaled_per_image(model: Path, lesioned: Case, tmp_path: 
     assert first.display_range == second.display_range
 
 
-def test_a_brain_beyond_the_trained_box_is_still_seen(model: Path, lesioned: Case) -> None:
+def test_a_brain_larger_than_the_training_crop_is_seen_whole(model: Path, lesioned: Case) -> None:
     detector = Detector.load(model)
     assert detector.spec.crop is not None
     detector.spec = replace(detector.spec, crop=(56, 72, 56, 72))
@@ -120,7 +120,7 @@ def test_a_brain_beyond_the_trained_box_is_still_seen(model: Path, lesioned: Cas
     assert torch.equal(seen, detection.stack.foreground)
 
 
-def test_one_file_for_a_model_of_one_channel(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_model_of_one_channel_takes_one_file(cohort: Path, cache: Path, tmp_path: Path) -> None:
     arguments = {"preset": "tiny", "training": {"steps": 2}, "channels": ["flair"]}
     detector = anomri.train(cohort, tmp_path / "m", cache=cache, **arguments)
     scan = shutil.copy(cohort / "case7" / "case7_flair.nii.gz", tmp_path / "any-name.nii.gz")
@@ -198,7 +198,7 @@ def one_thread() -> Iterator[None]:
 
 # A GPU's network does not depend on how many threads its processor has; this one would round by it.
 @pytest.mark.usefixtures("one_thread")
-def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
+def test_scans_detected_in_parallel_give_the_same_files(
     model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "scans"
@@ -232,7 +232,7 @@ def test_scans_worked_on_side_by_side_leave_what_they_do_one_by_one(
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
 
 
-def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_a_cohort_run_continues_after_a_bad_case(model: Path, cohort: Path, tmp_path: Path) -> None:
     folder = tmp_path / "scans"
     for name in ("case6", "case7", "case8"):
         shutil.copytree(cohort / name, folder / name)
@@ -264,7 +264,7 @@ def test_a_cohort_run_goes_on_after_a_bad_case(model: Path, cohort: Path, tmp_pa
     assert sum(line.startswith("case8") for line in lesions) == int(rows[3][4])
 
 
-def test_detecting_twice_into_the_scans_folder_changes_nothing(
+def test_detecting_again_in_the_folder_of_the_scans_gives_the_same(
     model: Path, cohort: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(cohort / "case7", tmp_path / "case7")
@@ -274,7 +274,7 @@ def test_detecting_twice_into_the_scans_folder_changes_nothing(
     assert len(second) == 1
 
 
-def test_a_case_that_upsets_torch_does_not_end_the_run(
+def test_an_error_of_torch_fails_only_its_case(
     model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = Detector.score
@@ -314,7 +314,7 @@ def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_volumes_stream(
+def test_only_a_few_volumes_are_in_memory_at_once(
     model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many cases there are, only a few volumes live at once."""
@@ -341,7 +341,9 @@ def test_volumes_stream(
     assert most <= 4
 
 
-def test_what_is_dropped_is_a_volume_whatever_the_slices(model: Path, cohort: Path) -> None:
+def test_small_lesions_are_dropped_by_volume_whatever_the_slice_thickness(
+    model: Path, cohort: Path
+) -> None:
     score = Score()
     assert score.max_dropped((1.0, 1.875, 1.875)) == 20  # as in the paper
     assert score.max_dropped((5.0, 1.875, 1.875)) == 4
@@ -367,7 +369,7 @@ def test_what_is_dropped_is_a_volume_whatever_the_slices(model: Path, cohort: Pa
         ]
 
 
-def test_images_in_memory_in_and_out(model: Path, cohort: Path, tmp_path: Path) -> None:
+def test_images_in_memory_are_taken_and_returned(model: Path, cohort: Path, tmp_path: Path) -> None:
     detector, case = Detector.load(model), find_cases(cohort)[7]
     images = {name: nib.load(path) for name, path in case.channels.items()}
     turned = {name: nib.as_closest_canonical(image) for name, image in images.items()}

@@ -180,7 +180,7 @@ def test_every_voxel_lies_where_it_was_scanned(tmp_path: Path, plane: str, maker
     assert image.header["qform_code"] == image.header["sform_code"] == 1
 
 
-def test_two_series_in_one_folder_rescaled_and_numbered_out_of_order(tmp_path: Path) -> None:
+def test_two_series_in_one_folder_are_read_whatever_their_scaling_and_order(tmp_path: Path) -> None:
     flair, t1 = voxels(1), voxels(2, 14)
     write_series(
         tmp_path, "Ax FLAIR", flair, RescaleSlope="0.37", RescaleIntercept="-12.5", EchoTime=90
@@ -219,7 +219,7 @@ def test_unsigned_and_compressed_values_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image.get_fdata(), data)
 
 
-def test_the_image_agrees_with_a_reader_of_another_family(tmp_path: Path) -> None:
+def test_the_image_equals_that_of_another_dicom_reader(tmp_path: Path) -> None:
     sitk = pytest.importorskip("SimpleITK")
     affine = lps_affine(PLANES["oblique"])
     files = write_series(tmp_path / "in", affine=affine)
@@ -292,7 +292,7 @@ def series(text: str, **kwargs: Any) -> Series:
         ("st12", {}, None),
     ],
 )
-def test_a_channel_is_guessed_only_where_nothing_speaks_against_it(
+def test_a_channel_is_guessed_only_if_no_header_contradicts_it(
     text: str, headers: dict, channel: str
 ) -> None:
     assert guess_channel(series(text, **headers)) == channel
@@ -463,9 +463,7 @@ def spoil_geometry(files: list[Path], what: str) -> None:
         ("MPEG2", r"Ax\d+: its pixels are compressed as MPEG2.*cannot be decoded.*Decompress"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_folder_or_file(
-    tmp_path: Path, what: str, says: str
-) -> None:
+def test_errors_name_the_folder_or_file(tmp_path: Path, what: str, says: str) -> None:
     spoil(tmp_path / "in", what)
     with pytest.raises(AnomriError, match=says) as error:
         convert(tmp_path / "in", tmp_path / "out")
@@ -484,7 +482,7 @@ def test_a_folder_that_does_not_exist_and_a_dicomdir_file_are_refused(tmp_path: 
             find_series(path)
 
 
-def test_a_file_cut_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_clearly(tmp_path: Path) -> None:
     files = write_series(tmp_path / "in", data=voxels(slices=MIN_SLICES))
     whole = files[0].read_bytes()
     for length in range(1, len(whole), 29):
@@ -509,7 +507,9 @@ def test_without_the_extra_the_error_says_what_to_install(
             )
 
 
-def test_no_identifier_leaves_the_headers(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_no_identifier_is_copied_from_the_headers(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     write_series(tmp_path / "in", "Ax FLAIR", ProtocolName="FLAIR", OperatorsName="MARKEROP")
     case = convert(tmp_path / "in", tmp_path / "out")
     assert case.subject is None and case.name.startswith("case") and len(case.name) == 16
@@ -559,7 +559,7 @@ def scanned(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("plane", PLANES)
-def test_a_mask_comes_back_where_it_was(tmp_path: Path, plane: str, scanned: Any) -> None:
+def test_a_segmentation_lies_where_its_mask_is(tmp_path: Path, plane: str, scanned: Any) -> None:
     sitk = pytest.importorskip("SimpleITK")
     source, volume, _ = scanned(plane)
     geometry = volume.geometry
@@ -638,7 +638,7 @@ def test_headers_without_names_and_times_suffice_for_a_segmentation(tmp_path: Pa
     assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 5
 
 
-def test_series_of_several_frames_of_reference_give_a_note(tmp_path: Path) -> None:
+def test_series_with_several_frames_of_reference_give_a_note(tmp_path: Path) -> None:
     write_series(tmp_path / "in" / "1", "Ax FLAIR")
     write_series(tmp_path / "in" / "2", "Sag T1")
     assert convert(tmp_path / "in", tmp_path / "out").notes == ()
@@ -667,7 +667,7 @@ def test_header_values_that_the_standard_forbids_are_left_empty_in_a_segmentatio
     assert not seg.PatientSex and not seg.PatientBirthDate and seg.StudyTime == "101500"
 
 
-def test_a_segmentation_says_what_it_is_and_whose(tmp_path: Path, scanned: Any) -> None:
+def test_a_segmentation_names_its_algorithm_and_its_source(tmp_path: Path, scanned: Any) -> None:
     source, volume, _ = scanned("axial")
     mask = volume.data[0] > 1500
     write_segmentation(

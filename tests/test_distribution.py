@@ -130,7 +130,7 @@ def ended_well(started: list[subprocess.Popen[str]]) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_do_what_one_does(
+def test_two_torchrun_processes_give_the_results_of_one(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = commands(cohort, tmp_path / "cache", tmp_path)
@@ -166,7 +166,7 @@ def test_two_processes_of_torchrun_do_what_one_does(
 
 
 @pytest.mark.slow
-def test_two_tasks_of_srun_stop_together_and_train_as_one_process(
+def test_two_srun_tasks_stop_together_and_train_as_one_process(
     cohort: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = commands(cohort, tmp_path / "cache", tmp_path)[0]
@@ -214,7 +214,8 @@ def _as_srun(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_shards_and_merge_make_what_one_run_makes(
+@pytest.mark.slow
+def test_merged_shards_equal_one_run(
     cohort: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, detect, evaluate = commands(cohort, tmp_path, alone)
@@ -326,7 +327,7 @@ def test_an_error_in_one_process_is_raised_in_all_and_reported_once(
         lambda n, g: simplex_noise((n, 2, 32, 32), generator=g),
     ],
 )
-def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
+def test_parts_of_a_batch_draw_the_numbers_of_the_whole(draw: object) -> None:
     whole = draw(7, torch.Generator().manual_seed(5))  # type: ignore[operator]
     cpu = torch.device("cpu")
     parts = [
@@ -340,7 +341,7 @@ def test_parts_of_a_batch_draw_what_the_whole_draws(draw: object) -> None:
 @pytest.mark.parametrize(
     "recipe", ["dae paper", "dae small", "dae accurate", "ae small", "vae small", "diffusion small"]
 )
-def test_the_loss_of_a_batch_is_that_of_its_parts(recipe: str) -> None:
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(recipe: str) -> None:
     """What a method draws, and what it averages, knows nothing of how a batch is divided."""
     name, preset = recipe.split()
     settings = {**methods.preset(name, preset).settings, "widths": [4, 8, 16, 32]}

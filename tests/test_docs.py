@@ -22,7 +22,7 @@ CARD = "src/anomri/pretrained/brats18/MODEL_CARD.md"
 
 
 @pytest.mark.slow
-def test_the_examples_in_python_run_as_written(
+def test_the_python_examples_print_what_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (DOCS / "python.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def test_the_examples_in_python_run_as_written(
     assert not report, "".join(report)
 
 
-def test_every_message_in_troubleshooting_is_one_of_the_source() -> None:
+def test_every_message_on_the_troubleshooting_page_is_in_the_source() -> None:
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^### `(.+)`", text, flags=re.MULTILINE)
     assert len(quoted) > 15

@@ -28,7 +28,7 @@ from conftest import AFFINE, SHAPE, brain, write
 from phantom import thresholding
 
 
-def test_pooled_figures_are_those_of_all_voxels_at_once(
+def test_pooled_figures_equal_those_of_all_voxels_together(
     model: Path, cohort: Path, tmp_path: Path
 ) -> None:
     evaluation = evaluate(cohort, tmp_path / "out", model=model)
@@ -73,7 +73,7 @@ def test_pooled_figures_are_those_of_all_voxels_at_once(
     assert not list((tmp_path / "out").glob(".scores-*"))
 
 
-def test_maps_of_the_model_score_as_the_model_on_the_input_grid(
+def test_saved_maps_score_like_the_model_on_the_input_grid(
     model: Path, cohort: Path, tmp_path: Path
 ) -> None:
     anomri.detect_cohort(
@@ -109,7 +109,7 @@ def synthetic_maps(
     return cases, scores, labels
 
 
-def test_anyones_maps_with_ties_and_negative_scores(tmp_path: Path) -> None:
+def test_maps_of_any_program_may_have_ties_and_negative_scores(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path)
     evaluation = evaluate(cases, maps=tmp_path)
     expected = average_precision_score(np.ravel(labels), np.ravel(scores))
@@ -132,7 +132,7 @@ def test_lesion_voxels_that_score_zero_count_for_every_patient(tmp_path: Path) -
     assert patient.dice == pytest.approx(2 * labels[0].sum() / (labels[0].sum() + labels[0].size))
 
 
-def test_lesion_figures_and_filtered_ceil_dice(tmp_path: Path) -> None:
+def test_lesion_figures_and_filtered_ceil_dice_are_computed(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path, 2)
     evaluation = evaluate(cases, maps=tmp_path, threshold=0.9)
     best = max(
@@ -156,7 +156,7 @@ def test_lesion_figures_and_filtered_ceil_dice(tmp_path: Path) -> None:
     assert evaluation["false positive components per scan, unfiltered"] == pytest.approx(false)
 
 
-def test_patients_the_model_knows_are_left_out_unless_asked_for(
+def test_patients_of_the_training_are_left_out_unless_asked_for(
     model: Path, cohort: Path, tmp_path: Path
 ) -> None:
     cases = [replace(case, split=None) for case in find_cases(cohort)]
@@ -173,7 +173,7 @@ def test_patients_the_model_knows_are_left_out_unless_asked_for(
     assert "Anomalies in the scan case7" in anomri.report(tmp_path).read_text()
 
 
-def test_the_interval_of_the_pooled_figure_is_that_of_resampled_patients(tmp_path: Path) -> None:
+def test_the_interval_of_a_pooled_figure_resamples_patients(tmp_path: Path) -> None:
     cases, scores, labels = synthetic_maps(tmp_path, 6)
     figure = evaluate(cases, maps=tmp_path).figures[0]
     rng = np.random.default_rng(1)
@@ -202,7 +202,7 @@ def test_a_case_that_fails_is_named_and_the_others_count(tmp_path: Path) -> None
     assert "c2.nii.gz" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_cases_that_failed_are_tried_again_and_no_others(
+def test_only_failed_cases_are_evaluated_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
@@ -237,7 +237,7 @@ def test_cases_that_failed_are_tried_again_and_no_others(
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "patients.tsv", "curve.tsv", "report.html"])
-def test_a_table_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
+def test_a_table_not_written_by_anomri_is_not_replaced(tmp_path: Path, name: str) -> None:
     cases, _, _ = synthetic_maps(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
@@ -246,7 +246,7 @@ def test_a_table_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."] == [name]
 
 
-def test_pictures_of_a_model_do_not_stay_beside_figures_of_maps(
+def test_pictures_of_an_earlier_model_are_removed(
     cohort: Path, model: Path, tmp_path: Path
 ) -> None:
     evaluate(cohort, tmp_path / "out", model=model)
@@ -276,7 +276,7 @@ def test_maps_keep_the_precision_of_float64(tmp_path: Path) -> None:
     assert evaluate(cases, maps=tmp_path)["AUPRC, pooled"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_threshold_of_the_curve_gives_the_dice_beside_it(tmp_path: Path) -> None:
+def test_a_threshold_of_the_curve_gives_the_dice_of_its_row(tmp_path: Path) -> None:
     cases, _, labels = synthetic_maps(tmp_path)
     for case, label in zip(cases, labels, strict=True):
         write(tmp_path / f"{case.name}.nii.gz", np.roll(label, 1, 0).astype(np.uint8))
@@ -287,9 +287,7 @@ def test_a_threshold_of_the_curve_gives_the_dice_beside_it(tmp_path: Path) -> No
     assert best > 0.8 and np.mean(dices) == pytest.approx(best, abs=0.02)
 
 
-def test_what_should_be_known_of_labels_stands_in_the_protocol(
-    cohort: Path, model: Path, tmp_path: Path
-) -> None:
+def test_notes_about_labels_are_in_the_protocol(cohort: Path, model: Path, tmp_path: Path) -> None:
     cases, _, labels = synthetic_maps(tmp_path, 2)
     assert "labels" not in evaluate(cases, maps=tmp_path).protocol
     for number, (case, most) in enumerate(zip(cases, (1, 2 / 3), strict=True)):
@@ -340,7 +338,9 @@ def test_a_method_with_negative_or_infinite_scores_is_refused(
         detector.detect(find_cases(cohort)[7])
 
 
-def test_what_cannot_be_evaluated(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_nothing_to_evaluate_is_refused_with_the_reason(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     cases = find_cases(cohort)
     with pytest.raises(AnomriError, match="either a model or a folder of maps"):
         evaluate(cases)
@@ -355,12 +355,12 @@ def test_what_cannot_be_evaluated(cohort: Path, model: Path, tmp_path: Path) -> 
         evaluate([Case("x", cases[7].channels, label)], model=model)
 
 
-def test_cases_without_label_are_left_out_and_said(cohort: Path, model: Path) -> None:
+def test_cases_without_a_label_are_left_out_and_counted(cohort: Path, model: Path) -> None:
     evaluation = evaluate(cohort, model=model, split="val")
     assert evaluation.protocol["cases"] == "1 (split val, without 1 that have no label)"
 
 
-def test_a_patient_without_a_lesion_counts_where_that_means_something(tmp_path: Path) -> None:
+def test_a_patient_without_a_lesion_counts_in_figures_that_are_defined(tmp_path: Path) -> None:
     cases, _, _ = synthetic_maps(tmp_path, 2)
     write(tmp_path / "healthy.nii.gz", np.random.default_rng(0).random(SHAPE).astype(np.float32))
     healthy = Case(
@@ -420,7 +420,7 @@ def test_patients_that_become_known_later_are_counted(tmp_path: Path) -> None:
     assert first.figures[0].low is not None and again.figures[0].low is None
 
 
-def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
+def test_other_scans_of_training_patients_are_left_out(tmp_path: Path) -> None:
     label = tmp_path / "x_seg.nii.gz"
     cases = [Case(name, {}, label) for name in ("sub-01_ses-2", "sub-02_ses-1", "b")]
     table = tmp_path / "splits.csv"
@@ -433,7 +433,7 @@ def test_other_scans_of_patients_that_were_trained_on_are_left_out(tmp_path: Pat
     assert [case.name for case in choose_cases(known, None, seen)[0]] == ["sub-02_ses-1"]
 
 
-def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
+def test_a_scan_with_missing_channels_is_evaluated_at_its_own_threshold(
     model_with_head: Path, cohort: Path, tmp_path: Path
 ) -> None:
     cases = [case for case in find_cases(cohort) if case.split == "test"]
@@ -458,7 +458,7 @@ def test_a_scan_that_lacks_channels_is_measured_at_its_own_threshold(
     assert preview["threshold"] == 0.7
 
 
-def test_options_of_a_model_are_not_those_of_maps(
+def test_options_of_a_model_are_refused_for_maps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     synthetic_maps(tmp_path)
@@ -529,7 +529,7 @@ def test_ignored_voxels_are_left_out_of_every_figure(with_ignored: tuple[Path, P
 
 
 @pytest.mark.parametrize("grid", ["model", "input"])
-def test_what_is_found_where_nobody_looked_does_not_change_a_figure(
+def test_findings_in_ignored_voxels_change_no_figure(
     with_ignored: tuple[Path, Path], tmp_path: Path, grid: str
 ) -> None:
     root, _ = with_ignored
@@ -547,7 +547,7 @@ def test_what_is_found_where_nobody_looked_does_not_change_a_figure(
     assert min(more) > max(one.lesion_voxels for one in after.patients)
 
 
-def test_slices_with_ignored_voxels_are_not_taken_for_healthy(
+def test_slices_with_ignored_voxels_are_not_healthy(
     with_ignored: tuple[Path, Path], tmp_path: Path
 ) -> None:
     root, _ = with_ignored
@@ -567,7 +567,7 @@ def test_slices_with_ignored_voxels_are_not_taken_for_healthy(
     assert all(len(more) > len(few) for more, few in zip(healthy(), with_ignore, strict=True))
 
 
-def test_an_evaluation_begins_anew_if_other_values_are_ignored(
+def test_an_evaluation_starts_again_if_the_ignored_values_change(
     with_ignored: tuple[Path, Path], tmp_path: Path
 ) -> None:
     root, maps = with_ignored

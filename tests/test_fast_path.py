@@ -48,7 +48,9 @@ def pair(precision: str = "32-true") -> tuple[plain.Network, Detector]:
 
 
 @pytest.mark.slow
-def test_a_real_scan_gets_the_map_of_the_plain_program(real_scans: Path, tmp_path: Path) -> None:
+def test_a_real_scan_gets_the_same_map_as_from_the_plain_program(
+    real_scans: Path, tmp_path: Path
+) -> None:
     case = find_cases(real_scans / "brats18")[0]
     network, detector = pair()
     plain.detect(network, case.channels["flair"].parent, tmp_path / "plain.nii.gz")
@@ -61,7 +63,7 @@ def test_a_real_scan_gets_the_map_of_the_plain_program(real_scans: Path, tmp_pat
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_bfloat16_rounds_and_nothing_else() -> None:
+def test_bfloat16_only_rounds() -> None:
     x = torch.rand((3, 4, 32, 32), generator=torch.Generator().manual_seed(0))
     exact, rounded = pair()[1].inference(x), pair("bf16-mixed")[1].inference(x)
     assert (
@@ -73,7 +75,7 @@ def test_bfloat16_rounds_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 5, 16, 24), (9, 5, 8, 8)])
-def test_swish_in_the_convolution_and_after_it_are_the_same(size: tuple[int, ...]) -> None:
+def test_swish_fused_into_the_convolution_gives_the_same(size: tuple[int, ...]) -> None:
     x = torch.randn(size, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     block = ConvBlock(5, 8)
@@ -89,7 +91,7 @@ def test_swish_in_the_convolution_and_after_it_are_the_same(size: tuple[int, ...
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_methods_that_do_not_say_so_are_computed_in_float32() -> None:
+def test_methods_are_computed_in_float32_unless_they_allow_bfloat16() -> None:
     spec = ModelSpec(("flair",), method="thresholding")
     assert not Detector(spec, methods.build(spec), precision="bf16-mixed").inference.half
 
@@ -128,7 +130,7 @@ def test_bfloat16_keeps_the_average_precision(real_scans: Path) -> None:
     assert abs(found[0] - found[1]) <= 0.002
 
 
-def test_subnormal_parameters_become_zero_and_change_nothing() -> None:
+def test_subnormal_parameters_become_zero_without_changing_the_output() -> None:
     """A long training with weight decay leaves them; a scan took twice as long with them."""
     torch.manual_seed(0)
     network = UNet(2, (4, 8, 16)).eval()

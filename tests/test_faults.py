@@ -48,7 +48,7 @@ def nothing_half_written(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_training_that_goes_on_with_more_room(
+def test_a_training_stopped_by_a_full_disk_resumes_with_more_room(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [
@@ -77,7 +77,7 @@ def test_a_full_disk_stops_a_training_that_goes_on_with_more_room(
         ).read_bytes()
 
 
-def test_a_full_disk_fails_cases_that_are_done_when_there_is_room(
+def test_cases_failed_by_a_full_disk_are_done_once_there_is_room(
     cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["detect", "-i", str(cohort), "-m", str(model), "--device", "cpu"]
@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         assert "Read-only file system" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_case_that_vanishes_while_others_are_worked_on_fails_alone(
+def test_a_case_that_vanishes_during_a_run_fails_alone(
     cohort: Path, model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(cohort, tmp_path / "scans")
@@ -146,9 +146,7 @@ def test_a_case_that_vanishes_while_others_are_worked_on_fails_alone(
 
 
 @pytest.mark.parametrize("damage", ["bits", "short", "gone", "sidecar"])
-def test_a_damaged_cache_is_noticed_and_packed_anew(
-    cohort: Path, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_cache_is_packed_again(cohort: Path, tmp_path: Path, damage: str) -> None:
     cases = find_cases(cohort)[:2]
 
     def pack() -> HealthySlices:
@@ -197,7 +195,7 @@ with sole_use(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(
+def test_a_folder_is_used_by_one_run_at_a_time(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     refused = pytest.raises(AnomriError, match="another run is writing to this folder; wait for it")
@@ -222,7 +220,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(
         nothing_half_written(tmp_path)
 
 
-def test_detection_takes_smaller_batches_where_memory_is_short(
+@pytest.mark.slow
+def test_detection_takes_smaller_batches_if_memory_is_short(
     cohort: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, reconstruct, sizes = find_cases(cohort)[7], DAE.reconstruct, []
@@ -252,7 +251,7 @@ def test_detection_takes_smaller_batches_where_memory_is_short(
 
 
 @pytest.mark.slow
-def test_a_stop_while_validating_is_made_up_for(
+def test_a_training_stopped_during_validation_resumes_to_the_same_model(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     """A validation that is cut short is done first when the training goes on, so that the model

@@ -15,7 +15,7 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_a_failure_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "f", "before")
 
     def fail() -> None:
@@ -29,7 +29,7 @@ def test_a_failure_keeps_what_was_there(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_is_made_or_refused(tmp_path: Path) -> None:
+def test_an_output_folder_is_made_or_refused(tmp_path: Path) -> None:
     assert output_folder(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(AnomriError, match="cannot write to this folder"):

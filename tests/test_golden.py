@@ -29,7 +29,9 @@ def network_file() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_network(network_file: dict[str, np.ndarray], folded: bool) -> None:
+def test_the_network_gives_the_released_reconstruction(
+    network_file: dict[str, np.ndarray], folded: bool
+) -> None:
     state = {
         name.removeprefix("param:"): torch.from_numpy(v)
         for name, v in network_file.items()
@@ -45,14 +47,16 @@ def test_network(network_file: dict[str, np.ndarray], folded: bool) -> None:
 
 
 @pytest.mark.parametrize(("median", "key"), [(0, "score_without_median"), (5, "score")])
-def test_score(network_file: dict[str, np.ndarray], median: int, key: str) -> None:
+def test_the_score_is_that_of_the_released_program(
+    network_file: dict[str, np.ndarray], median: int, key: str
+) -> None:
     x, reconstruction = (torch.from_numpy(network_file[name]) for name in ("x", "reconstruction"))
     raw = mean_absolute_residual(x, reconstruction)
     score = anomaly_score(raw, find_foreground(x, Scaling()), Score(median=median))
     np.testing.assert_allclose(score, network_file[key][:, 0], atol=1e-4, rtol=0)
 
 
-def test_noise() -> None:
+def test_the_noise_is_that_of_the_released_program() -> None:
     golden = np.load(GOLDEN / "noise.npz")
     x = torch.from_numpy(golden["x"])
     rows, columns = golden["shift"].tolist()
@@ -63,7 +67,7 @@ def test_noise() -> None:
     np.testing.assert_allclose(noisy.numpy(), golden["noisy"], atol=1e-5, rtol=0)
 
 
-def test_preprocessing() -> None:
+def test_the_slices_are_those_of_the_released_program() -> None:
     golden = np.load(GOLDEN / "preprocessing.npz")
     channels = ("flair", "t1", "t1ce", "t2")
     geometry = Geometry(golden["flair"].shape, np.eye(4), np.array([[0, 1], [1, 1], [2, 1]]), None)
@@ -77,7 +81,7 @@ def test_preprocessing() -> None:
     np.testing.assert_array_equal(stack.label.numpy(), golden["masks"])
 
 
-def test_metrics_in_half_precision_on_the_released_thresholds() -> None:
+def test_metrics_on_the_released_thresholds_equal_the_released_figures() -> None:
     golden = np.load(GOLDEN / "evaluation.npz")
     scores, label = (
         golden["score"][:, 0].astype(np.float16).astype(np.float32),

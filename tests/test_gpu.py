@@ -33,7 +33,7 @@ def losses(model: Path) -> list[float]:
         return [float(row["validation_loss"]) for row in csv.DictReader(file)]
 
 
-def test_slices_that_stay_on_the_gpu_are_those_of_the_files(cohort: Path, cache: Path) -> None:
+def test_slices_kept_on_the_gpu_equal_those_of_the_files(cohort: Path, cache: Path) -> None:
     packed = pack_cohort(find_cases(cohort), ("flair", "t1"), Grid(), Scaling(), cache)
     there, here = HealthySlices(packed, GPU), HealthySlices(packed)
     numbers = [0, len(here) - 1, 7, 7]
@@ -44,7 +44,7 @@ def test_slices_that_stay_on_the_gpu_are_those_of_the_files(cohort: Path, cache:
 
 # That the check may miss something is no reason to fail.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_no_step_of_the_dae_waits_for_the_gpu() -> None:
+def test_no_training_step_of_the_dae_waits_for_the_gpu() -> None:
     network = DAE(("flair", "t1", "t1ce", "t2"), **ACCURATE).to(GPU)
     x = torch.rand((4, 4, 96, 88), device=GPU)
     generator = PartGenerator(torch.device(GPU), 0, 4).manual_seed(1)
@@ -57,7 +57,7 @@ def test_no_step_of_the_dae_waits_for_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_gpu_learns_what_a_processor_learns(
+def test_a_gpu_trains_the_model_of_a_processor(
     cohort: Path, cache: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
@@ -78,7 +78,7 @@ def test_a_gpu_learns_what_a_processor_learns(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_recorded_step_does_what_its_kernels_do_one_by_one(
+def test_a_recorded_step_equals_its_kernels_one_by_one(
     cohort: Path, cache: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
@@ -103,7 +103,9 @@ def test_a_recorded_step_does_what_its_kernels_do_one_by_one(
     assert losses(tmp_path / "recorded") == pytest.approx(losses(tmp_path / "launched"), rel=0.02)
 
 
-def test_a_training_goes_on_where_it_was_stopped(cohort: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_training_on_a_gpu_resumes_where_it_stopped(
+    cohort: Path, cache: Path, tmp_path: Path
+) -> None:
     def stop(state: training.Progress) -> None:
         if state.stage == "train" and state.done == 30:  # between validations: losses are saved
             os.kill(os.getpid(), signal.SIGINT)
@@ -116,7 +118,7 @@ def test_a_training_goes_on_where_it_was_stopped(cohort: Path, cache: Path, tmp_
     assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
 
 
-def test_scans_side_by_side_give_the_maps_of_a_processor(
+def test_scans_in_parallel_on_a_gpu_give_the_maps_of_a_processor(
     cohort: Path, model: Path, tmp_path: Path
 ) -> None:
     for device in (GPU, "cpu"):

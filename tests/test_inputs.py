@@ -94,7 +94,7 @@ KEPT += ["qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"]
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_lesion_comes_back_where_it_is_under_any_header(
+def test_a_lesion_is_found_in_its_place_under_any_header(
     tmp_path: Path, name: str, suffix: str
 ) -> None:
     directions, spacing, shape, dtype, slope, codes = HEADERS[name]
@@ -230,7 +230,7 @@ def test_images_that_do_not_overlap_are_an_error(tmp_path: Path) -> None:
 # Files by name.
 
 
-def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
+def test_a_case_given_as_files_is_named_after_them(tmp_path: Path) -> None:
     for name in ("p7_flair.nii.gz", "other.nii", "T1.nii.gz"):
         (tmp_path / name).touch()
     assert (
@@ -268,7 +268,7 @@ def test_a_case_of_files_is_named_after_them(tmp_path: Path) -> None:
         (["--t1", "FLAIR"], "flair is missing"),
     ],
 )
-def test_wrong_combinations(
+def test_options_that_do_not_go_together_are_refused(
     tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flair = two_grids(tmp_path / "in")["flair"]
@@ -354,7 +354,7 @@ def test_the_series_of_a_dicom_folder_are_listed(
     assert "holds DICOM files, which a table cannot list" in capsys.readouterr().err
 
 
-def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_path: Path) -> None:
+def test_a_dicom_folder_that_holds_its_results_is_detected_again_and_viewed(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "in" / "out"
     dicom_folder(folder)
     thresholding("flair", "t1").save(tmp_path / "m")
@@ -371,7 +371,7 @@ def test_a_dicom_folder_with_the_results_in_it_is_detected_again_and_viewed(tmp_
         assert scans[name].channels["flair"] == out / "nifti" / f"{name}_flair.nii.gz"
 
 
-def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> None:
+def test_converted_scans_beside_dicom_are_taken(tmp_path: Path) -> None:
     dicom_folder(tmp_path)
     assert holds_dicom(tmp_path, tmp_path)
     (tmp_path / "s_mask.nii.gz").touch()
@@ -384,7 +384,7 @@ def test_scans_that_a_converter_left_beside_dicom_are_taken(tmp_path: Path) -> N
     assert find_scans(tmp_path / "out") == {}
 
 
-def test_a_scan_is_viewed_by_the_name_it_was_detected_by(tmp_path: Path) -> None:
+def test_a_scan_is_viewed_under_the_name_of_its_detection(tmp_path: Path) -> None:
     (file := tmp_path / "scan_01.nii.gz").touch()
     detected = Detector.load(None).find_cases(file)
     (tmp_path / "scan_01_anomaly.nii.gz").touch()
@@ -413,7 +413,7 @@ def test_dicom_series_are_named_and_identifiers_kept_on_demand(
 # A real scan on another grid.
 
 
-def test_the_stroke_subject_with_channels_on_grids_of_their_own(
+def test_a_real_case_with_channels_on_different_grids_is_detected(
     real_scans: Path, tmp_path: Path
 ) -> None:
     (case,) = find_cases(real_scans / "stroke")
@@ -437,7 +437,7 @@ def test_the_stroke_subject_with_channels_on_grids_of_their_own(
     np.testing.assert_array_equal(anomaly.affine, nib.load(case.channels["flair"]).affine)
 
 
-def test_names_that_say_another_channel_and_channels_that_are_not_looked_at(
+def test_a_file_named_after_another_channel_is_refused_and_unused_channels_are_noted(
     model_with_head: Path, tmp_path: Path
 ) -> None:
     detector = Detector.load(model_with_head)
@@ -492,7 +492,9 @@ def test_a_header_without_codes_gives_a_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unsaid", ["t1", "mask", "flair"])
-def test_an_image_without_codes_lies_as_the_one_beside_it(tmp_path: Path, unsaid: str) -> None:
+def test_an_image_without_header_codes_takes_the_geometry_of_the_one_beside_it(
+    tmp_path: Path, unsaid: str
+) -> None:
     affine = grid(flips(1, 1, 1), (3, 3, 3), (64, 72, 56))
     data = scan((64, 72, 56), affine)
     for name, values in {"flair": data, "t1": data, "mask": data > 0}.items():
@@ -536,7 +538,7 @@ def test_the_background_of_a_scaled_image_is_zero(tmp_path: Path) -> None:
         thresholding("flair").read(tmp_path)
 
 
-def test_a_header_is_not_read_as_voxels(tmp_path: Path) -> None:
+def test_a_header_file_is_not_read_as_voxels(tmp_path: Path) -> None:
     path = tmp_path / "a_flair.nii"
     nib.save(nib.Nifti1Image(scan((64, 72, 56), np.eye(4)).astype(np.float32), np.eye(4)), path)
     content = bytearray(path.read_bytes())

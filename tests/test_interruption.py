@@ -17,7 +17,7 @@ from anomri.runtime.interruption import StopRequest, stoppable
 
 
 @pytest.mark.slow
-def test_thirty_kills_lose_and_repeat_nothing() -> None:
+def test_thirty_kills_lose_nothing_and_repeat_nothing() -> None:
     """`kills.py` prints the same table; each verb's results are compared with those of a run
     left in peace."""
     script = Path(__file__).parent / "kills.py"
@@ -48,7 +48,7 @@ def test_thirty_kills_lose_and_repeat_nothing() -> None:
         assert stop["code"] == 0 and stop["seconds"] < 10, stop
 
 
-def test_a_scheduler_may_ask_twice_and_only_the_second_ctrl_c_is_urgent() -> None:
+def test_schedulers_may_signal_twice_and_a_second_ctrl_c_stops_at_once() -> None:
     with StopRequest.listen() as stop:
         for number in (
             signal.SIGUSR1,

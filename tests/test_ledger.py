@@ -36,7 +36,7 @@ def ledger(folder: Path, case: Case, **settings: object) -> Ledger:
     )
 
 
-def test_another_scan_of_equal_size_and_time_is_another(case: Case, tmp_path: Path) -> None:
+def test_a_different_scan_with_equal_size_and_time_is_noticed(case: Case, tmp_path: Path) -> None:
     book = ledger(tmp_path, case).begin()
     book.save("a", {"error": None})
     assert book.finished("a")
@@ -52,7 +52,7 @@ def test_another_scan_of_equal_size_and_time_is_another(case: Case, tmp_path: Pa
     assert ledger(tmp_path, case).finished("a")
 
 
-def test_a_changed_byte_anywhere_is_another_scan(case: Case) -> None:
+def test_a_changed_byte_anywhere_is_noticed(case: Case) -> None:
     path = case.channels["t1"]
     path.write_bytes(bytes(3 * 2**20))
     stored = store_scans(identify([case], ["t1"]))
@@ -64,7 +64,7 @@ def test_a_changed_byte_anywhere_is_another_scan(case: Case) -> None:
     assert not are_same(None, {}) and not are_same({"a": 1}, identify([case], ["t1"]))
 
 
-def test_a_scan_that_was_touched_copied_or_moved_is_the_same(case: Case, tmp_path: Path) -> None:
+def test_a_touched_copied_or_moved_scan_is_the_same(case: Case, tmp_path: Path) -> None:
     ledger(tmp_path, case).begin().save("a", {"error": None})
     entry = tmp_path / "logs" / "a.json"
     for path in case.channels.values():
@@ -80,7 +80,7 @@ def test_a_scan_that_was_touched_copied_or_moved_is_the_same(case: Case, tmp_pat
     assert ledger(tmp_path, Case("a", copied | {"t1": renamed})).finished("a") is None
 
 
-def test_whose_scan_it_is_and_which_files_it_has_count(case: Case) -> None:
+def test_a_change_of_patient_or_files_is_noticed(case: Case) -> None:
     now = ScanIdentity.from_case(case, ["flair", "t1"])
     stored = ScanIdentity.from_json(now.with_content().to_json())
     assert stored.is_same(now)
@@ -93,7 +93,9 @@ def test_whose_scan_it_is_and_which_files_it_has_count(case: Case) -> None:
         assert not stored.is_same(ScanIdentity.from_case(other, ["flair", "t1"]))
 
 
-def test_settings_version_and_model_count_and_are_named(case: Case, tmp_path: Path) -> None:
+def test_changed_settings_version_or_model_are_noticed_and_named(
+    case: Case, tmp_path: Path
+) -> None:
     first = ledger(tmp_path, case, sensitivity=None, channels=("flair", "t1"), register=False)
     first.begin().save("a", {"error": None})
     same = ledger(tmp_path, case, sensitivity=None, channels=["flair", "t1"], register=False)
@@ -118,7 +120,7 @@ def test_a_failed_case_and_one_without_its_files_are_done_again(case: Case, tmp_
     assert book.finished("a")
 
 
-def test_a_run_that_goes_on_keeps_the_time_it_was_started(case: Case, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_start_time(case: Case, tmp_path: Path) -> None:
     first = replace(ledger(tmp_path, case), facts={"started": 1.0, "cases": 1})
     second = replace(first, facts={"started": 2.0, "cases": 1})
     assert first.begin().facts["started"] == 1.0 and second.begin().facts["started"] == 1.0

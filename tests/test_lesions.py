@@ -85,7 +85,7 @@ def test_numbers_of_lesions_fit_their_data_type() -> None:
     assert not labels[~grid].any()
 
 
-def test_what_a_run_left_beside_its_scan_is_no_mask_or_label_of_it(tmp_path: Path) -> None:
+def test_outputs_beside_a_scan_are_not_its_mask_or_label(tmp_path: Path) -> None:
     mask, label = tmp_path / "p_mask.nii.gz", tmp_path / "p_lesions.nii.gz"
     case = Case("p", {}, label=label, mask=mask)
     assert without_own_results(case) == case  # a user's own
@@ -93,7 +93,7 @@ def test_what_a_run_left_beside_its_scan_is_no_mask_or_label_of_it(tmp_path: Pat
     assert without_own_results(case) == Case("p", {})
 
 
-def test_a_row_of_a_table_and_of_a_page() -> None:
+def test_a_lesion_becomes_a_row_of_the_table_and_of_the_page() -> None:
     assert table_row(LESION) == ["2", "1234.5", "-1.5", "2.25", "30.0", "5.1235", "4", "0.75", "16.58", "0.25"]  # fmt: skip
     shown = ["2", "1.23", "\N{MINUS SIGN}2, 2, 30", "5.12", "4.00", "3 of 3", "16.6", "25%"]
     assert page_row(LESION, 3) == shown
@@ -122,12 +122,12 @@ def test_a_finding_in_a_rim_is_at_the_edge_and_a_lesion_that_reaches_it_is_not(
     assert [one.at_edge for one in listed] == [False, True, True, False]
 
 
-def test_a_confidence_is_shown_as_a_count_only_if_it_is_one() -> None:
+def test_a_confidence_is_a_count_if_it_is_a_whole_number_of_scans() -> None:
     shown = [lesions.show_healthy_below(share, scans) for share, scans in ((0.5, 3), (0.6, 3))]
     assert shown == ["2 of 3", "0.60"]
 
 
-def test_a_lesion_is_read_back_from_json_as_far_as_that_is_sound() -> None:
+def test_a_lesion_is_read_from_json_and_bad_fields_are_dropped() -> None:
     facts = json.loads(json.dumps(asdict(LESION)))
     assert read_lesion(facts) == LESION
     for broken in (None, "x", float("nan"), 10**400, [1.0]):

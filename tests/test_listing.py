@@ -58,7 +58,7 @@ NAMES = st.text(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(NAMES, st.sampled_from(["t1", "flair", "seg", "mask", "odd name"])))
-def test_any_name_comes_back_from_a_table_or_is_refused(
+def test_any_name_survives_a_table_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, files: dict[str, str]
 ) -> None:
     folder = tmp_path_factory.mktemp("scans")
@@ -75,7 +75,7 @@ def test_any_name_comes_back_from_a_table_or_is_refused(
     assert without_notes(find_cases(folder / "cohort.tsv")) == without_notes(cases)
 
 
-def test_splits_patients_and_odd_paths_come_back_from_a_table(tmp_path: Path) -> None:
+def test_splits_patients_and_odd_paths_survive_a_table(tmp_path: Path) -> None:
     touch(tmp_path, "p 1/v1/FLAIR.nii.gz", 'p 1/v2/"T1"\t_FLAIR.nii.gz', " p2/FLAIR.nii")
     (tmp_path / "splits.csv").write_text("case,split\np 1_v1,test\np 1_v2,test\n")
     cases = find_cases(tmp_path)[1:]  # the last, of a folder that begins with a space, is refused
@@ -88,7 +88,7 @@ def test_splits_patients_and_odd_paths_come_back_from_a_table(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("channel", ["case", "split", "subject"])
-def test_a_channel_that_is_called_as_another_column_is_refused(channel: str) -> None:
+def test_a_channel_named_like_another_column_is_refused(channel: str) -> None:
     with pytest.raises(AnomriError, match=f"channel called '{channel}' does not fit in a table"):
         case_table([Case("p", {channel: Path("p.nii")})])
 
@@ -149,7 +149,7 @@ def test_what_is_left_out_is_listed_by_its_reason(
     assert "p1: its images are those in pre; not read: orig/FLAIR.nii." in shown.err
 
 
-def test_in_a_pipe_the_table_is_one_that_can_be_handed_in(
+def test_the_table_printed_in_a_pipe_can_be_given_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touch(tmp_path / "scans", "p_flair.nii", "p_seg.nii", "q_t1.nii")
@@ -176,7 +176,7 @@ def test_on_a_terminal_each_case_is_a_row(
     assert capsys.readouterr().out.count("_anomaly.nii") == 9
 
 
-def test_bids_and_nnunet_come_back_from_a_table_and_say_what_is_left_out(tmp_path: Path) -> None:
+def test_bids_and_nnunet_survive_a_table_and_name_what_is_left_out(tmp_path: Path) -> None:
     bids = touch(
         tmp_path / "bids",
         "sub-1/anat/sub-1_FLAIR.nii.gz",

@@ -20,8 +20,9 @@ print(faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
-def test_freed_memory_is_kept() -> None:
+def test_freed_memory_is_kept_for_the_next_volume() -> None:
     """Twenty blocks of 64 MiB, one after the other, are one: no page of theirs has to be found
     anew."""
     done = subprocess.run([sys.executable, "-c", PAGES], check=True, capture_output=True, text=True)

@@ -91,7 +91,7 @@ def brains(count: int = 3) -> torch.Tensor:
     )
 
 
-def test_the_loss_falls(trained: Path) -> None:
+def test_the_loss_of_every_method_falls(trained: Path) -> None:
     with (trained / "log.csv").open() as file:
         losses = [float(row["validation_loss"]) for row in csv.DictReader(file)]
     known = [loss for loss in losses if loss == loss]
@@ -100,7 +100,7 @@ def test_the_loss_falls(trained: Path) -> None:
     assert (len(known) < len(losses)) == (trained.name == "fanogan")
 
 
-def test_saving_and_loading_gives_the_same_map_bit_for_bit(
+def test_a_saved_model_gives_the_same_map_bit_for_bit(
     trained: Path, cohort: Path, tmp_path: Path
 ) -> None:
     detector = anomri.load(trained, device="cpu")
@@ -118,7 +118,7 @@ def test_saving_and_loading_gives_the_same_map_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_resuming_gives_the_model_that_was_never_stopped(
+def test_a_resumed_training_gives_the_model_of_an_unbroken_one(
     trained: Path, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     given = arguments(trained.name, cache)
@@ -153,7 +153,7 @@ def test_every_method_has_its_presets(recipe: str) -> None:
     )
 
 
-def test_the_published_baselines() -> None:
+def test_baselines_have_the_published_settings() -> None:
     with torch.device("meta"):
         vae, gan = VAE(("flair",)), FAnoGAN(("flair",))
     assert vae.to_latent.weight.shape == (256, 512, 16, 16)
@@ -182,7 +182,7 @@ def test_restoration_lowers_its_objective_slice_by_slice(vae: VAE) -> None:
     )  # slices do not see each other
 
 
-def test_the_price_of_leaving_the_image_keeps_restoration_near(vae: VAE) -> None:
+def test_the_restoration_weight_keeps_the_image_near_the_input(vae: VAE) -> None:
     x = brains(1)
     moved = []
     for weight in (0.0, 1.0):
@@ -281,7 +281,7 @@ def test_a_network_that_knows_the_noise_denoises_exactly(eta: float) -> None:
     assert method.times == [250, 214, 179, 143, 107, 71, 36, 0]
 
 
-def test_schedules_are_the_published_ones() -> None:
+def test_the_noise_schedules_of_diffusion_are_the_published_ones() -> None:
     linear, cosine = signal_share(1000, "linear"), signal_share(1000, "cosine")
     for share in (linear, cosine):
         assert share.shape == (1001,)
@@ -304,7 +304,7 @@ def test_schedules_are_the_published_ones() -> None:
         ({"start": 2000}, "can start at steps 0 to 1000"),
     ],
 )
-def test_bad_settings_of_diffusion(settings: dict[str, object], message: str) -> None:
+def test_bad_settings_of_diffusion_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(AnomriError, match=message):
         Diffusion(("flair",), WIDTHS, **settings)  # type: ignore[arg-type]
 
@@ -326,7 +326,7 @@ def test_simplex_noise_is_smooth_and_standard() -> None:
     assert torch.equal(one, again)
 
 
-def test_a_constant_rate_stays() -> None:
+def test_a_constant_learning_rate_stays_constant() -> None:
     schedule = replace(Training(), schedule="constant", learning_rate=0.5)
     assert {learning_rate(schedule, step) for step in (0, 1000, 67_000)} == {0.5}
 
@@ -339,7 +339,7 @@ def test_the_noises_of_diffusion_have_the_variance_of_its_schedule(noise: str) -
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "simplex", "coarse"])
-def test_diffusion_makes_the_same_of_a_slice_whatever_lies_beside_it(noise: str) -> None:
+def test_diffusion_reconstructs_a_slice_independently_of_its_batch(noise: str) -> None:
     method = Diffusion(
         ("flair",), widths=[4, 8], noise=noise, steps=50, start=20, strides=4, eta=1.0
     ).eval()  # type: ignore[arg-type]
@@ -404,7 +404,7 @@ def test_a_setting_of_another_type_is_refused(settings: dict[str, object], messa
         methods.build(ModelSpec(("flair",), settings=settings))
 
 
-def test_true_and_false_are_not_text() -> None:
+def test_settings_read_true_and_false_as_booleans() -> None:
     assert parse_settings(["a=False", "b=True", "c=false", "d=no"]) == {
         "a": False,
         "b": True,
@@ -424,7 +424,7 @@ class Heavy(DAE):
         self.register_buffer("table", torch.zeros(table), persistent=False)
 
 
-def test_what_could_not_be_read_again_is_not_trained(
+def test_a_model_that_could_not_be_loaded_again_is_not_trained(
     monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))
@@ -449,7 +449,7 @@ def test_what_could_not_be_read_again_is_not_trained(
     assert read_model(tmp_path / "infinite")[2]["network.head.bias"] == torch.inf
 
 
-def test_methods_of_others(
+def test_other_packages_can_add_methods(
     monkeypatch: pytest.MonkeyPatch, cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(methods, "PLACES", dict(methods.PLACES))

@@ -43,7 +43,7 @@ def test_ceil_dice_is_the_best_of_all_thresholds(scores: np.ndarray, labels: np.
         assert dice(scores >= curve.best_threshold, labels) == pytest.approx(curve.ceil_dice)
 
 
-def test_average_precision_on_many_continuous_scores() -> None:
+def test_average_precision_is_exact_for_many_continuous_scores() -> None:
     rng = np.random.default_rng(0)
     labels = rng.random(200_000) < 0.05
     scores = (rng.random(200_000) + labels * rng.random(200_000)).astype(np.float32)
@@ -76,7 +76,7 @@ def _components_by_the_book(mask: np.ndarray, limit: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("density", [0.02, 0.08, 0.3])
-def test_small_components_by_filled_volume(density: float) -> None:
+def test_small_components_are_dropped_by_filled_volume(density: float) -> None:
     mask = ndimage.uniform_filter(np.random.default_rng(2).random((20, 20, 20)), 2) < density
     np.testing.assert_array_equal(
         drop_small_components(mask, 20), _components_by_the_book(mask, 20)
@@ -105,7 +105,7 @@ def test_dice_of_empty_masks_is_one() -> None:
     assert dice(~empty, empty) == 0.0
 
 
-def test_interval_covers_the_mean_and_narrows_with_patients() -> None:
+def test_the_interval_covers_the_mean_and_narrows_with_more_patients() -> None:
     rng = np.random.default_rng(3)
     few, many = rng.random(10), rng.random(1000)
     low, high = mean_interval(many.tolist())

@@ -26,7 +26,7 @@ def test_a_missing_library_is_reported_with_the_command_that_installs_it() -> No
     )
 
 
-def test_an_extra_is_installed_from_where_the_package_came_from(
+def test_an_extra_is_installed_from_the_source_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / "a checkout" / "src" / "anomri" / "optional.py"
@@ -93,7 +93,7 @@ def scans(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("no_scan_is_read")
 @pytest.mark.parametrize("option", STEPS)
-def test_a_missing_extra_is_said_once_before_the_first_scan(
+def test_a_missing_extra_is_reported_once_before_the_first_scan(
     scans: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = scans / "out"

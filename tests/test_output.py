@@ -42,7 +42,7 @@ def flat(cohort: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["p_mask.nii.gz", "p_lesions.nii.gz", "p_reconstruction.nii.gz", "p_mask.dcm", "p.json"]
 )
-def test_a_file_that_is_no_result_is_not_replaced(flat: Path, model: Path, name: str) -> None:
+def test_a_file_not_written_by_anomri_is_not_replaced(flat: Path, model: Path, name: str) -> None:
     (flat / name).write_text('{"EchoTime": 0.1}')
     with pytest.raises(
         AnomriError,
@@ -76,7 +76,7 @@ def test_a_converter_s_json_beside_a_map_is_not_replaced(flat: Path, model: Path
         anomri.detect_cohort(flat, flat, model)
 
 
-def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> None:
+def test_results_beside_their_scans_can_be_written_again(flat: Path, model: Path) -> None:
     for threshold in (None, "high"):
         (result,) = anomri.detect_cohort(flat, flat, model, sensitivity=threshold, overwrite=True)
         assert result.error is None and (flat / "p_mask.nii.gz").is_file()
@@ -85,9 +85,7 @@ def test_results_beside_their_scans_are_made_again(flat: Path, model: Path) -> N
     assert (flat / "p_anomaly.nii.gz").is_file()
 
 
-def test_nothing_of_another_run_stays_beside_results(
-    flat: Path, model: Path, tmp_path: Path
-) -> None:
+def test_outputs_of_an_earlier_run_are_removed(flat: Path, model: Path, tmp_path: Path) -> None:
     out, detector = tmp_path / "out", Detector.load(model)
     anomri.detect_cohort(flat, out, detector, reconstruction=True)
     (out / "p_mask.dcm").touch()
@@ -107,7 +105,7 @@ def test_nothing_of_another_run_stays_beside_results(
     assert result.error and not list(out.glob("p[_.]*"))
 
 
-def test_without_a_threshold_nothing_was_looked_for(
+def test_without_a_threshold_the_table_claims_no_lesion_count(
     flat: Path, model: Path, tmp_path: Path
 ) -> None:
     anomri.detect_cohort(flat, tmp_path / "out", Detector.load(model).with_score(kind="absolute"))
@@ -127,7 +125,7 @@ def test_without_a_threshold_nothing_was_looked_for(
     )
 
 
-def test_shards_and_whole_runs_keep_each_other_out(
+def test_shards_and_whole_runs_do_not_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anomri.runtime.folders.MOMENT_S", 0.1)
@@ -173,7 +171,7 @@ def test_a_dicom_seg_that_cannot_be_written_is_no_failed_case(tmp_path: Path) ->
     assert write_dicom_seg(tmp_path, without, {}) is without
 
 
-def test_channels_given_twice_and_options_of_another_level(
+def test_a_channel_given_twice_is_refused_and_options_of_another_level_are_noted(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
@@ -200,7 +198,7 @@ def test_channels_given_twice_and_options_of_another_level(
     assert "none: no such folder" in capsys.readouterr().err
 
 
-def test_scans_called_by_their_channel_are_named_by_their_folder(tmp_path: Path) -> None:
+def test_scans_named_after_their_channel_get_the_name_of_their_folder(tmp_path: Path) -> None:
     thresholding("flair").save(tmp_path / "m")
     for name in ("s1", "s2"):
         write(tmp_path / name / "FLAIR.nii.gz", scan((32, 36, 28), np.diag([6.0, 6, 6, 1])))
@@ -239,7 +237,7 @@ def odd_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_folder_that_is_not_utf8_and_a_failing_case_cost_no_table(
+def test_a_folder_name_that_is_not_utf8_and_a_failed_case_leave_the_tables_whole(
     odd_folder: Path, cohort: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scans, out = odd_folder / "scans", odd_folder / "out"
@@ -266,7 +264,7 @@ def test_a_folder_that_is_not_utf8_and_a_failing_case_cost_no_table(
     assert main(["info", str(copied)]) == 0
 
 
-def test_a_training_in_a_folder_that_is_not_utf8(odd_folder: Path, cohort: Path) -> None:
+def test_a_training_runs_in_a_folder_that_is_not_utf8(odd_folder: Path, cohort: Path) -> None:
     trained = anomri.train(
         cohort,
         odd_folder / "model",
@@ -277,7 +275,7 @@ def test_a_training_in_a_folder_that_is_not_utf8(odd_folder: Path, cohort: Path)
     assert Detector.load(odd_folder / "model").spec == trained.spec
 
 
-def test_a_bids_data_set_in_a_folder_that_is_not_utf8(odd_folder: Path) -> None:
+def test_a_bids_data_set_is_read_in_a_folder_that_is_not_utf8(odd_folder: Path) -> None:
     pytest.importorskip("ancpbids", reason="needs anomri[bids]")
     anat = odd_folder / "in" / "sub-1" / "anat"
     data = scan((64, 72, 56), np.diag([3, 3, 3, 1])).astype(np.float32)
@@ -294,6 +292,7 @@ def test_a_bids_data_set_in_a_folder_that_is_not_utf8(odd_folder: Path) -> None:
     assert said["DatasetLinks"]["source"].startswith("../caf%E9%20%3Cb%3E")
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_names_that_its_stream_cannot_encode(
     odd_folder: Path, tmp_path: Path
 ) -> None:

@@ -31,14 +31,14 @@ def test_threads_are_divided_and_given_back() -> None:
         torch.set_num_threads(before)
 
 
-def test_threads_side_by_side_take_subnormal_numbers_for_zero() -> None:
+def test_parallel_threads_flush_subnormal_numbers_to_zero() -> None:
     half = torch.full((64,), 2.0**-126)  # the smallest normal number
     with worker_threads(2) as pool:
         assert not pool.submit(lambda: (half / 2).any()).result()
     assert bool((half / 2).all())
 
 
-def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_batches_give_the_results_of_serial_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inference = Inference(methods.build(ModelSpec(("flair", "t1"), settings={"widths": [8, 16]})))
     x, before, used = torch.rand(20, 2, 32, 32), torch.get_num_threads(), set()
@@ -76,7 +76,7 @@ def test_batches_side_by_side_give_what_they_give_in_turn(monkeypatch: pytest.Mo
         ),  # a slice's noise depends on those beside it
     ],
 )
-def test_batches_follow_the_cache_where_a_method_allows_it(
+def test_batch_sizes_follow_the_processor_cache_if_the_method_allows(
     method: str,
     settings: dict[str, object],
     box: tuple[int, int, int, int] | None,

@@ -37,7 +37,7 @@ def test_a_cell_has_the_mean_and_spread_of_its_own_tissue() -> None:
     assert spread[0, 4, -1, 4] == pytest.approx(0.1, rel=0.2)
 
 
-def test_slices_that_do_not_count_are_not_looked_at() -> None:
+def test_slices_that_do_not_count_are_ignored() -> None:
     """A lesion in the upper half of a scan changes nothing, and cells without a healthy slice
     take the mean of all."""
     inside = brain()
@@ -48,7 +48,7 @@ def test_slices_that_do_not_count_are_not_looked_at() -> None:
     assert float(spread.max()) < 1e-3
 
 
-def test_cells_follow_the_brain_wherever_it_lies() -> None:
+def test_cells_follow_the_brain_wherever_it_is() -> None:
     """A brain in another place, of another size, in more slices, gets the same values at the
     same relative place."""
     cells = torch.linspace(0, 1, CELLS)[None, None, :, None].expand(1, CELLS, CELLS, CELLS)
@@ -59,7 +59,7 @@ def test_cells_follow_the_brain_wherever_it_lies() -> None:
     assert float(there[0, -1, 0]) == 1.0
 
 
-def test_some_slices_of_a_brain_stay_in_their_place() -> None:
+def test_some_slices_of_a_brain_keep_their_positions() -> None:
     """Slices taken out of a stack have the values that they had among the others."""
     inside = brain()
     inside[12:, 4:20] = False  # the upper half of this brain is narrower
@@ -71,7 +71,7 @@ def test_some_slices_of_a_brain_stay_in_their_place() -> None:
     torch.testing.assert_close(interpolate_cells(cells, part.position, (40, 40)), among)
 
 
-def test_maps_survive_their_text() -> None:
+def test_position_maps_survive_packing_as_text() -> None:
     """Base64 of float16: exact to three digits; anything else is refused."""
     mean, spread = torch.rand(2, 3, CELLS, CELLS, CELLS)
     text = pack_maps(mean, spread)
@@ -82,7 +82,7 @@ def test_maps_survive_their_text() -> None:
             unpack_maps(wrong, channels)
 
 
-def test_the_score_measures_a_residual_by_what_is_usual_there() -> None:
+def test_the_score_divides_a_residual_by_what_is_usual_at_its_position() -> None:
     """The same residual counts for less where healthy tissue leaves as much."""
     x = torch.where(brain()[:, None], 1.0, 0.0).expand(-1, 2, -1, -1)
     cells = torch.full((2, CELLS, CELLS, CELLS), 0.1)

@@ -55,7 +55,8 @@ def head(*, air: bool, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarra
 # Skull.
 
 
-def test_no_real_scan_is_taken_for_a_head(real_scans: Path) -> None:
+@pytest.mark.slow
+def test_no_real_stripped_scan_is_mistaken_for_a_head(real_scans: Path) -> None:
     cases = [*find_cases(real_scans / "brats18"), *find_cases(real_scans / "stroke")]
     assert len(cases) == 29
     for case in cases:
@@ -173,8 +174,9 @@ nib.save(nib.Nifti1Image(brain, image.affine), options["-o"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
-def test_an_installed_tool_is_called(
+def test_an_installed_skull_stripping_tool_is_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
 ) -> None:
     (tmp_path / tool).write_text(TOOL)
@@ -192,7 +194,7 @@ def test_an_installed_tool_is_called(
         )
 
 
-def test_without_a_tool_the_error_says_how_to_get_one(
+def test_without_a_skull_stripping_tool_the_error_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anomri.scans.skull.TOOLS", ())
@@ -313,6 +315,7 @@ def test_a_training_sees_a_spiky_scan_as_detection_does(tmp_path: Path) -> None:
     assert torch.equal(packed.stack(Scaling()).x, seen.x.half().float())
 
 
+@pytest.mark.slow
 def test_bias_correction_brings_a_shaded_scan_back(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK", reason="needs anomri[register]")
     data = scan(SHAPE, AFFINE)
@@ -338,7 +341,7 @@ def test_standardised_intensities_are_refused(tmp_path: Path) -> None:
         thresholding().detect(save(tmp_path / "a_flair.nii.gz", data))
 
 
-def test_a_scan_as_published_is_prepared_by_nothing(real_scans: Path) -> None:
+def test_a_scan_as_published_is_left_unchanged(real_scans: Path) -> None:
     case = find_cases(real_scans / "brats18" / "Brats18_2013_11_1")[0]
     plain, prepared = read_volume(case, ["flair", "t1"]), prepare(case, ["flair", "t1"])
     np.testing.assert_array_equal(plain.data, prepared.data)

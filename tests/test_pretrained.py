@@ -21,7 +21,7 @@ from anomri.training.train import Progress, train
 from conftest import write_case
 
 
-def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
+def test_a_training_starts_with_the_weights_and_recipe_of_a_model(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     before, _, started = read_model(model)
@@ -48,7 +48,7 @@ def test_a_training_begins_with_the_weights_and_the_recipe_of_a_model(
 
 
 @pytest.mark.slow
-def test_a_score_that_was_chosen_is_chosen_anew(
+def test_a_score_that_was_chosen_is_chosen_again(
     cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
     assert Pretrained.read(model_with_head).preset().score.kind == "auto"
@@ -61,7 +61,7 @@ def test_a_score_that_was_chosen_is_chosen_anew(
 
 
 @pytest.mark.slow
-def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
+def test_a_cohort_with_fewer_channels_continues_with_the_same_network(
     cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
     alone = [replace(case, channels={"t1": case.channels["t1"]}) for case in find_cases(cohort)]
@@ -95,7 +95,7 @@ def test_a_cohort_with_fewer_channels_goes_on_with_the_same_network(
     assert found.anomaly_map.max() > 0
 
 
-def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: Path) -> None:
+def test_a_network_keeps_its_channels_when_some_are_left_out_repeatedly(tmp_path: Path) -> None:
     before = Pretrained.read("built-in")
     assert before.preset().settings == before.spec.settings
     once = before.preset(("flair", "t2"))
@@ -129,7 +129,7 @@ def test_a_network_keeps_its_channels_however_often_some_are_left_out(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_training_may_begin_with_the_mean_of_several_models(
+def test_a_training_may_start_with_the_mean_of_several_models(
     cohort: Path, cache: Path, model_with_head: Path, tmp_path: Path
 ) -> None:
     spec, _, weights = read_model(model_with_head)
@@ -239,7 +239,7 @@ def test_the_model_knows_the_cases_of_both_trainings(
     assert sorted([splits["new0"], splits["new1"]]) == ["train", "val"]
 
 
-def test_patients_keep_their_sides_where_no_split_is_given(
+def test_patients_keep_their_split_if_none_is_given(
     cohort: Path, model: Path, tmp_path: Path
 ) -> None:
     before = Pretrained.read(model)
@@ -269,7 +269,7 @@ def sided(**splits: str | None) -> list[Case]:
     return [Case(name, {}, split=split) for name, split in splits.items()]
 
 
-def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on(
+def test_validation_patients_are_never_drawn_from_training_patients(
     model: Path,
 ) -> None:
     before = Pretrained.read(model)
@@ -308,7 +308,7 @@ def test_patients_to_validate_on_are_never_drawn_from_those_that_were_trained_on
             before.split(sided(case0=split, case1=split), 0)
 
 
-def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
+def test_a_new_training_keeps_the_list_of_patients_seen_before(model: Path) -> None:
     before = Pretrained.read(model)
     validated = next(case.name for case in before.cases if case.split == "val")
     # A case of the cohort that is in none of its splits has still been seen before.
@@ -322,7 +322,7 @@ def test_whom_a_model_has_seen_is_never_forgotten(model: Path) -> None:
     assert before.other_cases(sided(**{validated: "train"}))
 
 
-def test_a_saved_model_knows_whom_it_has_seen(model: Path, tmp_path: Path) -> None:
+def test_a_saved_model_lists_the_patients_it_has_seen(model: Path, tmp_path: Path) -> None:
     detector = Detector.load(model)
     assert detector.splits
     for number, one in enumerate(
@@ -350,7 +350,7 @@ def test_a_model_names_the_terms_of_both_cohorts(
     )
 
 
-def test_what_a_model_was_trained_on_is_not_held_out(
+def test_training_patients_cannot_become_held_out(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     swapped = tmp_path / "splits.csv"
@@ -376,7 +376,7 @@ def test_what_a_model_was_trained_on_is_not_held_out(
         ({"settings": {"widths": [4, 8]}}, "leave out settings that change the network"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(
+def test_settings_that_do_not_fit_the_model_are_refused(
     cohort: Path,
     cache: Path,
     model: Path,
@@ -388,7 +388,7 @@ def test_what_does_not_fit_the_model_is_refused(
         train(cohort, tmp_path / "model", pretrained=model, cache=cache, **arguments)
 
 
-def test_what_has_no_weights_cannot_be_gone_on_from(
+def test_a_model_without_weights_cannot_be_continued(
     cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     train(cohort, tmp_path / "thresholding", method="thresholding", cache=cache)
@@ -396,7 +396,7 @@ def test_what_has_no_weights_cannot_be_gone_on_from(
         train(cohort, tmp_path / "model", pretrained=tmp_path / "thresholding", cache=cache)
 
 
-def test_resuming_goes_on_from_its_own_step_and_not_from_another_model(
+def test_resuming_continues_its_own_training_only(
     cohort: Path, cache: Path, model: Path, tmp_path: Path
 ) -> None:
     training = {"steps": 4, "validate_every": 2}
@@ -431,7 +431,7 @@ def test_resuming_goes_on_from_its_own_step_and_not_from_another_model(
     )
 
 
-def test_the_model_in_the_package_can_be_gone_on_from() -> None:
+def test_the_built_in_model_can_be_continued() -> None:
     before = Pretrained.read("built-in")
     assert (preset := before.preset()).training is not None and preset.training.precision == "auto"
     assert preset.score.kind == "auto" and preset.score.flips

@@ -15,7 +15,7 @@ from anomri.scans.read import read_volume
 from anomri.slices import slice_volume
 
 
-def test_the_cohort_is_found_with_its_splits(real_scans: Path) -> None:
+def test_the_real_cohort_is_found_with_its_splits(real_scans: Path) -> None:
     cases = find_cases(real_scans / "brats18")
     assert common_channels(cases) == ("flair", "t1", "t1ce", "t2")
     assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [
@@ -36,7 +36,9 @@ def test_a_real_scan_is_cut_as_published(real_scans: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path) -> None:
+def test_real_patients_are_trained_on_detected_and_evaluated(
+    real_scans: Path, tmp_path: Path
+) -> None:
     for name in ("Brats18_CBICA_ABM_1", "Brats18_CBICA_APZ_1", "Brats18_TCIA10_639_1"):
         shutil.copytree(real_scans / "brats18" / name, tmp_path / "cohort" / name)
     shutil.copy(real_scans / "brats18" / "splits.csv", tmp_path / "cohort")
@@ -66,7 +68,8 @@ def test_train_detect_evaluate_on_real_patients(real_scans: Path, tmp_path: Path
         np.testing.assert_array_equal(header[field], source.header[field], err_msg=field)
 
 
-def test_another_grid_and_bit_depth(real_scans: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_grid_and_bit_depth_are_handled(real_scans: Path, tmp_path: Path) -> None:
     """The stroke subject: oblique, 124 x 160 x 140, 8 bit, channels named FLAIR.nii.gz, no case
     name."""
     (case,) = find_cases(real_scans / "stroke")

@@ -114,6 +114,7 @@ def browse(page: Path, profile: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_sorts_the_tables_and_runs_no_other_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,12 +143,12 @@ def test_a_browser_sorts_the_tables_and_runs_no_other_script(
     assert data["broken"] == "script-src-elem"  # the one planted above
 
 
-def test_columns_of_numbers_are_known() -> None:
+def test_columns_of_numbers_are_recognised() -> None:
     table = Table("t", ("name", "n", "mixed"), [("a", "1.5", "2"), ("b", "", "x")])
     assert table.numeric == {1}
 
 
-def test_nothing_to_report(tmp_path: Path) -> None:
+def test_an_empty_folder_has_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(AnomriError, match="nothing to report"):
         report(tmp_path)
 
@@ -200,7 +201,9 @@ def test_the_report_says_which_findings_lie_at_the_edge(run: Path) -> None:
         assert (said in of_case8) if said else (sentence not in of_case8)
 
 
-def test_the_report_of_an_evaluation(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_the_report_of_an_evaluation_shows_its_figures(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     anomri.evaluate(cohort, tmp_path, model=model)
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 2 + 2  # curves, patients, and a histogram a case
@@ -222,7 +225,7 @@ def test_a_large_cohort_stays_small_enough_to_open(
     assert "data:image/jpeg" not in report(run).read_text()
 
 
-def test_planes_show_the_peak_and_both_outlines_the_right_way_up(detection: Detection) -> None:
+def test_planes_show_the_peak_and_both_outlines_upright(detection: Detection) -> None:
     lesion = np.zeros(detection.anomaly_map.shape, bool)
     data = np.zeros_like(detection.volume.data)
     data[:, 10:50, 5:55, 2:12] = 0.5
@@ -257,7 +260,7 @@ def test_planes_show_the_peak_and_both_outlines_the_right_way_up(detection: Dete
     assert sagittal == pytest.approx([(14 - 10) / 14 * height, (12 - 3) / 54 * depth], abs=3)
 
 
-def test_previews_are_read_back_as_they_were_written(detection: Detection, tmp_path: Path) -> None:
+def test_previews_are_read_as_they_were_written(detection: Detection, tmp_path: Path) -> None:
     save_preview(detection, tmp_path)
     preview = read_preview(tmp_path, detection.name)
     assert preview is not None and preview.has_truth and preview.channel == "flair"
@@ -274,7 +277,7 @@ def test_previews_are_read_back_as_they_were_written(detection: Detection, tmp_p
     assert read_preview(tmp_path, detection.name) is None
 
 
-def test_an_overlay_leaves_what_is_below_its_range() -> None:
+def test_an_overlay_leaves_values_below_its_range_visible() -> None:
     image = np.full((2, 2, 3), 100, np.uint8)
     drawn = overlay(image, np.array([[0, 0.1], [0.2, 9]], np.float32), 0.1, 0.3)
     assert (drawn[0] == 100).all() and (drawn[1] != 100).any(axis=-1).all()

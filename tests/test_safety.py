@@ -137,7 +137,7 @@ def test_writing_a_model_does_not_follow_links(stranger: Path, model: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "a\\b", "x\0y", "x\ny"])
-def test_no_case_is_called_so_that_its_files_leave_the_folder(
+def test_no_case_name_puts_files_outside_the_folder(
     cohort: Path, model: Path, tmp_path: Path, name: str
 ) -> None:
     scan = cohort / "case0" / "case0_flair.nii.gz"
@@ -155,7 +155,7 @@ def test_no_case_is_called_so_that_its_files_leave_the_folder(
     )
 
 
-def test_names_in_a_model_lead_nowhere(stranger: Path, cohort: Path, tmp_path: Path) -> None:
+def test_paths_in_a_model_are_not_followed(stranger: Path, cohort: Path, tmp_path: Path) -> None:
     (stranger / "splits.csv").write_text("case,split\n../../../etc/passwd,train\n")
     assert Detector.load(stranger, "cpu").splits == {
         "../../../etc/passwd": "train"
@@ -183,7 +183,7 @@ def test_an_unknown_split_is_refused(stranger: Path) -> None:
     refused(stranger, "splits.csv, line 3: split 'tr' is not one of train, val, test")
 
 
-def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:
+def test_a_giant_weights_file_is_refused_unread(stranger: Path) -> None:
     with (stranger / "weights.safetensors").open("r+b") as file:
         file.truncate(2**40)  # takes no room on the disk
     refused(stranger, "weights.safetensors: has 1,099,511,627,776 bytes, more than")
@@ -221,7 +221,7 @@ def test_a_giant_file_of_weights_is_refused_unread(stranger: Path) -> None:
         ({"thresholds": {"value": [1.0]}}, "its thresholds do not fit each other"),
     ],
 )
-def test_descriptions_that_ask_for_more_than_there_is_are_refused(
+def test_a_model_that_needs_too_much_memory_is_refused(
     stranger: Path, changes: dict[str, object], message: str
 ) -> None:
     described(stranger, **changes)
@@ -262,7 +262,7 @@ def planted(path: Path) -> None:
         packed.write(content.to_bytes())
 
 
-def test_what_headers_say_of_a_patient_reaches_no_output(cohort: Path, tmp_path: Path) -> None:
+def test_patient_data_in_headers_reaches_no_output(cohort: Path, tmp_path: Path) -> None:
     shutil.copytree(cohort, tmp_path / "scans")
     for path in (tmp_path / "scans").rglob("*.nii.gz"):
         planted(path)
@@ -280,7 +280,7 @@ def test_what_headers_say_of_a_patient_reaches_no_output(cohort: Path, tmp_path:
         assert IDENTIFIER not in content, path
 
 
-def test_a_case_that_is_called_as_markup_is_shown_as_text(model: Path, tmp_path: Path) -> None:
+def test_a_case_name_with_markup_is_shown_as_text(model: Path, tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>&'\""
     write_case(tmp_path / "scans", name.replace("/", ""), 3, lesion=True)
     anomri.detect_cohort(tmp_path / "scans", tmp_path / "out", model)
@@ -292,7 +292,9 @@ def test_a_case_that_is_called_as_markup_is_shown_as_text(model: Path, tmp_path:
     ModelSpec.read(model / "model.json")
 
 
-def test_no_case_is_called_as_a_file_of_the_run(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_no_case_has_the_name_of_a_file_of_the_run(
+    cohort: Path, model: Path, tmp_path: Path
+) -> None:
     case = Case("run", dict(find_cases(cohort)[0].channels))
     with pytest.raises(
         AnomriError, match="a case is called 'run', which cannot name its files; rename it"

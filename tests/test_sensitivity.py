@@ -31,12 +31,12 @@ THRESHOLDS = Thresholds((0.05, 0.01, 0.005, 0.001), (1.0, 2.0, 3.0, 4.0), 0.01, 
         (0.05, 1),
     ],
 )
-def test_a_sensitivity_by_name_or_rate(asked: str | float, value: float) -> None:
+def test_a_sensitivity_is_given_by_name_or_rate(asked: str | float, value: float) -> None:
     chosen = choose_threshold(THRESHOLDS, asked)
     assert chosen is not None and chosen.threshold == value and chosen.voxel_rate is not None
 
 
-def test_a_rate_is_understood_as_it_is_printed_and_steps_lead_somewhere() -> None:
+def test_a_printed_rate_can_be_given_back_and_each_step_changes_the_threshold() -> None:
     own = replace(
         THRESHOLDS, false_positive_rate=(0.01, 0.005, 0.0012345, 0.001), default_rate=0.0012345
     )
@@ -49,14 +49,14 @@ def test_a_rate_is_understood_as_it_is_printed_and_steps_lead_somewhere() -> Non
     assert choose_threshold(own, "0.001").threshold == 4.0  # type: ignore[union-attr]
 
 
-def test_a_false_positive_volume_takes_the_lowest_threshold_that_keeps_to_it() -> None:
+def test_a_false_positive_volume_selects_the_lowest_threshold_within_it() -> None:
     for most, threshold in ((9.0, 0.1), (8.9, 0.2), (1.5, 0.2), (1.0, 0.3), (0.0, 0.3)):
         chosen = choose_threshold(THRESHOLDS, false_positive_ml=most)
         assert chosen is not None and chosen.threshold == threshold and chosen.voxel_rate is None
     assert choose_threshold(chosen, "high").threshold == 1.0  # type: ignore[union-attr]  # the later wish counts
 
 
-def test_what_the_model_does_not_store_is_refused() -> None:
+def test_rates_that_the_model_does_not_store_are_refused() -> None:
     with pytest.raises(
         AnomriError,
         match=r"no sensitivity '2%'; there are .*0.05, 0.01, 0.005, 0.001 \(default: 0.01\)",
@@ -119,9 +119,7 @@ def test_distance_from_the_brains_edge_respects_the_voxel_size_and_ignores_holes
         )
 
 
-def test_what_healthy_scans_look_like_survives_the_model_folder(
-    model: Path, tmp_path: Path
-) -> None:
+def test_healthy_scores_are_saved_with_the_model(model: Path, tmp_path: Path) -> None:
     thresholds = anomri.load(model).spec.thresholds
     assert thresholds is not None and thresholds.healthy is not None
     healthy = thresholds.healthy
@@ -144,7 +142,7 @@ def test_what_healthy_scans_look_like_survives_the_model_folder(
     assert old is not None and old.healthy is None and old.threshold == thresholds.threshold
 
 
-def test_detect_with_a_sensitivity_as_json(
+def test_detect_takes_a_sensitivity_and_prints_json(
     cohort: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["detect", "-i", str(cohort / "case7"), "-m", str(model), "--format", "json", "-o"]
@@ -178,7 +176,7 @@ def test_detect_with_a_sensitivity_as_json(
     assert main([*arguments, str(tmp_path / "no"), "--sensitivity", "2%"]) == 2
 
 
-def test_evaluate_with_a_sensitivity(cohort: Path, model: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_a_sensitivity(cohort: Path, model: Path, tmp_path: Path) -> None:
     thresholds = anomri.load(model).spec.thresholds
     assert thresholds is not None
     assert (

@@ -27,7 +27,7 @@ SHARE = st.floats(0, 1)
 
 
 @given(SIZE, SIZE, SIZE, SIZE, SHARE, SHARE)
-def test_what_a_window_cuts_is_pasted_back_in_place(
+def test_slices_cut_by_a_window_are_pasted_back_in_place(
     h: int, w: int, rows: int, columns: int, down: float, right: float
 ) -> None:
     # Anywhere between the slice's first and last rows, or the slice anywhere within the window.
@@ -50,7 +50,7 @@ def test_what_a_window_cuts_is_pasted_back_in_place(
     st.integers(-20, 50),
     st.integers(-20, 50),
 )
-def test_a_brain_resized_alone_is_what_the_whole_window_gives(
+def test_resizing_only_the_brain_equals_resizing_the_whole_window(
     corners: list[int], h: int, w: int, top: int, left: int
 ) -> None:
     data = np.zeros((2, 60, 60, 3), np.float32)
@@ -77,7 +77,7 @@ def test_the_window_follows_a_brain_that_lies_off_the_middle() -> None:
 
 
 @given(st.lists(st.integers(0, 63), min_size=4, max_size=4), st.sampled_from([1, 8, 16]))
-def test_boxes_hold_what_they_must_and_divide(corners: list[int], multiple: int) -> None:
+def test_boxes_hold_the_brain_and_divide_evenly(corners: list[int], multiple: int) -> None:
     a = (min(corners[:2]), max(corners[:2]) + 1, min(corners[2:]), max(corners[2:]) + 1)
     b = (10, 20, 30, 31)
     top, bottom, left, right = join_boxes(a, b, multiple, (64, 64))
@@ -86,7 +86,7 @@ def test_boxes_hold_what_they_must_and_divide(corners: list[int], multiple: int)
     assert 0 <= left <= min(a[2], b[2]) and max(a[3], b[3]) <= right <= 64
 
 
-def test_brain_box_is_tight() -> None:
+def test_the_brain_box_is_tight() -> None:
     foreground = torch.zeros(3, 64, 64, dtype=torch.bool)
     foreground[0, 5, 7] = foreground[2, 20, 40] = True
     assert brain_box(foreground, 1) == (5, 21, 7, 41)
@@ -94,7 +94,7 @@ def test_brain_box_is_tight() -> None:
 
 
 @pytest.mark.parametrize("shape", [(240, 240, 5), (124, 160, 5), (300, 200, 4)])
-def test_there_and_back_keeps_a_blob_in_place(shape: tuple[int, int, int]) -> None:
+def test_a_blob_keeps_its_place_through_the_working_grid(shape: tuple[int, int, int]) -> None:
     data = np.zeros(shape, np.float32)
     x, y = shape[0] // 2 + 17, shape[1] // 2 - 23
     data[x - 8 : x + 9, y - 8 : y + 9, 2] = 1
@@ -107,7 +107,7 @@ def test_there_and_back_keeps_a_blob_in_place(shape: tuple[int, int, int]) -> No
     np.testing.assert_allclose(ndimage.center_of_mass(back), (x, y, 2), atol=0.5)
 
 
-def test_scale_and_range() -> None:
+def test_intensity_scale_and_slice_range_are_computed() -> None:
     data = np.zeros((2, 10, 10, 5), np.float32)
     data[0, :, :, 1:4] = np.linspace(1, 100, 300).reshape(10, 10, 3)
     scale = percentile_scale(data, 99)
@@ -121,7 +121,7 @@ def test_scale_and_range() -> None:
     st.sampled_from([1.0, 0.5]),
     st.floats(0, 100),
 )
-def test_percentiles_are_numpys(values: list[int], step: float, percent: float) -> None:
+def test_percentiles_equal_those_of_numpy(values: list[int], step: float, percent: float) -> None:
     data = np.zeros((1, 4, 4, 4), np.float32)
     data.flat[: len(values)] = step * np.array(values)
     expected = np.percentile(data[data > 0].astype(np.float64), percent)
@@ -138,25 +138,25 @@ def test_a_box_holds_all_above_zero_and_no_more() -> None:
     assert is_empty(box_around(0 * values[::-1])[:1])
 
 
-def test_median_filter_is_scipys_with_reflection() -> None:
+def test_the_median_filter_equals_that_of_scipy_with_reflection() -> None:
     score = np.random.default_rng(0).random((3, 40, 33)).astype(np.float32)
     expected = ndimage.median_filter(score, size=(1, 5, 5), mode="mirror")
     np.testing.assert_array_equal(median_filter(score, 5), expected)
 
 
-def test_erosion_is_a_mean_above_a_level() -> None:
+def test_erosion_keeps_pixels_whose_local_mean_is_above_a_level() -> None:
     foreground = torch.from_numpy(np.random.default_rng(0).random((2, 30, 30)) < 0.97)
     mean = ndimage.uniform_filter(foreground.numpy().astype(float), size=(1, 5, 5), mode="constant")
     np.testing.assert_array_equal(erode_foreground(foreground, 5, 0.95).numpy(), mean > 0.95)
 
 
-def test_score_without_filters_is_the_masked_residual() -> None:
+def test_the_score_without_filters_is_the_masked_residual() -> None:
     raw, foreground = torch.rand(2, 16, 16), torch.rand(2, 16, 16) > 0.5
     score = anomaly_score(raw, foreground, Score(erosion=0, median=0))
     np.testing.assert_array_equal(score, (raw * foreground).numpy())
 
 
-def test_noise_has_its_size_and_one_roll_a_batch() -> None:
+def test_noise_has_its_size_and_one_shift_for_each_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = coarse_noise((64, 2, 128, 128), 16, 0.2, generator)
     # Bilinear weights average neighbours, so the spread is below that of the drawn values.

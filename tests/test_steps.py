@@ -54,7 +54,7 @@ def trained(slices: HealthySlices, capturable: bool) -> tuple[list[Tensor], list
 
 
 @pytest.mark.parametrize("reason", ["forbidden", "memory"])
-def test_a_step_that_cannot_be_recorded_is_launched(
+def test_a_step_that_cannot_be_recorded_runs_directly(
     cohort: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     slices = HealthySlices(

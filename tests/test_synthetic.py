@@ -42,7 +42,7 @@ def diseased() -> list[Subject]:
     return [subject(number, lesions=True) for number in range(4)]
 
 
-def test_layout_is_that_of_brats(cohort: Path) -> None:
+def test_synthetic_cohorts_have_the_brats_layout(cohort: Path) -> None:
     cases = {case.name: case for case in find_cases(cohort)}
     healthy = [f"synthetic_healthy_{number:03d}" for number in (1, 2, 3)]
     lesioned = [f"synthetic_lesion_{number:03d}" for number in (1, 2)]
@@ -73,7 +73,7 @@ def test_default_grid_is_128_by_128_pixels_of_2_mm_slices() -> None:
     assert np.abs(np.diag(affine)).tolist() == [1.875, 1.875, 2.0, 1.0]
 
 
-def test_same_seed_gives_same_bytes_whatever_the_size_of_the_cohort(
+def test_the_same_seed_gives_the_same_bytes_in_any_cohort_size(
     cohort: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
@@ -89,13 +89,13 @@ def test_same_seed_gives_same_bytes_whatever_the_size_of_the_cohort(
         assert (tmp_path / path).read_bytes() == (cohort / path).read_bytes()
 
 
-def test_subjects_and_seeds_differ() -> None:
+def test_different_subjects_and_seeds_differ() -> None:
     first, second = (subject(number, lesions=False)[0]["t1"] > 0 for number in (0, 1))
     overlap = 2 * (first & second).sum() / (first.sum() + second.sum())
     assert 0.75 < overlap < 0.99
 
 
-def test_outside_the_brain_is_zero_and_inside_is_not(cohort: Path) -> None:
+def test_voxels_are_zero_outside_the_brain_and_positive_inside(cohort: Path) -> None:
     for case in find_cases(cohort):
         images = [load(case.channels[channel]) for channel in CHANNELS]
         brain = images[0] > 0
@@ -183,7 +183,7 @@ def test_old_infarcts_have_a_cavity_as_dark_as_csf_on_flair(
         assert np.median(t2[dark]) > 1.3 * np.median(t2[t2 > 0])
 
 
-def test_smooth_noise_has_unit_deviation_and_the_scale_that_is_given() -> None:
+def test_smooth_noise_has_unit_deviation_and_the_given_scale() -> None:
     axes, _ = synthetic.voxel_grid(COARSE_MM)
     fine, coarse = (
         synthetic.smooth_noise(np.random.default_rng(0), axes, scale) for scale in (6, 40)

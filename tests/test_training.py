@@ -40,7 +40,7 @@ def weights(model: Path) -> bytes:
     return (model / "weights.safetensors").read_bytes()
 
 
-def test_the_loss_falls_and_the_model_says_what_it_is(model: Path) -> None:
+def test_the_loss_falls_and_the_model_describes_itself(model: Path) -> None:
     rows = log(model)
     assert [row["step"] for row in rows] == [20, 40, 60]
     assert rows[-1]["validation_loss"] < 0.5 * rows[0]["validation_loss"]
@@ -148,7 +148,7 @@ def test_resuming_gives_the_model_that_was_never_stopped(
     ]
 
 
-def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(
+def test_a_bfloat16_training_is_resumed_and_saved_like_any_other(
     cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     schedule = {"steps": 6, "precision": "bf16-mixed"}
@@ -162,7 +162,7 @@ def test_a_training_in_bfloat16_is_resumed_and_saved_like_any_other(
     assert weights(tmp_path / "again") == weights(tmp_path / "m")
 
 
-def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
+def test_an_optimizer_state_fits_another_memory_layout() -> None:
     schedule, networks = Training(), [torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3)]
     before = make_optimizer(Objective(networks[0]), schedule, torch.device("cpu"))
     networks[0](torch.rand(1, 4, 5, 5)).sum().backward()
@@ -180,7 +180,7 @@ def test_an_optimizer_goes_on_with_what_lay_otherwise_in_memory() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_killed_between_validations_goes_on_from_the_last_save(
+def test_a_killed_training_resumes_from_the_last_save(
     cohort: Path, cache: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(state: object) -> None:
@@ -301,7 +301,7 @@ class Cramped:
 
 
 @pytest.mark.slow
-def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
+def test_with_little_memory_a_batch_is_split_and_the_model_is_the_same(
     cohort: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"preset": "tiny", "cache": cache, "device": "cpu", "training": {"steps": 6}}
@@ -381,7 +381,7 @@ def test_memory_that_does_not_suffice_means_smaller_parts_and_the_same_model(
         ({"channels": ["t1", "T1w"]}, "two of the channels t1, t1 are the same"),
     ],
 )
-def test_bad_arguments(
+def test_bad_arguments_of_train_are_refused(
     cohort: Path, cache: Path, tmp_path: Path, arguments: dict[str, object], message: str
 ) -> None:
     with pytest.raises(AnomriError, match=message):
@@ -391,7 +391,7 @@ def test_bad_arguments(
 @pytest.mark.parametrize(
     ("name", "content"), [("splits.csv", "case,split,age\ncase0,train,9\n"), ("log.csv", "a,b\n")]
 )
-def test_a_table_that_is_not_the_training_s_is_not_replaced(
+def test_a_splits_or_log_table_of_others_is_not_replaced(
     cohort: Path, cache: Path, tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -402,7 +402,7 @@ def test_a_table_that_is_not_the_training_s_is_not_replaced(
     assert (tmp_path / name).read_text() == content
 
 
-def test_the_split_that_is_given_may_lie_where_the_model_goes(
+def test_the_given_splits_may_lie_in_the_model_folder(
     cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "splits.csv").write_text("case,split\ncase2,val\ncase0,train\n")
@@ -411,7 +411,7 @@ def test_the_split_that_is_given_may_lie_where_the_model_goes(
     assert (tmp_path / "splits.csv").read_text() == "case,split\ncase0,train\ncase2,val\n"
 
 
-def test_what_was_saved_on_a_failing_disk_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_damaged_training_state_is_not_resumed(tmp_path: Path) -> None:
     state = TrainingState(task={"steps": 2})
     state.best = {"w": torch.arange(20_000, dtype=torch.float32)}
     state.save(tmp_path)
@@ -443,7 +443,7 @@ def test_a_finished_model_is_not_overwritten(cohort: Path, cache: Path, model: P
     assert {path: path.stat().st_mtime_ns for path in model.iterdir()} == before
 
 
-def test_a_finished_training_is_known_again_whatever_its_settings_were_given_as(
+def test_a_finished_training_is_recognised_however_its_settings_are_written(
     cohort: Path, cache: Path, tmp_path: Path
 ) -> None:
     arguments = {"preset": "tiny", "settings": {"widths": (4, 8)}, "cache": cache, "resume": True}
@@ -482,9 +482,7 @@ def test_a_validation_loss_of_nan_is_an_error(
         train(cohort, tmp_path / "m", preset="tiny", training={"steps": 2}, cache=cache)
 
 
-def test_a_given_split_and_channel_order_are_honoured(
-    cohort: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_given_splits_and_channel_order_are_kept(cohort: Path, cache: Path, tmp_path: Path) -> None:
     table = tmp_path / "mine.csv"
     table.write_text(
         "case,split\n" + "\n".join(f"case{k},{'val' if k == 0 else 'train'}" for k in range(7))
@@ -502,7 +500,7 @@ def test_a_given_split_and_channel_order_are_honoured(
     assert "case0,val" in (tmp_path / "m" / "splits.csv").read_text()
 
 
-def test_the_published_schedule_rises_again() -> None:
+def test_the_published_learning_rate_falls_and_rises_again() -> None:
     schedule = Training(learning_rate=1.0)
     rates = [learning_rate(schedule, step) for step in (0, 31, 32, 1600, 3200, 4800, 6400)]
     np.testing.assert_allclose(
@@ -519,7 +517,7 @@ def test_the_published_schedule_rises_again() -> None:
         torchs.step()
 
 
-def test_batches_run_through_every_slice_before_one_comes_again() -> None:
+def test_batches_use_every_slice_before_repeating_one() -> None:
     schedule = Training(batch_size=4)
     numbers = [number for step in range(5) for number in batch_numbers(10, schedule, step)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
@@ -556,7 +554,7 @@ def test_the_loss_is_the_squared_error_on_the_foreground(
     assert float(loss) == pytest.approx(4 * 32 * 32 / pixels)
 
 
-def test_flips_and_gains_change_training_and_its_target_alike() -> None:
+def test_flips_and_gains_change_input_and_target_alike() -> None:
     augmentation = {"flip": True, "gain": 0.5}
     method = DAE(("a", "b"), widths=[4, 8, 16, 32], noise_std=0.0, augmentation=augmentation)
     seen = []
@@ -597,7 +595,7 @@ def test_a_deeper_network_gets_a_box_it_can_halve(
     assert (bottom - top) % 16 == (right - left) % 16 == 0
 
 
-def test_more_cases_than_files_may_be_open(cohort: Path, cache: Path) -> None:
+def test_a_cohort_may_have_more_cases_than_open_files_allowed(cohort: Path, cache: Path) -> None:
     packed = pack_cohort(find_cases(cohort)[:1], ("flair", "t1"), Grid(), Scaling(), cache) * 400
     slices = HealthySlices(packed)
     before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
@@ -625,7 +623,9 @@ def test_thresholding_needs_no_training_but_has_thresholds(
     np.testing.assert_array_equal(again.detect(case).scores, detector.detect(case).scores)
 
 
-def test_thresholds_are_what_they_say(cohort: Path, cache: Path, model: Path) -> None:
+def test_thresholds_have_the_false_positive_rates_they_state(
+    cohort: Path, cache: Path, model: Path
+) -> None:
     detector = Detector.load(model)
     thresholds = detector.spec.thresholds
     assert thresholds is not None

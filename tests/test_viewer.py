@@ -108,7 +108,7 @@ def ask(
         connection.close()
 
 
-def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
+def test_the_viewer_lists_the_cases_and_serves_their_files(results: Path) -> None:
     with serve(results, scans=results.parent / "scans", open_browser=False) as server:
         listing = json.loads(ask(server, "/cases.json")[2])
         first, second = listing["cases"]
@@ -144,7 +144,7 @@ def test_lists_the_cases_and_serves_their_files(results: Path) -> None:
             )
 
 
-def test_scans_are_found_where_the_run_noted_them(
+def test_scans_are_found_at_the_paths_the_run_recorded(
     model: Path, cohort: Path, tmp_path: Path
 ) -> None:
     out, scans = tmp_path / "out", tmp_path / "scans"
@@ -163,7 +163,7 @@ def test_scans_are_found_where_the_run_noted_them(
         assert shown == (scans / "case8" / "case8_flair.nii.gz").read_bytes()
 
 
-def test_every_answer_is_fenced(results: Path) -> None:
+def test_every_response_has_strict_security_headers(results: Path) -> None:
     with serve(results, open_browser=False) as server:
         for path, status in (("/", 200), ("/view.js", 200), ("/nothing", 404)):
             code, headers, _ = ask(server, path)
@@ -202,7 +202,7 @@ def test_every_answer_is_fenced(results: Path) -> None:
         "\\..\\report.html",
     ],
 )
-def test_nothing_else_is_served(results: Path, path: str) -> None:
+def test_no_other_file_is_served(results: Path, path: str) -> None:
     with serve(results, open_browser=False) as server:
         host, port = urlsplit(server.url).netloc.split(":")
         with socket.create_connection((host, int(port)), timeout=10) as raw:
@@ -213,7 +213,7 @@ def test_nothing_else_is_served(results: Path, path: str) -> None:
         )
 
 
-def test_only_this_machine_reading(results: Path) -> None:
+def test_only_this_machine_may_connect_and_only_to_read(results: Path) -> None:
     with serve(results, open_browser=False) as server:
         assert server._server.server_address[0] == "127.0.0.1"
         for host in ("127.0.0.1", "localhost:8000", "LOCALHOST"):
@@ -257,7 +257,7 @@ def test_links_that_lead_out_are_not_followed(results: Path) -> None:
     "text",
     ["", "[1]", "\xff", '{"lesions": 3, "channels": 4}', '{"lesions": [2, {}], "threshold": "x"}'],
 )
-def test_a_damaged_summary_is_not_in_the_way(results: Path, text: str) -> None:
+def test_a_damaged_summary_does_not_stop_the_viewer(results: Path, text: str) -> None:
     (results / "a.json").write_text(text, encoding="latin-1")
     with serve(results, open_browser=False) as server:
         case = next(
@@ -268,7 +268,9 @@ def test_a_damaged_summary_is_not_in_the_way(results: Path, text: str) -> None:
     assert case["threshold"] is None and case["channels"] == []
 
 
-def test_says_what_does_not_fit(results: Path, tmp_path: Path) -> None:
+def test_folders_and_ports_that_do_not_fit_are_refused_with_the_reason(
+    results: Path, tmp_path: Path
+) -> None:
     with pytest.raises(AnomriError, match=r"holds no <case>_anomaly.nii.gz; name the folder"):
         serve(tmp_path / "scans", open_browser=False)
     save(tmp_path / "other_flair.nii.gz", anomaly_map())
@@ -298,7 +300,7 @@ def test_view_stays_until_interrupted(results: Path, monkeypatch: pytest.MonkeyP
         socket.create_connection(("127.0.0.1", urlsplit(told[0]).port or 0), timeout=5)
 
 
-def test_niivue_is_the_one_named() -> None:
+def test_the_niivue_file_is_the_documented_version() -> None:
     folder = files("anomri") / "static" / "niivue"
     sum_ = hashlib.sha256((folder / "niivue.umd.js").read_bytes()).hexdigest()
     assert (
@@ -362,6 +364,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_the_volumes(results: Path, tmp_path: Path) -> None:
     with serve(results, scans=tmp_path / "scans", open_browser=False) as server:

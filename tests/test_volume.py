@@ -131,7 +131,7 @@ def test_the_same_map_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.nii.gz").read_bytes() == (tmp_path / "two.nii.gz").read_bytes()
 
 
-def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
+def test_voxels_outside_the_brain_mask_are_zero(tmp_path: Path) -> None:
     mask = np.zeros(SHAPE, np.uint8)
     mask[20:40, 10:40, 3:9] = 1
     case = Case(
@@ -142,7 +142,7 @@ def test_outside_the_brain_mask_is_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(case, ["t1"]).data[0] > 0, mask > 0)
 
 
-def test_a_label_made_soft_by_interpolation_is_cut_at_a_half(tmp_path: Path) -> None:
+def test_an_interpolated_label_is_cut_at_one_half(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", noise())
     for most, cut in ((1.0, 0.5), (1.15, 0.5), (255.0, 127.5), (100.0, 50.0), (4.0, 0.5)):
         soft = np.zeros(SHAPE, np.float32)
@@ -182,7 +182,7 @@ def test_a_label_made_soft_by_interpolation_is_cut_at_a_half(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(
+def test_whole_label_values_that_differ_between_neighbours_are_shares(
     tmp_path: Path, dtype: type
 ) -> None:
     image = write(tmp_path / "a_t1.nii.gz", noise())
@@ -221,7 +221,7 @@ def test_whole_numbers_that_differ_from_voxel_to_voxel_are_shares(
         )
 
 
-def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(
+def test_an_unusable_label_is_left_out_in_detection_and_refused_in_training(
     tmp_path: Path,
 ) -> None:
     image = write(tmp_path / "a_t1.nii.gz", noise())
@@ -238,7 +238,7 @@ def test_a_label_that_cannot_be_used_is_left_out_to_detect_and_refused_to_learn(
     )
 
 
-def test_headers_that_were_rounded_are_of_one_grid(tmp_path: Path) -> None:
+def test_headers_that_differ_by_rounding_share_a_grid(tmp_path: Path) -> None:
     image = write(tmp_path / "a_t1.nii.gz", noise())
     near, far = AFFINE.copy(), AFFINE.copy()
     near[0, 3] += 0.1  # of voxels of 3.75 mm
@@ -337,7 +337,7 @@ def test_a_lesion_label_is_refused_as_a_brain_mask(tmp_path: Path) -> None:
     )
 
 
-def test_a_brain_is_known_in_an_image_whose_air_is_noise_and_by_its_name(tmp_path: Path) -> None:
+def test_a_brain_mask_is_recognised_over_noisy_air_and_by_its_name(tmp_path: Path) -> None:
     draw, place = np.random.default_rng(0), np.indices(SHAPE)
     brain = (
         (place - np.array([32, 30, 7])[:, None, None, None]) ** 2
@@ -391,7 +391,7 @@ def test_channels_and_labels_on_other_grids_are_refused(tmp_path: Path) -> None:
     expect(Case("a", {"t1": t1}, mask=smaller), "resample")
 
 
-def test_damaged_headers_never_end_in_anything_but_a_clear_error(tmp_path: Path) -> None:
+def test_damaged_headers_always_end_in_a_clear_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a_t1.nii", noise((6, 6, 6)))
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -416,7 +416,7 @@ def test_damaged_headers_never_end_in_anything_but_a_clear_error(tmp_path: Path)
         expect(single(path), "places the image|cannot be read")
 
 
-def test_what_headers_carry_besides_geometry_stays_behind(tmp_path: Path) -> None:
+def test_only_geometry_is_copied_from_headers(tmp_path: Path) -> None:
     image = nib.Nifti1Image(noise(), AFFINE)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Patient John Doe"))
     image.header["db_name"] = image.header["intent_name"] = b"John Doe"
@@ -435,7 +435,7 @@ def test_an_unusable_affine_is_refused(tmp_path: Path) -> None:
         expect(single(path), "no usable position")
 
 
-def test_an_interrupted_or_failed_write_leaves_nothing(
+def test_an_interrupted_or_failed_write_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = read_volume(single(write(tmp_path / "a_t1.nii.gz", noise())), ["t1"])
