@@ -13,7 +13,7 @@ import typer
 
 # isort: off
 # Imported to register their commands, in the order of --help.
-from anomri.cli import detection, training, evaluation, demo, listing, info  # noqa: F401
+from anomri.cli import detection, training, evaluation, demo, listing, info, export  # noqa: F401
 
 # isort: on
 from anomri.cli.options import app, err, out

@@ -20,6 +20,7 @@ EXTRAS = {
     "bids": "BIDS datasets",
     "demo": "anomri demo",
     "dicom": "DICOM in and out",
+    "onnx": "anomri export",
     "register": "--register, --bias-correction",
     "tensorboard": "training curves in TensorBoard",
 }

@@ -24,6 +24,7 @@ class AE(Method):
     are squeezed 16-fold.
     """
 
+    exportable = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset({"widths": [16, 32, 64, 128]}, SMALL),

@@ -97,6 +97,9 @@ class Method(nn.Module, ABC):
     """Whether the anomaly probability follows the channels of a reconstruction."""
     half_precision: bool = False
     """Whether `reconstruct` may be computed in bfloat16."""
+    exportable: bool = False
+    """Whether `reconstruct` is one forward pass of a network, which ONNX can express; `residual` is
+    then as here."""
     capturable: bool = False
     """Whether its loss may be captured in a CUDA graph: always the same kernels, and it never waits
     for the GPU."""

@@ -93,6 +93,7 @@ class DAE(Method):
 
     half_precision = True
     capturable = True
+    exportable = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({"widths": [64, 128, 256, 512]}, Training()),
         "small": Preset(

@@ -44,6 +44,7 @@ class FAnoGAN(Method):
     """
 
     fixed_size = True
+    exportable = True
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset({}, FULL),
         "small": Preset({"width": 8, "encoder_rate": 1.0}, SMALL),

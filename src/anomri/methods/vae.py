@@ -65,6 +65,7 @@ class VAE(Method):
         self.from_latent = nn.ConvTranspose2d(latent, widths[-1], coarsest)
         self.decoder = Decoder(len(channels), widths)
         self.side_multiple = GRID
+        self.exportable = restoration_steps == 0
         self.kl_weight = kl_weight
         self.restoration_steps = restoration_steps
         self.restoration_rate = restoration_rate
