@@ -32,6 +32,7 @@ from anomri.cli.options import (
     load_detector,
     out,
     parse_channels,
+    quick_imports,
     within,
 )
 from anomri.errors import AnomriError
@@ -124,13 +125,14 @@ def detect(
 
     On several GPUs or machines, start it with torchrun or srun.
     """
-    from anomri.cli.progress import case_progress
-    from anomri.model.detector import BUILT_IN, Detector, model_folder
-    from anomri.runs.detect import DicomOptions, detect_cohort
-    from anomri.runs.tables import CaseResult
-    from anomri.runtime.processes import join_processes
-    from anomri.scans.intake import parse_pairs
-    from anomri.scans.prepare import Preparation
+    with quick_imports():
+        from anomri.cli.progress import case_progress
+        from anomri.model.detector import BUILT_IN, Detector, model_folder
+        from anomri.runs.detect import DicomOptions, detect_cohort
+        from anomri.runs.tables import CaseResult
+        from anomri.runtime.processes import join_processes
+        from anomri.scans.intake import parse_pairs
+        from anomri.scans.prepare import Preparation
 
     given = {"flair": flair, "t1": t1, "t1ce": t1ce, "t2": t2}
     pairs = [*(channel or []), *(f"{name}={path}" for name, path in given.items() if path)]
@@ -249,9 +251,10 @@ def bids(
     Options may be spelled with underscores too, as --participant_label.
     Rerun the same command to resume.
     """
-    from anomri.cli.progress import case_progress
-    from anomri.runs.bids import run_group, run_participant
-    from anomri.scans.prepare import Preparation
+    with quick_imports():
+        from anomri.cli.progress import case_progress
+        from anomri.runs.bids import run_group, run_participant
+        from anomri.scans.prepare import Preparation
 
     if level not in LEVELS:
         raise AnomriError(f"there is no level {level!r}; the levels are participant and group.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -13,8 +13,10 @@ from rich.table import Table
 
 from anomri.cli.options import MORE, command, err, flag, out
 from anomri.errors import AnomriError
-from anomri.scans.cohort import Cohort, case_table
 from anomri.scans.names import IMAGES
+
+if TYPE_CHECKING:
+    from anomri.scans.cohort import Cohort
 
 SHOWN = 5
 """Files and notes of one kind that are named without ``--all``."""
@@ -44,6 +46,7 @@ def list_cohort(
     Nothing is opened or changed. In a pipe, the table is printed as -o writes
     it, and all else goes to standard error.
     """
+    from anomri.scans.cohort import case_table
     from anomri.scans.find import read_cohort
     from anomri.scans.intake import holds_dicom
 

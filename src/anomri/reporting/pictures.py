@@ -23,9 +23,7 @@ from anomri.slices import brain_box
 Rgb = NDArray[np.uint8]
 
 COLUMNS = ("scan", "reconstruction", "anomaly map", "mask", "label")
-PALETTE = np.array(
-    [matplotlib.colormaps["inferno"](level, bytes=True)[:3] for level in range(256)], dtype=np.uint8
-)
+PALETTE: Rgb = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3].copy()
 FIRST_COLOUR = 90
 """Where the colours of an overlay begin in the palette: its darkest would look like shadows."""
 MASK_COLOUR = (60, 220, 255)
