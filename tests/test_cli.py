@@ -1,3 +1,5 @@
+import gc
+import os
 import re
 import shlex
 import shutil
@@ -16,7 +18,7 @@ from rich.console import Console
 import anomri
 from anomri.cli import main
 from anomri.cli.facts import extras, libraries_of_extra
-from anomri.cli.options import app
+from anomri.cli.options import OPENBLAS, app, quick_imports
 from anomri.cli.progress import Stage, _bars
 from anomri.errors import AnomriError
 from anomri.methods import registry as methods
@@ -36,6 +38,20 @@ def test_import_and_help_need_no_torch(statement: str) -> None:
     code = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_quick_imports_leave_the_process_as_it_was(
+    chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(OPENBLAS, raising=False)
+    if chosen:
+        monkeypatch.setenv(OPENBLAS, chosen)
+    with quick_imports():
+        assert not gc.isenabled()
+        assert os.environ[OPENBLAS] == (chosen or "1")
+    assert gc.isenabled()
+    assert os.environ.get(OPENBLAS) == chosen
 
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
