@@ -2,8 +2,11 @@
 folder named."""
 
 import gzip
+import logging
 import re
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -868,3 +871,327 @@ def test_a_series_in_a_linked_folder_is_found_and_links_in_a_circle_end(tmp_path
     found = find_series(tmp_path / "study")
     assert sorted(one.description for one in found) == ["Ax FLAIR", "Ax T1"]
     assert len({one.slices for one in found}) == 1
+
+
+def strip_file(path: Path, layout: str) -> None:
+    """Write a DICOM file again as old scanners and anonymisers do, without what ``layout`` says."""
+    one = pydicom.dcmread(path)
+    meta = one.file_meta
+    options: dict[str, Any] = {"enforce_file_format": False}
+    if layout == "no transfer syntax":
+        whole = path.read_bytes()
+        start = whole.index(b"\x02\x00\x10\x00UI")
+        length = 8 + int.from_bytes(whole[start + 6 : start + 8], "little")
+        path.write_bytes(whole[:start] + whole[start + length :])
+        return
+    if layout != "no preamble":
+        one.file_meta = FileMetaDataset()
+        options |= {"implicit_vr": "implicit" in layout, "little_endian": "big" not in layout}
+    else:
+        one.file_meta = meta
+    one.preamble = None
+    one.save_as(path, **options)
+    content = path.read_bytes()
+    if layout == "empty preamble without prefix":
+        path.write_bytes(bytes(128) + content)
+    elif layout == "prefix without preamble":
+        path.write_bytes(b"DICM" + content)
+    elif layout == "preamble and no meta":
+        path.write_bytes(bytes(128) + b"DICM" + content)
+
+
+LAYOUTS = (
+    "implicit",
+    "explicit",
+    "no preamble",
+    "no transfer syntax",
+    "empty preamble without prefix",
+    "prefix without preamble",
+    "preamble and no meta",
+    "preamble and no meta, implicit",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_without_meta_information_or_preamble_are_read(tmp_path: Path, layout: str) -> None:
+    data = voxels()
+    files = write_series(tmp_path / "in", data=data)
+    whole = nib.load(convert(tmp_path / "in", tmp_path / "whole").channels["flair"])
+    for path in files:
+        strip_file(path, layout)
+    assert holds_dicom(tmp_path / "in")
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["flair"])
+    np.testing.assert_array_equal(image.get_fdata(), data)
+    assert image.to_bytes() == whole.to_bytes()
+
+
+def test_old_big_endian_files_without_meta_information_are_read(tmp_path: Path) -> None:
+    data = voxels()
+    for path in write_series(tmp_path / "in", data=data):
+        one = pydicom.dcmread(path)
+        one["PixelData"].value = data[:, :, int(one.InstanceNumber) - 1].T.astype(">i2").tobytes()
+        one.preamble, one.file_meta = None, FileMetaDataset()
+        pydicom.dcmwrite(path, one, implicit_vr=False, little_endian=False, force_encoding=True)
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["flair"])
+    np.testing.assert_array_equal(image.get_fdata(), data)
+
+
+@pytest.mark.parametrize(
+    ("removed", "says"),
+    [
+        ("SOPClassUID", None),
+        ("Modality", None),
+        ("SOPInstanceUID", None),
+        ("FrameOfReferenceUID", None),
+        ("SeriesDescription", None),
+        ("ImageType", None),
+        ("StudyInstanceUID", "12 files without StudyInstanceUID, which say what belongs together"),
+        ("SeriesInstanceUID", "12 files without SeriesInstanceUID, which say what belongs"),
+        ("ImagePositionPatient", "no usable position, orientation or pixel size"),
+        ("ImageOrientationPatient", "no usable position, orientation or pixel size"),
+        ("PixelSpacing", "no usable position, orientation or pixel size"),
+        ("Rows", "no usable position, orientation or pixel size"),
+        ("Columns", "no usable position, orientation or pixel size"),
+        ("PixelData", "it holds no pixels"),
+        ("BitsAllocated", "cannot be"),
+        ("SamplesPerPixel", "cannot be"),
+        ("PhotometricInterpretation", "cannot be"),
+        ("PixelRepresentation", "cannot be"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["as the standard says", "implicit"])
+def test_what_a_header_lacks_is_not_needed_or_named(
+    tmp_path: Path, removed: str, says: str | None, layout: str
+) -> None:
+    for path in write_series(tmp_path / "in", ProtocolName="FLAIR"):
+        one = pydicom.dcmread(path)
+        delattr(one, removed)
+        one.save_as(path)
+        if layout == "implicit":
+            strip_file(path, layout)
+    if says is None:
+        image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["flair"])
+        np.testing.assert_array_equal(np.sort(image.get_fdata().ravel()), np.sort(voxels().ravel()))
+        return
+    with pytest.raises(AnomriError, match=says) as error:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert str(error.value).startswith(str(tmp_path / "in"))
+
+
+def test_compressed_pixels_without_meta_information_are_refused(tmp_path: Path) -> None:
+    for path in write_series(tmp_path / "in"):
+        one = pydicom.dcmread(path)
+        one.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        one.preamble, one.file_meta = None, FileMetaDataset()
+        one.save_as(path, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    with pytest.raises(
+        AnomriError, match="its pixels are compressed, and it has no meta information"
+    ):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_other_files_are_not_taken_for_dicom(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        content = rng.integers(0, 256, 3000, dtype=np.uint8).tobytes()
+        # Also ones that begin as a data set does.
+        start = (b"", b"\x08\x00", b"\x08\x00\x05\x00", b"\x08\x00\x05\x00CS\x0a\x00")[number % 4]
+        (tmp_path / f"{number}.bin").write_bytes(start + content)
+    (tmp_path / "raw").write_bytes(np.arange(8, 3000, dtype=np.uint16).tobytes())
+    (tmp_path / "counted").write_bytes(np.repeat(np.uint16([8, 9, 10]), 500).tobytes())
+    (tmp_path / "text").write_text("08 00 some text\n" * 50)
+    (tmp_path / "zeros").write_bytes(bytes(4000))
+    assert not holds_dicom(tmp_path)
+    with pytest.raises(AnomriError, match="204 files that are not DICOM"):
+        find_series(tmp_path)
+
+
+def test_objects_without_an_image_are_left_out_and_named(tmp_path: Path) -> None:
+    write_series(tmp_path / "in")
+    objects = {
+        "SR": "1.2.840.10008.5.1.4.1.1.88.33",
+        "PR": "1.2.840.10008.5.1.4.1.1.11.1",
+        "KO": "1.2.840.10008.5.1.4.1.1.88.59",
+        "RTSTRUCT": "1.2.840.10008.5.1.4.1.1.481.3",
+    }
+    for modality, sop_class in objects.items():
+        tags = {"SOPClassUID": sop_class, "Modality": modality}
+        one = one_slice(voxels(), lps_affine(), 0, f"a {modality}", **tags)
+        for keyword in ("PixelData", "Rows", "Columns", "ImagePositionPatient", "PixelSpacing"):
+            delattr(one, keyword)
+        strip_file(save(one, tmp_path / "in" / modality), "implicit")
+    write_series(tmp_path / "in" / "ct", "CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+    left_out: list[str] = []
+    (found,) = find_series(tmp_path / "in", left_out.append)
+    assert found.description == "Ax FLAIR" and len(left_out) == 5
+    for modality in objects:
+        assert any(f"(modality {modality}), not MR images" in text for text in left_out)
+
+
+NAME = "MARKER^ANNA"
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        *("EchoTime", "RepetitionTime", "InversionTime", "SliceThickness", "RescaleSlope"),
+        *("PatientBirthDate", "StudyDate", "StudyTime", "PatientAge", "ImagingFrequency"),
+        *("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "SOPInstanceUID"),
+        *("InstanceNumber", "SeriesNumber", "PixelSpacing", "ImagePositionPatient"),
+        *("ScanningSequence", "SOPClassUID", "NumberOfTemporalPositions", "ImageType"),
+    ],
+)
+def test_a_name_in_a_wrong_header_is_nowhere_to_be_seen(
+    tmp_path: Path, keyword: str, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("highdicom", reason="needs anomri[dicom]")
+    with quiet():
+        for path in write_series(tmp_path / "in"):
+            one = pydicom.dcmread(path)
+            place = "12345678901"
+            one.add_new(keyword, "LO", place)
+            one.save_as(path)
+            vr = pydicom.datadict.dictionary_VR(keyword).encode()
+            tag = pydicom.datadict.tag_for_keyword(keyword)
+            start = (tag >> 16).to_bytes(2, "little") + (tag & 0xFFFF).to_bytes(2, "little")
+            content = path.read_bytes()
+            assert content.count(start + b"LO") == 1
+            content = content.replace(start + b"LO", start + vr)
+            path.write_bytes(content.replace(place.encode(), NAME.encode()))
+    notes: list[str] = []
+    said = ""
+    # Warnings are shown, not raised, and a logger prints, as in another program that uses anomri.
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("always")
+        logging.basicConfig(level=logging.DEBUG, force=False)
+        try:
+            case = convert(tmp_path / "in", tmp_path / "out", on_skipped=notes.append)
+            notes += case.notes
+            volume = read_volume(case, ["flair"])
+            mask, source = volume.data[0] > 1500, find_series(tmp_path / "in")[0]
+            notes += write_segmentation(tmp_path / "seg.dcm", mask, volume.geometry, source)
+        except AnomriError as error:
+            said = "".join(traceback.format_exception(error))
+    written = [path.read_bytes() for path in (tmp_path / "out").glob("*")]
+    written += [gzip.decompress(one) for one in written if one.startswith(b"\x1f\x8b")]
+    printed = "".join([*capfd.readouterr(), caplog.text, said, *notes])
+    assert "MARKER" not in printed and "ANNA" not in printed
+    assert not any(b"MARKER" in one for one in written)
+    if keyword in ("EchoTime", "RepetitionTime", "NumberOfTemporalPositions"):
+        assert any(f"holds no number in {keyword}" in note for note in notes)
+
+
+TIMES: list[tuple[str, dict[str, Any], str | None]] = [
+    # Siemens
+    ("SE 5", {"EchoTime": 85, "RepetitionTime": 9000, "InversionTime": 2500}, "flair"),
+    ("ax", {"EchoTime": 388, "RepetitionTime": 5000, "InversionTime": 1800}, "flair"),
+    ("Unnamed", {"EchoTime": 100, "RepetitionTime": 5000}, "t2"),
+    ("", {"EchoTime": 409, "RepetitionTime": 3200, "ScanningSequence": "SE"}, "t2"),
+    ("head", {"EchoTime": 9, "RepetitionTime": 550}, "t1"),
+    (
+        "sag",
+        {
+            **{"EchoTime": 2.3, "RepetitionTime": 2300, "InversionTime": 900},
+            **{"ScanningSequence": ["GR", "IR"], "SequenceName": "*tfl3d1_16ns"},
+        },
+        "t1",
+    ),
+    # GE counts the inversion of its prepared gradient echo from 400 ms, and writes 0 for none.
+    (
+        "1",
+        {"EchoTime": 3, "RepetitionTime": 8, "InversionTime": 450, "ScanningSequence": "GR"},
+        "t1",
+    ),
+    ("2", {"EchoTime": 102, "RepetitionTime": 6000, "InversionTime": 0}, "t2"),
+    # Philips and Canon
+    ("s", {"EchoTime": 120, "RepetitionTime": 11000, "InversionTime": 2800}, "flair"),
+    ("c", {"EchoTime": 12, "RepetitionTime": 500, "ScanningSequence": "SE"}, "t1"),
+    ("SE 6", {"EchoTime": 9, "RepetitionTime": 550, "ContrastBolusAgent": "Dotarem"}, "t1ce"),
+    ("post gad", {"EchoTime": 9, "RepetitionTime": 550}, "t1ce"),
+    ("SE 7", {"EchoTime": 9, "RepetitionTime": 550, "ContrastBolusAgent": "NONE"}, "t1"),
+    # Neither T1, T2 nor FLAIR, or not known
+    ("PDish", {"EchoTime": 15, "RepetitionTime": 3000}, None),
+    ("fat", {"EchoTime": 60, "RepetitionTime": 4500, "InversionTime": 160}, None),
+    ("SE 5", {"EchoTime": 100}, None),
+    ("SE 5", {"RepetitionTime": 5000}, None),
+    ("SE 5", {"EchoTime": 100, "RepetitionTime": 500}, None),
+    ("SE 5", {"EchoTime": 100, "RepetitionTime": 9000, "InversionTime": 900}, None),
+    ("x", {"EchoTime": 3.7, "RepetitionTime": 22, "ScanningSequence": "GR"}, None),
+    ("x", {"EchoTime": 20, "RepetitionTime": 28, "ScanningSequence": "GR"}, None),
+    ("x", {"EchoTime": 80, "RepetitionTime": 5000, "ScanningSequence": ["EP", "SE"]}, None),
+    (
+        "x",
+        {"EchoTime": 80, "RepetitionTime": 5000, "ImageType": ["ORIGINAL", "PRIMARY", "ADC"]},
+        None,
+    ),
+    ("x", {"EchoTime": 9, "RepetitionTime": 550, "AngioFlag": "Y"}, None),
+    ("x", {"EchoTime": 80, "RepetitionTime": 5000, "DiffusionBValue": 1000.0}, None),
+    ("x", {"EchoTime": 80, "RepetitionTime": 5000, "SequenceName": "ep_b1000#1"}, None),
+    ("x", {"EchoTime": 100, "RepetitionTime": 5000, "BodyPartExamined": "KNEE"}, None),
+    ("x", {"EchoTime": 9, "RepetitionTime": 550, "NumberOfTemporalPositions": 30}, None),
+    ("b1000", {"EchoTime": 80, "RepetitionTime": 5000}, None),
+    ("3-plane", {"EchoTime": 80, "RepetitionTime": 5000}, None),
+    ("IR", {"EchoTime": 12, "RepetitionTime": 2500, "InversionTime": 800}, None),
+    ("x", {"EchoTime": 100, "RepetitionTime": 5000, "ProtocolName": "ep2d_diff"}, None),
+    ("x", {"EchoTime": 100, "RepetitionTime": 5000, "ProtocolName": "t1_tse_tra"}, None),
+    ("x", {"EchoTime": 100, "RepetitionTime": 5000, "ProtocolName": "t2_tse_tra"}, "t2"),
+]
+
+
+@pytest.mark.parametrize(("name", "tags", "channel"), TIMES)
+def test_times_say_the_channel_of_a_series_whose_name_does_not(
+    tmp_path: Path, name: str, tags: dict[str, Any], channel: str | None
+) -> None:
+    write_series(tmp_path / "1", "Ax FLAIR" if channel != "flair" else "Ax T2")
+    known = "flair" if channel != "flair" else "t2"
+    absent = {} if "RepetitionTime" in tags else {"RepetitionTime": None}
+    write_series(tmp_path / "2", name or "none", SeriesDescription=name, **tags, **absent)
+    notes: list[str] = []
+    chosen = choose_series(tmp_path, on_skipped=notes.append)
+    assert list(chosen) == sorted({known} | ({channel} if channel else set()))
+    (note,) = notes
+    if channel is None:
+        assert "its channel is not known (" in note
+    else:
+        assert f"it is taken for {channel}, guessed from its " in note
+        assert f"echo time {tags['EchoTime']} ms" in note and f"--series {channel}=" in note
+
+
+def test_a_guess_does_not_displace_a_series_that_is_named(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "Ax T2")
+    for number in ("5", "6"):
+        write_series(tmp_path / number, f"SE {number}", EchoTime=9, RepetitionTime=550)
+    write_series(tmp_path / "7", "SE 7", EchoTime=100, RepetitionTime=5000)
+    notes: list[str] = []
+    assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["t2"]
+    assert sum("but 2 series look like t1" in note for note in notes) == 2
+    assert sum("but another series is t2 by its name" in note for note in notes) == 1
+    with pytest.raises(AnomriError, match="no series is known"):
+        write_series(tmp_path / "other" / "5", "SE 8", EchoTime=9, RepetitionTime=550)
+        write_series(tmp_path / "other" / "6", "SE 9", EchoTime=9, RepetitionTime=550)
+        choose_series(tmp_path / "other")
+
+
+def test_a_name_and_times_that_contradict_each_other_give_a_note(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "Ax FLAIR", EchoTime=100, RepetitionTime=5000)
+    write_series(tmp_path / "2", "Ax T1", EchoTime=100, RepetitionTime=5000)
+    notes: list[str] = []
+    assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["flair"]
+    assert "taken for flair by its name, but it has the times of t2 (echo time 100" in notes[0]
+    assert "its channel is not known (its name and its times (echo time 100" in notes[1]
+
+
+def test_two_echoes_or_three_orientations_in_a_series_are_not_guessed(tmp_path: Path) -> None:
+    write_series(tmp_path / "1", "Ax FLAIR")
+    for path in write_series(tmp_path / "2", "SE 5", EchoTime=100, RepetitionTime=5000)[::2]:
+        one = pydicom.dcmread(path)
+        one.EchoTime = 15
+        save(one, path)
+    for path in write_series(tmp_path / "3", "SE 6", EchoTime=100, RepetitionTime=5000)[::2]:
+        one = pydicom.dcmread(path)
+        one.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+        save(one, path)
+    notes: list[str] = []
+    assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["flair"]
+    assert "it has several values of EchoTime" in notes[0]
+    assert "its slices have several orientations" in notes[1]

@@ -10,6 +10,7 @@ from anomri.errors import AnomriError
 from anomri.files import output_folder
 from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series
+from anomri.scans.dicom.signature import is_dicom
 from anomri.scans.names import OUTPUTS, SUFFIXES, channel_name, parse_name
 from anomri.scans.places import walk_once
 
@@ -61,15 +62,8 @@ def holds_dicom(folder: Path, out: Path | None = None) -> bool:
             if out is None or not _is_result(path, out):
                 return False
         elif not found and number < LOOKED_AT:
-            found = _is_dicom(path)
+            found = is_dicom(path)
     return found
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.name.startswith(".") or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def _is_result(path: Path, out: Path) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.files import whole_file
+from anomri.scans.dicom.signature import find_start
 
 MAX_VOXELS = 1024**3
 """Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
@@ -164,7 +165,7 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
     for signature, advice in FOREIGN_FILES.items():
         if text.startswith(signature):
             raise AnomriError(f"{path}: {advice}.")
-    if start[128:132] == b"DICM":
+    if find_start(start) is not None:
         raise AnomriError(f"{path}: is a DICOM file; give the folder that holds its series.")
     if start.startswith(GZIP):
         raise AnomriError(f"{path}: is compressed twice with gzip; unpack it once.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from anomri.errors import AnomriError, first_line
 from anomri.optional import import_extra
+from anomri.scans.dicom.signature import PREAMBLE, PREFIX, find_start
 from anomri.scans.places import walk_once
 
 REASONS = {
@@ -29,11 +34,32 @@ TAGS = [
     "ImageType",
     "ContrastBolusAgent",
     "EchoTime",
+    "RepetitionTime",
     "InversionTime",
     "ScanningSequence",
+    "SequenceVariant",
+    "SequenceName",
+    "AngioFlag",
+    "DiffusionBValue",
+    "BodyPartExamined",
+    "NumberOfTemporalPositions",
+    "ImageOrientationPatient",
     "FrameOfReferenceUID",
+    "Rows",
+    "Columns",
 ]
 """The tags that are read of each file."""
+NUMBERS = (
+    *("EchoTime", "RepetitionTime", "InversionTime"),
+    *("DiffusionBValue", "NumberOfTemporalPositions"),
+)
+"""Those of the tags that hold a number."""
+LOGGERS = ("pydicom", "dicom2nifti", "highdicom")
+"""Loggers of DICOM libraries; they quote header values."""
+UNREADABLE = "?"
+"""What a header has as text for a number that is none."""
+Header = Mapping[str, str]
+"""Those of the `TAGS` that a file has, as text; several values are joined by spaces."""
 
 
 def import_dicom(module: str) -> Any:
@@ -43,9 +69,17 @@ def import_dicom(module: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of DICOM libraries: they quote header values, maybe a patient's."""
-    with warnings.catch_warnings():
+    """Silence warnings and loggers of DICOM libraries: they quote header values, maybe a patient's.
+
+    Whatever asks a DICOM library for a value runs in it, since values are parsed when asked for.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL + 1)
         yield
 
 
@@ -64,33 +98,106 @@ def regular_files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def read_header(path: Path) -> Any:
-    """The `TAGS` of a file, as a pydicom data set; ``None`` if the file is not DICOM."""
-    pydicom = import_dicom("pydicom")
+def read_header(path: Path) -> Header | None:
+    """The `TAGS` of a file; ``None`` if the file is not DICOM.
+
+    Raises `AnomriError` for an empty or damaged file, and for one that does not say what it is.
+    """
     if not path.stat().st_size:
         raise AnomriError(f"{path}: the file is empty; copy it again, or delete it.")
+    with quiet():
+        data_set = open_data_set(path, stop_before_pixels=True, specific_tags=TAGS)
+        if data_set is None:
+            return None
+        found = {name: _known_text(data_set, name) for name in TAGS if name in data_set}
+        stored_as = read_text(data_set.file_meta, "MediaStorageSOPClassUID")
+    if stored_as in REASONS:
+        found["SOPClassUID"] = stored_as
+    if found.get("SOPClassUID") or (found.get("Rows") and found.get("Columns")):
+        return found
+    if not has_prefix(path):
+        return None
+    raise damaged(path, "it does not say what it is")
+
+
+def _known_text(data_set: Any, keyword: str) -> str:
+    """The text of an element, but nothing that does not belong there: it may be a patient's name.
+
+    A UID that is none becomes a hash.
+    """
+    text = read_text(data_set, keyword)
+    if keyword.endswith("UID") and not re.fullmatch(r"[0-9.]*", text):
+        return (
+            "" if keyword == "SOPClassUID" else f"invalid-{sha256(text.encode()).hexdigest()[:12]}"
+        )
+    if keyword in NUMBERS and not re.fullmatch(r"[0-9eE+\-. ]*", text):
+        return UNREADABLE
+    return text
+
+
+def open_data_set(path: Path, **options: Any) -> Any:
+    """A file as a pydicom data set; ``None`` if it is not DICOM.
+
+    Files without preamble or file meta information are read too. What their meta information does
+    not say is taken from how the elements are written: implicit VR little endian is the default of
+    the standard (PS3.5, 10.1). ``options`` are those of ``pydicom.dcmread``. Raises `AnomriError`
+    if the file is damaged.
+    """
+    pydicom = import_dicom("pydicom")
     try:
         with quiet():
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
-            if header.file_meta.get("MediaStorageSOPClassUID") in REASONS:
-                header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID
-    except pydicom.errors.InvalidDicomError:
-        return None
+            if has_prefix(path):
+                data_set = pydicom.dcmread(path, **options)
+            else:
+                content = path.read_bytes()
+                start = find_start(content)
+                if start is None:
+                    return None
+                data_set = pydicom.dcmread(BytesIO(content[start:]), force=True, **options)
+            data_set.filename = str(path)
+            if not read_text(data_set.file_meta, "TransferSyntaxUID"):
+                data_set.file_meta.TransferSyntaxUID = _transfer_syntax(data_set)
     except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise damaged(path, describe_error(error)) from error
-    if not read_text(header, "SOPClassUID"):
-        raise damaged(path, "it does not say what it is")
-    return header
+        raise damaged(path, describe_error(error)) from None
+    return data_set
+
+
+def has_prefix(path: Path) -> bool:
+    """Whether a file has a preamble and ``DICM``."""
+    with path.open("rb") as file:
+        return file.read(PREAMBLE + len(PREFIX)).endswith(PREFIX)
+
+
+def _transfer_syntax(data_set: Any) -> str:
+    """How the elements of a data set are written, whose meta information does not say so."""
+    uid = import_dicom("pydicom").uid
+    implicit, little_endian = data_set.original_encoding
+    if implicit:
+        return str(uid.ImplicitVRLittleEndian)
+    return str(uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian)
 
 
 def read_whole(path: Path) -> Any:
     """A file with its pixels, not decoded; raises `AnomriError` if it is damaged or has none."""
-    try:
-        data_set = import_dicom("pydicom").dcmread(path)
-    except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise damaged(path, describe_error(error)) from error
+    data_set = open_data_set(path)
+    if data_set is None:
+        raise damaged(path, "it is not DICOM any more")
     if "PixelData" not in data_set:
         raise damaged(path, "it holds no pixels")
+    is_compressed = data_set["PixelData"].is_undefined_length
+    if is_compressed and not data_set.file_meta.TransferSyntaxUID.is_compressed:
+        raise AnomriError(
+            f"{path}: its pixels are compressed, and it has no meta information that says how; "
+            f"export the series again."
+        )
+    return data_set
+
+
+def read_headers(path: Path) -> Any:
+    """All headers of a file, as a pydicom data set; raises `AnomriError` if it cannot be read."""
+    data_set = open_data_set(path, stop_before_pixels=True)
+    if data_set is None:
+        raise damaged(path, "it is not DICOM any more")
     return data_set
 
 
@@ -102,12 +209,12 @@ def check_pixels(data_set: Any) -> None:
         reason = describe_error(error)
         syntax = data_set.file_meta.TransferSyntaxUID
         if not syntax.is_compressed:
-            raise damaged(Path(data_set.filename), reason) from error
+            raise damaged(Path(data_set.filename), reason) from None
         raise AnomriError(
             f"{data_set.filename}: its pixels are compressed as {syntax.name} and cannot be "
             f"decoded ({reason}). Decompress the series (gdcmconv --raw, or dcmdjpeg), or copy it "
             f"again if the file is damaged."
-        ) from error
+        ) from None
 
 
 def describe_error(error: Exception) -> str:
@@ -129,19 +236,24 @@ def damaged(path: Path, reason: str) -> AnomriError:
 
 
 def read_text(header: Any, keyword: str) -> str:
-    """A header value as text, empty if there is none; several values are joined by spaces."""
+    """A header value as text, empty if there is none; several values are joined by spaces.
+
+    ``header`` is a pydicom data set.
+    """
     try:
         value = header.get(keyword)
     except Exception:  # values are parsed when asked for; this one cannot be
         return ""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(str(part) for part in value).strip()
-    return str(value or "").strip()
+    # Zero is a value.
+    return "" if value is None else str(value).strip()
 
 
-def read_number(header: Any, keyword: str) -> float | None:
+def read_number(header: Header, keyword: str) -> float | None:
     """A header value as a number; ``None`` if it is not one."""
     try:
-        return float(read_text(header, keyword))
+        number = float(header.get(keyword, ""))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

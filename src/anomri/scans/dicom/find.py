@@ -5,25 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from anomri.errors import AnomriError
-from anomri.scans.dicom.channels import Series, guess_channel
+from anomri.scans.dicom.channels import Guess, Series, explain_guess, guess_channel
 from anomri.scans.dicom.files import (
     REASONS,
+    UNREADABLE,
+    Header,
     import_dicom,
     read_header,
     read_number,
-    read_text,
     regular_files,
 )
+from anomri.scans.dicom.weighting import other_contrast
 from anomri.scans.names import ANNOTATIONS
 
 MIN_SLICES = 10
 """Series with fewer slices are taken for localizers."""
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 
-Members = list[tuple[Path, Any]]
+Members = list[tuple[Path, Header]]
 """The files of one series, each with its header."""
 
 
@@ -45,6 +46,7 @@ def find_series(
             skipped.append(f"{series.description or series.files[0].name!r}: {reason}")
         else:
             found.append(series)
+            skipped += _note_unreadable(series, members)
     _report(skipped, on_skipped)
     if not found:
         raise AnomriError(
@@ -93,7 +95,7 @@ def _report(texts: Sequence[str], callback: Callable[[str], None] | None) -> Non
 
 def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list[str]]:
     """The files of a folder by SOP class and series, and what was left out."""
-    groups: dict[tuple[str, str], dict[str, tuple[Path, Any]]] = {}
+    groups: dict[tuple[str, str], dict[str, tuple[Path, Header]]] = {}
     others: list[str] = []
     copies = 0
     for path in regular_files(folder):
@@ -101,8 +103,8 @@ def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list
         if header is None:
             others.append(path.name)
             continue
-        key = read_text(header, "SeriesInstanceUID"), read_text(header, "SOPClassUID")
-        instance = read_text(header, "SOPInstanceUID") or str(path)
+        key = header.get("SeriesInstanceUID", ""), header.get("SOPClassUID", "")
+        instance = header.get("SOPInstanceUID") or str(path)
         members = groups.setdefault(key, {})
         # The same instance in another folder is a copy, not a second slice.
         copies += instance in members
@@ -121,44 +123,107 @@ def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list
 
 def _make_series(members: Members) -> Series:
     header = members[0][1]
+    sequence = set(header.get("ScanningSequence", "").split())
     return Series(
-        uid=read_text(header, "SeriesInstanceUID"),
-        study=read_text(header, "StudyInstanceUID"),
-        description=read_text(header, "SeriesDescription"),
-        protocol=read_text(header, "ProtocolName"),
-        frame=read_text(header, "FrameOfReferenceUID"),
-        modality=read_text(header, "Modality"),
+        uid=header.get("SeriesInstanceUID", ""),
+        study=header.get("StudyInstanceUID", ""),
+        description=header.get("SeriesDescription", ""),
+        protocol=header.get("ProtocolName", ""),
+        frame=header.get("FrameOfReferenceUID", ""),
+        modality=header.get("Modality", ""),
         files=tuple(sorted(path for path, _ in members)),
-        agent=read_text(header, "ContrastBolusAgent") if "ContrastBolusAgent" in header else None,
+        agent=header.get("ContrastBolusAgent"),
         echo_time=read_number(header, "EchoTime"),
         inversion_time=read_number(header, "InversionTime"),
-        gradient_echo="GR" in read_text(header, "ScanningSequence").split(),
+        repetition_time=read_number(header, "RepetitionTime"),
+        gradient_echo="GR" in sequence,
+        spin_echo=bool({"SE", "IR"} & sequence),
+        other_contrast=other_contrast([one for _, one in members]),
     )
 
 
-def _reason_to_skip(sop_class: str, series: Series, header: Any) -> str | None:
+def _note_unreadable(series: Series, members: Members) -> list[str]:
+    """A note on headers that hold no number where one belongs, without what they hold."""
+    named = {name for _, header in members for name, text in header.items() if text == UNREADABLE}
+    if not named:
+        return []
+    return [f"{series}: holds no number in {', '.join(sorted(named))}; this is not used"]
+
+
+def _reason_to_skip(sop_class: str, series: Series, header: Header) -> str | None:
     if sop_class in REASONS:
         return REASONS[sop_class]
-    if sop_class != MR_IMAGE or series.modality != "MR":
-        name = import_dicom("pydicom").uid.UID(sop_class).name
-        modality = series.modality or "not given"
-        return f"{series.slices} files of {name} (modality {modality}), not MR images"
-    if not series.uid or not series.study:
-        return f"{series.slices} files without SeriesInstanceUID or StudyInstanceUID"
-    if series.slices < MIN_SLICES or "LOCALIZER" in read_text(header, "ImageType").split():
+    # Anonymisers remove one of the two, and old scanners wrote no class.
+    if {sop_class, series.modality} not in ({MR_IMAGE, "MR"}, {MR_IMAGE, ""}, {"", "MR"}):
+        return f"{series.slices} files of {_describe_class(sop_class, series)}, not MR images"
+    missing = [
+        keyword for keyword in ("SeriesInstanceUID", "StudyInstanceUID") if not header.get(keyword)
+    ]
+    if missing:
+        return (
+            f"{series.slices} files without {' or '.join(missing)}, which say what belongs together;"
+            f" convert them to NIfTI (dcm2niix)"
+        )
+    if series.slices < MIN_SLICES or "LOCALIZER" in header.get("ImageType", "").split():
         return f"{series.slices} slices; a localizer, or fewer than the {MIN_SLICES} of a scan"
     return None
 
 
-def _guess_channels(found: Sequence[Series], skipped: list[str]) -> dict[str, list[Series]]:
-    guessed: dict[str, list[Series]] = {}
+def _describe_class(sop_class: str, series: Series) -> str:
+    name = import_dicom("pydicom").uid.UID(sop_class).name if sop_class else "no SOP class"
+    return f"{name} (modality {series.modality or 'not given'})"
+
+
+def _guess_channels(found: Sequence[Series], notes: list[str]) -> dict[str, list[Series]]:
+    """The series of each channel by name; where no name says it, by their times.
+
+    ``notes`` get what is left out, and what was guessed from what.
+    """
+    by_name: dict[str, list[Series]] = {}
+    by_times: dict[str, list[tuple[Series, Guess]]] = {}
     for series in found:
-        channel = guess_channel(series)
-        if channel is None:
-            skipped.append(f"{series}: its channel is not known")
+        guess = explain_guess(series)
+        if guess.channel is None:
+            notes.append(f"{series}: its channel is not known{_in_brackets(guess.note)}")
+        elif guess.by_name:
+            by_name.setdefault(guess.channel, []).append(series)
+            notes += [f"{series}: {guess.note}"] if guess.note else []
         else:
-            guessed.setdefault(channel, []).append(series)
-    return guessed
+            by_times.setdefault(guess.channel, []).append((series, guess))
+    for channel, guessed in by_times.items():
+        notes += _note_guesses(channel, guessed, channel in by_name)
+        if len(guessed) == 1 and channel not in by_name:
+            by_name[channel] = [guessed[0][0]]
+    return by_name
+
+
+def _note_guesses(
+    channel: str, guessed: Sequence[tuple[Series, Guess]], is_named: bool
+) -> list[str]:
+    """What to say about series that are taken for ``channel`` by their times, or are not."""
+    if is_named:
+        why = f"another series is {channel} by its name"
+    else:
+        why = f"{len(guessed)} series look like {channel}"
+    if is_named or len(guessed) > 1:
+        return [
+            f"{series}: its channel is not known ({guess.note}, but {why}; say which one it is: "
+            f"{_example(channel, series)})"
+            for series, guess in guessed
+        ]
+    ((series, guess),) = guessed
+    return [
+        f"{series}: its name does not say its channel; it is taken for {channel}, {guess.note}. If "
+        f"that is wrong, name the series of each channel: {_example(channel, series)}"
+    ]
+
+
+def _example(channel: str, series: Series) -> str:
+    return f"--series {channel}={series.description or series.uid!r}"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def _named(found: Sequence[Series], channel: str, wanted: str) -> list[Series]:

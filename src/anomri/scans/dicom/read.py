@@ -26,6 +26,7 @@ from anomri.scans.dicom.files import (
     check_pixels,
     describe_error,
     import_dicom,
+    open_data_set,
     quiet,
     read_text,
     read_whole,
@@ -104,8 +105,7 @@ def read_series(series: Series) -> nib.Nifti1Image:
 
 def _read_patient_id(path: Path) -> str:
     with quiet():
-        header = import_dicom("pydicom").dcmread(path, specific_tags=["PatientID"])
-        return read_text(header, "PatientID")
+        return read_text(open_data_set(path, specific_tags=["PatientID"]), "PatientID")
 
 
 def _name_case(study: str, subject: str | None) -> str:
@@ -128,6 +128,8 @@ def _run_dicom2nifti(series: Series, ordered: Sequence[Any]) -> Any:
     for number, data_set in enumerate(ordered, start=1):
         # dicom2nifti takes slices numbered in the order of acquisition for several volumes.
         data_set.InstanceNumber = number
+        # It asks for the modality, which may be missing; that the series is MR is known.
+        data_set.Modality = "MR"
         for keyword in ("EchoTime", "RepetitionTime"):
             # dicom2nifti reads them as numbers, but they may be empty; they are not needed.
             if keyword in data_set:
@@ -141,7 +143,7 @@ def _run_dicom2nifti(series: Series, ordered: Sequence[Any]) -> Any:
         raise AnomriError(
             f"{series.place}: dicom2nifti cannot convert it ({describe_error(error)}); convert it "
             f"to NIfTI with another tool."
-        ) from error
+        ) from None
 
 
 def _make_nameless(data: NDArray[Any], affine: NDArray[np.float64]) -> nib.Nifti1Image:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.files import whole_file
 from anomri.scans.dicom.channels import Series
-from anomri.scans.dicom.files import describe_error, import_dicom, quiet
+from anomri.scans.dicom.files import describe_error, import_dicom, quiet, read_headers
 from anomri.scans.dicom.stack import stack_slices
 from anomri.scans.geometry import Geometry
 from anomri.scans.resample import VoxelGrid
@@ -84,7 +84,7 @@ def write_segmentation(
                 raise AnomriError(
                     f"{source.place}: its headers do not suffice for a DICOM SEG "
                     f"({describe_error(error)}); leave --dicom-seg out, or correct the headers."
-                ) from error
+                ) from None
     return emptied
 
 
@@ -93,13 +93,7 @@ def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64], list[s
 
     The third value names the elements whose values the standard forbids, which are emptied.
     """
-    pydicom = import_dicom("pydicom")
-    try:
-        headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in source.files]
-    except Exception as error:  # damaged bytes make pydicom raise about anything
-        raise AnomriError(
-            f"{source.place}: cannot be read as DICOM ({describe_error(error)}); copy it again."
-        ) from error
+    headers = [read_headers(file) for file in source.files]
     slices, affine = stack_slices(source, headers)
     emptied: set[str] = set()
     for one in slices:

@@ -57,7 +57,7 @@ def _read_planes(
         )
         positions = np.array([one.ImagePositionPatient for one in headers], dtype=np.float64)
     except Exception as error:  # values are parsed when asked for, and can raise anything
-        raise AnomriError(f"{series.place}: {NO_POSITION} ({describe_error(error)}).") from error
+        raise AnomriError(f"{series.place}: {NO_POSITION} ({describe_error(error)}).") from None
     if planes.shape[1:] != (10,) or positions.shape[1:] != (3,):
         raise AnomriError(f"{series.place}: {NO_POSITION}.")
     if not np.isfinite(np.hstack([planes, positions])).all():
