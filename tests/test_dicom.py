@@ -1166,9 +1166,9 @@ def test_a_guess_does_not_displace_a_series_that_is_named(tmp_path: Path) -> Non
     assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["t2"]
     assert sum("but 2 series look like t1" in note for note in notes) == 2
     assert sum("but another series is t2 by its name" in note for note in notes) == 1
+    write_series(tmp_path / "other" / "5", "SE 8", EchoTime=9, RepetitionTime=550)
+    write_series(tmp_path / "other" / "6", "SE 9", EchoTime=9, RepetitionTime=550)
     with pytest.raises(AnomriError, match="no series is known"):
-        write_series(tmp_path / "other" / "5", "SE 8", EchoTime=9, RepetitionTime=550)
-        write_series(tmp_path / "other" / "6", "SE 9", EchoTime=9, RepetitionTime=550)
         choose_series(tmp_path / "other")
 
 
