@@ -487,7 +487,9 @@ def test_a_header_without_codes_gives_a_note(tmp_path: Path) -> None:
     (note,) = thresholding("flair").read(tmp_path / "a_flair.nii.gz").notes
     assert (
         note
-        == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right."
+        == "a_flair.nii.gz does not say how it lies (sform and qform code 0): left may be right. "
+        "Its axes are taken to run to the left, to the front and up, with voxels of 3 x 3 x 3 mm "
+        "by pixdim."
     )
 
 

@@ -51,11 +51,16 @@ def comparison_progress(console: Console) -> Iterator[Callable[[str, TrainingPro
     """Give a function that shows the stage of each job of a comparison."""
     with _bars(console) as bars:
         stages: dict[str, Stage] = {}
+        shown: set[str] = set()
 
         def show(job: str, state: TrainingProgress) -> None:
             name = f"{job}: {STAGES[state.stage]}"
             if name not in stages:
                 stages[name] = Stage(name, bars)
+            # Every job reads the same scans.
+            if state.note and state.note not in shown:
+                shown.add(state.note)
+                console.print(f"note: {state.note}", soft_wrap=True)
             _show(stages[name], state)
 
         yield show

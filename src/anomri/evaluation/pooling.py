@@ -52,6 +52,7 @@ def spool(folder: Path, scored: Scored) -> dict[str, Any]:
         "threshold": scored.threshold,
         "max_dropped": scored.max_dropped,
         "notes": scored.notes,
+        "scan_notes": scored.scan_notes,
         "lesions": scored.lesions,
         "lost": scored.lost,
     }

@@ -15,7 +15,7 @@ GRIDS = {
 }
 """What is counted on each grid that can be chosen."""
 MOST_NOTES = 5
-"""How many notes on labels are listed."""
+"""How many notes on labels are listed, and how many on scans or maps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Protocol:
     ) -> dict[str, str]:
         """The protocol with what the scored ``cases`` add: entries of the ledger, as `Pool` has
         them."""
-        notes = [note for case in cases for note in case.get("notes", ())]
         chosen = f"{len(cases)} ({self.chosen})"
         if failed:
             chosen += f"; {failed} failed"
@@ -51,10 +50,12 @@ class Protocol:
             "voxels": f"{GRIDS[self.grid]}, background counted: {voxels:,}",
             "lesion": _lesion_words(cases),
         }
-        if notes:
-            table["labels"] = " ".join(notes[:MOST_NOTES])
+        for row, kind in (("labels", "notes"), ("scans", "scan_notes")):
+            notes = [note for case in cases for note in case.get(kind, ())]
+            if notes:
+                table[row] = " ".join(notes[:MOST_NOTES])
             if len(notes) > MOST_NOTES:
-                table["labels"] += f" And {len(notes) - MOST_NOTES} more."
+                table[row] += f" And {len(notes) - MOST_NOTES} more."
         return table | {
             "AUPRC": "average precision over all voxels, every distinct score a threshold",
             "ceil-Dice": "best Dice over all thresholds, chosen on these labels: an upper bound",

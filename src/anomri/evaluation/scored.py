@@ -32,7 +32,7 @@ class Scored:
 
     ``threshold`` is the score above which its mask lies, if there is one. Components of at most
     ``max_dropped`` voxels are dropped where filtered. ``patient`` is by default the case itself.
-    ``notes`` are about its label. ``lesions`` counts those of the label as it was drawn, where it
+    ``notes`` are about its label, ``scan_notes`` about its channels or its map. ``lesions`` counts those of the label as it was drawn, where it
     was brought to another grid, and ``lost`` those that are not there any more. Voxels that are
     ``ignored`` count nowhere.
     """
@@ -45,6 +45,7 @@ class Scored:
     threshold: float | None = None
     patient: str | None = None
     notes: Sequence[str] = ()
+    scan_notes: Sequence[str] = ()
     lesions: int = 0
     lost: int = 0
     ignored: NDArray[np.bool_] | None = None
@@ -102,6 +103,7 @@ def _score_volume(
         threshold=detection.threshold,
         patient=case.patient,
         notes=_notes_on_label(case, volume.notes),
+        scan_notes=_notes_on_scan(case, volume.notes),
         lesions=lesions,
         lost=lost,
         ignored=ignored,
@@ -130,14 +132,16 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
         raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
     label, geometry = read_label(case)
     assert case.label is not None
+    scores, map_notes = read_map(path, case.label, geometry)
     return Scored(
         case.name,
-        read_map(path, case.label, geometry),
+        scores,
         label.lesion,
         max_dropped=Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3),
         threshold=threshold,
         patient=case.patient,
         notes=_notes_on_label(case, [*case.notes, *label.notes]),
+        scan_notes=_name_case(case, map_notes),
         ignored=label.ignored,
     )
 
@@ -156,5 +160,16 @@ def _notes_on_label(case: Case, notes: Sequence[str]) -> list[str]:
     name."""
     if case.label is None:
         return []
+    return _name_case(case, [note for note in notes if case.label.name in note])
+
+
+def _notes_on_scan(case: Case, notes: Sequence[str]) -> list[str]:
+    """The ``notes`` about the case's channels and brain mask, each with the case's name."""
+    names = [path.name for path in (*case.channels.values(), case.mask) if path is not None]
+    about = [note for note in notes if any(name in note for name in names)]
+    return [note for note in _name_case(case, about) if note not in _notes_on_label(case, notes)]
+
+
+def _name_case(case: Case, notes: Sequence[str]) -> list[str]:
     start = f"{case.name}: "
-    return [start + note.removeprefix(start) for note in notes if case.label.name in note]
+    return [start + note.removeprefix(start) for note in notes]

@@ -10,7 +10,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
-from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
@@ -21,10 +20,6 @@ from anomri.spec import Grid
 TOLERANCE_MM, TOLERANCE = 1e-2, 0.05
 """How far the corners of one grid may differ between two headers, which are rounded: in mm, or as a
 share of the smallest voxel."""
-MAX_SIZE_DIFFERENCE = 0.05
-"""Share by which the two voxel sizes of a header may differ; more changes volumes in mm3."""
-MIN_VOXEL_MM, MAX_VOXEL_MM = 0.05, 50.0
-"""Voxels beyond these mean that a header is in metres or micrometres."""
 RESULT = b"anomri"
 """What the header of a result says, by which it is known if it is given as a scan."""
 PRIVATE_FIELDS = ("aux_file", "intent_name", "db_name", "data_type")
@@ -49,10 +44,11 @@ class Geometry:
 
     @classmethod
     def from_header(cls, path: Path, header: nib.Nifti1Header, grid: Grid) -> Geometry:
-        """The geometry of the image in ``path``; raises `AnomriError` if its header is unusable."""
+        """The geometry of the image in ``path``, whose header was checked as it was read.
+
+        Raises `AnomriError` if two of its axes have the same direction.
+        """
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        _check_affine(path, affine)
-        _check_voxel_size(path, header, affine)
         axes = orientations.io_orientation(affine)
         if np.isnan(axes).any():
             raise AnomriError(
@@ -178,40 +174,4 @@ def check_same_grid(
         raise AnomriError(
             f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All "
             f"images of a case lie on one grid; register or resample this one to that one's."
-        )
-
-
-def _check_voxel_size(path: Path, header: nib.Nifti1Header, affine: NDArray[np.float64]) -> None:
-    """Raise `AnomriError` if the sform and pixdim of a header disagree on the size of a voxel.
-
-    Without an sform the affine is made from pixdim, so that they cannot disagree.
-    """
-    stored = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
-    if int(header["sform_code"]) <= 0 or not (stored > 0).all():
-        return
-    sizes = nib.affines.voxel_sizes(affine)
-    if (np.abs(stored / sizes - 1) > MAX_SIZE_DIFFERENCE).any():
-        by_sform, by_pixdim = (
-            " x ".join(f"{one:.4g}" for one in found) for found in (sizes, stored)
-        )
-        raise AnomriError(
-            f"{path}: its header has two voxel sizes: {by_sform} mm by the sform, {by_pixdim} mm by "
-            f"pixdim. One is wrong, and volumes depend on it. Correct the header, for example by "
-            f"exporting the scan again from its source."
-        )
-
-
-def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
-    i, j, k = affine[:3, :3].T
-    if not np.isfinite(affine).all() or abs(np.dot(i, np.cross(j, k))) < 1e-9:
-        raise AnomriError(
-            f"{path}: its header gives no usable position (the affine is singular or not finite); "
-            f"correct the header, or convert the scan again."
-        )
-    sizes = voxel_sizes(affine)
-    if not (sizes.min() >= MIN_VOXEL_MM and sizes.max() <= MAX_VOXEL_MM):
-        raise AnomriError(
-            f"{path}: its header gives voxels of {' x '.join(f'{mm:.3g}' for mm in sizes)} mm; "
-            f"those of a brain scan have {MIN_VOXEL_MM:g} to {MAX_VOXEL_MM:g} mm. Correct the "
-            f"header; NIfTI headers are in mm."
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.files import whole_file
 from anomri.scans.dicom.signature import find_start
+from anomri.scans.headers import check_header, quiet_nibabel
 
 MAX_VOXELS = 1024**3
 """Larger images than this (1024 x 1024 x 1024) are refused before memory is taken."""
@@ -51,17 +52,27 @@ _DAMAGE = (
 
 
 def read_image(path: Path) -> nib.Nifti1Image:
-    """Read a 3D NIfTI file to its end; raises `AnomriError` naming the file and what is wrong.
+    """Read a 3D NIfTI file to its end, as `read_noted_image` does, without its notes."""
+    return read_noted_image(path)[0]
+
+
+def read_noted_image(path: Path) -> tuple[nib.Nifti1Image, list[str]]:
+    """Read a 3D NIfTI file to its end, with notes on its header.
 
     Images larger than `MAX_VOXELS` are not unpacked. The checksum of a ``.nii.gz`` is verified,
-    which nibabel alone does not do. A fourth axis of length one is dropped.
+    which nibabel alone does not do. A fourth axis of length one is dropped. Raises `AnomriError`
+    naming the file and what is wrong, also if its header does not say how large a voxel is.
     """
     try:
         _check_content(path)
-        header = _read_header(path)
-        image = image_class(header).from_bytes(_read_content(path, _image_end(path, header)))
-        if image.ndim > 3:
-            image = nib.funcs.squeeze_image(image)
+        stored = _read_header(path)
+        with quiet_nibabel():
+            header = stored.copy()
+            header.check_fix()
+            content = _read_content(path, _image_end(path, header))
+            image = image_class(header).from_bytes(content)
+            if image.ndim > 3:
+                image = nib.funcs.squeeze_image(image)
     except MemoryError as error:
         raise AnomriError(f"{path}: memory does not suffice to read it.") from error
     except (OSError, *_DAMAGE) as error:
@@ -70,7 +81,19 @@ def read_image(path: Path) -> nib.Nifti1Image:
         raise AnomriError(
             f"{path}: has {image.ndim} axes {image.shape}; a file has to hold one 3D image."
         )
-    return image
+    return _use_stored_header(path, image, stored)
+
+
+def _use_stored_header(
+    path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header
+) -> tuple[nib.Nifti1Image, list[str]]:
+    """The image with what its file's header says of size and place, before nibabel's repairs."""
+    checked, notes = check_header(path, stored)
+    header = image.header.copy()
+    for field in ("sform_code", "qform_code"):
+        header[field] = checked[field]
+    header["pixdim"][:4] = checked["pixdim"][:4]
+    return image_class(header)(image.dataobj, None, header), notes
 
 
 def read_values(image: nib.Nifti1Image) -> NDArray[Any]:
@@ -112,7 +135,8 @@ def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[s
         for name, image in images.items():
             if isinstance(image, SpatialImage):
                 files[name] = Path(folder) / f"scan_{re.sub(r'[^a-z0-9]', '', name.lower())}.nii"
-                nib.save(nib.Nifti1Image.from_image(image), files[name])
+                with quiet_nibabel():
+                    nib.save(nib.Nifti1Image.from_image(image), files[name])
             else:
                 files[name] = image
         yield files
@@ -187,11 +211,11 @@ def _reading_error(path: Path, error: Exception) -> AnomriError:
 
 
 def _find_header(start: bytes) -> nib.Nifti1Header | None:
-    """The NIfTI header in the first bytes of an image, if there is one."""
+    """The NIfTI header in the first bytes of an image, as it stands there, if there is one."""
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         content = start[: kind.sizeof_hdr]
         if kind.may_contain_header(content):
-            return kind(content)  # type: ignore[no-untyped-call]
+            return kind(content, check=False)  # type: ignore[no-untyped-call]
     return None
 
 

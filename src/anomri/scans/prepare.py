@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from anomri.errors import AnomriError
 from anomri.scans.bias import correct_bias
 from anomri.scans.case import Case
+from anomri.scans.headers import format_mm
 from anomri.scans.read import read_volume
 from anomri.scans.register import register, template
 from anomri.scans.sitk import import_sitk
@@ -21,6 +22,8 @@ from anomri.spec import Grid
 
 CEILING = 6.0
 """Voxels above this many times the 99th percentile are faulty; 115 clean images reach 3.3."""
+LIKELY_LENGTH_MM = 50.0, 400.0
+"""The longest side of what is above zero in the scan of a brain, also of a child's or of a slab."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def prepare(
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
     volume = read_volume(case, channels, grid, resampled=resampled)
+    volume = _note_unlikely_size(volume)
     if preparation.skull_strip:
         volume = _strip_skull(case, volume)
     else:
@@ -86,6 +90,20 @@ def prepare(
     if preparation.register:
         volume, _ = register(volume)
     return volume
+
+
+def _note_unlikely_size(volume: Volume) -> Volume:
+    """The scan, with a note if its brain is too long or too short: the header may be wrong."""
+    sides = zip(volume.brain, volume.geometry.spacing_mm, strict=True)
+    longest = max((side.stop - side.start) * mm for side, mm in sides)
+    if LIKELY_LENGTH_MM[0] <= longest <= LIKELY_LENGTH_MM[1]:
+        return volume
+    voxel = format_mm(np.array(volume.geometry.spacing_mm))
+    note = (
+        f"what is above zero is {longest:.3g} mm long, with voxels of {voxel}; if the header is "
+        f"wrong, so are volumes in mm3."
+    )
+    return replace(volume, notes=(*volume.notes, note))
 
 
 def replace_faulty_voxels(volume: Volume) -> Volume:

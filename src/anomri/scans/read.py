@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,11 @@ from anomri.scans.geometry import (
     copy_transposed,
     gives_position,
 )
+from anomri.scans.headers import format_mm, sizes_differ
 from anomri.scans.masks import binarise_label, check_brain, check_lesion, split_ignored
 from anomri.scans.names import OUTPUTS, SUFFIXES
-from anomri.scans.nifti import read_image, read_unscaled, read_values
-from anomri.scans.resample import corner_distance_mm, coverage, resample
+from anomri.scans.nifti import read_noted_image, read_unscaled, read_values
+from anomri.scans.resample import VoxelGrid, corner_distance_mm, coverage, resample
 from anomri.scans.volume import Volume
 from anomri.spec import Grid
 
@@ -47,6 +48,12 @@ class _Image:
     slope: float = 1.0
     notes: tuple[str, ...] = ()
 
+    @property
+    def grid(self) -> VoxelGrid:
+        """The grid of the file, on its own axes."""
+        rows, columns, slices = self.header.get_data_shape()
+        return VoxelGrid((rows, columns, slices), self.header.get_best_affine())
+
 
 class LesionLabel(NamedTuple):
     """What a label marks (x, y, z)."""
@@ -64,6 +71,7 @@ class _Reference:
     path: Path
     geometry: Geometry
     grid: Grid
+    has_position: bool
 
 
 def read_volume(
@@ -120,28 +128,32 @@ def read_volume(
 def read_label(case: Case, grid: Grid = Grid()) -> tuple[LesionLabel, Geometry]:
     """The lesion label of a case in the grid's orientation, and its geometry."""
     assert case.label is not None
-    image = read_image(case.label)
+    image, notes = read_noted_image(case.label)
     geometry = Geometry.from_header(case.label, image.header, grid)
     label = _read_label_values(case, image)
     ignored = label.ignored
+    notes += _note_unknown_position(case.label, geometry)
     return LesionLabel(
         np.ascontiguousarray(geometry.canonical(label.lesion)),
         None if ignored is None else np.ascontiguousarray(geometry.canonical(ignored)),
-        label.notes,
+        [*notes, *label.notes],
     ), geometry
 
 
-def read_map(path: Path, label: Path, geometry: Geometry) -> NDArray[np.floating[Any]]:
-    """An anomaly map (x, y, z) in the working orientation; it must lie on the grid of ``label``.
+def read_map(
+    path: Path, label: Path, geometry: Geometry
+) -> tuple[NDArray[np.floating[Any]], list[str]]:
+    """An anomaly map (x, y, z) in the working orientation, and notes on its header.
 
-    It is float32, or float64 if the file holds values that float32 cannot tell apart.
+    It must lie on the grid of ``label``. It is float32, or float64 if the file holds values that
+    float32 cannot tell apart.
     """
-    image = read_image(path)
+    image, notes = read_noted_image(path)
     check_same_grid(path, image.header, label, geometry)
     values = read_values(image)
     rounded = _check_values(path, values).astype(np.float32, copy=False)
     exact = rounded if np.array_equal(rounded, values) else values.astype(np.float64)
-    return np.ascontiguousarray(geometry.canonical(exact))
+    return np.ascontiguousarray(geometry.canonical(exact)), notes
 
 
 def _read_onto_one_grid(
@@ -151,17 +163,41 @@ def _read_onto_one_grid(
     # Unpacking releases Python's lock, so channels are read in parallel.
     with ThreadPoolExecutor(min(len(files), usable_processors())) as pool:
         images = list(pool.map(_read_channel, files))
-    reference = _Reference(files[0], Geometry.from_header(files[0], images[0].header, grid), grid)
-    arrays, notes = [], _note_unknown_position(reference)
+    reference, notes = _place_first(images, grid, resampled=resampled)
+    arrays = []
     for image in images:
         notes += image.notes
         arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
     return reference, arrays, [image.slope for image in images], notes
 
 
+def _place_first(
+    images: Sequence[_Image], grid: Grid, *, resampled: bool
+) -> tuple[_Reference, list[str]]:
+    """The place of the first channel, and notes if its header does not say it.
+
+    If ``resampled``, another channel with as many voxels may say it.
+    """
+    first = images[0]
+    geometry = Geometry.from_header(first.path, first.header, grid)
+    if gives_position(first.header):
+        return _Reference(first.path, geometry, grid, True), []
+    for other in images[1:] if resampled else ():
+        if gives_position(other.header) and other.grid.shape == geometry.shape:
+            _check_size_without_position(first.path, geometry, other)
+            placed = Geometry.from_header(other.path, other.header, grid)
+            # Results are written with the first channel's own header.
+            geometry = replace(placed, header=first.header)
+            note = _note_same_position(first.path, other.path)
+            return _Reference(first.path, geometry, grid, True), [note]
+    return _Reference(first.path, geometry, grid, False), _note_unknown_position(
+        first.path, geometry
+    )
+
+
 def _read_channel(path: Path) -> _Image:
     """Read intensities; negative values, which interpolation leaves, are set to zero."""
-    image = read_image(path)
+    image, header_notes = read_noted_image(path)
     _refuse_own_result(path, image.header)
     stored, slope = read_unscaled(image)
     stored, notes = zero_background(path, stored)
@@ -171,7 +207,7 @@ def _read_channel(path: Path) -> _Image:
     stored = _check_values(path, stored)
     check_scan(path, stored)
     if stored.min() >= 0:
-        return _Image(path, image.header, stored, slope, tuple(notes))
+        return _Image(path, image.header, stored, slope, (*header_notes, *notes))
     values = _check_values(path, stored if notes else read_values(image))
     lowest, highest = float(values.min()), float(values.max())
     negative, positive = int((values < 0).sum()), int((values > 0).sum())
@@ -186,7 +222,7 @@ def _read_channel(path: Path) -> _Image:
         f"{path.name} has {negative:,} negative voxels (down to {lowest:.3g}); they were set to "
         f"zero."
     )
-    return _Image(path, image.header, np.maximum(values, 0), notes=(*notes, note))
+    return _Image(path, image.header, np.maximum(values, 0), notes=(*header_notes, *notes, note))
 
 
 def _refuse_own_result(path: Path, header: nib.Nifti1Header) -> None:
@@ -217,13 +253,14 @@ def _check_values(path: Path, values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _note_unknown_position(reference: _Reference) -> list[str]:
-    """A note if nothing says where the scan lies."""
-    if gives_position(reference.geometry.header):
+def _note_unknown_position(path: Path, geometry: Geometry) -> list[str]:
+    """A note if nothing says where the image in ``path`` lies."""
+    if gives_position(geometry.header):
         return []
+    sizes = format_mm(np.array(geometry.file_grid.spacing_mm))
     return [
-        f"{reference.path.name} does not say how it lies (sform and qform code 0): left may be "
-        "right."
+        f"{path.name} does not say how it lies (sform and qform code 0): left may be right. Its "
+        f"axes are taken to run to the left, to the front and up, with voxels of {sizes} by pixdim."
     ]
 
 
@@ -238,8 +275,10 @@ def _bring_onto(
     if not resampled:
         check_same_grid(image.path, image.header, reference.path, first)
         return first.canonical(image.values)
-    if gives_position(image.header) != gives_position(first.header):
-        notes.append(_assume_same_position(reference, image))
+    if image.path == reference.path:
+        return first.canonical(image.values)
+    if not (gives_position(image.header) and reference.has_position):
+        notes += _assume_same_position(reference, image)
         return first.canonical(image.values)
     own = Geometry.from_header(image.path, image.header, reference.grid)
     values, source, target = own.canonical(image.values), own.canonical_grid, first.canonical_grid
@@ -264,12 +303,15 @@ def _bring_onto(
     return resample(values, source, target)
 
 
-def _assume_same_position(reference: _Reference, image: _Image) -> str:
-    """A note that an image lies as the reference, where only one of the two says how it lies.
+def _assume_same_position(reference: _Reference, image: _Image) -> list[str]:
+    """A note that an image lies as the reference, where one of the two does not say how it lies.
 
     Nothing is resampled from or to a position that nibabel made up: raises `AnomriError` if the
     two differ in size.
     """
+    if not (gives_position(image.header) or reference.has_position):
+        check_same_grid(image.path, image.header, reference.path, reference.geometry)
+        return []
     silent, positioned = image.path, reference.path
     if gives_position(image.header):
         silent, positioned = positioned, silent
@@ -281,10 +323,30 @@ def _assume_same_position(reference: _Reference, image: _Image) -> str:
             f"{reference.geometry.shape} voxels). Copy the header of the image that it was made "
             "from."
         )
+    if silent == reference.path:
+        _check_size_without_position(reference.path, reference.geometry, image)
+    return [_note_same_position(silent, positioned)]
+
+
+def _note_same_position(silent: Path, positioned: Path) -> str:
     return (
         f"{silent.name} does not say how it lies (sform and qform code 0): it was taken to lie as "
         f"{positioned.name}, which has as many voxels."
     )
+
+
+def _check_size_without_position(path: Path, geometry: Geometry, image: _Image) -> None:
+    """Raise `AnomriError` if ``image`` has voxels of another size than the first channel.
+
+    That one, in ``path``, does not say how it lies, so that its size stands in pixdim alone.
+    """
+    own, other = (np.array(grid.spacing_mm) for grid in (geometry.file_grid, image.grid))
+    if sizes_differ(other, own):
+        raise AnomriError(
+            f"{path}: does not say how it lies (sform and qform code 0), and its voxels have "
+            f"{format_mm(own)}, those of {image.path.name} {format_mm(other)}. Volumes depend on "
+            f"it; copy the header of the image that it was made from."
+        )
 
 
 def _read_brain_mask(
@@ -299,7 +361,7 @@ def _read_brain_mask(
 
     As in a label, voxels above zero are marked; from a half on, if the values are shares.
     """
-    image = read_image(path)
+    image, header_notes = read_noted_image(path)
     stored = _check_values(path, read_values(image))
     marked, more = binarise_label(stored, path.name)
     own = _Image(path, image.header, marked)
@@ -309,7 +371,7 @@ def _read_brain_mask(
             f"{path}: holds the values of a scan, not of a brain mask. Give a mask; if it is a scan "
             f"without its skull, give it as the scan."
         )
-    notes += more
+    notes += [*header_notes, *more]
     check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
     return mask
 
@@ -318,14 +380,14 @@ def _read_label_on(reference: _Reference, case: Case, values: NDArray[Any]) -> L
     """A case's label on the grid of the first channel, whose ``values`` are given."""
     path = case.label
     assert path is not None
-    image = read_image(path)
+    image, notes = read_noted_image(path)
     label = _read_label_values(case, image)
     first = reference.geometry
     check_same_grid(path, image.header, reference.path, first)
     lesion = _copy_mask(first.canonical(label.lesion))
     check_lesion(path, lesion, reference.path, values, first.voxel_mm3)
     ignored = None if label.ignored is None else _copy_mask(first.canonical(label.ignored))
-    return LesionLabel(lesion, ignored, label.notes)
+    return LesionLabel(lesion, ignored, [*notes, *label.notes])
 
 
 def _read_label_values(case: Case, image: nib.Nifti1Image) -> LesionLabel:

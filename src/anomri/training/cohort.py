@@ -196,6 +196,15 @@ def pack_splits(
     return splits
 
 
+def collect_scan_notes(packed: Packed) -> list[str]:
+    """What the user should know of how the files of each case were read."""
+    notes = []
+    for case in [*packed["train"], *packed["val"]]:
+        start = f"{case.name}: "
+        notes += [start + note.removeprefix(start) for note in case.notes]
+    return notes
+
+
 def describe_cohort(packed: Packed, cases: int) -> Cohort:
     """What a model says about its cohort of so many ``cases``."""
     train, val = packed["train"], packed["val"]

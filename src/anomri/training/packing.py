@@ -28,7 +28,7 @@ from anomri.scans.volume import Volume
 from anomri.slices import SliceStack, Window, brain_box, find_foreground, slice_volume
 from anomri.spec import Grid, Scaling
 
-PACKING_VERSION = 8
+PACKING_VERSION = 9
 """Part of the name of a packed file; a new number packs every case anew."""
 
 
@@ -48,6 +48,8 @@ class PackedCase:
     """A SHA-256 of the content of the source files."""
     spacing_mm: tuple[float, float, float]
     """Of slices, rows and columns."""
+    notes: tuple[str, ...]
+    """What the user should know of how its files were read."""
     checksums: NDArray[np.uint32] = field(compare=False, repr=False)
     """A CRC-32 of every slice: damage is noticed without reading the rest of the file."""
     pack: Callable[[], PackedCase] = field(compare=False, repr=False)
@@ -234,6 +236,7 @@ def _pack_case(
     facts |= {
         "healthy": tuple(facts["healthy"]),
         "box": tuple(facts["box"]),
+        "notes": tuple(facts["notes"]),
         "spacing_mm": tuple(facts["spacing_mm"]),
     }
     facts["checksums"] = np.array(facts["checksums"], dtype=np.uint32)
@@ -271,6 +274,7 @@ def _facts(stack: SliceStack, volume: Volume, sources: Sequence[Path]) -> dict[s
         "healthy": np.flatnonzero(~lesion).tolist(),
         "box": brain_box(stack.foreground, 1),
         "fingerprint": digest.hexdigest(),
+        "notes": list(volume.notes),
     }
 
 

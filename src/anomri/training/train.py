@@ -34,6 +34,7 @@ from anomri.training.cohort import (
     Packed,
     cases_with_images,
     collect_notes,
+    collect_scan_notes,
     common_box,
     describe_cohort,
     describe_task,
@@ -169,6 +170,8 @@ def train(
             team,
             lambda done, total: progress(Progress("pack", done, total)),
         )
+        for note in collect_scan_notes(packed):
+            progress(Progress("pack", len(cases), len(cases), note=note))
         spec = replace(spec, cohort=describe_cohort(packed, len(cases)))
         if spec.training and spec.training.crop_to_brain:
             spec = replace(spec, crop=common_box(packed, methods.build(spec), spec))
