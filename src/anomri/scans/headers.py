@@ -39,12 +39,13 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextmanager
 def quiet_nibabel() -> Iterator[None]:
-    """Keep nibabel from printing what it repairs, in this thread only."""
+    """Keep nibabel from printing what it repairs, and NumPy what is not finite, in this thread."""
     # Not on import: whoever uses nibabel beside anomri still sees its messages.
     nib.imageglobals.logger.addFilter(_may_print)
     token = _quiet.set(True)
     try:
-        yield
+        with np.errstate(all="ignore"):
+            yield
     finally:
         _quiet.reset(token)
 

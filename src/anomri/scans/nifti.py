@@ -88,7 +88,8 @@ def _use_stored_header(
     path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header
 ) -> tuple[nib.Nifti1Image, list[str]]:
     """The image with what its file's header says of size and place, before nibabel's repairs."""
-    checked, notes = check_header(path, stored)
+    with quiet_nibabel():
+        checked, notes = check_header(path, stored)
     header = image.header.copy()
     for field in ("sform_code", "qform_code"):
         header[field] = checked[field]
@@ -129,17 +130,43 @@ def read_unscaled(image: nib.Nifti1Image) -> tuple[NDArray[Any], float]:
 
 @contextmanager
 def as_files(images: Mapping[str, str | Path | SpatialImage]) -> Iterator[dict[str, str | Path]]:
-    """Paths for files and nibabel images alike: images are saved to a temporary folder."""
+    """Paths for files and nibabel images alike: images are saved to a temporary folder.
+
+    Raises `AnomriError` if the header of the file that an image was loaded from is unusable.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, str | Path] = {}
         for name, image in images.items():
             if isinstance(image, SpatialImage):
                 files[name] = Path(folder) / f"scan_{re.sub(r'[^a-z0-9]', '', name.lower())}.nii"
                 with quiet_nibabel():
+                    _check_loaded(image)
                     nib.save(nib.Nifti1Image.from_image(image), files[name])
             else:
                 files[name] = image
         yield files
+
+
+def _check_loaded(image: SpatialImage) -> None:
+    """Raise `AnomriError` for an image in whose file nibabel found no size of a voxel.
+
+    nibabel made one up on loading it, and its affine does not tell.
+    """
+    if not isinstance(image, nib.Nifti1Pair):
+        return
+    holder = image.file_map.get("header", image.file_map["image"])
+    if holder.filename is None:
+        return
+    path = Path(holder.filename)
+    try:
+        stored = _read_header(path)
+        loaded = stored.copy()
+        loaded.check_fix()
+        untouched = np.array_equal(loaded.get_best_affine(), image.affine)
+    except (OSError, AnomriError, *_DAMAGE):
+        return  # The file is not there any more, but the image is.
+    if untouched:
+        check_header(path, stored)
 
 
 def image_class(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:

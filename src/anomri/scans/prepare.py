@@ -22,8 +22,9 @@ from anomri.spec import Grid
 
 CEILING = 6.0
 """Voxels above this many times the 99th percentile are faulty; 115 clean images reach 3.3."""
-LIKELY_LENGTH_MM = 50.0, 400.0
-"""The longest side of what is above zero in the scan of a brain, also of a child's or of a slab."""
+SHORTEST_MM, LONGEST_MM = 50.0, 600.0
+"""The longest side of what is above zero in a scan: a small child's brain, a head in a noisy field
+of view."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def prepare(
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
     volume = read_volume(case, channels, grid, resampled=resampled)
-    volume = _note_unlikely_size(volume)
+    volume = _check_length(case, volume)
     if preparation.skull_strip:
         volume = _strip_skull(case, volume)
     else:
@@ -92,17 +93,23 @@ def prepare(
     return volume
 
 
-def _note_unlikely_size(volume: Volume) -> Volume:
-    """The scan, with a note if its brain is too long or too short: the header may be wrong."""
+def _check_length(case: Case, volume: Volume) -> Volume:
+    """The scan, with a note if its brain is very short: the voxel size may be wrong.
+
+    Raises `AnomriError` if it is longer than any head.
+    """
     sides = zip(volume.brain, volume.geometry.spacing_mm, strict=True)
     longest = max((side.stop - side.start) * mm for side, mm in sides)
-    if LIKELY_LENGTH_MM[0] <= longest <= LIKELY_LENGTH_MM[1]:
-        return volume
     voxel = format_mm(np.array(volume.geometry.spacing_mm))
-    note = (
-        f"what is above zero is {longest:.3g} mm long, with voxels of {voxel}; if the header is "
-        f"wrong, so are volumes in mm3."
-    )
+    path = case.channels[volume.channels[0]]
+    found = f"what is above zero is {longest:,.0f} mm long, with voxels of {voxel}"
+    if longest > LONGEST_MM:
+        raise AnomriError(
+            f"{path}: {found}; no head is so long. Correct the voxel size in the header."
+        )
+    if longest >= SHORTEST_MM:
+        return volume
+    note = f"{path.name}: {found}; if the voxel size in the header is wrong, so are volumes in mm3."
     return replace(volume, notes=(*volume.notes, note))
 
 
