@@ -18,7 +18,7 @@ from rich.console import Console
 import anomri
 from anomri.cli import main
 from anomri.cli.facts import extras, libraries_of_extra
-from anomri.cli.options import OPENBLAS, app, quick_imports
+from anomri.cli.options import CALM_THREADS, app, quick_imports
 from anomri.cli.progress import Stage, _bars
 from anomri.errors import AnomriError
 from anomri.methods import registry as methods
@@ -40,18 +40,15 @@ def test_import_and_help_need_no_torch(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("chosen", [None, "3"])
-def test_quick_imports_leave_the_process_as_it_was(
-    chosen: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(OPENBLAS, raising=False)
-    if chosen:
-        monkeypatch.setenv(OPENBLAS, chosen)
+def test_quick_imports_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with quick_imports():
         assert not gc.isenabled()
-        assert os.environ[OPENBLAS] == (chosen or "1")
+        chosen = {name: os.environ[name] for name in CALM_THREADS}
+        assert chosen == {"OPENBLAS_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}
     assert gc.isenabled()
-    assert os.environ.get(OPENBLAS) == chosen
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3" and "OMP_WAIT_POLICY" not in os.environ
 
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -28,8 +28,9 @@ FIND, TRAIN, MEASURE, MORE = "Find lesions", "Train a model", "Measure", "Look a
 INPUT, DICOM, PREPARATION, THRESHOLD = "Input", "DICOM", "Preparation", "Model and threshold"
 TRAINING, OUTPUT, MACHINE = "Training", "Output", "Machine"
 """Panels of a command's options, in its `--help`."""
-OPENBLAS = "OPENBLAS_NUM_THREADS"
-"""Environment variable that OpenBLAS reads when it is loaded."""
+CALM_THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+"""What OpenBLAS and OpenMP read when they are loaded: by default their threads wait busily, and take
+a processor from those that work."""
 
 
 class Command(TyperCommand):
@@ -106,20 +107,19 @@ def quick_imports() -> Iterator[None]:
     """Import NumPy, torch and what builds on them in three quarters of the time.
 
     Nothing that modules make while they are imported is garbage, so Python does not look for it.
-    OpenBLAS, in NumPy and SciPy, gets one thread: others would wait busily for work that detection
-    does not have.
+    Threads of these libraries then wait without taking a processor (`CALM_THREADS`), unless the
+    user has chosen otherwise. Programs that this one starts later decide for themselves.
     """
-    chosen = OPENBLAS in os.environ
-    if not chosen:
-        os.environ[OPENBLAS] = "1"
+    added = [name for name in CALM_THREADS if name not in os.environ]
+    os.environ.update({name: CALM_THREADS[name] for name in added})
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
-        if not chosen:  # programs that this one starts decide for themselves
-            del os.environ[OPENBLAS]
+        for name in added:
+            del os.environ[name]
 
 
 def within(low: float, high: float = math.inf) -> Callable[[Any], Any]:
