@@ -6,13 +6,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from rich.console import Console
 
 import anomri
+from anomri.cli.progress import comparison_progress
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
 from anomri.scans.case import Case
@@ -20,6 +23,7 @@ from anomri.scans.nifti import read_image, read_noted_image, write_image
 from anomri.scans.prepare import prepare
 from anomri.scans.read import read_label, read_volume
 from anomri.scans.volume import Volume
+from anomri.training.train import Progress
 from phantom import LESION_MM, found_mm, places, scan, thresholding
 
 SHAPE = (64, 80, 40)
@@ -333,6 +337,20 @@ def test_a_scan_without_a_position_takes_that_of_another_channel(tmp_path: Path)
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), data)
 
 
+def test_a_label_without_a_position_lies_on_the_scan_without_one_beside_a_channel_with_one(
+    tmp_path: Path,
+) -> None:
+    silent = [NO_SFORM, qform_code(0)]
+    flair = write(tmp_path / "a_flair.nii", BRAIN, silent)
+    t1, seg = write(tmp_path / "a_t1.nii"), write(tmp_path / "a_seg.nii", KINDS["seg"], silent)
+    case = Case("a", {"flair": flair, "t1": t1}, label=seg)
+    volume = read_volume(case, ["flair", "t1"], resampled=True)
+    assert volume.label is not None and volume.label.sum() == LESION.sum()
+    assert (volume.data[0][volume.label] > 700).mean() > 0.9
+    with pytest.raises(AnomriError, match=r"a_t1.nii \(a_seg.nii does not say how it lies: sform"):
+        read_volume(Case("a", {"t1": t1}, label=seg), ["t1"])
+
+
 def test_a_scan_without_a_position_must_have_the_voxel_size_of_the_others(tmp_path: Path) -> None:
     made_up = [pixdim(1, 1, 1), NO_SFORM, qform_code(0)]
     case = files(tmp_path, "flair", made_up)
@@ -419,6 +437,14 @@ def test_an_image_that_nibabel_repaired_on_loading_is_refused(tmp_path: Path) ->
     assert thresholding().detect(mended).volume.geometry.voxel_mm3 == pytest.approx(MM3, rel=1e-5)
 
 
+def test_a_unit_that_is_corrected_in_memory_counts(tmp_path: Path) -> None:
+    image = nib.load(write(tmp_path / "a_flair.nii", BRAIN, [unit(3)]))
+    with pytest.raises(AnomriError, match="a_flair.nii: its header gives sizes in micrometres"):
+        thresholding().detect(image)
+    image.header.set_xyzt_units("mm")
+    assert thresholding().detect(image).volume.geometry.voxel_mm3 == pytest.approx(MM3, rel=1e-5)
+
+
 # Training.
 
 
@@ -449,6 +475,14 @@ def test_training_shows_notes_on_scans_once_also_from_the_cache(
             progress=lambda state, notes=notes: notes.append(state.note),
         )
         assert sum(note.startswith(expected) for note in notes) == 1
+
+
+def test_a_comparison_shows_each_note_once() -> None:
+    text = StringIO()
+    with comparison_progress(Console(file=text)) as show:
+        for job in ("dae", "vae"):
+            show(job, Progress("pack", 1, 1, note="a: a_flair.nii has an sform"))
+    assert text.getvalue().count("note: a: a_flair.nii has an sform") == 1
 
 
 def test_training_refuses_a_scan_whose_header_gives_no_voxel_size(

@@ -168,10 +168,21 @@ def check_same_grid(
             f"case lie on one grid; resample this one to that of {first_path.name}."
         )
     own = VoxelGrid(first.shape, np.asarray(header.get_best_affine(), dtype=np.float64))
-    apart = corner_distance_mm(own, first.file_grid)
+    grid = first.file_grid
+    if not gives_position(header):
+        # It lies as another image without a position, also if that was given one since.
+        stored = np.asarray(first.header.get_best_affine(), dtype=np.float64)
+        grid = VoxelGrid(first.shape, stored)
+    apart = corner_distance_mm(own, grid)
     # Not ">": a header that is not finite gives NaN.
     if not apart <= first.tolerance_mm:
+        headers = {path.name: header, first_path.name: first.header}
+        silent = [name for name, one in headers.items() if not gives_position(one)]
+        reason = (
+            f" ({silent[0]} does not say how it lies: sform and qform code 0)" if silent else ""
+        )
         raise AnomriError(
-            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}. All "
-            f"images of a case lie on one grid; register or resample this one to that one's."
+            f"{path}: its header places it up to {apart:.3g} mm away from {first_path.name}"
+            f"{reason}. All images of a case lie on one grid; register or resample this one to that "
+            f"one's."
         )

@@ -162,6 +162,8 @@ def _check_loaded(image: SpatialImage) -> None:
         stored = _read_header(path)
         loaded = stored.copy()
         loaded.check_fix()
+        # Whoever corrects the unit in memory leaves the affine as it is.
+        stored["xyzt_units"] = image.header["xyzt_units"]
         untouched = np.array_equal(loaded.get_best_affine(), image.affine)
     except (OSError, AnomriError, *_DAMAGE):
         return  # The file is not there any more, but the image is.
