@@ -15,7 +15,6 @@ import pytest
 
 from anomri.evaluation.report import report
 from anomri.model import lesions
-from anomri.model.detection import without_own_results
 from anomri.model.detector import Detector
 from anomri.model.lesions import (
     Lesion,
@@ -32,6 +31,7 @@ from anomri.runs.bids import run_participant
 from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case
 from anomri.scans.geometry import Geometry
+from anomri.scans.own_results import without_own_results
 from conftest import read_tsv
 from test_bids import add, describe
 from test_viewer import ask

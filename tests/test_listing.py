@@ -93,13 +93,30 @@ def test_a_channel_named_like_another_column_is_refused(channel: str) -> None:
         case_table([Case("p", {channel: Path("p.nii")})])
 
 
-def test_names_that_are_not_utf_8_are_refused_in_a_table_and_shown(
+def test_names_that_are_not_utf_8_are_left_out_of_a_table_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "caf\udce9"
     touch(folder, "p_flair.nii")
-    assert main(["list", str(folder)]) == 2
-    assert "is not valid UTF-8; rename that file or folder" in capsys.readouterr().err
+    assert main(["list", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "is not valid UTF-8; rename that file or folder" in printed.err
+    assert "Not in the table (1):" in printed.err and printed.out == "case\n"
+    assert main(["list", str(folder), "-o", str(tmp_path / "t.tsv")]) == 2
+    assert "cannot list any case" in capsys.readouterr().err
+
+
+def test_one_name_that_fits_no_table_costs_only_its_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "in", "p_flair.nii", "caf\udce9_flair.nii", "a\tb_flair.nii", "q\n_flair.nii")
+    assert main(["list", str(tmp_path / "in"), "-o", str(tmp_path / "t.tsv")]) == 0
+    printed = capsys.readouterr()
+    table = (tmp_path / "t.tsv").read_text()
+    assert table == "case\tflair\np\tin/p_flair.nii\n"
+    assert "Not in the table (3):" in printed.err
+    for name in (r"'caf\udce9'", r"'a\tb'", r"'q\n'"):
+        assert f"case {name} does not fit in a table" in printed.err.replace("\n", " ")
 
 
 def test_a_table_that_exists_is_not_overwritten(

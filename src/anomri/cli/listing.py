@@ -46,7 +46,7 @@ def list_cohort(
     Nothing is opened or changed. In a pipe, the table is printed as -o writes
     it, and all else goes to standard error.
     """
-    from anomri.scans.cohort import case_table
+    from anomri.scans.cohort import case_table, split_for_table, write_cases
     from anomri.scans.find import read_cohort
     from anomri.scans.intake import holds_dicom
 
@@ -54,8 +54,11 @@ def list_cohort(
         _list_dicom(cohort, output)
         return
     found = read_cohort(cohort)
+    in_table, not_in_table = split_for_table(found.cases)
+    if output and not in_table:
+        raise AnomriError(f"{_text(output)}: cannot list any case. {not_in_table[0]}")
     if output:
-        found.write(output)
+        write_cases(output, in_table)
     patients = len({case.patient for case in found.cases})
     summary = out if out.is_terminal else err
     summary.print(
@@ -65,8 +68,10 @@ def list_cohort(
     if out.is_terminal:
         out.print(cohort_table(found, cohort))
     elif not out.quiet:
-        out.file.write(case_table(found.cases))
+        out.file.write(case_table(in_table))
     print_notes(summary, found, cohort, None if every_file else SHOWN)
+    if output or not out.is_terminal:
+        _print_some(summary, "Not in the table", not_in_table, None)
     if output:
         summary.print(f"wrote {_text(output)}; use it with -i {_text(output)}", soft_wrap=True)
 

@@ -19,14 +19,16 @@ from anomri.evaluation.result import Evaluation
 from anomri.evaluation.scored import Scored, find_map, score_maps, score_with_model
 from anomri.files import output_folder, read_json, write_text
 from anomri.model.detector import Detector
+from anomri.runs.case_names import with_usable_names
 from anomri.runs.identity import ScanIdentity, identify
-from anomri.runs.ledger import DAMAGED, PLAN, Ledger, Task, check_names, refuse_loss
+from anomri.runs.ledger import DAMAGED, PLAN, Ledger, Task, refuse_loss
 from anomri.runs.shards import Shard
 from anomri.runs.tables import LOGS
 from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.processes import join_processes
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.own_results import without_own_results
 from anomri.scoring.scores import describe
 from anomri.spec import Score
 
@@ -233,6 +235,7 @@ def plan(
         raise AnomriError(f"there is no grid {grid!r}; the grids are {' and '.join(GRIDS)}.")
     threshold = None if threshold is None else float(threshold)
     cases = find_cases(cohort) if isinstance(cohort, str | Path) else list(cohort)
+    cases = [without_own_results(case) for case in cases]
     folder = None if out is None else Path(out)
     if model is None:
         return _plan_for_maps(cases, Path(str(maps)), split, threshold, folder)
@@ -256,7 +259,7 @@ def plan(
     detector = detector.with_threshold(sensitivity, false_positive_ml)
     spec = detector.spec
     cases, chosen = choose_cases(cases, split, detector.splits)
-    check_names(cases)
+    cases = with_usable_names(cases, folder)
     shown = threshold
     if threshold is None and detector.thresholds is not None:
         shown = detector.thresholds.threshold
@@ -281,7 +284,7 @@ def _plan_for_maps(
     if not maps.is_dir():
         raise AnomriError(f"{maps}: no such folder; name the one that holds the maps.")
     chosen_cases, chosen = choose_cases(cases, split)
-    check_names(chosen_cases)
+    chosen_cases = with_usable_names(chosen_cases, folder)
     with_maps = [
         replace(case, channels={"map": find_map(maps, case) or maps / case.name})
         for case in chosen_cases

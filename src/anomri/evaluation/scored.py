@@ -127,6 +127,8 @@ def score_maps(
 
 
 def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
+    if case.problem:
+        raise AnomriError(case.problem)
     path, names = find_map(maps, case), _map_names(case)
     if path is None:
         raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")

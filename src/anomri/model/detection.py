@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -59,21 +59,6 @@ def _numbers_components(lesions: Path, mask: Path) -> bool:
     except AnomriError:
         return False
     return bool(np.array_equal(numbered, marked))
-
-
-def without_own_results(case: Case) -> Case:
-    """The case without a brain mask or label that an earlier run wrote beside the scan: its
-    lesions."""
-    if case.mask and _is_result(case.mask, f"{case.name}_mask.nii.gz", case):
-        case = replace(case, mask=None)
-    if case.label and _is_result(case.label, f"{case.name}_lesions.nii.gz", case):
-        case = replace(case, label=None)
-    return case
-
-
-def _is_result(path: Path, name: str, case: Case) -> bool:
-    summary = path.with_name(f"{case.name}.json")
-    return path.name == name and has_key(summary, SUMMARY_KEY)
 
 
 def remove_results(folder: Path, case: str, kept: Sequence[Path] = ()) -> None:

@@ -23,8 +23,9 @@ from anomri.files import output_folder, read_json, remove_abandoned, write_text
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
 from anomri.model.lesions import Lesion, lesion_labels, table_columns, table_row
+from anomri.runs.case_names import with_usable_names
 from anomri.runs.identity import identify
-from anomri.runs.ledger import Ledger, Task, check_names
+from anomri.runs.ledger import Ledger, Task
 from anomri.runs.pipeline import detect_each
 from anomri.runs.report import detection_report
 from anomri.runs.tables import (
@@ -104,7 +105,7 @@ def run_participant(
         validate(root, warn)
     facts = run_facts(detector, len(cases), preparation)
     _start(root, out, facts)
-    check_names(cases)
+    cases = with_usable_names(cases, out)
     task = Task(detector.fingerprint, asdict(preparation))
     logs = output_folder(out / LOGS)
     ledger = Ledger(out, logs, task, identify(cases, detector.spec.channels))

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anomri.errors import AnomriError
-from anomri.model.detection import refuse_foreign_results, remove_results, without_own_results
+from anomri.model.detection import refuse_foreign_results, remove_results
 from anomri.model.detector import Detector
 from anomri.optional import import_extra
+from anomri.runs.case_names import with_usable_names
 from anomri.runs.identity import identify
-from anomri.runs.ledger import Ledger, Task, check_names
+from anomri.runs.ledger import Ledger, Task
 from anomri.runs.pipeline import detect_each
 from anomri.runs.report import write_run_tables
 from anomri.runs.shards import Shard
@@ -30,6 +31,7 @@ from anomri.runtime.folders import refuse_foreign_tables, sole_use
 from anomri.runtime.processes import ProcessGroup, join_processes
 from anomri.scans.case import Case
 from anomri.scans.intake import Intake, collect_cases
+from anomri.scans.own_results import drop_own_results
 from anomri.scans.prepare import Preparation
 
 TABLES = ("cases.tsv", "lesions.tsv", "run.json", "report.html")
@@ -102,12 +104,14 @@ def detect_cohort(
         raise AnomriError("--dicom-seg: this model has no threshold, so there is no mask to write.")
     say = notify if team.is_main else lambda note: None
     intake = team.run_on_main(lambda: _collect_cases(cohort, folder, detector, dicom, say))
-    cases = [without_own_results(case) for case in intake.cases]
+    cases, notes = drop_own_results(intake.cases)
+    for note in notes:
+        say(note)
     if preparation.brain_mask is not None and len(cases) > 1:
         raise AnomriError(
             f"--brain-mask is the mask of one scan, but there are {len(cases)}; name masks in a TSV."
         )
-    check_names(cases)
+    cases = with_usable_names(cases, folder)
     settings = {
         "sensitivity": sensitivity,
         "false_positive_ml": false_positive_ml,

@@ -14,14 +14,11 @@ from anomri.errors import AnomriError
 from anomri.files import output_folder, read_json, write_text
 from anomri.runs.identity import ScanIdentity, are_same, store_scans
 from anomri.scans.case import Case
-from anomri.scans.names import may_name_files
 
 PLAN = "plan"
 """The file with the plan of a run; entries of cases end in ``.json``."""
 STARTED = "started"
 """The fact of a plan that says when the run began, in seconds since the epoch."""
-RESERVED = ("run", "metrics")
-"""Names that no case may have: ``run.json`` and ``metrics.json`` are files of a run."""
 EXTRA_OUTPUTS = ("reconstruction",)
 """Settings that only add files: a result with more files serves a run that asks for fewer."""
 DAMAGED = (AnomriError, KeyError, TypeError, AttributeError)
@@ -245,15 +242,6 @@ def refuse_loss(folder: Path, changes: Sequence[str], results: str) -> None:
         f"{results} would be overwritten; add --overwrite to replace them, or choose another "
         f"folder with -o."
     )
-
-
-def check_names(cases: Sequence[Case]) -> None:
-    """Raise `AnomriError` for a case whose name cannot name its files."""
-    for case in cases:
-        if not may_name_files(case.name) or case.name in RESERVED:
-            raise AnomriError(
-                f"a case is called {case.name!r}, which cannot name its files; rename it."
-            )
 
 
 def _words(value: object) -> str:

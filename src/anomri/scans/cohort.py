@@ -75,6 +75,25 @@ def case_table(cases: Sequence[Case], folder: Path | None = None) -> str:
     return text.getvalue()
 
 
+def split_for_table(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """The cases that a table can hold, and a note on each that it cannot because of its names."""
+    kept: list[Case] = []
+    notes: list[str] = []
+    for case in cases:
+        if not may_name_files(case.name):
+            notes.append(f"case {case.name!r} does not fit in a table; rename its files.")
+            continue
+        try:
+            for path in (*case.channels.values(), case.label, case.mask):
+                if path:
+                    _path_text(path, None)
+        except AnomriError as error:
+            notes.append(f"case {case.name}: {error}")
+        else:
+            kept.append(case)
+    return kept, notes
+
+
 def write_cases(path: Path, cases: Sequence[Case]) -> None:
     """Write the .tsv that lists ``cases``; see `Cohort.write`."""
     if path.suffix.lower() != ".tsv":

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anomri.errors import AnomriError
-from anomri.files import read_json
 from anomri.scans.case import Case, case_from_kinds, note_choice
 from anomri.scans.cohort import Cohort, LeftOut
 from anomri.scans.names import (
@@ -18,8 +17,8 @@ from anomri.scans.names import (
     LABEL_NAMES,
     MASK_NAMES,
     MOVED,
+    OUTPUTS,
     STEPS,
-    SUMMARY_KEY,
     FileName,
     bare_name,
     channel_name,
@@ -27,6 +26,7 @@ from anomri.scans.names import (
     parse_name,
     preference,
 )
+from anomri.scans.own_results import is_own_result
 from anomri.scans.owners import Named, name_files
 
 Files = dict[str, list[Path]]
@@ -53,7 +53,12 @@ def cases_from_groups(layout: str, folder: Path, groups: Iterable[Group]) -> Coh
     Raises `AnomriError` if two images are the same channel of one case.
     """
     ordered = sorted(groups, key=lambda group: group.folder)
-    named = name_files({group.folder: group.images for group in ordered})
+    named = name_files(
+        {
+            group.folder: [path for path in group.images if not _is_mask_or_lesions(path)]
+            for group in ordered
+        }
+    )
     unnamed = [group.folder for group in ordered if group.case is None]
     patients = _patient_folders(folder, {place: named[place].files for place in unnamed})
     files: dict[str, Files] = {}
@@ -65,7 +70,7 @@ def cases_from_groups(layout: str, folder: Path, groups: Iterable[Group]) -> Coh
     for group in ordered:
         for path in _unread(group, named[group.folder]):
             stem, kind = parse_name(path)
-            if kind in ANNOTATIONS and not _is_result(path, stem):
+            if kind in ANNOTATIONS and not is_own_result(path):
                 name = _case_name(group, stem, patients)
                 own_notes.setdefault(name, []).append(_note_taken_for_result(name, path, stem))
     subjects = {group.case: group.subject for group in ordered if group.case}
@@ -95,14 +100,9 @@ def _unread(group: Group, named: Named) -> list[Path]:
     return [path for path in group.images if path not in known]
 
 
-def _is_result(path: Path, stem: str) -> bool:
-    """Whether `anomri detect` says beside an image that it wrote a mask and lesions."""
-    summary = path.with_name(f"{stem}.json")
-    try:
-        facts = read_json(summary)
-    except AnomriError:
-        return False
-    return SUMMARY_KEY in facts and facts.get("threshold") is not None
+def _is_mask_or_lesions(path: Path) -> bool:
+    """Whether an image is a result; maps are known by their names, and what lies beside by them."""
+    return not bare_name(path).endswith(f"_{OUTPUTS[0]}") and is_own_result(path)
 
 
 def _note_taken_for_result(name: str, path: Path, stem: str) -> str:

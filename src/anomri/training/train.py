@@ -25,6 +25,7 @@ from anomri.runtime.memory import keep_memory
 from anomri.runtime.processes import ProcessGroup, join_processes, make_fabric
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
+from anomri.scans.own_results import drop_own_results
 from anomri.scans.splits import assign_splits, read_splits, split_cases, write_splits
 from anomri.slices import find_foreground
 from anomri.spec import ModelSpec, Training
@@ -129,9 +130,10 @@ def train(
     when Ctrl-C or SIGTERM asks to stop.
     """
     folder, team = Path(model), join_processes(device)
-    cases, notes = cases_with_images(
-        find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    )
+    found = find_cases(cohort) if isinstance(cohort, str | Path) else cohort
+    found, notes = drop_own_results(found)
+    cases, more_notes = cases_with_images(found)
+    notes += more_notes
     before = Pretrained.read_all(pretrained) if pretrained else None
     spec = plan(
         cases,
