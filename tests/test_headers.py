@@ -177,6 +177,8 @@ def test_what_is_understood_gives_the_right_volume_and_is_noted(
         edits, expected = NOTED[name.removeprefix("noted: ")]
     volume = read(write(tmp_path / "a_flair.nii", BRAIN, edits, two=two))
     assert volume.geometry.voxel_mm3 == pytest.approx(MM3, rel=1e-5)
+    affine = read_image(tmp_path / "a_flair.nii").affine
+    np.testing.assert_array_equal(affine, volume.geometry.affine)
     assert volume.foreground.sum() == (BRAIN > 0).sum()
     assert len(volume.notes) == bool(expected)
     assert expected in " ".join(volume.notes)

@@ -192,6 +192,9 @@ def test_an_installed_skull_stripping_tool_is_called(
         thresholding().read(
             save(tmp_path / "q_flair.nii.gz", data[:50], affine), Preparation(skull_strip=True)
         )
+    (tmp_path / tool).write_text(TOOL.replace("image.affine)", "2 * image.affine)"))
+    with pytest.raises(AnomriError, match=f"{tool} gives a mask on another grid than the scan's"):
+        thresholding().read(tmp_path / "p_flair.nii.gz", Preparation(skull_strip=True))
 
 
 def test_without_a_skull_stripping_tool_the_error_says_how_to_get_one(

@@ -70,9 +70,7 @@ def read_noted_image(path: Path) -> tuple[nib.Nifti1Image, list[str]]:
             header = stored.copy()
             header.check_fix()
             content = _read_content(path, _image_end(path, header))
-            image = image_class(header).from_bytes(content)
-            if image.ndim > 3:
-                image = nib.funcs.squeeze_image(image)
+            image = _build_image(header, content)
     except MemoryError as error:
         raise AnomriError(f"{path}: memory does not suffice to read it.") from error
     except (OSError, *_DAMAGE) as error:
@@ -81,20 +79,17 @@ def read_noted_image(path: Path) -> tuple[nib.Nifti1Image, list[str]]:
         raise AnomriError(
             f"{path}: has {image.ndim} axes {image.shape}; a file has to hold one 3D image."
         )
-    return _use_stored_header(path, image, stored)
-
-
-def _use_stored_header(
-    path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header
-) -> tuple[nib.Nifti1Image, list[str]]:
-    """The image with what its file's header says of size and place, before nibabel's repairs."""
     with quiet_nibabel():
         checked, notes = check_header(path, stored)
-    header = image.header.copy()
-    for field in ("sform_code", "qform_code"):
-        header[field] = checked[field]
-    header["pixdim"][:4] = checked["pixdim"][:4]
-    return image_class(header)(image.dataobj, None, header), notes
+        if checked.binaryblock != stored.binaryblock:
+            image = _build_image(checked, checked.binaryblock + content[checked.sizeof_hdr :])
+    return image, notes
+
+
+def _build_image(header: nib.Nifti1Header, content: bytes) -> nib.Nifti1Image:
+    """The image in the ``content`` of a file with this header, without axes of one voxel at the end."""
+    image = image_class(header).from_bytes(content)
+    return nib.funcs.squeeze_image(image) if image.ndim > 3 else image
 
 
 def read_values(image: nib.Nifti1Image) -> NDArray[Any]:

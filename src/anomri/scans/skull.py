@@ -208,13 +208,20 @@ def _run_program(tool: str, head: nib.Nifti1Image, name: str) -> NDArray[np.bool
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             # HD-BET names its mask differently from version to version, but not the brain.
-            return np.asanyarray(read_image(mask if mask.exists() else brain).dataobj) != 0
+            found = read_image(mask if mask.exists() else brain)
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             raise AnomriError(
                 f"{name}: {tool} failed ({lines[-1] if lines else 'without a message'}). Run it by "
                 f"hand and give its mask with --brain-mask."
             ) from error
+    lies_on_head = found.shape == head.shape and np.allclose(found.affine, head.affine, atol=0.05)
+    if not lies_on_head:
+        raise AnomriError(
+            f"{name}: {tool} gives a mask on another grid than the scan's. Run it by hand and give "
+            f"its mask with --brain-mask."
+        )
+    return np.asanyarray(found.dataobj) != 0
 
 
 def _hd_bet_device() -> list[str]:
