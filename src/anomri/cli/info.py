@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anomri.cli.options import MORE, Device, Threads, command, out
+from anomri.cli.options import MORE, Device, Threads, command, out, quick_imports
 
 
 @command(MORE, "anomri info", "anomri info my_model")
@@ -24,9 +24,10 @@ def info(
     Paste this into a bug report: it names nobody, and no folder but the
     model's.
     """
-    from anomri.cli import facts
-    from anomri.model.detector import Detector
-    from anomri.scoring.registry import SCORES
+    with quick_imports():
+        from anomri.cli import facts
+        from anomri.model.detector import Detector
+        from anomri.scoring.registry import SCORES
 
     shown = {
         "Installation": facts.installation(),
