@@ -3,6 +3,7 @@ case, and results among the scans are taken for neither masks nor labels."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ from anomri.runs import case_names
 from anomri.runs.case_names import MAX_BYTES, with_usable_names
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases, read_cohort
+from anomri.training.train import Progress, train
 from conftest import read_tsv, write, write_case
 
 BAD = {
@@ -143,3 +145,55 @@ def test_a_users_mask_beside_a_summary_without_threshold_stays(tmp_path: Path) -
     (tmp_path / "p.json").write_text('{"anomri": "0.1.0", "threshold": 0.2}')
     (case,) = find_cases(tmp_path)
     assert case.mask is None
+
+
+def test_a_training_leaves_out_names_that_fit_in_no_table_and_says_so(
+    tmp_path: Path, tiny_preset: None
+) -> None:
+    """Else an evaluation would take them for scans that the model has not seen."""
+    names = ["a", "b", "c", os.fsdecode(b"caf\xe9"), "new\nline"]
+    flat(tmp_path / "in", names)
+    for path in (tmp_path / "in").glob("*_seg.nii"):
+        path.unlink()
+    notes: list[str] = []
+
+    def note(progress: Progress) -> None:
+        notes.extend([progress.note] if progress.note else [])
+
+    arguments: dict[str, Any] = {"preset": "tiny", "training": {"steps": 1}, "device": "cpu"}
+    for _ in range(2):  # the second time it finds that this is done
+        train(tmp_path / "in", tmp_path / "m", **arguments, resume=True, progress=note)
+    assert (
+        r"names that fit in no table, not used: 2 of 5 cases ('caf\udce9', 'new\nline'" in notes[0]
+    )
+    splits = (tmp_path / "m" / "splits.csv").read_text()
+    assert sorted(line.split(",")[0] for line in splits.splitlines()[1:]) == ["a", "b", "c"]
+    flat(tmp_path / "bad", names[3:])
+    with pytest.raises(AnomriError, match="names that fit in no table"):
+        train(tmp_path / "bad", tmp_path / "n", **arguments)
+
+
+def test_a_training_does_not_take_results_for_labels(tmp_path: Path, tiny_preset: None) -> None:
+    flat(tmp_path / "in", ["a", "b", "c"])
+    for name in ("a", "b", "c"):
+        (tmp_path / "in" / f"{name}_seg.nii").rename(tmp_path / "in" / f"{name}_lesions.nii")
+        (tmp_path / "in" / f"{name}.json").write_text('{"anomri": "0.1.0", "threshold": 0.2}')
+    notes: list[str] = []
+    train(
+        [
+            Case(
+                "a",
+                {"flair": tmp_path / "in" / "a_flair.nii"},
+                label=tmp_path / "in" / "a_lesions.nii",
+            ),
+            *find_cases(tmp_path / "in")[1:],
+        ],
+        tmp_path / "m",
+        preset="tiny",
+        channels=["flair"],
+        training={"steps": 1},
+        device="cpu",
+        progress=lambda progress: notes.append(progress.note or ""),
+    )
+    assert "a_lesions.nii was written by anomri detect, and is not taken for its label" in notes[0]
+    assert any("no label, so all slices are taken for healthy: every case." in one for one in notes)

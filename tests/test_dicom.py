@@ -17,11 +17,13 @@ from nibabel.affines import apply_affine
 
 from anomri.errors import AnomriError
 from anomri.optional import install_command
+from anomri.scans.case import Case, case_from_files
 from anomri.scans.dicom.channels import Series, guess_channel
 from anomri.scans.dicom.files import quiet
 from anomri.scans.dicom.find import MIN_SLICES, choose_series, find_series
 from anomri.scans.dicom.read import convert
 from anomri.scans.dicom.seg import PATIENT_AND_STUDY, write_segmentation
+from anomri.scans.find import find_cases
 from anomri.scans.intake import holds_dicom
 from anomri.scans.read import read_volume
 from anomri.scans.volume import Volume
@@ -1195,3 +1197,25 @@ def test_two_echoes_or_three_orientations_in_a_series_are_not_guessed(tmp_path: 
     assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["flair"]
     assert "it has several values of EchoTime" in notes[0]
     assert "its slices have several orientations" in notes[1]
+
+
+def test_a_dicom_file_in_place_of_its_folder_is_named(tmp_path: Path) -> None:
+    first, second, *_ = write_series(tmp_path / "in")
+    strip_file(second, "implicit")
+    for path in (first, second):
+        with pytest.raises(AnomriError, match="is a DICOM file; give the folder that holds its"):
+            find_cases(path)
+        with pytest.raises(AnomriError, match="is a DICOM file; give the folder"):
+            case_from_files({"flair": path})
+        named = path.rename(path.with_suffix(".nii"))
+        with pytest.raises(AnomriError, match="is a DICOM file"):
+            read_volume(Case("p", {"flair": named}), ["flair"])
+
+
+def test_what_was_guessed_is_noted_with_the_case(tmp_path: Path) -> None:
+    write_series(tmp_path / "in" / "1", "MARKER 5", EchoTime=100, RepetitionTime=5000)
+    case = convert(tmp_path / "in", tmp_path / "out")
+    (note,) = case.notes
+    assert note.startswith("which series is t2 is in doubt: guessed from its echo time 100 ms")
+    assert "--series t2=" in note and "MARKER" not in note
+    assert convert(tmp_path / "in", tmp_path / "out", {"t2": "MARKER 5"}).notes == ()

@@ -2,6 +2,7 @@
 folders."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -615,3 +616,39 @@ def test_a_header_that_is_not_in_mm_is_refused(tmp_path: Path, mm: float) -> Non
         AnomriError, match="a_flair.nii.gz: its header gives voxels of .* Correct the header"
     ):
         thresholding("flair").read(tmp_path / "a_flair.nii.gz")
+
+
+def test_a_study_as_anonymisers_leave_it_is_detected_and_no_name_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No preamble, no meta information, a name where a number or a date belongs, no description."""
+    dicom_folder(tmp_path / "in")
+    import pydicom
+
+    from test_dicom import strip_file
+
+    for path in sorted((tmp_path / "in").rglob("*")):
+        if path.is_file():
+            one = pydicom.dcmread(path)
+            one.SeriesDescription = "SE 5"
+            one.EchoTime, one.RepetitionTime = (9, 550) if path.parent.name == "2" else (100, 5000)
+            one.StudyTime, one.ImagingFrequency = "123456.789", "123456.789"
+            one.save_as(path)
+            strip_file(path, "explicit")
+            path.write_bytes(path.read_bytes().replace(b"123456.789", b"MARKER^ANN"))
+    thresholding("t2", "t1").save(tmp_path / "m")
+    arguments = ["-i", str(tmp_path / "in"), "-m", str(tmp_path / "m"), "--dicom-seg"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["detect", *arguments, "-o", str(tmp_path / "out")]) == 0
+        assert main(["list", str(tmp_path / "in")]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "MARKER" not in printed and "Invalid value" not in printed
+    assert "taken for t1, guessed from its echo time 9 ms" in " ".join(printed.split())
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file() and path.suffix != ".dcm":  # a SEG has its study's patient module
+            assert b"MARKER" not in path.read_bytes()
+    (seg,) = (tmp_path / "out").glob("*_mask.dcm")
+    assert b"MARKER^ANN" not in seg.read_bytes()
+    (mask,) = (tmp_path / "out").glob("*_mask.nii.gz")
+    np.testing.assert_array_less(np.abs(found_mm(mask) - LESION_MM), (3, 3, 5))

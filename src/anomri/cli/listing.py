@@ -141,7 +141,7 @@ def _list_dicom(folder: Path, output: Path | None) -> None:
     out.print(f"{_text(folder)}: a DICOM study; one case", soft_wrap=True)
     for channel, series in chosen.items():
         out.print(f"  {channel}: {series}", soft_wrap=True)
-    _print_some(out, "Left out", left_out, None)
+    _print_some(out, "Left out, and what was guessed", [_text(one) for one in left_out], None)
 
 
 def _relative(path: Path | None, folder: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anomri.errors import AnomriError
+from anomri.scans.dicom.signature import is_dicom
 from anomri.scans.names import (
     ANNOTATIONS,
     LABEL_NAMES,
@@ -88,6 +89,8 @@ def case_from_files(files: Mapping[str, str | Path], name: str | None = None) ->
     for channel, path in paths.items():
         if not re.fullmatch(r"[a-z0-9]+", channel):
             raise AnomriError(f"channel {channel!r}: name it in letters and digits, such as flair.")
+        if is_dicom(path):
+            raise AnomriError(f"{path}: is a DICOM file; give the folder that holds its series.")
         if not path.name.lower().endswith(SUFFIXES):
             raise AnomriError(f"{path}: channel {channel} has to be a .nii or .nii.gz file.")
         if not path.is_file():

@@ -10,6 +10,7 @@ from pathlib import Path
 from anomri.errors import AnomriError
 from anomri.scans.case import Case
 from anomri.scans.cohort import Cohort, LeftOut
+from anomri.scans.dicom.signature import is_dicom
 from anomri.scans.layouts import LAYOUTS
 from anomri.scans.names import IMAGES, SUFFIXES, parse_name
 from anomri.scans.places import Place
@@ -74,6 +75,8 @@ def _read(path: Path) -> Cohort:
     if layout is None:
         if not path.exists():
             raise AnomriError(f"{path}: no such file or folder.")
+        if is_dicom(path):
+            raise AnomriError(f"{path}: is a DICOM file; give the folder that holds its series.")
         if not path.is_dir():
             raise AnomriError(
                 f"{path}: not a folder, a .tsv, a .nii or a .nii.gz; a cohort is one of these."

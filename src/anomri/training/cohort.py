@@ -14,6 +14,7 @@ from anomri.model.files import read_model_cases
 from anomri.runtime.folders import refuse_foreign
 from anomri.runtime.processes import ProcessGroup
 from anomri.scans.case import Case
+from anomri.scans.names import may_name_files
 from anomri.scans.splits import read_split_cases, splits_by_name
 from anomri.scans.tables import read_table
 from anomri.slices import Box, join_boxes
@@ -110,6 +111,22 @@ def _is_model_of(folder: Path, spec: ModelSpec, cases: Sequence[Case]) -> bool:
         and given(found.score) == given(spec.score)
         and splits_by_name(read_model_cases(folder)) == splits_by_name(cases)
     )
+
+
+def cases_for_tables(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """The cases whose names fit in ``splits.csv``, and notes on the others.
+
+    By their names an evaluation knows which cases a model has seen. Raises `AnomriError` if no name
+    fits.
+    """
+    kept = [case for case in cases if may_name_files(case.name)]
+    unfit = [repr(case.name) for case in cases if not may_name_files(case.name)]
+    if not unfit:
+        return kept, []
+    note = f"names that fit in no table, not used: {_some(unfit, len(cases))}; rename their files."
+    if not kept:
+        raise AnomriError(note)
+    return kept, [note]
 
 
 def cases_with_images(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:

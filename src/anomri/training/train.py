@@ -33,6 +33,7 @@ from anomri.training.batches import Batches
 from anomri.training.choose_score import choose_score
 from anomri.training.cohort import (
     Packed,
+    cases_for_tables,
     cases_with_images,
     collect_notes,
     collect_scan_notes,
@@ -131,9 +132,11 @@ def train(
     """
     folder, team = Path(model), join_processes(device)
     found = find_cases(cohort) if isinstance(cohort, str | Path) else cohort
-    found, notes = drop_own_results(found)
-    cases, more_notes = cases_with_images(found)
-    notes += more_notes
+    notes: list[str] = []
+    for check in (drop_own_results, cases_for_tables, cases_with_images):
+        found, found_notes = check(found)
+        notes += found_notes
+    cases = list(found)
     before = Pretrained.read_all(pretrained) if pretrained else None
     spec = plan(
         cases,

@@ -63,6 +63,8 @@ class Series:
     spin_echo: bool = False
     other_contrast: str = ""
     """Why its times do not say its weighting, if they do not (see `weighting.other_contrast`)."""
+    doubt: str = ""
+    """From what its channel was guessed if its name does not say it, or what contradicts it."""
     frame: str = ""
     """The FrameOfReferenceUID: coordinates are comparable between series that share it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from anomri.errors import AnomriError
@@ -186,14 +187,15 @@ def _guess_channels(found: Sequence[Series], notes: list[str]) -> dict[str, list
         if guess.channel is None:
             notes.append(f"{series}: its channel is not known{_in_brackets(guess.note)}")
         elif guess.by_name:
-            by_name.setdefault(guess.channel, []).append(series)
+            by_name.setdefault(guess.channel, []).append(replace(series, doubt=guess.note))
             notes += [f"{series}: {guess.note}"] if guess.note else []
         else:
             by_times.setdefault(guess.channel, []).append((series, guess))
     for channel, guessed in by_times.items():
         notes += _note_guesses(channel, guessed, channel in by_name)
         if len(guessed) == 1 and channel not in by_name:
-            by_name[channel] = [guessed[0][0]]
+            ((series, guess),) = guessed
+            by_name[channel] = [replace(series, doubt=guess.note)]
     return by_name
 
 

@@ -70,7 +70,12 @@ def convert_series(
         # A file that is already there keeps its time, by which a resumed run knows what is done.
         if not _holds(files[channel], image):
             write_image(files[channel], image)
-    notes = []
+    notes = [
+        f"which series is {channel} is in doubt: {series.doubt}. If that is wrong, name the series "
+        f"with --series {channel}=..."
+        for channel, series in chosen.items()
+        if series.doubt
+    ]
     if len({series.frame for series in chosen.values() if series.frame}) > 1:
         notes.append(
             "its series are not of one frame of reference (the patient may have moved in between), "
