@@ -99,6 +99,10 @@ def read(path: Path) -> Volume:
     return read_volume(Case("a", {"flair": path}), ["flair"], resampled=True)
 
 
+def long_quaternion(content: bytearray, two: bool) -> None:
+    struct.pack_into("<3d" if two else "<3f", content, 352 if two else 256, 2, 2, 2)
+
+
 NO_SFORM = sform_code(0)
 OTHER_UNIT = "its header gives sizes in"
 NO_SIZE = "its header gives no size of a voxel: pixdim is"
@@ -110,6 +114,7 @@ REFUSED: dict[str, tuple[list[Edit], str]] = {
     "pixdim NaN": ([pixdim(np.nan), NO_SFORM], f"{NO_SIZE} nan x 2.2 x 3"),
     "pixdim infinite": ([pixdim(np.inf), NO_SFORM], f"{NO_SIZE} inf x 2.2 x 3"),
     "no form and no pixdim": ([pixdim(0, 0, 0), NO_SFORM, qform_code(0)], f"{NO_SIZE} 0 x 0 x 0"),
+    "a quaternion longer than one": ([long_quaternion, NO_SFORM], "no usable position"),
     "half": ([pixdim(1.1, 1.1, 1.5)], TWO_SIZES + r"1.1 x 1.1 x 1.5 mm \(1.815 mm3\) by pixdim"),
     "12 % in mm3": ([pixdim(2.29, 2.29, 3.12)], TWO_SIZES + r"2.29 x 2.29 x 3.12 mm \(16.36 mm3\)"),
     "4 % of one side": ([pixdim(3.12, first=3)], TWO_SIZES),

@@ -70,26 +70,28 @@ def read_noted_image(path: Path) -> tuple[nib.Nifti1Image, list[str]]:
             header = stored.copy()
             header.check_fix()
             content = _read_content(path, _image_end(path, header))
-            image = _build_image(header, content)
+            _check_axes(path, header.get_data_shape())
+            checked, notes = check_header(path, stored)
+            if checked.binaryblock != stored.binaryblock:
+                content = checked.binaryblock + content[checked.sizeof_hdr :]
+            image = image_class(checked).from_bytes(content)
+            if image.ndim > 3:
+                image = nib.funcs.squeeze_image(image)
     except MemoryError as error:
         raise AnomriError(f"{path}: memory does not suffice to read it.") from error
     except (OSError, *_DAMAGE) as error:
         raise _reading_error(path, error) from error
-    if image.ndim != 3:
-        raise AnomriError(
-            f"{path}: has {image.ndim} axes {image.shape}; a file has to hold one 3D image."
-        )
-    with quiet_nibabel():
-        checked, notes = check_header(path, stored)
-        if checked.binaryblock != stored.binaryblock:
-            image = _build_image(checked, checked.binaryblock + content[checked.sizeof_hdr :])
     return image, notes
 
 
-def _build_image(header: nib.Nifti1Header, content: bytes) -> nib.Nifti1Image:
-    """The image in the ``content`` of a file with this header, without axes of one voxel at the end."""
-    image = image_class(header).from_bytes(content)
-    return nib.funcs.squeeze_image(image) if image.ndim > 3 else image
+def _check_axes(path: Path, shape: tuple[int, ...]) -> None:
+    """Raise `AnomriError` unless an image has three axes, apart from ones of length one behind."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise AnomriError(
+            f"{path}: has {len(shape)} axes {shape}; a file has to hold one 3D image."
+        )
 
 
 def read_values(image: nib.Nifti1Image) -> NDArray[Any]:
