@@ -1219,3 +1219,102 @@ def test_what_was_guessed_is_noted_with_the_case(tmp_path: Path) -> None:
     assert note.startswith("which series is t2 is in doubt: guessed from its echo time 100 ms")
     assert "--series t2=" in note and "MARKER" not in note
     assert convert(tmp_path / "in", tmp_path / "out", {"t2": "MARKER 5"}).notes == ()
+
+
+def item(**values: Any) -> Any:
+    one = pydicom.Dataset()
+    for keyword, value in values.items():
+        setattr(one, keyword, value)
+    return one
+
+
+def write_enhanced(
+    path: Path, data: np.ndarray, affine: np.ndarray, times: tuple[float, float, float], **tags: Any
+) -> Path:
+    """All slices in one file, in an order that says nothing, with echo, repetition, inversion."""
+    one = one_slice(data, affine, 0, "SE 5", SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1")
+    columns, rows, thickness = np.linalg.norm(affine[:3, :3], axis=0)
+    turned = one.ImageOrientationPatient
+    for keyword in (
+        *("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SliceThickness"),
+        *("RepetitionTime", "ScanningSequence"),
+    ):
+        delattr(one, keyword)
+    one.EchoPulseSequence = "SPIN"
+    one.SharedFunctionalGroupsSequence = [
+        item(
+            PixelMeasuresSequence=[
+                item(PixelSpacing=[f"{rows:.10g}", f"{columns:.10g}"], SliceThickness=thickness)
+            ],
+            PlaneOrientationSequence=[item(ImageOrientationPatient=turned)],
+            MREchoSequence=[item(EffectiveEchoTime=times[0])],
+            MRTimingAndRelatedParametersSequence=[item(RepetitionTime=times[1])],
+            MRModifierSequence=[item(InversionTimes=times[2])] if times[2] else [],
+        )
+    ]
+    order = np.random.default_rng(2).permutation(data.shape[2])
+    one.PerFrameFunctionalGroupsSequence = [
+        item(
+            PlanePositionSequence=[
+                item(ImagePositionPatient=[f"{v:.10g}" for v in apply_affine(affine, [0, 0, k])])
+            ],
+            PixelValueTransformationSequence=[
+                item(RescaleSlope=tags.get("slope", 1), RescaleIntercept=tags.get("intercept", 0))
+            ],
+        )
+        for k in order
+    ]
+    one.NumberOfFrames = len(order)
+    one.PixelData = np.ascontiguousarray(data[:, :, order].transpose(2, 1, 0)).tobytes()
+    for keyword, value in tags.items():
+        if keyword not in ("slope", "intercept"):
+            setattr(one, keyword, value)
+    return save(one, path)
+
+
+@pytest.mark.parametrize("plane", ["axial", "oblique sagittal", "sagittal from the left"])
+@pytest.mark.parametrize(
+    ("times", "channel"),
+    [((100, 9000, 2500), "flair"), ((100, 5000, 0), "t2"), ((9, 550, 0), "t1")],
+)
+def test_enhanced_multi_frame_series_are_read_where_they_were_scanned(
+    tmp_path: Path, plane: str, times: tuple[float, float, float], channel: str
+) -> None:
+    data, affine = voxels(), lps_affine(PLANES[plane])
+    write_enhanced(tmp_path / "in" / "one.dcm", data, affine, times)
+    write_series(tmp_path / "slices", "t2_flair", data=data, affine=affine)
+    (found,) = find_series(tmp_path / "in")
+    assert found.slices == SLICES
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels[channel])
+    classic = nib.load(convert(tmp_path / "slices", tmp_path / "out").channels["flair"])
+    np.testing.assert_array_equal(image.get_fdata(), classic.get_fdata())
+    np.testing.assert_allclose(image.affine, classic.affine, atol=1e-5)
+    assert image.get_data_dtype() == np.int16
+
+
+def test_enhanced_series_are_rescaled_or_refused(tmp_path: Path) -> None:
+    data, affine = voxels(), lps_affine()
+    one = tmp_path / "in" / "one.dcm"
+    write_enhanced(one, data, affine, (100, 5000, 0), slope=0.5, intercept=-3)
+    image = nib.load(convert(tmp_path / "in", tmp_path / "out").channels["t2"])
+    np.testing.assert_allclose(np.sort(image.get_fdata().ravel()), np.sort(data.ravel() * 0.5 - 3))
+    source = find_series(tmp_path / "in")[0]
+    volume = read_volume(Case("p", {"t2": tmp_path / "out" / image.get_filename()}), ["t2"])
+    with pytest.raises(AnomriError, match="enhanced multi-frame MR, for which no DICOM SEG"):
+        write_segmentation(tmp_path / "s.dcm", volume.data[0] > 9, volume.geometry, source)
+
+    write_enhanced(one, data, affine, (100, 5000, 0), EchoPlanarPulseSequence="YES")
+    with pytest.raises(AnomriError, match="no series is known"):
+        convert(tmp_path / "in", tmp_path / "out")
+    write_enhanced(one, np.concatenate([data, data], 2), affine, (100, 5000, 0))
+    changed = pydicom.dcmread(one)
+    groups = changed.PerFrameFunctionalGroupsSequence
+    groups[3].PlanePositionSequence = groups[4].PlanePositionSequence
+    changed.save_as(one)
+    with pytest.raises(AnomriError, match=r"frame \d+ of one.dcm lie at one position"):
+        convert(tmp_path / "in", tmp_path / "out")
+    for group in groups:
+        del group.PlanePositionSequence
+    changed.save_as(one)
+    with pytest.raises(AnomriError, match="enhanced multi-frame MR; convert it to NIfTI with dcm2"):
+        convert(tmp_path / "in", tmp_path / "out")

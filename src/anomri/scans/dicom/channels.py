@@ -54,6 +54,8 @@ class Series:
     protocol: str
     modality: str
     files: tuple[Path, ...]
+    frames: int = 0
+    """The number of slices if all are in one file (enhanced MR), else 0."""
     agent: str | None = None
     """The contrast agent; ``None`` if the headers do not mention one."""
     echo_time: float | None = None
@@ -81,8 +83,17 @@ class Series:
 
     @property
     def slices(self) -> int:
-        """The number of slices, one a file."""
-        return len(self.files)
+        """The number of slices: one a file, or all in one."""
+        return self.frames or len(self.files)
+
+    @property
+    def slice_names(self) -> list[str]:
+        """What each slice is called in messages."""
+        if self.frames:
+            return [
+                f"frame {number} of {self.files[0].name}" for number in range(1, self.frames + 1)
+            ]
+        return [path.name for path in self.files]
 
     @property
     def place(self) -> str:

@@ -18,6 +18,7 @@ from anomri.scans.dicom.files import (
     read_number,
     regular_files,
 )
+from anomri.scans.dicom.multiframe import ENHANCED_MR, frame_headers
 from anomri.scans.dicom.weighting import other_contrast
 from anomri.scans.names import ANNOTATIONS
 
@@ -123,7 +124,11 @@ def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list
 
 
 def _make_series(members: Members) -> Series:
-    header = members[0][1]
+    path, header = members[0]
+    frames: list[Header] = []
+    if len(members) == 1 and header.get("SOPClassUID") == ENHANCED_MR:
+        frames = frame_headers(path)
+        header = {**header, **frames[0]} if frames else header
     sequence = set(header.get("ScanningSequence", "").split())
     return Series(
         uid=header.get("SeriesInstanceUID", ""),
@@ -133,13 +138,14 @@ def _make_series(members: Members) -> Series:
         frame=header.get("FrameOfReferenceUID", ""),
         modality=header.get("Modality", ""),
         files=tuple(sorted(path for path, _ in members)),
+        frames=len(frames),
         agent=header.get("ContrastBolusAgent"),
         echo_time=read_number(header, "EchoTime"),
         inversion_time=read_number(header, "InversionTime"),
         repetition_time=read_number(header, "RepetitionTime"),
         gradient_echo="GR" in sequence,
         spin_echo=bool({"SE", "IR"} & sequence),
-        other_contrast=other_contrast([one for _, one in members]),
+        other_contrast=other_contrast(frames or [one for _, one in members]),
     )
 
 
@@ -152,10 +158,11 @@ def _note_unreadable(series: Series, members: Members) -> list[str]:
 
 
 def _reason_to_skip(sop_class: str, series: Series, header: Header) -> str | None:
-    if sop_class in REASONS:
+    if sop_class in REASONS and not series.frames:
         return REASONS[sop_class]
     # Anonymisers remove one of the two, and old scanners wrote no class.
-    if {sop_class, series.modality} not in ({MR_IMAGE, "MR"}, {MR_IMAGE, ""}, {"", "MR"}):
+    is_mr = sop_class in (MR_IMAGE, ENHANCED_MR) and series.modality in ("MR", "")
+    if not is_mr and (sop_class, series.modality) != ("", "MR"):
         return f"{series.slices} files of {_describe_class(sop_class, series)}, not MR images"
     missing = [
         keyword for keyword in ("SeriesInstanceUID", "StudyInstanceUID") if not header.get(keyword)

@@ -32,6 +32,7 @@ from anomri.scans.dicom.files import (
     read_whole,
 )
 from anomri.scans.dicom.find import choose_series
+from anomri.scans.dicom.multiframe import read_multiframe
 from anomri.scans.dicom.stack import stack_slices
 from anomri.scans.nifti import read_image, write_image
 
@@ -90,6 +91,10 @@ def read_series(series: Series) -> nib.Nifti1Image:
     Integers stay as they are; values that the headers rescale are float32. Raises `AnomriError`
     naming the file or the series that cannot be decoded or does not fit.
     """
+    if series.frames:
+        with quiet():
+            image = read_multiframe(series)
+        return _make_nameless(np.asanyarray(image.dataobj), image.affine)
     with quiet():
         slices = [read_whole(path) for path in series.files]
         ordered, affine = stack_slices(series, slices)

@@ -93,6 +93,11 @@ def _read_source(source: Series) -> tuple[list[Any], NDArray[np.float64], list[s
 
     The third value names the elements whose values the standard forbids, which are emptied.
     """
+    if source.frames:
+        raise AnomriError(
+            f"{source.place}: is enhanced multi-frame MR, for which no DICOM SEG is written; leave "
+            f"--dicom-seg out, or convert the mask with another tool."
+        )
     headers = [read_headers(file) for file in source.files]
     slices, affine = stack_slices(source, headers)
     emptied: set[str] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ NO_POSITION = (
 def stack_slices(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDArray[np.float64]]:
     """The slices in order, and the affine (column, row, slice) -> scanner mm (RAS+).
 
-    ``headers`` are those of ``series.files``. The order is that of dicom2nifti: upwards along the
+    ``headers`` are those of its slices, one a file, or one a frame of enhanced MR. The order is that of dicom2nifti: upwards along the
     axis on which they lie farthest apart. Raises `AnomriError` if orientation, pixel size or matrix
     differ, or if a slice is missing, is there twice or is shifted sideways.
     """
@@ -33,8 +32,8 @@ def stack_slices(series: Series, headers: Sequence[Any]) -> tuple[list[Any], NDA
     along, down = _check_planes(series, planes)
     order = np.argsort(positions[:, np.abs(np.ptp(positions, axis=0)).argmax()], kind="stable")
     positions = positions[order]
-    files = [series.files[number] for number in order]
-    _check_steps(series.place, positions, np.cross(along, down), files)
+    names = [series.slice_names[number] for number in order]
+    _check_steps(series.place, positions, np.cross(along, down), names)
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
     between_rows, between_columns = planes[0, 6:8]
     lps = np.eye(4)
@@ -71,9 +70,10 @@ def _check_planes(
     """The directions of rows and columns in LPS, which all slices share."""
     different = np.abs(planes - planes[0]).max(axis=1)
     if different.max() > PLANE_TOLERANCE:
+        names = series.slice_names
         raise AnomriError(
             f"{series.place}: its slices differ in orientation, pixel size or matrix "
-            f"({series.files[int(different.argmax())].name} and {series.files[0].name}); several "
+            f"({names[int(different.argmax())]} and {names[0]}); several "
             f"scans are mixed in it. Hand in one of them in its own folder."
         )
     along, down, spacing = planes[0, :3], planes[0, 3:6], planes[0, 6:8]
@@ -84,7 +84,7 @@ def _check_planes(
 
 
 def _check_steps(
-    where: str, positions: NDArray[np.float64], normal: NDArray[np.float64], files: Sequence[Path]
+    where: str, positions: NDArray[np.float64], normal: NDArray[np.float64], names: Sequence[str]
 ) -> None:
     """Check that sorted ``positions`` (n, 3) in mm are at one distance along ``normal``."""
     steps = np.diff(positions, axis=0)
@@ -93,7 +93,7 @@ def _check_steps(
     if (distances < 1e-3).any():
         number = int(distances.argmin())
         raise AnomriError(
-            f"{where}: {files[number].name} and {files[number + 1].name} lie at one position; it "
+            f"{where}: {names[number]} and {names[number + 1]} lie at one position; it "
             f"holds several volumes (echoes, time points, magnitude and phase). Hand in one volume "
             f"in its own folder."
         )
@@ -101,8 +101,8 @@ def _check_steps(
     if abs(distances[odd] - usual) > STEP_TOLERANCE * usual:
         missing = max(round(distances[odd] / usual) - 1, 1)
         raise AnomriError(
-            f"{where}: {distances[odd]:.2f} mm lie between {files[odd].name} and "
-            f"{files[odd + 1].name}, elsewhere {usual:.2f} mm; about {missing} slices are missing. "
+            f"{where}: {distances[odd]:.2f} mm lie between {names[odd]} and "
+            f"{names[odd + 1]}, elsewhere {usual:.2f} mm; about {missing} slices are missing. "
             f"Copy the series again."
         )
     sideways = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1)
