@@ -1318,3 +1318,11 @@ def test_enhanced_series_are_rescaled_or_refused(tmp_path: Path) -> None:
     changed.save_as(one)
     with pytest.raises(AnomriError, match="enhanced multi-frame MR; convert it to NIfTI with dcm2"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_broken_links_in_a_study_are_named(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    left_out: list[str] = []
+    find_series(tmp_path, left_out.append)
+    assert left_out == ["1 broken links or other entries that are not files (gone)"]

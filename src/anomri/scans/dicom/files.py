@@ -83,8 +83,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def regular_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below it, but hidden ones; raises `AnomriError` if it is none."""
+def files_below(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and below it, but hidden; raises `AnomriError` if it is no folder.
+
+    Broken links and pipes are among them: reading one would fail or block.
+    """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise AnomriError(
@@ -92,10 +95,8 @@ def regular_files(folder: Path) -> Iterator[Path]:
         )
     for place, names in walk_once(folder):
         for name in names:
-            path = Path(place, name)
-            # Regular files only: reading a pipe would block.
-            if not name.startswith(".") and path.is_file():
-                yield path
+            if not name.startswith("."):
+                yield Path(place, name)
 
 
 def read_header(path: Path) -> Header | None:

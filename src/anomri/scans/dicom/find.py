@@ -13,10 +13,10 @@ from anomri.scans.dicom.files import (
     REASONS,
     UNREADABLE,
     Header,
+    files_below,
     import_dicom,
     read_header,
     read_number,
-    regular_files,
 )
 from anomri.scans.dicom.multiframe import ENHANCED_MR, frame_headers
 from anomri.scans.dicom.weighting import other_contrast
@@ -99,8 +99,12 @@ def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list
     """The files of a folder by SOP class and series, and what was left out."""
     groups: dict[tuple[str, str], dict[str, tuple[Path, Header]]] = {}
     others: list[str] = []
+    unreadable: list[str] = []
     copies = 0
-    for path in regular_files(folder):
+    for path in files_below(folder):
+        if not path.is_file():
+            unreadable.append(path.name)
+            continue
         header = read_header(path)
         if header is None:
             others.append(path.name)
@@ -114,6 +118,11 @@ def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list
     skipped = []
     if copies:
         skipped.append(f"{copies} files that are copies of others (the same SOPInstanceUID)")
+    if unreadable:
+        skipped.append(
+            f"{len(unreadable)} broken links or other entries that are not files "
+            f"({', '.join(unreadable[:3])})"
+        )
     if others:
         skipped.append(f"{len(others)} files that are not DICOM ({', '.join(others[:3])})")
     sorted_groups = {
