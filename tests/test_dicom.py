@@ -1132,6 +1132,7 @@ TIMES: list[tuple[str, dict[str, Any], str | None]] = [
     ("x", {"EchoTime": 100, "RepetitionTime": 5000, "BodyPartExamined": "KNEE"}, None),
     ("x", {"EchoTime": 9, "RepetitionTime": 550, "NumberOfTemporalPositions": 30}, None),
     ("b1000", {"EchoTime": 80, "RepetitionTime": 5000}, None),
+    ("x", {"EchoTime": 100, "RepetitionTime": 9000, "ScanningSequence": ["SE", "IR"]}, None),
     ("3-plane", {"EchoTime": 80, "RepetitionTime": 5000}, None),
     ("IR", {"EchoTime": 12, "RepetitionTime": 2500, "InversionTime": 800}, None),
     ("x", {"EchoTime": 100, "RepetitionTime": 5000, "ProtocolName": "ep2d_diff"}, None),
@@ -1175,7 +1176,7 @@ def test_a_guess_does_not_displace_a_series_that_is_named(tmp_path: Path) -> Non
 
 
 def test_a_name_and_times_that_contradict_each_other_give_a_note(tmp_path: Path) -> None:
-    write_series(tmp_path / "1", "Ax FLAIR", EchoTime=100, RepetitionTime=5000)
+    write_series(tmp_path / "1", "Ax FLAIR", EchoTime=100, RepetitionTime=5000, InversionTime=0)
     write_series(tmp_path / "2", "Ax T1", EchoTime=100, RepetitionTime=5000)
     notes: list[str] = []
     assert list(choose_series(tmp_path, on_skipped=notes.append)) == ["flair"]

@@ -144,7 +144,9 @@ def explain_guess(series: Series) -> Guess:
         is_other = _OTHER.search(text) or not measured
         contradiction = f"its name and its times ({series.times}) do not name one and the same"
         return Guess(None, "" if is_other else contradiction)
-    if measured and measured != channel.removesuffix("ce"):
+    # Some scanners do not say that a FLAIR has an inversion.
+    may_be_inverted = channel == "flair" and series.inversion_time is None
+    if measured and measured != channel.removesuffix("ce") and not may_be_inverted:
         return Guess(
             channel,
             f"taken for {channel} by its name, but it has the times of {measured} "

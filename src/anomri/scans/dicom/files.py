@@ -78,6 +78,8 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for name in LOGGERS:
             logger = logging.getLogger(name)
+            if logger.level > logging.CRITICAL:  # silenced already, and setting it takes time
+                continue
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
         yield

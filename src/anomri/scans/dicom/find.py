@@ -15,6 +15,7 @@ from anomri.scans.dicom.files import (
     Header,
     files_below,
     import_dicom,
+    quiet,
     read_header,
     read_number,
 )
@@ -95,6 +96,7 @@ def _report(texts: Sequence[str], callback: Callable[[str], None] | None) -> Non
             callback(text)
 
 
+@quiet()
 def _group_by_series(folder: Path) -> tuple[dict[tuple[str, str], Members], list[str]]:
     """The files of a folder by SOP class and series, and what was left out."""
     groups: dict[tuple[str, str], dict[str, tuple[Path, Header]]] = {}

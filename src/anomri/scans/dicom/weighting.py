@@ -70,8 +70,11 @@ def other_contrast(headers: Sequence[Header]) -> str:
     'it has several values of EchoTime'
     """
     first = headers[0]
-    if "EP" in first.get("ScanningSequence", "").split():
+    sequence = first.get("ScanningSequence", "").split()
+    if "EP" in sequence:
         return "it is echo planar, as diffusion and perfusion are"
+    if "IR" in sequence and not read_number(first, "InversionTime"):
+        return "it has an inversion, but no inversion time"
     types = OTHER_IMAGE_TYPES & set(re.split(r"[\s_]+", first.get("ImageType", "").upper()))
     if types:
         return f"its ImageType names {', '.join(sorted(types))}"
