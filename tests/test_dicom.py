@@ -1327,3 +1327,16 @@ def test_broken_links_in_a_study_are_named(tmp_path: Path) -> None:
     left_out: list[str] = []
     find_series(tmp_path, left_out.append)
     assert left_out == ["1 broken links or other entries that are not files (gone)"]
+
+
+@pytest.mark.parametrize("keyword", ["SeriesInstanceUID", "StudyInstanceUID", "SOPClassUID"])
+def test_a_birth_date_in_place_of_a_uid_is_not_shown(tmp_path: Path, keyword: str) -> None:
+    with quiet():
+        for path in write_series(tmp_path / "in"):
+            one = pydicom.dcmread(path)
+            setattr(one, keyword, "19010203")
+            one.save_as(path)
+    notes: list[str] = []
+    (found,) = find_series(tmp_path / "in", notes.append)
+    assert "19010203" not in f"{found!r} {found} {notes}"
+    assert convert(tmp_path / "in", tmp_path / "out").channels

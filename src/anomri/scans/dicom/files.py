@@ -129,7 +129,7 @@ def _known_text(data_set: Any, keyword: str) -> str:
     A UID that is none becomes a hash.
     """
     text = read_text(data_set, keyword)
-    if keyword.endswith("UID") and not re.fullmatch(r"[0-9.]*", text):
+    if keyword.endswith("UID") and not re.fullmatch(r"([0-2](\.\d+)+)?", text):
         return (
             "" if keyword == "SOPClassUID" else f"invalid-{sha256(text.encode()).hexdigest()[:12]}"
         )

@@ -189,7 +189,10 @@ def _reason_to_skip(sop_class: str, series: Series, header: Header) -> str | Non
 
 
 def _describe_class(sop_class: str, series: Series) -> str:
-    name = import_dicom("pydicom").uid.UID(sop_class).name if sop_class else "no SOP class"
+    name = "no SOP class"
+    if sop_class:
+        with quiet():
+            name = import_dicom("pydicom").uid.UID(sop_class).name
     return f"{name} (modality {series.modality or 'not given'})"
 
 
