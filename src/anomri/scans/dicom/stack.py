@@ -17,7 +17,8 @@ STEP_TOLERANCE = 0.05
 PLANE_TOLERANCE = 1e-3
 """How much orientation (unitless) and pixel size (mm) may differ between slices."""
 NO_POSITION = (
-    "a file gives no usable position, orientation or pixel size; it is not a slice of a scan"
+    "a file gives no usable position, orientation or pixel size; it is not a slice of a scan. "
+    "Export the series again with these headers"
 )
 
 
