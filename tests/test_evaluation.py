@@ -299,9 +299,11 @@ def test_notes_about_labels_are_in_the_protocol(cohort: Path, model: Path, tmp_p
     )
     protocol = evaluate(cases, tmp_path / "out", maps=tmp_path).protocol
     assert protocol["labels"] == (
-        "c0: c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken. "
+        "c0: c0_seg.nii.gz has values between whole numbers (up to 1); those from 0.5 on are taken "
+        "(45 ml). "
         "c1: c1_seg.nii.gz is taken for its label, not c1_seg2.nii.gz. "
-        "c1: c1_seg.nii.gz has values between whole numbers, of up to 0.667 only; all above zero are taken."
+        "c1: c1_seg.nii.gz has values between whole numbers (up to 0.667); those from 0.5 on are "
+        "taken (40.5 ml)."
     )
     case = replace(find_cases(cohort)[7], label=cases[1].label, notes=cases[1].notes)
     assert evaluate([case], model=model).protocol["labels"].count("c1_seg.nii.gz") == 2

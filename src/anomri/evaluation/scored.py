@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
+from anomri.evaluation.maps import check_map
 from anomri.model.detector import Detector
 from anomri.reporting.previews import remove_preview, save_preview
 from anomri.runs.pipeline import describe_error, read_ahead
@@ -135,6 +136,7 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
     label, geometry = read_label(case)
     assert case.label is not None
     scores, map_notes = read_map(path, case.label, geometry)
+    map_notes += check_map(case, path, scores, label.lesion)
     return Scored(
         case.name,
         scores,

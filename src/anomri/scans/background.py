@@ -46,7 +46,7 @@ def zero_background(path: Path, values: NDArray[Any]) -> tuple[NDArray[Any], lis
     ends = [[0, -1]] * 3
     corners = values[np.ix_(*ends)].ravel()
     if np.isnan(corners).all():
-        return _without_nan(path, values)
+        return without_nan_around(path, values)
     level = corners[0]
     if level == 0 or (corners != level).any() or not np.isfinite(level):
         return values, []
@@ -102,8 +102,8 @@ def _is_standardised(values: NDArray[Any]) -> bool:
     return abs(mean) < ZERO_MEAN * float(values.std(dtype=np.float64))
 
 
-def _without_nan(path: Path, values: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
-    """The image with zero for the NaN around the brain; those in it stay."""
+def without_nan_around(path: Path, values: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
+    """An image with zero for the NaN that reach its faces, and a note; those inside stay."""
     missing = np.isnan(values)
     parts, _ = ndimage.label(missing)
     outside = np.unique(np.concatenate([face.ravel() for face in _faces(parts)]))

@@ -34,6 +34,13 @@ MIN_SCAN_LEVELS = 64
 MAX_SCAN_FLAT = 0.25
 """A larger share of flat voxels, the commonest value included, is not called one: scans have
 0.05."""
+MIN_SCAN_SHARE = 0.1
+"""A scan is above zero in more of its voxels, a brain in its usual field in 0.13; soft labels of
+lesions in 0.1 at most."""
+MAX_PROBABILITY, MIN_TISSUE = 1.2, 0.2
+"""Up to the first number values may be probabilities, as softmax gives them, that are above zero
+everywhere. In a scan more than the second share of them lies above a tenth of the 99.9th
+percentile: 0.7 and more; in a probability of lesions 0.04."""
 RELATIVE = 1e-3
 """Values that differ by less than this share are equal."""
 
@@ -67,8 +74,8 @@ def check_scan(path: Path, values: NDArray[Any]) -> None:
 
 
 def is_scan(values: NDArray[Any]) -> bool:
-    """Whether ``values`` (x, y, z) are surely those of a scan, and neither of a mask nor of a
-    label.
+    """Whether ``values`` (x, y, z) are surely those of a scan or of a map, and neither of a mask
+    nor of a label.
 
     >>> is_scan(np.random.default_rng(0).normal(500, 50, (20, 20, 20)))
     True
@@ -77,7 +84,11 @@ def is_scan(values: NDArray[Any]) -> bool:
     """
     sample = _choose_planes(values)
     different, counts = np.unique(sample[sample > 0], return_counts=True)
-    if len(different) <= MIN_SCAN_LEVELS or _share_at_maximum(different, counts) > MAX_PLATEAU:
+    if len(different) <= MIN_SCAN_LEVELS or counts.sum() < MIN_SCAN_SHARE * sample.size:
+        return False
+    if _share_at_maximum(different, counts) > MAX_PLATEAU:
+        return False
+    if different[-1] <= MAX_PROBABILITY and _share_of_tissue(different, counts) < MIN_TISSUE:
         return False
     return _share_flat(sample, np.asarray(sample > 0)) <= MAX_SCAN_FLAT
 
@@ -102,6 +113,12 @@ def _share_at_maximum(different: NDArray[Any], counts: NDArray[np.intp]) -> floa
         if median > NOTHING * most:
             return 0.0
     return float(counts[different >= 0.98 * most].sum() / high)
+
+
+def _share_of_tissue(different: NDArray[Any], counts: NDArray[np.intp]) -> float:
+    """The share of voxels above a tenth of the 99.9th percentile."""
+    bright = different[np.searchsorted(counts.cumsum(), 0.999 * counts.sum())]
+    return float(counts[different > 0.1 * bright].sum() / counts.sum())
 
 
 def _share_flat(values: NDArray[Any], counted: NDArray[np.bool_]) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.runtime.launch import usable_processors
-from anomri.scans.background import zero_background
+from anomri.scans.background import without_nan_around, zero_background
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
 from anomri.scans.content import check_scan, is_scan
@@ -26,7 +26,8 @@ from anomri.scans.geometry import (
     gives_position,
 )
 from anomri.scans.headers import format_mm, sizes_differ
-from anomri.scans.masks import binarise_label, check_brain, check_lesion, split_ignored
+from anomri.scans.marked import find_marked, split_ignored
+from anomri.scans.masks import check_brain, check_lesion, check_lesion_alone
 from anomri.scans.names import OUTPUTS, SUFFIXES
 from anomri.scans.nifti import read_noted_image, read_unscaled, read_values
 from anomri.scans.resample import VoxelGrid, corner_distance_mm, coverage, resample
@@ -133,6 +134,7 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[LesionLabel, Geometry]:
     label = _read_label_values(case, image)
     ignored = label.ignored
     notes += _note_unknown_position(case.label, geometry)
+    notes += check_lesion_alone(case.label, label.lesion, geometry.voxel_mm3)
     return LesionLabel(
         np.ascontiguousarray(geometry.canonical(label.lesion)),
         None if ignored is None else np.ascontiguousarray(geometry.canonical(ignored)),
@@ -150,7 +152,8 @@ def read_map(
     """
     image, notes = read_noted_image(path)
     check_same_grid(path, image.header, label, geometry)
-    values = read_values(image)
+    values, nan_notes = _without_nan_background(path, read_values(image))
+    notes += nan_notes
     rounded = _check_values(path, values).astype(np.float32, copy=False)
     exact = rounded if np.array_equal(rounded, values) else values.astype(np.float64)
     return np.ascontiguousarray(geometry.canonical(exact)), notes
@@ -362,17 +365,21 @@ def _read_brain_mask(
     As in a label, voxels above zero are marked; from a half on, if the values are shares.
     """
     image, header_notes = read_noted_image(path)
-    stored = _check_values(path, read_values(image))
-    marked, more = binarise_label(stored, path.name)
-    own = _Image(path, image.header, marked)
-    mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
+    if not resampled:
+        check_same_grid(path, image.header, reference.path, reference.geometry)
+    stored, nan_notes = _read_mask_values(path, image)
     if is_scan(stored):
         raise AnomriError(
             f"{path}: holds the values of a scan, not of a brain mask. Give a mask; if it is a scan "
             f"without its skull, give it as the scan."
         )
-    notes += [*header_notes, *more]
-    check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
+    marked, more = find_marked(path, stored, _file_voxel_mm3(image), of_brain=True)
+    if not marked.any():
+        raise AnomriError(f"{path}: no voxel is above zero; it is not the mask of a brain.")
+    own = _Image(path, image.header, marked)
+    mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
+    notes += [*header_notes, *nan_notes, *more]
+    notes += check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
     return mask
 
 
@@ -381,9 +388,9 @@ def _read_label_on(reference: _Reference, case: Case, values: NDArray[Any]) -> L
     path = case.label
     assert path is not None
     image, notes = read_noted_image(path)
-    label = _read_label_values(case, image)
     first = reference.geometry
     check_same_grid(path, image.header, reference.path, first)
+    label = _read_label_values(case, image)
     lesion = _copy_mask(first.canonical(label.lesion))
     check_lesion(path, lesion, reference.path, values, first.voxel_mm3)
     ignored = None if label.ignored is None else _copy_mask(first.canonical(label.ignored))
@@ -392,11 +399,35 @@ def _read_label_on(reference: _Reference, case: Case, values: NDArray[Any]) -> L
 
 def _read_label_values(case: Case, image: nib.Nifti1Image) -> LesionLabel:
     """What the label of a case marks, on the axes of its file ``image``."""
-    assert case.label is not None
-    values = _check_values(case.label, read_values(image))
-    values, ignored, notes = split_ignored(values, case.ignored, case.label.name)
-    lesion, more = binarise_label(values, case.label.name)
-    return LesionLabel(lesion, ignored, [*notes, *more])
+    path = case.label
+    assert path is not None
+    values, notes = _read_mask_values(path, image)
+    if is_scan(values):
+        raise AnomriError(
+            f"{path}: holds the values of a scan or of a map, not of a label. Give the label of the "
+            f"lesions; if it is a scan, give it the name of its channel."
+        )
+    values, ignored, more = split_ignored(values, case.ignored, path)
+    lesion, how = find_marked(path, values, _file_voxel_mm3(image))
+    return LesionLabel(lesion, ignored, [*notes, *more, *how])
+
+
+def _read_mask_values(path: Path, image: nib.Nifti1Image) -> tuple[NDArray[Any], list[str]]:
+    """The values of a mask or a label, finite, and a note if its background was not."""
+    values, notes = _without_nan_background(path, read_values(image))
+    return _check_values(path, values), notes
+
+
+def _without_nan_background(path: Path, values: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
+    """Values without the NaN that reach the faces of an image, and a note if there were any."""
+    if values.dtype.kind != "f" or not np.isnan(values).any():
+        return values, []
+    return without_nan_around(path, values)
+
+
+def _file_voxel_mm3(image: nib.Nifti1Image) -> float:
+    """The volume of a voxel by the affine."""
+    return abs(float(np.linalg.det(image.affine[:3, :3])))
 
 
 def _copy_mask(turned: NDArray[np.bool_]) -> NDArray[np.bool_]:
