@@ -13,7 +13,7 @@ from anomri.cli import main
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
 from anomri.scans.case import Case
-from anomri.scans.read import read_volume
+from anomri.scans.read import read_label, read_volume
 from phantom import thresholding
 
 SHAPE, AFFINE = (50, 56, 46), np.diag([-4.0, -4, 4, 1])
@@ -306,3 +306,39 @@ def test_a_mask_on_the_command_line_is_cut_with_a_note(
     assert "holds the values of a scan, not of a brain mask" in " ".join(
         " ".join(capsys.readouterr()).split()
     )
+
+
+@pytest.mark.parametrize("name", ["brats18/*637*/*_seg", "mslesseg/P39*/*_seg"])
+def test_real_labels_that_were_resampled_keep_their_size(
+    tmp_path: Path, real_scans: Path, name: str
+) -> None:
+    path = next(real_scans.glob(f"{name}.nii.gz"))
+    image = nib.load(path)
+    drawn = np.asanyarray(image.dataobj) > 0
+    blurred = ndimage.gaussian_filter(drawn.astype(np.float32), 0.7)
+    half = ndimage.zoom(drawn.astype(np.float32), 0.5, order=1)
+    finer = [now / before for now, before in zip(drawn.shape, half.shape, strict=True)]
+    cubic = ndimage.zoom(half, finer, order=3)
+    for values in (blurred, 0.8 * blurred, 255 * blurred, np.round(100 * blurred), cubic):
+        label = tmp_path / "x_seg.nii.gz"
+        nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine), label)
+        found, _ = read_label(Case("x", {}, label))
+        assert found.lesion.sum() == pytest.approx(drawn.sum(), rel=0.13)
+        (note,) = found.notes
+        assert f"{found.lesion.sum() / 1000:.3g} ml)" in note and " on are taken (" in note
+
+
+def test_real_scans_and_the_brain_itself_are_no_labels(tmp_path: Path, real_scans: Path) -> None:
+    path = next(real_scans.glob("brats18/*637*/*_flair.nii.gz"))
+    with pytest.raises(AnomriError, match="holds the values of a scan or of a map, not of a label"):
+        read_label(Case("x", {}, path))
+    image = nib.load(path)
+    brain = np.asanyarray(image.dataobj) > 0
+    for kind, refused in ((brain, "1,401 ml; that is not a lesion label"), (0 * brain, "")):
+        label = tmp_path / "x_seg.nii.gz"
+        nib.save(nib.Nifti1Image(kind.astype(np.uint8), image.affine), label)
+        if refused:
+            with pytest.raises(AnomriError, match=f"x_seg.nii.gz: marks {refused}"):
+                read_label(Case("x", {}, label))
+        else:
+            assert not read_label(Case("x", {}, label))[0].lesion.any()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
+from anomri.scans.marked import full_value
 
 PLANES = 8
 """How many planes of an image are looked at."""
@@ -35,12 +36,10 @@ MAX_SCAN_FLAT = 0.25
 """A larger share of flat voxels, the commonest value included, is not called one: scans have
 0.05."""
 MIN_SCAN_SHARE = 0.1
-"""A scan is above zero in more of its voxels, a brain in its usual field in 0.13; soft labels of
-lesions in 0.1 at most."""
-MAX_PROBABILITY, MIN_TISSUE = 1.2, 0.2
-"""Up to the first number values may be probabilities, as softmax gives them, that are above zero
-everywhere. In a scan more than the second share of them lies above a tenth of the 99.9th
-percentile: 0.7 and more; in a probability of lesions 0.04."""
+"""A scan is above zero in more of its voxels: a brain in its usual field in 0.11 of some planes."""
+MIN_TISSUE_SHARE = 0.07
+"""A scan is above a tenth of its 99.9th percentile in more of its voxels: scans in 0.11, soft
+labels of lesions in 0.05, also where softmax or cubic interpolation leaves no voxel at zero."""
 RELATIVE = 1e-3
 """Values that differ by less than this share are equal."""
 
@@ -88,7 +87,8 @@ def is_scan(values: NDArray[Any]) -> bool:
         return False
     if _share_at_maximum(different, counts) > MAX_PLATEAU:
         return False
-    if different[-1] <= MAX_PROBABILITY and _share_of_tissue(different, counts) < MIN_TISSUE:
+    bright = _count_bright(different, counts)
+    if bright < MIN_TISSUE_SHARE * sample.size and full_value(float(different[-1])) is not None:
         return False
     return _share_flat(sample, np.asarray(sample > 0)) <= MAX_SCAN_FLAT
 
@@ -115,10 +115,10 @@ def _share_at_maximum(different: NDArray[Any], counts: NDArray[np.intp]) -> floa
     return float(counts[different >= 0.98 * most].sum() / high)
 
 
-def _share_of_tissue(different: NDArray[Any], counts: NDArray[np.intp]) -> float:
-    """The share of voxels above a tenth of the 99.9th percentile."""
-    bright = different[np.searchsorted(counts.cumsum(), 0.999 * counts.sum())]
-    return float(counts[different > 0.1 * bright].sum() / counts.sum())
+def _count_bright(different: NDArray[Any], counts: NDArray[np.intp]) -> int:
+    """How many voxels lie above a tenth of the 99.9th percentile."""
+    most = different[np.searchsorted(counts.cumsum(), 0.999 * counts.sum())]
+    return int(counts[different > 0.1 * most].sum())
 
 
 def _share_flat(values: NDArray[Any], counted: NDArray[np.bool_]) -> float:

@@ -13,9 +13,9 @@ from anomri.errors import AnomriError
 
 FULL_VALUES = (1, 100, 255)
 """What a soft mask reaches where it marks fully: a probability, per cent, or 8 bits."""
-MIN_PEAK, MAX_PEAK = 0.5, 1.2
+MIN_PEAK, MAX_PEAK = 0.5, 1.45
 """The largest value of a soft mask, as a share of the full one: half of it at least, else nothing
-is marked; interpolation with splines overshoots."""
+is marked; cubic interpolation overshoots to 1.4."""
 MAX_CLASS = 10.5
 """Larger values are not class numbers but shares of a maximum such as 100 or 255."""
 MAX_CLASSES = 8
@@ -33,7 +33,7 @@ NOISE = 1e-3
 """Values below this share of the largest one (of 1, if that is larger) are noise of floats."""
 ONE_VALUE = 0.01
 """Values within this share of the largest one are one value, as 254 and 255."""
-MAX_UNDERSHOOT = 0.2
+MAX_UNDERSHOOT = 0.35
 """Interpolation leaves no values further below zero than this share of the largest one."""
 
 
@@ -87,6 +87,17 @@ def find_marked(
     return marked, [note, *noise]
 
 
+def full_value(most: float) -> int | None:
+    """What a soft mask, whose largest value is ``most``, has where it marks fully, if that is
+    known.
+
+    >>> full_value(0.8), full_value(97), full_value(0.3)
+    (1, 100, None)
+    """
+    fits = (full for full in FULL_VALUES if MIN_PEAK * full <= most <= MAX_PEAK * full)
+    return next(fits, None)
+
+
 def split_ignored(
     values: NDArray[Any], ignored: Sequence[int], path: Path
 ) -> tuple[NDArray[Any], NDArray[np.bool_] | None, list[str]]:
@@ -127,9 +138,9 @@ def _find_cut(path: Path, most: float, whole: bool) -> float:
     """The value from which on a soft mask marks; raises `AnomriError` if nothing says it."""
     if not whole and FULL_VALUES[0] * MAX_PEAK < most <= MAX_CLASS:
         return 0.5  # of classes that were interpolated
-    for full in FULL_VALUES:
-        if MIN_PEAK * full <= most <= MAX_PEAK * full:
-            return full / 2
+    full = full_value(most)
+    if full is not None:
+        return full / 2
     between = "that differ from voxel to voxel" if whole else "between whole numbers"
     raise AnomriError(
         f"{path}: has values {between}, of up to {most:.3g}: neither classes nor shares of 1, 100 "
