@@ -369,6 +369,8 @@ def _read_brain_mask(
         check_same_grid(path, image.header, reference.path, reference.geometry)
     stored, nan_notes = _read_mask_values(path, image)
     if is_scan(stored):
+        # If it lies elsewhere, that is said first.
+        _bring_onto(reference, _Image(path, image.header, stored), [], resampled=resampled)
         raise AnomriError(
             f"{path}: holds the values of a scan, not of a brain mask. Give a mask; if it is a scan "
             f"without its skull, give it as the scan."
