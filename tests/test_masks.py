@@ -342,3 +342,24 @@ def test_real_scans_and_the_brain_itself_are_no_labels(tmp_path: Path, real_scan
                 read_label(Case("x", {}, label))
         else:
             assert not read_label(Case("x", {}, label))[0].lesion.any()
+
+
+def test_values_of_minus_one_may_be_ignored(tmp_path: Path) -> None:
+    other = np.roll(LESION, -20, axis=0)
+    for lesion in (LESION.astype(float), soft(LESION)):
+        label = save(tmp_path / "x.nii.gz", np.where(other, -1, lesion))
+        with pytest.raises(AnomriError, match=r"x.nii.gz: holds negative values \(down to -1,"):
+            read(tmp_path, label=label)
+        volume = read(tmp_path, label=label, ignored=(-1,))
+        np.testing.assert_array_equal(volume.label, lesion.astype(np.float32) >= 0.5)
+        np.testing.assert_array_equal(volume.ignored, other)
+
+
+def test_a_map_of_nan_around_the_brain_is_scored_as_zero_there(maps: Case, tmp_path: Path) -> None:
+    map_file = tmp_path / "maps" / "a_anomaly.nii.gz"
+    scores = nib.load(map_file).get_fdata()
+    expected = evaluate([maps], maps=tmp_path / "maps").figures
+    save(map_file, np.where(BRAIN | (scores > 0), scores, np.nan))
+    evaluation = evaluate([maps], maps=tmp_path / "maps")
+    assert evaluation.figures == expected
+    assert "has a background of NaN; it was set to zero" in evaluation.protocol["scans"]

@@ -118,7 +118,8 @@ def split_ignored(
     for value in ignored:
         where |= np.abs(values - float(value)) < WHOLE_NUMBER
     named = ", ".join(map(str, ignored))
-    reaches_ignored = float(values.max()) > min(ignored) - 0.5
+    positive = [value for value in ignored if value > 0]
+    reaches_ignored = bool(positive) and float(values.max()) > min(positive) - 0.5
     if reaches_ignored and not _are_whole_numbers(values):
         raise AnomriError(
             f"{path}: has values between whole numbers, but value {named} means that a voxel was "
