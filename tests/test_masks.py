@@ -303,7 +303,7 @@ def test_a_mask_on_the_command_line_is_cut_with_a_note(
     # The scan itself is no mask.
     arguments[-1] = str(flair)
     assert main(["detect", *arguments, "--overwrite"]) == 1
-    assert "holds the values of a scan, not of a brain mask" in " ".join(
+    assert "holds the values of a scan or of a map, not of a brain mask" in " ".join(
         " ".join(capsys.readouterr()).split()
     )
 
@@ -363,3 +363,13 @@ def test_a_map_of_nan_around_the_brain_is_scored_as_zero_there(maps: Case, tmp_p
     evaluation = evaluate([maps], maps=tmp_path / "maps")
     assert evaluation.figures == expected
     assert "has a background of NaN; it was set to zero" in evaluation.protocol["scans"]
+
+
+def test_noise_alone_marks_nothing(tmp_path: Path) -> None:
+    noise = save(tmp_path / "x.nii.gz", NOISE)
+    volume = read(tmp_path, label=noise)
+    assert not volume.label.any()
+    (note,) = volume.notes
+    assert "x.nii.gz has 128,800 voxels that are nearly zero" in note and "mark 0 ml" in note
+    with pytest.raises(AnomriError, match=r"x.nii.gz: no voxel is above zero"):
+        read(tmp_path, mask=noise)

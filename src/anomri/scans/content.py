@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.scans.marked import full_value
+from anomri.scans.marked import NOISE, full_value
 
 PLANES = 8
 """How many planes of an image are looked at."""
@@ -84,6 +84,8 @@ def is_scan(values: NDArray[Any]) -> bool:
     sample = _choose_planes(values)
     different, counts = np.unique(sample[sample > 0], return_counts=True)
     if len(different) <= MIN_SCAN_LEVELS or counts.sum() < MIN_SCAN_SHARE * sample.size:
+        return False
+    if different[-1] < NOISE:
         return False
     if _share_at_maximum(different, counts) > MAX_PLATEAU:
         return False

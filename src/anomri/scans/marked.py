@@ -53,20 +53,18 @@ def find_marked(
     >>> notes
     ['a_seg.nii has values between whole numbers (up to 1); those from 0.5 on are taken (1 ml).']
     """
-    lowest, most = float(values.min()), float(values.max())
-    if lowest < -MAX_UNDERSHOOT * max(most, 0):
-        raise AnomriError(
-            f"{path}: holds negative values (down to {lowest:.3g}, up to {most:.3g}); it is "
-            f"neither a mask nor a label. Set them to zero. If they mark what was not assessed, "
-            f"name the value in the column ignored_label of a .tsv."
-        )
+    _refuse_negative(path, values)
+    most = float(values.max())
     floats = values.dtype.kind == "f"
     marked: NDArray[np.bool_] = values > (NOISE * min(most, 1) if floats else 0)
     if not marked.any():
         return marked, []
     above = values[marked]
+    one_value = most - float(above.min()) <= ONE_VALUE * most
+    if floats and most < NOISE and not one_value:
+        marked = np.zeros_like(marked)
     noise = _note_noise(path, values, marked, voxel_mm3) if floats else []
-    if most - float(above.min()) <= ONE_VALUE * most:
+    if one_value or not marked.any():
         return marked, noise
     whole = _are_whole_numbers(above)
     levels = np.unique(above.round() if whole else above)
@@ -133,6 +131,17 @@ def split_ignored(
         f"out."
     )
     return np.where(where, values.dtype.type(0), values), where, [note]
+
+
+def _refuse_negative(path: Path, values: NDArray[Any]) -> None:
+    """Raise `AnomriError` if values are further below zero than interpolation leaves them."""
+    lowest, most = float(values.min()), float(values.max())
+    if lowest < -MAX_UNDERSHOOT * max(most, 0):
+        raise AnomriError(
+            f"{path}: holds negative values (down to {lowest:.3g}, up to {most:.3g}); it is "
+            f"neither a mask nor a label. Set them to zero. If they mark what was not assessed, "
+            f"name the value in the column ignored_label of a .tsv."
+        )
 
 
 def _find_cut(path: Path, most: float, whole: bool) -> float:

@@ -372,8 +372,8 @@ def _read_brain_mask(
         # If it lies elsewhere, that is said first.
         _bring_onto(reference, _Image(path, image.header, stored), [], resampled=resampled)
         raise AnomriError(
-            f"{path}: holds the values of a scan, not of a brain mask. Give a mask; if it is a scan "
-            f"without its skull, give it as the scan."
+            f"{path}: holds the values of a scan or of a map, not of a brain mask. Give a mask; if it "
+            f"is a scan without its skull, give it as the scan."
         )
     marked, more = find_marked(path, stored, _file_voxel_mm3(image), of_brain=True)
     if not marked.any():
