@@ -15,6 +15,7 @@ from anomri.model.detector import Detector
 from anomri.reporting.previews import remove_preview, save_preview
 from anomri.runs.pipeline import describe_error, read_ahead
 from anomri.scans.case import Case
+from anomri.scans.masks import check_lesion_alone
 from anomri.scans.names import SUFFIXES
 from anomri.scans.read import read_label, read_map
 from anomri.scans.volume import Volume
@@ -135,6 +136,7 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
         raise AnomriError(f"{maps}: holds no {names[0]} or {names[2]}.")
     label, geometry = read_label(case)
     assert case.label is not None
+    size_notes = check_lesion_alone(case.label, label.lesion, geometry.voxel_mm3)
     scores, map_notes = read_map(path, case.label, geometry)
     map_notes += check_map(case, path, scores, label.lesion)
     return Scored(
@@ -144,7 +146,7 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
         max_dropped=Score().max_dropped(PUBLISHED_MM, geometry.voxel_mm3),
         threshold=threshold,
         patient=case.patient,
-        notes=_notes_on_label(case, [*case.notes, *label.notes]),
+        notes=_notes_on_label(case, [*case.notes, *label.notes, *size_notes]),
         scan_notes=_name_case(case, map_notes),
         ignored=label.ignored,
     )

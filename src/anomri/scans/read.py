@@ -27,7 +27,7 @@ from anomri.scans.geometry import (
 )
 from anomri.scans.headers import format_mm, sizes_differ
 from anomri.scans.marked import find_marked, split_ignored
-from anomri.scans.masks import check_brain, check_lesion, check_lesion_alone
+from anomri.scans.masks import check_brain, check_lesion
 from anomri.scans.names import OUTPUTS, SUFFIXES
 from anomri.scans.nifti import read_noted_image, read_unscaled, read_values
 from anomri.scans.resample import VoxelGrid, corner_distance_mm, coverage, resample
@@ -134,7 +134,6 @@ def read_label(case: Case, grid: Grid = Grid()) -> tuple[LesionLabel, Geometry]:
     label = _read_label_values(case, image)
     ignored = label.ignored
     notes += _note_unknown_position(case.label, geometry)
-    notes += check_lesion_alone(case.label, label.lesion, geometry.voxel_mm3)
     return LesionLabel(
         np.ascontiguousarray(geometry.canonical(label.lesion)),
         None if ignored is None else np.ascontiguousarray(geometry.canonical(ignored)),
