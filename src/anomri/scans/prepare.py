@@ -13,6 +13,7 @@ from anomri.errors import AnomriError
 from anomri.scans.bias import correct_bias
 from anomri.scans.case import Case
 from anomri.scans.headers import format_mm
+from anomri.scans.overlap import check_label_in_brain
 from anomri.scans.read import read_volume
 from anomri.scans.register import register, template
 from anomri.scans.sitk import import_sitk
@@ -85,12 +86,38 @@ def prepare(
         volume = _strip_skull(case, volume)
     else:
         check_skull(case, volume)
+    volume = _check_label(case, volume, refused=not resampled)
     volume = replace_faulty_voxels(volume)
     if preparation.bias_correction:
         volume = _correct_bias(volume)
     if preparation.register:
         volume, _ = register(volume)
     return volume
+
+
+def _check_label(case: Case, volume: Volume, *, refused: bool) -> Volume:
+    """The scan without its label if that lies elsewhere, with a note.
+
+    With ``refused``, it raises `AnomriError` instead.
+    """
+    if volume.label is None or case.label is None:
+        return volume
+    try:
+        notes = check_label_in_brain(
+            case.label, volume.label, volume.foreground, volume.geometry.voxel_mm3
+        )
+        return replace(volume, notes=(*volume.notes, *notes))
+    except AnomriError as error:
+        if refused:
+            raise
+        note = f"its label was left out: {error}"
+        return replace(
+            volume,
+            label=None,
+            ignored=None,
+            label_error=str(error),
+            notes=(*volume.notes, note),
+        )
 
 
 def _check_length(case: Case, volume: Volume) -> Volume:

@@ -30,6 +30,7 @@ from anomri.scans.marked import find_marked, split_ignored
 from anomri.scans.masks import check_brain, check_lesion
 from anomri.scans.names import OUTPUTS, SUFFIXES
 from anomri.scans.nifti import read_noted_image, read_unscaled, read_values
+from anomri.scans.overlap import PlacedImage, check_channels_overlap, check_mask_overlaps
 from anomri.scans.resample import VoxelGrid, corner_distance_mm, coverage, resample
 from anomri.scans.volume import Volume
 from anomri.spec import Grid
@@ -37,6 +38,11 @@ from anomri.spec import Grid
 MAX_NEGATIVE_SHARE, MAX_UNDERSHOOT = 0.1, 0.1
 """An image is standardised or a difference if a larger share of its values is negative, and the
 lowest is deeper than this share of its maximum; interpolation undershoots less."""
+OVERLAP_ADVICE = {
+    True: "Give the files of one scan, or align them with --register.",
+    False: "Give the files of one scan, or register one to the other before training.",
+}
+"""What to do if two channels do not lie on each other, by whether channels may be resampled."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class _Image:
     values: NDArray[Any]
     slope: float = 1.0
     notes: tuple[str, ...] = ()
+    moved: VoxelGrid | None = None
+    """Where the image lies after it was registered to the first channel, if it was."""
 
     @property
     def grid(self) -> VoxelGrid:
@@ -101,7 +109,7 @@ def read_volume(
     if case.mask is not None:
         mask = _read_brain_mask(case.mask, reference, arrays[0], notes, resampled=resampled)
         arrays = [values * mask for values in arrays]
-    inside, brain = _crop_to_brain(files, arrays, slopes)
+    inside, brain = _crop_to_brain(case, files, arrays, slopes)
     label: LesionLabel | None = None
     label_error = ""
     if case.label is not None and with_label:
@@ -170,6 +178,12 @@ def _read_onto_one_grid(
     for image in images:
         notes += image.notes
         arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
+        _check_not_empty(image)
+        if image is not images[0]:
+            advice = OVERLAP_ADVICE[resampled]
+            notes += check_channels_overlap(
+                _place(reference, images[0]), _place(reference, image), advice
+            )
     return reference, arrays, [image.slope for image in images], notes
 
 
@@ -288,12 +302,6 @@ def _bring_onto(
     if source.shape == target.shape and apart <= first.tolerance_mm:
         return values
     covered = coverage(source, target)
-    if not covered:
-        raise AnomriError(
-            f"{image.path}: does not overlap with {reference.path.name} (their corners are up to "
-            f"{apart:.4g} mm apart). They are of different scans, or a header is wrong; register "
-            f"one to the other."
-        )
     part = "" if covered > 0.995 else f", {covered:.0%} of which it covers"
     notes.append(
         f"{image.path.name} lies on another grid than {reference.path.name} ({source} instead of "
@@ -328,6 +336,23 @@ def _assume_same_position(reference: _Reference, image: _Image) -> list[str]:
     if silent == reference.path:
         _check_size_without_position(reference.path, reference.geometry, image)
     return [_note_same_position(silent, positioned)]
+
+
+def _place(reference: _Reference, image: _Image) -> PlacedImage:
+    """An image where it is taken to lie, on the axes of its file."""
+    first = reference.geometry
+    stated = gives_position(image.header) and reference.has_position
+    same = image.grid.shape == first.shape and (
+        corner_distance_mm(image.grid, first.file_grid) <= first.tolerance_mm
+    )
+    grid = image.grid if stated and not same else first.file_grid
+    return PlacedImage(image.path, image.values, grid)
+
+
+def _check_not_empty(image: _Image) -> None:
+    """Raise `AnomriError` if no voxel is above zero."""
+    if not image.values[::3, ::3, ::3].any() and not image.values.any():
+        raise AnomriError(f"{image.path}: no voxel is above zero; the image is empty.")
 
 
 def _note_same_position(silent: Path, positioned: Path) -> str:
@@ -367,9 +392,10 @@ def _read_brain_mask(
     if not resampled:
         check_same_grid(path, image.header, reference.path, reference.geometry)
     stored, nan_notes = _read_mask_values(path, image)
+    first = PlacedImage(reference.path, values, reference.geometry.canonical_grid)
     if is_scan(stored):
         # If it lies elsewhere, that is said first.
-        _bring_onto(reference, _Image(path, image.header, stored), [], resampled=resampled)
+        check_mask_overlaps(first, _place(reference, _Image(path, image.header, stored > 0)))
         raise AnomriError(
             f"{path}: holds the values of a scan or of a map, not of a brain mask. Give a mask; if it "
             f"is a scan without its skull, give it as the scan."
@@ -380,6 +406,8 @@ def _read_brain_mask(
     own = _Image(path, image.header, marked)
     mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
     notes += [*header_notes, *nan_notes, *more]
+    # A mask beside the brain holds too little of it, too.
+    notes += check_mask_overlaps(first, _place(reference, own))
     notes += check_brain(path, mask, reference.path, values, reference.geometry.voxel_mm3)
     return mask
 
@@ -440,16 +468,19 @@ def _copy_mask(turned: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _crop_to_brain(
-    files: Sequence[Path], arrays: Sequence[NDArray[Any]], slopes: Sequence[float]
+    case: Case,
+    files: Sequence[Path],
+    arrays: Sequence[NDArray[Any]],
+    slopes: Sequence[float],
 ) -> tuple[NDArray[np.float32], tuple[slice, ...]]:
     """The box around the brain in all channels: its content (channels, x, y, z), and the box."""
     boxes = [box_around(values) for values in arrays]
     for path, box in zip(files, boxes, strict=True):
         if is_empty(box):
-            raise AnomriError(
-                f"{path}: no voxel is above zero; the image is empty, or all of it lies outside "
-                f"the brain mask."
-            )
+            where = f"the field of {files[0].name}"
+            if case.mask is not None:
+                where = f"the brain mask {case.mask.name}"
+            raise AnomriError(f"{path}: no voxel above zero lies in {where}; look at both.")
     brain = enclosing_box(boxes)
     sides = [side.stop - side.start for side in brain]
     inside = np.empty((len(arrays), *sides), dtype=np.float32)

@@ -28,7 +28,7 @@ from anomri.scans.volume import Volume
 from anomri.slices import SliceStack, Window, brain_box, find_foreground, slice_volume
 from anomri.spec import Grid, Scaling
 
-PACKING_VERSION = 9
+PACKING_VERSION = 10
 """Part of the name of a packed file; a new number packs every case anew."""
 
 
