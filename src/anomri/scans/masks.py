@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.scans.names import bare_name
-from anomri.scans.overlap import tissue_level
 
 MIN_BRAIN_ML, MIN_BRAIN_SHARE = 300.0, 0.1
 """A mask of less than both, in ml and as a share of the tissue, is not one of a brain. A newborn has
@@ -25,6 +24,8 @@ LARGE_LESION_ML = 300.0
 """A label of more, whose image is not read, is noted: it may be the mask of a small brain."""
 MAX_LESION_SHARE_OF_ANY = 0.9
 """A label of more than this share of the tissue is not one of lesions, however small the image."""
+TISSUE_LEVEL = 0.1
+"""Tissue is brighter than this share of the 99.9th percentile; air, which may be noisy, is not."""
 BRAIN_MASK_NAME = re.compile("(?:^|[_-])brain[_-]?mask$", re.IGNORECASE)
 
 
@@ -106,6 +107,9 @@ def _measure(
     mask: NDArray[np.bool_], values: NDArray[Any], voxel_mm3: float
 ) -> tuple[float, float]:
     """The tissue inside a mask, in ml and as a share of all tissue in the image."""
-    tissue = values > tissue_level(values)
+    sample = values[::3, ::3, ::3]
+    sample = sample[sample > 0]
+    level = TISSUE_LEVEL * float(np.percentile(sample, 99.9)) if sample.size else 0.0
+    tissue = values > level
     inside = int(np.count_nonzero(mask & tissue))
     return inside * voxel_mm3 / 1000, inside / max(int(np.count_nonzero(tissue)), 1)
