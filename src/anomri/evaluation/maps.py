@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.scans.case import Case
+from anomri.scans.overlap import PlacedImage, check_label_in_brain, check_mask_overlaps
+from anomri.scans.read import read_volume
 from anomri.scans.content import FEW_LEVELS
 
 MIN_EQUAL_VOXELS = 100
@@ -60,6 +62,33 @@ def check_map(
         f"{path.name} holds only {named} above zero: it is a mask, and is scored as a map of so few "
         f"levels.",
     ]
+
+
+def check_map_place(
+    case: Case, path: Path, scores: NDArray[np.floating[Any]], label: NDArray[np.bool_]
+) -> list[str]:
+    """Notes on where a map and a label (x, y, z) lie, if the map is zero in most of the label.
+
+    Then they are held against the case's first channel, if it can be read. Raises `AnomriError` if
+    one of them surely lies elsewhere.
+    """
+    assert case.label is not None
+    marked: NDArray[np.bool_] = scores > 0
+    lesion, scored = np.count_nonzero(label), np.count_nonzero(label & marked)
+    if 2 * scored >= lesion or not marked.any():
+        return []
+    notes = [] if scored else [f"{path.name}: no voxel of the label has a score above zero."]
+    channel = next(iter(case.channels), None)
+    try:
+        volume = read_volume(case, [channel or ""], with_label=False)
+    except AnomriError:
+        return notes
+    if volume.geometry.canonical_shape != marked.shape:
+        return notes
+    grid = volume.geometry.canonical_grid
+    image = PlacedImage(case.channels[channel or ""], volume.channel(0), grid)
+    notes += check_mask_overlaps(image, PlacedImage(path, marked, grid), "map")
+    return notes + check_label_in_brain(case.label, label, volume.foreground, grid.voxel_mm3)
 
 
 def _is_same(path: Path, other: Path) -> bool:

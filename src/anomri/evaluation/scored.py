@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
-from anomri.evaluation.maps import check_map
+from anomri.evaluation.maps import check_map, check_map_place
 from anomri.model.detector import Detector
 from anomri.reporting.previews import remove_preview, save_preview
 from anomri.runs.pipeline import describe_error, read_ahead
@@ -139,6 +139,7 @@ def _score_map(maps: Path, case: Case, threshold: float | None) -> Scored:
     size_notes = check_lesion_alone(case.label, label.lesion, geometry.voxel_mm3)
     scores, map_notes = read_map(path, case.label, geometry)
     map_notes += check_map(case, path, scores, label.lesion)
+    map_notes += check_map_place(case, path, scores, label.lesion)
     return Scored(
         case.name,
         scores,

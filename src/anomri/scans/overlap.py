@@ -133,23 +133,23 @@ def check_channels_overlap(first: PlacedImage, second: PlacedImage, advice: str)
     return notes
 
 
-def check_mask_overlaps(image: PlacedImage, mask: PlacedImage) -> list[str]:
-    """Notes on how a brain mask (bool) lies on the first channel of its case.
+def check_mask_overlaps(image: PlacedImage, mask: PlacedImage, what: str = "mask") -> list[str]:
+    """Notes on how a brain mask lies on an image of its case, or another image (bool) of a brain.
 
-    Raises `AnomriError` if it surely lies elsewhere.
+    ``what`` it is stands in the message. Raises `AnomriError` if it surely lies elsewhere.
     """
     found = measure_overlap(image, mask)
     if found.shared >= DOUBTFUL_OVERLAP:
         return []
     where = (
-        f"{found.shared:.0%} of the mask, or of the tissue if that is less, is in both, and their "
+        f"{found.shared:.0%} of the {what}, or of the tissue if that is less, is in both, and their "
         f"middles lie {found.apart_mm:,.0f} mm apart"
     )
     if found.shared < MIN_OVERLAP:
-        what = "hardly overlaps with" if found.shared else "does not overlap with"
+        how = "hardly overlaps with" if found.shared else "does not overlap with"
         raise AnomriError(
-            f"{mask.path}: {what} {image.path.name}: {where}. It is of another scan, or a header is "
-            f"wrong. Give the mask that was made from {image.path.name}."
+            f"{mask.path}: {how} {image.path.name}: {where}. It is of another scan, or a header is "
+            f"wrong. Give the {what} that was made from {image.path.name}."
         )
     return [f"{mask.path.name} may not lie on {image.path.name}: {where}. Look at both."]
 
