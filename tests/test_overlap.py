@@ -7,8 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import write
-from phantom import LESION_MM, places, scan, thresholding
 
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
@@ -17,6 +15,8 @@ from anomri.scans.find import find_cases
 from anomri.scans.overlap import PlacedImage, measure_overlap
 from anomri.scans.prepare import Preparation, prepare
 from anomri.scans.resample import VoxelGrid
+from conftest import write
+from phantom import LESION_MM, places, scan, thresholding
 
 SHAPE = (80, 96, 72)
 AFFINE = np.array([[-2.5, 0, 0, 98], [0, -2.5, 0, 118], [0, 0, 2.5, -88], [0, 0, 0, 1]])
@@ -194,8 +194,9 @@ def test_a_label_half_in_air_is_noted_with_its_ml_and_an_empty_one_is_right(
     outside_ml = (marked * ~brain).sum() * 2.5**3 / 1000
     volume = thresholding().read(replace(scan_only, label=label))
     assert volume.label is not None
-    assert f"a_seg.nii.gz: {outside_ml:.3g} of its {marked.sum() * 2.5**3 / 1000:.3g} ml" in (
-        volume.notes[-1]
+    assert (
+        f"a_seg.nii.gz: {outside_ml:.3g} of its {marked.sum() * 2.5**3 / 1000:.3g} ml"
+        in (volume.notes[-1])
     )
     for right in (ball(LESION_MM), 0 * marked):
         write(label, right, AFFINE)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.scans.case import Case
+from anomri.scans.content import FEW_LEVELS
 from anomri.scans.overlap import PlacedImage, check_label_in_brain, check_mask_overlaps
 from anomri.scans.read import read_volume
-from anomri.scans.content import FEW_LEVELS
 
 MIN_EQUAL_VOXELS = 100
 """A mask that marks the label exactly is the label itself, unless it marks fewer voxels."""
