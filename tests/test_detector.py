@@ -16,7 +16,7 @@ import anomri
 from anomri.errors import AnomriError
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
-from anomri.reporting.pictures import COLUMNS, preview
+from anomri.reporting.pictures import COLUMNS, PANEL, preview
 from anomri.runs.detect import detect_cohort
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
@@ -299,8 +299,8 @@ def test_an_error_of_torch_fails_only_its_case(
 def test_pictures_without_a_threshold_keep_their_titles(model: Path, lesioned: Case) -> None:
     detector = Detector.load(model)
     detector.spec = replace(detector.spec, thresholds=None)
-    picture = preview(detector.detect(lesioned), size=32)
-    assert picture.shape == (32, 32 * len(COLUMNS), 3)
+    picture = preview(detector.detect(lesioned), 0)
+    assert picture is not None and picture.shape == (PANEL, PANEL * len(COLUMNS), 3)
 
 
 def test_a_model_of_a_newer_format_is_refused(model: Path, tmp_path: Path) -> None:

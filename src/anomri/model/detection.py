@@ -85,7 +85,8 @@ class Detection:
     in the input's intensities; ``lesions`` of the mask, largest first. ``stack`` and ``scores`` (n,
     h, w) are what the method saw and gave on the working grid. ``spec`` is the model's, its
     thresholds those for the channels that the scan has, and ``threshold`` the score that made the
-    mask.
+    mask. ``reconstructed`` is ``None`` if the map was a stored one; ``scores`` are then the map,
+    brought back to the working grid.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Detection:
     volume: Volume
     stack: SliceStack
     scores: NDArray[np.float32]
-    reconstructed: Tensor
+    reconstructed: Tensor | None
     anomaly_map: NDArray[np.float32]
     threshold: float | None
     mask: NDArray[np.bool_] | None
@@ -107,7 +108,15 @@ class Detection:
     @property
     def reconstruction(self) -> NDArray[np.float32]:
         """The reconstruction of the scan's ``channels``, (channels, x, y, z) in the input's
-        intensities."""
+        intensities.
+
+        Raises `AnomriError` if the map was a stored one: only the network can make it.
+        """
+        if self.reconstructed is None:
+            raise AnomriError(
+                f"{self.name}: was made from a stored map, which holds no reconstruction; detect in "
+                f"the scan again."
+            )
         shape, stack = self.volume.geometry.canonical_shape, self.stack
         found = []
         for name in self.channels:

@@ -43,6 +43,7 @@ from anomri.slices import (
     join_boxes,
     present_channels,
     slice_volume,
+    to_slices,
 )
 from anomri.spec import ModelSpec, Thresholds
 
@@ -162,14 +163,7 @@ class Detector:
         threshold. Raises `AnomriError` if the scan lacks a channel of the model or cannot be read.
         """
         volume = scan if isinstance(scan, Volume) else self.read(scan, preparation, name)
-        if volume.channels != self.spec.channels:
-            raise AnomriError(
-                f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
-                f"{', '.join(self.spec.channels)}; read it with the model's `read`, or add the missing "
-                f"ones with `Volume.completed`."
-            )
-        volume = volume.without([name for name in volume.present if name not in self.channels])
-        stack = slice_volume(volume, self.spec.grid, self.spec.scaling)
+        volume, stack = self._slices(volume)
         batch = self.inference.batch
         scores, reconstructed = self.score(stack)
         if self.inference.batch < batch:
@@ -180,6 +174,39 @@ class Detector:
             volume = replace(volume, notes=(*volume.notes, note))
         shape = volume.geometry.canonical_shape
         anomaly_map = from_slices(torch.from_numpy(scores), shape, stack.window, stack.index)
+        return self._find(volume, stack, anomaly_map, threshold, scores, reconstructed)
+
+    def detect_in_map(self, volume: Volume, anomaly_map: NDArray[np.float32]) -> Detection:
+        """What `detect` finds in a scan whose ``anomaly_map`` this model made before.
+
+        No network is needed: mask and lesions are those of the model's threshold, to the byte. The
+        map is (x, y, z) in the working orientation. The result has no reconstruction.
+        """
+        volume, stack = self._slices(volume)
+        scores = to_slices(anomaly_map[None], stack.window, self.spec.grid, stack.index)[:, 0]
+        return self._find(volume, stack, anomaly_map, None, scores.numpy(), None)
+
+    def _slices(self, volume: Volume) -> tuple[Volume, SliceStack]:
+        """The volume without channels that are not looked at, and its slices."""
+        if volume.channels != self.spec.channels:
+            raise AnomriError(
+                f"{volume.name}: the volume's channels are {', '.join(volume.channels)}, the model's "
+                f"{', '.join(self.spec.channels)}; read it with the model's `read`, or add the missing "
+                f"ones with `Volume.completed`."
+            )
+        volume = volume.without([name for name in volume.present if name not in self.channels])
+        return volume, slice_volume(volume, self.spec.grid, self.spec.scaling)
+
+    def _find(
+        self,
+        volume: Volume,
+        stack: SliceStack,
+        anomaly_map: NDArray[np.float32],
+        threshold: float | None,
+        scores: NDArray[np.float32],
+        reconstructed: Tensor | None,
+    ) -> Detection:
+        """Mask and lesions of a map, by the model's threshold unless another is given."""
         spec = replace(self.spec, thresholds=self.spec.thresholds_for(volume.present))
         if threshold is None and spec.thresholds is not None:
             threshold = spec.thresholds.threshold

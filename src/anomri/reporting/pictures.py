@@ -29,6 +29,8 @@ FIRST_COLOUR = 90
 MASK_COLOUR = (60, 220, 255)
 TRUTH_COLOUR = (150, 255, 70)
 NUMBER_COLOUR = (255, 255, 255)
+PANEL = 192
+"""Side of a panel of `preview` in pixels."""
 SIDE = 960
 """Width of the composed pictures in pixels."""
 MOST_CLOSEUPS = 6
@@ -37,32 +39,47 @@ OPACITY = 0.5
 """Of the colours of the anomaly map over a scan."""
 
 
-def preview(detection: Detection, size: int = 192) -> Rgb:
-    """One row of square pictures of a scan's most telling slice, as `panel_names` says.
-
-    The slice is the one with the most labelled lesion, else the one with the highest summed score,
-    cut to the brain. (size, size * panels, 3) uint8, patient's right on the left.
-    """
+def telling_slice(detection: Detection) -> int:
+    """The slice of the working grid with the most labelled lesion, or the highest summed score."""
     label = detection.stack.label
     if label is None or not label.any():
-        weight = detection.scores.sum(axis=(1, 2))
-    else:
-        weight = label.sum(dim=(1, 2)).numpy()
-    z = int(np.argmax(weight))
+        return int(np.argmax(detection.scores.sum(axis=(1, 2))))
+    return int(np.argmax(label.sum(dim=(1, 2)).numpy()))
+
+
+def preview(detection: Detection, z: int, reconstruction: Rgb | None = None) -> Rgb | None:
+    """One row of square pictures of the slice ``z`` of the working grid, as `panel_names` says.
+
+    Cut to the brain, (`PANEL`, `PANEL` * panels, 3) uint8, patient's right on the left.
+    ``reconstruction`` is the panel of an earlier picture, for a detection in a stored map; ``None``
+    if that has none.
+    """
+    cut = _square_around(detection.stack.foreground)
     shown = shown_channel(detection.volume.channels, detection.volume.missing)
+    if detection.reconstructed is not None:
+        reconstruction = _upright(grey(detection.reconstructed[z, shown].numpy())[cut])
+    if reconstruction is None:
+        return None
     scan = grey(detection.stack.x[z, shown].numpy())
-    healthy = grey(detection.reconstructed[z, shown].numpy())
-    score = detection.scores[z]
+    score, label = detection.scores[z], detection.stack.label
     panels = [
-        scan,
-        healthy,
-        heat(score, colour_range(detection)[1]),
-        outline(scan, _mask(detection)[z], MASK_COLOUR),
+        _upright(scan[cut]),
+        reconstruction,
+        _upright(heat(score, colour_range(detection)[1])[cut]),
+        _upright(outline(scan, _mask(detection)[z], MASK_COLOUR)[cut]),
     ]
     if label is not None:
-        panels.append(outline(scan, label[z].numpy(), TRUTH_COLOUR))
-    cut = _square_around(detection.stack.foreground)
-    return np.concatenate([_upright(panel[cut], size) for panel in panels], axis=1)
+        panels.append(_upright(outline(scan, label[z].numpy(), TRUTH_COLOUR)[cut]))
+    return np.concatenate(panels, axis=1)
+
+
+def read_reconstruction_panel(path: Path) -> Rgb | None:
+    """The reconstruction in a picture that `preview` made; ``None`` if it cannot be read."""
+    picture = cv2.imread(str(path))
+    if picture is None:
+        return None
+    column = COLUMNS.index("reconstruction")
+    return picture[:, column * PANEL : (column + 1) * PANEL, ::-1].astype(np.uint8)
 
 
 def panel_names(detection: Detection) -> tuple[str, ...]:
@@ -351,10 +368,10 @@ def _square_around(foreground: Tensor) -> tuple[slice, slice]:
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
 
-def _upright(panel: Rgb, size: int) -> Rgb:
+def _upright(panel: Rgb) -> Rgb:
     # (x, y) in LPS: rows of the picture are y, anterior first, and its columns x, the patient's
     # right first.
     turned = np.ascontiguousarray(panel.transpose(1, 0, 2))
     return np.asarray(
-        cv2.resize(turned, (size, size), interpolation=cv2.INTER_LINEAR), dtype=np.uint8
+        cv2.resize(turned, (PANEL, PANEL), interpolation=cv2.INTER_LINEAR), dtype=np.uint8
     )

@@ -6,11 +6,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomri.files import output_folder, write_text
+from anomri.errors import AnomriError
+from anomri.files import output_folder, read_json, write_text
 from anomri.reporting.plots import Histogram, histogram
 from anomri.scans.case import shown_channel
 
@@ -56,15 +58,29 @@ class Preview:
 
 def save_preview(detection: Detection, folder: Path) -> None:
     """Write a case's pictures and the histogram of its scores to ``previews/<case>.*``, for
-    `read_preview`."""
+    `read_preview`.
+
+    What the network alone can show is taken from the earlier preview if the map was a stored one.
+    """
     from anomri.reporting import pictures
 
     place = output_folder(folder / "previews")
+    facts_path = place / f"{detection.name}.preview.json"
+    row_path = place / f"{detection.name}.row.jpg"
+    z = pictures.telling_slice(detection)
+    counts, top = pictures.score_counts(detection, BINS)
+    panel = None
+    if detection.reconstructed is None:
+        # A stored map holds neither the reconstruction nor the scores of the working grid.
+        with suppress(AnomriError, KeyError):
+            before = read_json(facts_path)
+            z, counts, top = before["slice"], before["scores"], before["scores_top"]
+            panel = pictures.read_reconstruction_panel(row_path)
     drawn = {
         "planes": pictures.planes(detection),
         "findings": pictures.closeups(detection),
         "slices": pictures.lightbox(detection),
-        "row": pictures.preview(detection),
+        "row": pictures.preview(detection, z, panel),
     }
     sizes = {}
     for kind, picture in drawn.items():
@@ -73,13 +89,13 @@ def save_preview(detection: Detection, folder: Path) -> None:
             sizes[kind] = picture.shape[1::-1]
     thresholds = detection.spec.thresholds
     healthy = thresholds.healthy if thresholds else None
-    counts, top = pictures.score_counts(detection, BINS)
     volume = detection.volume
     facts = {
         "columns": pictures.panel_names(detection),
         "channel": volume.channels[shown_channel(volume.channels, volume.missing)],
         "truth": volume.label is not None and bool(volume.label.any()),
         "sizes": sizes,
+        "slice": z,
         "closeup_mm": pictures.CLOSEUP_MM,
         "colours": pictures.colour_range(detection),
         "scores": counts,
@@ -88,7 +104,7 @@ def save_preview(detection: Detection, folder: Path) -> None:
         "healthy_top": healthy.histogram_top if healthy else 0.0,
         "threshold": detection.threshold,
     }
-    write_text(place / f"{detection.name}.preview.json", json.dumps(facts) + "\n")
+    write_text(facts_path, json.dumps(facts) + "\n")
 
 
 def remove_preview(folder: Path, name: str) -> None:

@@ -7,10 +7,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from anomri.errors import AnomriError
-from anomri.model.detection import refuse_foreign_results, remove_results
+from anomri.model.detection import Detection, refuse_foreign_results, remove_results
 from anomri.model.detector import Detector
 from anomri.optional import import_extra
 from anomri.runs.case_names import with_usable_names
@@ -19,6 +20,7 @@ from anomri.runs.ledger import Ledger, Task
 from anomri.runs.pipeline import detect_each
 from anomri.runs.report import write_run_tables
 from anomri.runs.shards import Shard
+from anomri.runs.stored_maps import map_facts, map_serves, stored_map
 from anomri.runs.tables import (
     LOGS,
     CaseResult,
@@ -182,13 +184,17 @@ class _Run:
         refuse_foreign_results(folder, cases)
         refuse_foreign_tables(folder, TABLES)
         self.ledger.refuse_other_scans(cases)
+        in_maps = sum(map_serves(self.ledger, case.name) for case in cases)
+        cost = ""
+        if in_maps:
+            cost = f"The stored maps of {in_maps} serve again: the network is not needed for them."
         if not self.overwrite:
-            self.ledger.refuse_changes(cases)
+            self.ledger.refuse_changes(cases, cost)
         changes, count = self.ledger.changes(cases)
         if count:
             self.notify(
                 f"settings differ from those of an earlier run ({'; '.join(changes)}); {count} "
-                f"{'case is' if count == 1 else 'cases are'} done again."
+                f"{'case is' if count == 1 else 'cases are'} done again.{' ' * bool(cost)}{cost}"
             )
 
     def share(self, cases: Sequence[Case], team: ProcessGroup) -> list[CaseResult]:
@@ -222,16 +228,38 @@ class _Run:
             self.detector,
             waiting,
             lambda case: self.detector.read(case, self.preparation),
-            lambda case, detection: detection.save(folder, reconstruction=self.reconstruction),
+            partial(self._save, ledger),
             folder,
+            lambda case, volume: stored_map(ledger, case.name, volume),
         )
         for case, result in zip(waiting, results, strict=True):
             done.append(result)
             remove_results(folder, case.name, result.files)
-            ledger.save(case.name, result.to_record(folder) | {"scans": scans_from(folder, case)})
+            ledger.save(case.name, self._record(result, case))
             self.progress(result, len(cases))
         by_name = {result.case: result for result in done}
         return [by_name[case.name] for case in cases]
+
+    def _save(self, ledger: Ledger, case: Case, detection: Detection) -> list[Path]:
+        folder, kept = ledger.root, []
+        earlier = folder / f"{case.name}_reconstruction.nii.gz"
+        if detection.reconstructed is None and earlier.is_file():
+            # It belongs to the same map.
+            kept.append(earlier)
+        # A run that is killed while files are replaced leaves no entry that names them.
+        ledger.forget(case.name)
+        new = self.reconstruction and detection.reconstructed is not None
+        return [*detection.save(folder, reconstruction=new), *kept]
+
+    def _record(self, result: CaseResult, case: Case) -> dict[str, object]:
+        folder = self.ledger.root
+        record = result.to_record(folder) | {"scans": scans_from(folder, case)}
+        if result.files:
+            record["map"] = map_facts(result.files[0], folder)
+        if any(file.name == f"{case.name}_reconstruction.nii.gz" for file in result.files):
+            settings = {**self.ledger.task.settings, "reconstruction": True}
+            record["task"] = replace(self.ledger.task, settings=settings).to_json()
+        return record
 
 
 def _collect_cases(

@@ -59,7 +59,7 @@ class FileIdentity:
         if self.content or self.path is None or self != FileIdentity.from_path(self.path):
             return self
         try:
-            return replace(self, content=_hash_file(self.path))
+            return replace(self, content=hash_file(self.path))
         except OSError:
             return self
 
@@ -172,7 +172,8 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:24]
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes; raises ``OSError``."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -56,6 +56,8 @@ class Task:
             found.append("another model")
         before, after = stored.get("settings") or {}, now["settings"]
         for name in dict.fromkeys([*before, *after]):
+            if name in EXTRA_OUTPUTS and before.get(name) and after.get(name) is False:
+                continue
             if before.get(name) != after.get(name):
                 found.append(f"{name}: {_words(before.get(name))} -> {_words(after.get(name))}")
         return found
@@ -125,14 +127,27 @@ class Ledger:
 
     def load(self, case: str) -> dict[str, Any] | None:
         """The entry of a case, finished or failed; ``None`` if there is none that counts."""
+        entry = self.same_scan(case)
+        try:
+            return entry if entry and self.task.is_served_by(entry["task"]) else None
+        except DAMAGED:
+            return None
+
+    def same_scan(self, case: str) -> dict[str, Any] | None:
+        """The entry of a case whose scan is the same, whatever its task; ``None`` if there is
+        none."""
         entry = self.stored(case)
         try:
-            if entry is None or not self.task.is_served_by(entry["task"]):
+            if entry is None:
                 return None
             scan = ScanIdentity.from_json(entry["identity"])
             return entry if scan.is_same(self.scans[case]) else None
         except DAMAGED:
             return None
+
+    def forget(self, case: str) -> None:
+        """Remove a case's entry: from now on its files are those of no finished run."""
+        self._path(case).unlink(missing_ok=True)
 
     def finished(self, case: str) -> dict[str, Any] | None:
         """The entry of a case that did not fail and whose files are all there."""
@@ -192,13 +207,15 @@ class Ledger:
                     f"another folder with -o, or list the scans in a .tsv with names of their own."
                 )
 
-    def refuse_changes(self, cases: Sequence[Case]) -> None:
-        """Raise `AnomriError` if results of the ``cases`` with other settings would be lost."""
+    def refuse_changes(self, cases: Sequence[Case], cost: str = "") -> None:
+        """Raise `AnomriError` if results of the ``cases`` with other settings would be lost.
+
+        ``cost`` is a sentence on what it takes to make them again.
+        """
         changes, count = self.changes(cases)
         if count:
-            refuse_loss(
-                self.root, changes, f"the results of {count} finished case{'s'[: count > 1]}"
-            )
+            results = f"the results of {count} finished case{'s'[: count > 1]}"
+            refuse_loss(self.root, changes, results, cost)
 
     def changes(self, cases: Sequence[Case]) -> tuple[list[str], int]:
         """How earlier results of the ``cases`` differ in their task, and how many they are."""
@@ -235,12 +252,12 @@ class Ledger:
         return self.folder / f"{case}.json"
 
 
-def refuse_loss(folder: Path, changes: Sequence[str], results: str) -> None:
+def refuse_loss(folder: Path, changes: Sequence[str], results: str, cost: str = "") -> None:
     """Raise `AnomriError`: a run with other settings would replace ``results``, without consent."""
     raise AnomriError(
         f"{folder}: settings differ from those of the earlier run ({'; '.join(changes)}), and "
         f"{results} would be overwritten; add --overwrite to replace them, or choose another "
-        f"folder with -o."
+        f"folder with -o.{' ' * bool(cost)}{cost}"
     )
 
 

@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anomri.errors import AnomriError
 from anomri.model.detection import Detection
 from anomri.model.detector import Detector
@@ -27,28 +30,39 @@ MOST_SCANS = 8
 T = TypeVar("T")
 Read = Callable[[Case], Volume]
 Save = Callable[[Case, Detection], Sequence[Path] | None]
+FindMap = Callable[[Case, Volume], NDArray[np.float32] | None]
+"""Gives the stored anomaly map of a scan, (x, y, z) in the working orientation, if it may be used."""
+
+
+def without_maps(case: Case, volume: Volume) -> None:
+    """No map is stored: every scan goes through the network."""
 
 
 def detect_each(
-    detector: Detector, cases: Sequence[Case], read: Read, save: Save, folder: Path
+    detector: Detector,
+    cases: Sequence[Case],
+    read: Read,
+    save: Save,
+    folder: Path,
+    find_map: FindMap = without_maps,
 ) -> Iterator[CaseResult]:
     """Read, search and ``save`` each case, with a preview in ``folder``; gives its result as soon
     as it is done.
 
     Results come in the order of the cases. Beside a CUDA GPU, whose share of the work is short,
     several scans are worked on side by side. Else one follows another, and the next one is read
-    while the network works.
+    while the network works. A scan whose map `find_map` finds does not go through the network.
     """
     workers = 1
     if detector.device.type == "cuda":
         workers = min(usable_processors() // 2, MOST_SCANS, len(cases))
     if workers < 2:
         for case, volume, begun in read_ahead(cases, read):
-            yield _detect_case(detector, case, volume, begun, save, folder)
+            yield _detect_case(detector, case, volume, begun, save, folder, find_map)
         return
 
     def work(case: Case) -> CaseResult:
-        return _detect_case(detector, *_try_to_read(case, read), save, folder)
+        return _detect_case(detector, *_try_to_read(case, read), save, folder, find_map)
 
     with divide_torch_threads(workers):
         yield from _run_ahead((partial(work, case) for case in cases), workers - 1)
@@ -87,11 +101,16 @@ def _detect_case(
     begun: float,
     save: Save,
     folder: Path,
+    find_map: FindMap,
 ) -> CaseResult:
     try:
         if isinstance(volume, AnomriError):
             raise volume
-        detection = detector.detect(volume)
+        stored = find_map(case, volume)
+        if stored is None:
+            detection = detector.detect(volume)
+        else:
+            detection = detector.detect_in_map(volume, stored)
         files = tuple(save(case, detection) or ())
         save_preview(detection, folder)
         return CaseResult(case.name, time.monotonic() - begun, detection.summary(), files=files)
