@@ -10,13 +10,16 @@ import pytest
 
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
+from anomri.scans.align import align
 from anomri.scans.case import Case
 from anomri.scans.find import find_cases
 from anomri.scans.overlap import PlacedImage, measure_overlap
 from anomri.scans.prepare import Preparation, prepare
+from anomri.scans.read import read_volume
 from anomri.scans.resample import VoxelGrid
 from conftest import write
 from phantom import LESION_MM, places, scan, thresholding
+from scipy.spatial.transform import Rotation
 
 SHAPE = (80, 96, 72)
 AFFINE = np.array([[-2.5, 0, 0, 98], [0, -2.5, 0, 118], [0, 0, 2.5, -88], [0, 0, 0, 1]])
@@ -227,3 +230,92 @@ def test_a_map_that_does_not_lie_on_its_scan_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "scans" / "a_seg.nii.gz", ball(LESION_MM), AFFINE)
     evaluation = evaluate([case], maps=maps)
     assert "no voxel of the label has a score above zero" in evaluation.protocol["scans"]
+
+
+# Registration of the channels to the first.
+
+
+def real_channels(real_scans: Path) -> dict[str, Path]:
+    folder = real_scans / "brats18" / "Brats18_TCIA10_639_1"
+    return {name: next(folder.glob(f"*_{name}.nii.gz")) for name in ("flair", "t1")}
+
+
+def moved_header(path: Path, to: Path, mm: tuple[float, float, float], degrees: float) -> Path:
+    """A copy of an image whose header places it turned about its middle, and moved."""
+    image = nib.load(path)
+    middle = nib.affines.apply_affine(image.affine, (np.array(image.shape) - 1) / 2)
+    turn = Rotation.from_rotvec(np.radians(degrees) * np.array([2, 1, 2]) / 3).as_matrix()
+    move = nib.affines.from_matvec(turn, middle - turn @ middle + mm)
+    return write(to, np.asanyarray(image.dataobj), move @ image.affine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mm", "degrees"), [((20, -10, 5), 8), ((100, 0, 0), 0)])
+def test_a_moved_channel_is_registered_to_within_half_a_voxel(
+    real_scans: Path, tmp_path: Path, mm: tuple[float, float, float], degrees: float
+) -> None:
+    pytest.importorskip("SimpleITK", reason="needs anomri[register]")
+    true = real_channels(real_scans)
+    moved = moved_header(true["t1"], tmp_path / "a_t1.nii.gz", mm, degrees)
+    paths = {"flair": true["flair"], "t1": moved}
+    case = Case("a", paths, mask=write_mask(moved, tmp_path / "a_mask.nii.gz"))
+    first, second = (
+        PlacedImage(path, np.asanyarray(nib.load(path).dataobj), grid_of(path))
+        for path in paths.values()
+    )
+    found, note = align(first, second)
+    voxels = np.argwhere(second.values[::8, ::8, ::8] > 0) * 8
+    truth = nib.affines.apply_affine(nib.load(true["t1"]).affine, voxels)
+    apart = np.linalg.norm(nib.affines.apply_affine(found.grid.affine, voxels) - truth, axis=1)
+    assert apart.mean() < 0.5
+    assert apart.max() < 1
+    by_mm, by_degrees = map(float, re.findall(r"([\d.]+) (?:mm|degrees)", note))
+    assert by_degrees == pytest.approx(degrees, abs=0.7)
+    assert 15 < by_mm < 110
+    # The whole road; a brain mask on the grid of T1 is moved with it.
+    volume = read_volume(case, ["flair", "t1"], resampled=True, aligned=True)
+    right = read_volume(Case("a", true), ["flair", "t1"])
+    assert note in volume.notes
+    brain = right.data[1] > 0
+    both = (volume.data[1] > 0) & brain
+    assert 2 * both.sum() / ((volume.data[1] > 0).sum() + brain.sum()) > 0.98
+    assert np.corrcoef(volume.data[1][both], right.data[1][both])[0, 1] > 0.97
+
+
+def write_mask(path: Path, to: Path) -> Path:
+    image = nib.load(path)
+    return write(to, (np.asanyarray(image.dataobj) > 0).astype(np.uint8), image.affine)
+
+
+def grid_of(path: Path) -> VoxelGrid:
+    image = nib.load(path)
+    return VoxelGrid(image.shape, image.affine)
+
+
+def test_channels_that_share_a_grid_and_lie_on_each_other_stay_as_they_are(
+    real_scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("nothing is to be registered")
+
+    monkeypatch.setattr("anomri.scans.read.align", never)
+    case = Case("a", real_channels(real_scans))
+    plain, aligned = (
+        read_volume(case, ["flair", "t1"], resampled=True, aligned=on) for on in (False, True)
+    )
+    np.testing.assert_array_equal(plain.inside, aligned.inside)
+    assert plain.notes == aligned.notes == ()
+
+
+@pytest.mark.slow
+def test_a_channel_that_shares_the_grid_but_lies_aside_is_registered(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK", reason="needs anomri[register]")
+    case = two_channels(tmp_path)
+    t1 = np.asanyarray(nib.load(case.channels["t1"]).dataobj)
+    write(case.channels["t1"], np.roll(t1, 12, axis=0), AFFINE)
+    volume = read_volume(case, ["flair", "t1"], resampled=True, aligned=True)
+    (note,) = volume.notes
+    assert note.startswith("a_t1.nii.gz was registered to a_flair.nii.gz: moved by")
+    assert float(re.findall(r"([\d.]+) mm", note)[0]) == pytest.approx(30, abs=0.7)
+    flair, t1_on = volume.data > 250
+    assert 2 * (flair & t1_on).sum() / (flair.sum() + t1_on.sum()) > 0.97

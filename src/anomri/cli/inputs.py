@@ -70,7 +70,7 @@ Register = Annotated[
     bool,
     flag(
         "--register",
-        "Align the scan rigidly with the model's space; maps return to the scan's own grid.",
+        "Align channels, and the scan with the model's space; maps return to the scan's grid.",
         PREPARATION,
     ),
 ]

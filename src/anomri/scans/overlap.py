@@ -101,6 +101,14 @@ def measure_overlap(first: PlacedImage, second: PlacedImage) -> Overlap:
     )
 
 
+def tissue_middle(image: PlacedImage) -> NDArray[np.float64]:
+    """The middle of the tissue in mm (3,)."""
+    thin = _thin(image)
+    indices = np.argwhere(thin.values > _tissue_level(thin))
+    middle: NDArray[np.float64] = apply_affine(thin.grid.affine, indices.mean(axis=0))
+    return middle
+
+
 def check_channels_overlap(first: PlacedImage, second: PlacedImage, advice: str) -> list[str]:
     """Notes on how a channel lies on the first one of its case.
 

@@ -34,8 +34,8 @@ class Preparation:
 
     ``brain_mask`` is a file whose voxels above zero are brain, used instead of the case's own mask.
     ``skull_strip`` finds the brain, in T1 or the first channel, as `skull.find_brain` says.
-    ``bias_correction`` runs N4 on every channel. ``register`` turns the scan into the model's
-    space, and its map back.
+    ``bias_correction`` runs N4 on every channel. ``register`` aligns the channels with the first
+    one, turns the scan into the model's space, and its map back.
     """
 
     brain_mask: Path | None = None
@@ -80,7 +80,7 @@ def prepare(
     preparation.check_tools()
     if preparation.brain_mask is not None:
         case = replace(case, mask=preparation.brain_mask)
-    volume = read_volume(case, channels, grid, resampled=resampled)
+    volume = read_volume(case, channels, grid, resampled=resampled, aligned=preparation.register)
     volume = _check_length(case, volume)
     if preparation.skull_strip:
         volume = _strip_skull(case, volume)

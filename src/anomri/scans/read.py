@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.runtime.launch import usable_processors
+from anomri.scans.align import align
 from anomri.scans.background import without_nan_around, zero_background
 from anomri.scans.boxes import box_around, enclosing_box, is_empty
 from anomri.scans.case import Case
@@ -30,7 +31,13 @@ from anomri.scans.marked import find_marked, split_ignored
 from anomri.scans.masks import check_brain, check_lesion
 from anomri.scans.names import OUTPUTS, SUFFIXES
 from anomri.scans.nifti import read_noted_image, read_unscaled, read_values
-from anomri.scans.overlap import PlacedImage, check_channels_overlap, check_mask_overlaps
+from anomri.scans.overlap import (
+    DOUBTFUL_OVERLAP,
+    PlacedImage,
+    check_channels_overlap,
+    check_mask_overlaps,
+    measure_overlap,
+)
 from anomri.scans.resample import VoxelGrid, corner_distance_mm, coverage, resample
 from anomri.scans.volume import Volume
 from anomri.spec import Grid
@@ -81,6 +88,8 @@ class _Reference:
     geometry: Geometry
     grid: Grid
     has_position: bool
+    moved: tuple[_Image, ...] = ()
+    """Channels that were registered to it: a brain mask on the grid of one moves with it."""
 
 
 def read_volume(
@@ -90,14 +99,17 @@ def read_volume(
     *,
     with_label: bool = True,
     resampled: bool = False,
+    aligned: bool = False,
 ) -> Volume:
     """Read ``channels`` of a case in the orientation of ``grid``, checked against each other.
 
     Negative values are set to zero, and so are voxels outside the case's brain mask, if it has
     one. With ``resampled``, images on another grid than the first channel's are brought onto it by
     their headers (channels trilinear, masks by the nearest voxel), with a note; without, they are
-    refused. A label is never resampled, because what is measured against it must not depend on how
-    it was brought over. With ``resampled``, a label that cannot be used is left out, with a note.
+    refused. With ``aligned``, too, a channel that lies on another grid, or beside the first channel
+    on the same one, is registered to the first, rigidly, with a note. A label is never resampled,
+    because what is measured against it must not depend on how it was brought over. With
+    ``resampled``, a label that cannot be used is left out, with a note.
 
     Raises `AnomriError` naming the file that is missing, damaged, empty, not finite, standardised
     or on another grid, or that is a lesion label in place of a brain mask.
@@ -105,7 +117,9 @@ def read_volume(
     files = case.files(channels)
     if not files:
         raise AnomriError(f"{case.name}: no channel is asked for; name at least one.")
-    reference, arrays, slopes, notes = _read_onto_one_grid(files, grid, resampled=resampled)
+    reference, arrays, slopes, notes = _read_onto_one_grid(
+        files, grid, resampled=resampled, aligned=aligned
+    )
     if case.mask is not None:
         mask = _read_brain_mask(case.mask, reference, arrays[0], notes, resampled=resampled)
         arrays = [values * mask for values in arrays]
@@ -167,23 +181,25 @@ def read_map(
 
 
 def _read_onto_one_grid(
-    files: Sequence[Path], grid: Grid, *, resampled: bool
+    files: Sequence[Path], grid: Grid, *, resampled: bool, aligned: bool
 ) -> tuple[_Reference, list[NDArray[Any]], list[float], list[str]]:
     """The first channel's place; values (x, y, z) and slope of each channel; notes."""
     # Unpacking releases Python's lock, so channels are read in parallel.
     with ThreadPoolExecutor(min(len(files), usable_processors())) as pool:
         images = list(pool.map(_read_channel, files))
     reference, notes = _place_first(images, grid, resampled=resampled)
+    first = _place(reference, images[0])
     arrays = []
-    for image in images:
+    for number, image in enumerate(images):
         notes += image.notes
-        arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
         _check_not_empty(image)
-        if image is not images[0]:
+        if aligned and number:
+            image = _align(reference, first, image, notes)
+            reference = replace(reference, moved=(*reference.moved, image))
+        arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
+        if number:
             advice = OVERLAP_ADVICE[resampled]
-            notes += check_channels_overlap(
-                _place(reference, images[0]), _place(reference, image), advice
-            )
+            notes += check_channels_overlap(first, _place(reference, image), advice)
     return reference, arrays, [image.slope for image in images], notes
 
 
@@ -296,6 +312,9 @@ def _bring_onto(
     if not (gives_position(image.header) and reference.has_position):
         notes += _assume_same_position(reference, image)
         return first.canonical(image.values)
+    if image.moved is not None:
+        values = image.values if image.values.dtype == bool else image.values.astype(np.float32)
+        return resample(values, image.moved, first.canonical_grid)
     own = Geometry.from_header(image.path, image.header, reference.grid)
     values, source, target = own.canonical(image.values), own.canonical_grid, first.canonical_grid
     apart = corner_distance_mm(source, target)
@@ -341,12 +360,43 @@ def _assume_same_position(reference: _Reference, image: _Image) -> list[str]:
 def _place(reference: _Reference, image: _Image) -> PlacedImage:
     """An image where it is taken to lie, on the axes of its file."""
     first = reference.geometry
+    if image.moved is not None:
+        return PlacedImage(image.path, image.values, image.moved)
     stated = gives_position(image.header) and reference.has_position
     same = image.grid.shape == first.shape and (
         corner_distance_mm(image.grid, first.file_grid) <= first.tolerance_mm
     )
     grid = image.grid if stated and not same else first.file_grid
     return PlacedImage(image.path, image.values, grid)
+
+
+def _align(reference: _Reference, first: PlacedImage, image: _Image, notes: list[str]) -> _Image:
+    """A channel registered to the ``first``, with a note; as it is if it already lies there."""
+    if gives_position(image.header) and reference.has_position:
+        own = Geometry.from_header(image.path, image.header, reference.grid).canonical_grid
+        target = reference.geometry.canonical_grid
+        apart = corner_distance_mm(own, target)
+        same = own.shape == target.shape and apart <= reference.geometry.tolerance_mm
+    else:
+        same = True
+        if image.grid.shape != first.grid.shape:
+            return image
+    placed = _place(reference, image)
+    if same and measure_overlap(first, placed).in_common_field >= DOUBTFUL_OVERLAP:
+        return image
+    moved, note = align(first, placed)
+    notes.append(note)
+    return replace(image, moved=moved.grid)
+
+
+def _move_with_channel(reference: _Reference, mask: _Image) -> _Image:
+    """A brain mask moved as the channel was that it was made from, if that was registered."""
+    grid, tolerance = mask.grid, reference.geometry.tolerance_mm
+    for channel in (None, *reference.moved):
+        other = reference.geometry.file_grid if channel is None else channel.grid
+        if grid.shape == other.shape and corner_distance_mm(grid, other) <= tolerance:
+            return mask if channel is None else replace(mask, moved=channel.moved)
+    return mask
 
 
 def _check_not_empty(image: _Image) -> None:
@@ -403,7 +453,7 @@ def _read_brain_mask(
     marked, more = find_marked(path, stored, _file_voxel_mm3(image), of_brain=True)
     if not marked.any():
         raise AnomriError(f"{path}: no voxel is above zero; it is not the mask of a brain.")
-    own = _Image(path, image.header, marked)
+    own = _move_with_channel(reference, _Image(path, image.header, marked))
     mask = _copy_mask(_bring_onto(reference, own, notes, resampled=resampled))
     notes += [*header_notes, *nan_notes, *more]
     # A mask beside the brain holds too little of it, too.

@@ -8,40 +8,43 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from nibabel.affines import apply_affine, from_matvec
 from numpy.typing import NDArray
 
 from anomri.errors import AnomriError
 from anomri.optional import import_extra
 from anomri.scans.resample import VoxelGrid, resample
-from anomri.scans.sitk import import_sitk
+from anomri.scans.sitk import (
+    LPS,
+    WORKING_MM,
+    import_sitk,
+    registration_method,
+    shrink,
+    to_matrix,
+    to_sitk,
+)
 from anomri.scans.volume import Volume
 
-TEMPLATE_MM = 2
 SHAPE, CENTRE, PITCH = (240, 240, 155), (118.2, 128.1, 69.5), 10.6
 """The grid of BraTS (1 mm, axes L, P, S), and how the template lies on it: the voxel at the middle
 of its brain's box, and the degrees by which its head is tilted. Both are means of ten BraTS
 patients registered to it (standard deviations 0.6, 1.5, 1.5 mm and 3.3 degrees)."""
 MAX_DEGREES, MIN_OVERLAP = 75.0, 0.6
 """A registration failed if it turns further, or if the Dice overlap of the brains is lower."""
-SAMPLED = [0.6, 0.3, 0.05]
-"""The share of the template's voxels that the metric looks at, from the coarsest level to 2 mm."""
 BRAIN_LEVEL = 0.01
 """Brain, after smoothing, is brighter than this share of the brightest voxel."""
-LPS = np.diag([-1.0, -1, 1, 1])
 
 
 @lru_cache(maxsize=1)
 def template() -> tuple[nib.Nifti1Image, VoxelGrid]:
     """The brain of the MNI152 T1 template at 2 mm, and the model's grid around it."""
     datasets = import_extra("nilearn.datasets", "register", "--register")
-    image = datasets.load_mni152_template(resolution=TEMPLATE_MM)
+    image = datasets.load_mni152_template(resolution=WORKING_MM)
     # nilearn's resampling leaves values a little above zero in the whole field.
-    brain = np.asanyarray(datasets.load_mni152_brain_mask(resolution=TEMPLATE_MM).dataobj) > 0
+    brain = np.asanyarray(datasets.load_mni152_brain_mask(resolution=WORKING_MM).dataobj) > 0
     image = nib.Nifti1Image(np.asanyarray(image.dataobj, dtype=np.float32) * brain, image.affine)
     inside = np.argwhere(np.asanyarray(image.dataobj) > 0)
     middle = apply_affine(image.affine, (inside.min(axis=0) + inside.max(axis=0)) / 2)
@@ -84,8 +87,8 @@ def _find_transform(
 ) -> NDArray[np.float64]:
     """The rigid transform template mm -> scan mm (RAS+), by SimpleITK."""
     sitk = import_sitk("--register")
-    target = _to_sitk(sitk, np.asanyarray(fixed.dataobj, dtype=np.float32), fixed.affine)
-    source = _shrink(sitk, _to_sitk(sitk, moving, grid.affine), grid.spacing_mm)
+    target = to_sitk(sitk, np.asanyarray(fixed.dataobj, dtype=np.float32), fixed.affine)
+    source = shrink(sitk, to_sitk(sitk, moving, grid.affine), grid.spacing_mm)
     try:
         # The middles of both brains meet first.
         start = sitk.CenteredTransformInitializer(
@@ -94,7 +97,7 @@ def _find_transform(
             sitk.Euler3DTransform(),
             sitk.CenteredTransformInitializerFilter.MOMENTS,
         )
-        method = _registration_method(sitk)
+        method = registration_method(sitk)
         method.SetInitialTransform(sitk.Euler3DTransform(start), inPlace=True)
         found = method.Execute(target, source)
     except RuntimeError as error:
@@ -103,46 +106,7 @@ def _find_transform(
             f"{name}: cannot be registered to the template ({reason}); register it by hand, or "
             f"leave --register out."
         ) from error
-    origin = np.array(found.TransformPoint((0.0, 0.0, 0.0)))
-    columns = [np.array(found.TransformPoint(tuple(axis))) - origin for axis in np.eye(3)]
-    return LPS @ from_matvec(np.stack(columns, axis=1), origin) @ LPS
-
-
-def _registration_method(sitk: Any) -> Any:
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(32)
-    method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentagePerLevel(SAMPLED, 1)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, gradientMagnitudeTolerance=1e-6)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([4, 2, 1])
-    method.SetSmoothingSigmasPerLevel([4, 2, 0])
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    return method
-
-
-def _shrink(sitk: Any, image: Any, spacing_mm: tuple[float, float, float]) -> Any:
-    """An image blurred and shrunk to about the template's voxel size."""
-    factors = [max(1, round(TEMPLATE_MM / mm)) for mm in spacing_mm]
-    variances = [
-        (mm * factor / 2) ** 2 if factor > 1 else 0.0
-        for mm, factor in zip(spacing_mm, factors, strict=True)
-    ]
-    return sitk.Shrink(sitk.DiscreteGaussian(image, variances), factors)
-
-
-def _to_sitk(sitk: Any, data: NDArray[np.float32], affine: NDArray[np.float64]) -> Any:
-    """An array (x, y, z) as an image of SimpleITK, whose coordinates are LPS mm."""
-    image = sitk.GetImageFromArray(np.ascontiguousarray(data.T, dtype=np.float32))
-    lps = LPS @ affine
-    spacing = voxel_sizes(lps)
-    image.SetSpacing(spacing.tolist())
-    # An affine may hold a shear, which a SimpleITK image cannot; the registration leaves it out.
-    u, _, v = np.linalg.svd(lps[:3, :3] / spacing)
-    image.SetDirection((u @ v).ravel().tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    return image
+    return to_matrix(found)
 
 
 def _check_transform(
