@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from anomri.errors import AnomriError
 from anomri.evaluation.evaluate import evaluate
@@ -19,7 +20,6 @@ from anomri.scans.read import read_volume
 from anomri.scans.resample import VoxelGrid
 from conftest import write
 from phantom import LESION_MM, places, scan, thresholding
-from scipy.spatial.transform import Rotation
 
 SHAPE = (80, 96, 72)
 AFFINE = np.array([[-2.5, 0, 0, 98], [0, -2.5, 0, 118], [0, 0, 2.5, -88], [0, 0, 0, 1]])
@@ -290,6 +290,21 @@ def write_mask(path: Path, to: Path) -> Path:
 def grid_of(path: Path) -> VoxelGrid:
     image = nib.load(path)
     return VoxelGrid(image.shape, image.affine)
+
+
+@pytest.mark.slow
+def test_channels_of_one_session_on_grids_of_their_own_stay_where_headers_place_them(
+    real_scans: Path,
+) -> None:
+    pytest.importorskip("SimpleITK", reason="needs anomri[register]")
+    folder = real_scans / "whole_head" / "ms01"
+    case = Case("a", {name: folder / f"ms01_{name}.nii.gz" for name in ("flair", "t1")})
+    plain, aligned = (
+        read_volume(case, ["flair", "t1"], resampled=True, aligned=on) for on in (False, True)
+    )
+    np.testing.assert_array_equal(plain.inside, aligned.inside)
+    (note,) = set(aligned.notes) - set(plain.notes)
+    assert "a registration would move it by 0.7 mm, less than half a voxel" in note
 
 
 def test_channels_that_share_a_grid_and_lie_on_each_other_stay_as_they_are(

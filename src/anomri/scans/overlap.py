@@ -101,12 +101,13 @@ def measure_overlap(first: PlacedImage, second: PlacedImage) -> Overlap:
     )
 
 
-def tissue_middle(image: PlacedImage) -> NDArray[np.float64]:
-    """The middle of the tissue in mm (3,)."""
+def tissue_points(image: PlacedImage) -> NDArray[np.float64]:
+    """Some points of the tissue in mm (n, 3)."""
     thin = _thin(image)
-    indices = np.argwhere(thin.values > _tissue_level(thin))
-    middle: NDArray[np.float64] = apply_affine(thin.grid.affine, indices.mean(axis=0))
-    return middle
+    points: NDArray[np.float64] = apply_affine(
+        thin.grid.affine, np.argwhere(thin.values > _tissue_level(thin))
+    )
+    return points
 
 
 def check_channels_overlap(first: PlacedImage, second: PlacedImage, advice: str) -> list[str]:

@@ -195,7 +195,8 @@ def _read_onto_one_grid(
         _check_not_empty(image)
         if aligned and number:
             image = _align(reference, first, image, notes)
-            reference = replace(reference, moved=(*reference.moved, image))
+            if image.moved is not None:
+                reference = replace(reference, moved=(*reference.moved, image))
         arrays.append(_bring_onto(reference, image, notes, resampled=resampled))
         if number:
             advice = OVERLAP_ADVICE[resampled]
@@ -386,7 +387,7 @@ def _align(reference: _Reference, first: PlacedImage, image: _Image, notes: list
         return image
     moved, note = align(first, placed)
     notes.append(note)
-    return replace(image, moved=moved.grid)
+    return image if moved is placed else replace(image, moved=moved.grid)
 
 
 def _move_with_channel(reference: _Reference, mask: _Image) -> _Image:
