@@ -5,7 +5,7 @@ COHORT ?= ../shared/data/brats18
 
 .PHONY: demo test ruff types layers docs bench dist clean
 
-demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in about four minutes
+demo: $(VENV)/.ready  ## the main job on a synthetic cohort, in a minute or two
 	$(BIN)/anomri demo -o demo
 
 test: $(VENV)/.ready  ## lint, types, layers, tests; FAST=1 leaves slow tests out

@@ -18,6 +18,7 @@ from filelock import FileLock
 import anomri
 from anomri.methods.dae import DAE
 from anomri.spec import Scaling
+from anomri.training.passes import SlabCounts
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 GOLDEN = Path(__file__).parent / "golden"
@@ -143,10 +144,9 @@ def cache(shared: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_spheres() -> Iterator[None]:
-    """Plant fewer scans for thresholds: they are what a short training takes longest for."""
+    """Plant fewer spheres for thresholds of subsets: a short training takes longest for these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anomri.training.thresholds.PLANTED", 6)
-        patch.setattr("anomri.training.thresholds.SUBSET_PLANTED", 4)
+        patch.setattr("anomri.training.thresholds.SUBSET_SLABS", SlabCounts(6, 4))
         yield
 
 
@@ -195,6 +195,7 @@ def model_with_head(cohort: Path, cache: Path, shared: Path) -> Path:
             preset="accurate",
             settings={"widths": [4, 8, 16, 32]},
             training={"steps": 12, "batch_size": 4, "validate_every": 6},
+            subsets=True,
             cache=cache,
         ),
     )

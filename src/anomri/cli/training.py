@@ -193,6 +193,15 @@ def train(
     ] = None,
     threads: Threads = None,
     cache: Cache = None,
+    subsets: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--subsets/--no-subsets",
+            help="Choose thresholds for scans that lack some of the channels (default: if that "
+            "takes no longer than a tenth of the training).",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
 ) -> None:
     """Train a model on a cohort of healthy scans, or of scans with lesion labels.
 
@@ -229,6 +238,7 @@ def train(
             cache=cache,
             resume=resume,
             accumulate=accumulate,
+            subsets=subsets,
             device=device,
             data_licence=data_licence,
             progress=progress,

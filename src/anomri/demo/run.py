@@ -147,6 +147,7 @@ def _train_and_evaluate(
                 preset="demo",
                 cache=cache,
                 training={"seed": seed} if method == "dae" else None,
+                subsets=False,
                 data_licence="synthetic, made by anomri; see its documentation",
                 progress=progress,
             )

@@ -87,6 +87,8 @@ class Method(nn.Module, ABC):
 
     PRESETS: ClassVar[dict[str, Preset]]
     """At least ``paper`` (as published) and ``small`` (for a laptop)."""
+    passes: int = 1
+    """What `reconstruct` costs a slice, in forward passes of the network."""
     side_multiple: int = 1
     """The sides of a slice and of a box are multiples of this."""
     fixed_size: bool = False

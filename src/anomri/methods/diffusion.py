@@ -80,6 +80,7 @@ class Diffusion(Method):
         self.times = (
             [round(start * (1 - jump / jumps)) for jump in range(jumps + 1)] if start else [0]
         )
+        self.passes = max(len(self.times) - 1, 1)
 
     def forward(
         self, x: Tensor, foreground: Tensor, generator: Generator, box: Box | None = None

@@ -68,6 +68,8 @@ class VAE(Method):
         self.exportable = restoration_steps == 0
         self.kl_weight = kl_weight
         self.restoration_steps = restoration_steps
+        # A step goes forward and, at twice the price, backward.
+        self.passes = 3 * restoration_steps or 1
         self.restoration_rate = restoration_rate
         self.restoration_weight = restoration_weight
 

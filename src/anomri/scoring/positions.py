@@ -30,17 +30,24 @@ def statistics_by_position(
 ) -> tuple[Tensor, Tensor]:
     """Mean and spread of residuals in each cell, (c, 8, 8, 8) each.
 
-    Both are smoothed over neighbouring cells. Each scan gives its residual (n, c, h, w), its
-    foreground (n, h, w) bool, and which slices count (n,) bool.
+    Both are smoothed over neighbouring cells. Each scan gives the residual (m, c, h, w) of the
+    slices that count, the foreground (n, h, w) bool of all slices, and which of them count (n,)
+    bool, m of them.
     """
     sums = torch.zeros(())
     for residual, foreground, counted in residuals:
-        inside = (foreground & counted[:, None, None])[:, None].double()
+        brain = Position.from_foreground(foreground).box
+        inside = cut_box(foreground[counted], brain)[:, None].double()
+        residual = cut_box(residual, brain)
         parts = torch.cat([inside, residual * inside, residual.square() * inside], 1)
-        box = cut_box(parts, Position.from_foreground(foreground).box).movedim(0, 1)
+        # First within each slice, then over slices: others than those that count are zero.
+        cells = torch.zeros(len(foreground), parts.shape[1], CELLS, CELLS, dtype=torch.double)
+        cells[counted] = functional.adaptive_avg_pool2d(parts, CELLS)
+        pooled = functional.adaptive_avg_pool3d(cells.movedim(0, 1), CELLS)
         # A mean over cells, times their size: cells of a scan with few slices count for as many
         # pixels as they have.
-        sums = sums + functional.adaptive_avg_pool3d(box, CELLS) * (box[0].numel() / CELLS**3)
+        size = len(foreground) * inside[0].numel() / CELLS**3
+        sums = sums + pooled * size
     everywhere = sums.sum((1, 2, 3), keepdim=True)
     smooth = ndimage.gaussian_filter(sums.numpy(), (0, 0.7, 0.7, 0.7), mode="nearest")
     total = torch.where(torch.from_numpy(smooth)[:1] >= LEAST, torch.from_numpy(smooth), everywhere)

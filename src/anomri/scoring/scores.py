@@ -149,14 +149,15 @@ def structural_similarity(x: Tensor, y: Tensor, window: int, reach: float = 1.0)
     """
     c1, c2 = (0.01 * reach) ** 2, (0.03 * reach) ** 2
 
-    def mean(z: Tensor) -> Tensor:
-        return functional.avg_pool2d(
-            z, window, stride=1, padding=window // 2, count_include_pad=False
-        )
-
-    mean_x, mean_y = mean(x), mean(y)
-    variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    covariance = mean(x * y) - mean_x * mean_y
+    # The layout in which pooling takes several maps at once.
+    maps = torch.cat([x, y, x * x, y * y, x * y], 1).contiguous(memory_format=torch.channels_last)
+    # Along rows, then along columns: far fewer additions than in the square at once.
+    for kernel in ((1, window), (window, 1)):
+        margins = (kernel[0] // 2, kernel[1] // 2)
+        maps = functional.avg_pool2d(maps, kernel, 1, margins, count_include_pad=False)
+    mean_x, mean_y, square_x, square_y, product = maps.contiguous().chunk(5, 1)
+    variance_x, variance_y = square_x - mean_x**2, square_y - mean_y**2
+    covariance = product - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     spread = variance_x.clamp_min(0) + variance_y.clamp_min(0)
     return luminance * (2 * covariance + c2) / (spread + c2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -16,12 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from anomri.model.detector import Detector
-from anomri.scoring.metrics import drop_small_components, precision_recall_from_sorted
+from anomri.scoring.metrics import drop_small_components
 from anomri.scoring.registry import DEFAULT_RATE, find
 from anomri.slices import SliceStack, brain_box, find_foreground
-from anomri.spec import HealthyScores, Thresholds
-from anomri.training.packing import PackedCase, spread_healthy
-from anomri.training.spheres import LARGE, MAX_SCANS, SMALL, Spheres, planted
+from anomri.spec import HealthyScores, ModelSpec, Thresholds
+from anomri.training.evidence import Evidence, plant_slabs
+from anomri.training.packing import PackedCase
+from anomri.training.passes import Passes, SlabCounts, cases_within, slab_heights
+from anomri.training.spheres import (
+    MAX_SCANS,
+    HealthyScans,
+    ScoredSlabs,
+    sphere_curve,
+    steps_inside,
+)
 
 FALSE_POSITIVE_RATES = (0.05, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 """Shares of healthy voxels whose thresholds every model stores."""
@@ -33,10 +42,14 @@ BINS = 64
 """Bins of the histogram of healthy scores."""
 STEPS = 2001
 """Thresholds that are tried on spheres: so many quantiles of the scores of their voxels."""
-PLANTED, SUBSET_PLANTED = 48, 12
-"""Planted scans, several of each of `MAX_SCANS` cases, for all channels and for each subset.
+NEAR = 0.95
+"""The threshold is the mean of all that are nearly as good as the best, by this share: which one
+is best of all is chance."""
+SUBSET_SLABS = SlabCounts(32, 16)
+"""Slabs with spheres for each subset.
 
-With 9, another planting moves the threshold by a fifth. There are 2^n subsets, so fewer for each.
+Another planting moves the threshold by an eighth (docs/notes). There are 2^n subsets, so fewer for
+each than for all channels (`choose_score.SLABS`).
 """
 MAX_SUBSET_CASES, MAX_SUBSET_CHANNELS = 8, 5
 """Limits for the thresholds of subsets of the channels."""
@@ -69,74 +82,67 @@ class _Default:
     reason: str = ""
 
 
-class _Scorer:
-    """`Detector.score`, which reports how many scans of ``total`` have gone through the network."""
-
-    def __init__(
-        self, detector: Detector, total: int, on_progress: Callable[[int, int], None]
-    ) -> None:
-        self.detector = detector
-        self._total = total
-        self._done = 0
-        self._on_progress = on_progress
-        on_progress(0, total)
-
-    def __call__(self, stack: SliceStack) -> NDArray[np.float32]:
-        scores, _ = self.detector.score(stack)
-        self._done += 1
-        self._on_progress(self._done, self._total)
-        return scores
-
-
 def healthy_thresholds(
-    detector: Detector,
-    held_out: Sequence[PackedCase],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    passes: Passes, held_out: Sequence[PackedCase], evidence: Evidence | None = None
 ) -> Thresholds | None:
     """Thresholds by the scores of the healthy foreground voxels of all ``held_out`` cases.
 
-    ``None`` if there is no such voxel. ``on_progress`` gets how many scans went through the
-    network, and of how many.
+    ``None`` if there is no such voxel. The default is chosen on the ``evidence`` that the score was
+    chosen on, if there is any.
     """
-    cases = spread_healthy(held_out, MAX_CASES)
-    scorer = _Scorer(detector, len(cases) + _planted_scans(detector, PLANTED), on_progress)
-    return _thresholds(scorer, cases, detector.spec.channels, PLANTED)
+    cases = cases_within(held_out, MAX_CASES, passes.affordable_slices / 3)
+    passes.expect(sum(case.slices for case in cases))
+    channels = passes.detector.spec.channels
+    return _thresholds(
+        passes, cases, channels, lambda scored: _best_on_evidence(passes.detector.spec, evidence)
+    )
 
 
 def subset_thresholds(
-    detector: Detector,
-    held_out: Sequence[PackedCase],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Thresholds]:
+    passes: Passes, held_out: Sequence[PackedCase], *, always: bool = False
+) -> dict[str, Thresholds] | None:
     """The same for every subset of the model's channels, named as ``flair+t2``.
 
-    Empty if the method takes no subsets, or has more than `MAX_SUBSET_CHANNELS` channels.
+    Empty if the method takes no subsets, or has more than `MAX_SUBSET_CHANNELS` channels. ``None``
+    if even a few slices of each subset cannot be afforded. ``always``: whatever it costs.
     """
-    channels = detector.spec.channels
-    if not detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
+    channels = passes.detector.spec.channels
+    if not passes.detector.takes_subsets or len(channels) > MAX_SUBSET_CHANNELS:
         return {}
-    cases = spread_healthy(held_out, MAX_SUBSET_CASES)
     subsets = [names for size in range(1, len(channels)) for names in combinations(channels, size)]
-    scans = len(cases) + _planted_scans(detector, SUBSET_PLANTED)
-    scorer = _Scorer(detector, len(subsets) * scans, on_progress)
-    found = {names: _thresholds(scorer, cases, names, SUBSET_PLANTED) for names in subsets}
+    each = math.inf if always else passes.affordable_slices / max(len(subsets), 1)
+    cases = cases_within(held_out, MAX_SUBSET_CASES, each / 2, always=0)
+    needed = sum(case.slices for case in cases)
+    counts = None
+    if cases and passes.detector.spec.score.chosen_by:
+        large, small = slab_heights(cases)
+        counts = SUBSET_SLABS.within(each - needed, large, small)
+        needed += counts.large * large + counts.small * small
+    if needed > each:
+        return None
+    passes.expect(len(subsets) * needed)
+    found = {}
+    for names in subsets:
+        best_on_slabs = partial(_best_on_slabs, passes, cases, names, counts)
+        found[names] = _thresholds(passes, cases, names, best_on_slabs)
+    passes.finish()
     return {"+".join(names): one for names, one in found.items() if one is not None}
 
 
-def _planted_scans(detector: Detector, count: int) -> int:
-    return 2 * count if detector.spec.score.chosen_by else 0
-
-
 def _thresholds(
-    scorer: _Scorer, cases: Sequence[PackedCase], channels: Sequence[str], planted_scans: int
+    passes: Passes,
+    cases: Sequence[PackedCase],
+    channels: Sequence[str],
+    choose: Callable[[Sequence[_Healthy]], tuple[float, str] | None],
 ) -> Thresholds | None:
-    scored = [_score(scorer, case, channels) for case in cases]
+    """Thresholds for some of the channels; ``choose`` finds the default, if spheres can."""
+    scored = [_score(passes, case, channels) for case in cases]
     if not any(one.counted.any() for one in scored):
         return None
     pooled = np.sort(np.concatenate([one.scores[one.counted] for one in scored]))
     quantiles = np.quantile(pooled, [1 - rate for rate in FALSE_POSITIVE_RATES])
     table = dict(zip(FALSE_POSITIVE_RATES, map(float, quantiles), strict=True))
-    default = _default(scorer, cases, channels, planted_scans, pooled, table)
+    default = _default(passes.detector.spec, choose(scored), pooled, table)
     table[default.rate] = default.threshold
     rates = sorted(table, reverse=True)
     return Thresholds(
@@ -151,22 +157,18 @@ def _thresholds(
 
 
 def _default(
-    scorer: _Scorer,
-    cases: Sequence[PackedCase],
-    channels: Sequence[str],
-    planted_scans: int,
+    spec: ModelSpec,
+    best: tuple[float, str] | None,
     pooled: NDArray[np.float32],
     table: Mapping[float, float],
 ) -> _Default:
-    """The score's own rate or, if the score was chosen on spheres, what is best on them.
+    """The score's own rate or, if the score was chosen on spheres, what is ``best`` on them.
 
     At most `DEFAULT_RATE` of the healthy voxels exceed the latter: where little is found, as on T1
     alone, the mask with the best Dice takes in much healthy tissue.
     """
-    score = scorer.detector.spec.score
-    best = _best_on_spheres(scorer, cases, channels, planted_scans) if score.chosen_by else None
     if best is None:
-        rate = find(score.kind).false_positive_rate
+        rate = find(spec.score.kind).false_positive_rate
         return _Default(rate, table[rate])
     threshold, reason = best
     rate = float((pooled > threshold).mean())
@@ -176,48 +178,77 @@ def _default(
     return _Default(DEFAULT_RATE, table[DEFAULT_RATE], reason)
 
 
-def _best_on_spheres(
-    scorer: _Scorer, cases: Sequence[PackedCase], channels: Sequence[str], planted_scans: int
-) -> tuple[float, str] | None:
-    """The threshold with the highest geometric mean of the Dice of large and of small spheres.
+def _best_on_evidence(spec: ModelSpec, evidence: Evidence | None) -> tuple[float, str] | None:
+    """`_best_on_spheres` for all channels; the network has seen the spheres already."""
+    if evidence is None:
+        return None
+    planted = (evidence.large, evidence.small)
+    large, small = (one.scored(spec, spec.score) for one in planted)
+    return _best_on_spheres(large, small, evidence.healthy_scans(spec.score))
 
-    It comes with the reason in words; ``None`` if no case shows one of the channels on its healthy
+
+def _best_on_slabs(
+    passes: Passes,
+    cases: Sequence[PackedCase],
+    channels: Sequence[str],
+    counts: SlabCounts | None,
+    scored: Sequence[_Healthy],
+) -> tuple[float, str] | None:
+    """`_best_on_spheres` for some of the channels, in scans without the others.
+
+    ``None`` if no spheres are to be planted, or no case shows one of the channels on its healthy
     slices.
     """
-    healthy = [
-        _show(scorer.detector, case, channels).take(case.healthy)
-        for case in spread_healthy(cases, MAX_SCANS)
-    ]
-    healthy = [stack for stack in healthy if stack.foreground.any()]
-    if not healthy:
+    shown = [pair for pair in zip(cases, scored, strict=True) if pair[1].counted.any()]
+    if counts is None or not shown:
         return None
-    stacks = (healthy * math.ceil(planted_scans / len(healthy)))[:planted_scans]
-    on_large, on_small = (_score_spheres(scorer, stacks, spheres) for spheres in (LARGE, SMALL))
-    in_spheres = np.concatenate([on_large[0], on_small[0]])
-    steps = np.unique(np.quantile(in_spheres, np.linspace(0, 1, STEPS)))
-    large = precision_recall_from_sorted(*on_large, steps).dice[::-1]
-    small = precision_recall_from_sorted(*on_small, steps).dice[::-1]
-    best = int(np.argmax(large * small))
+    places = np.linspace(0, len(shown) - 1, min(len(shown), MAX_SCANS)).astype(int)
+    used = [shown[place] for place in places]
+    scans = [_show(passes.detector, case, channels).take(case.healthy) for case, _ in used]
+    healthy = HealthyScans(
+        [one.scores[list(case.healthy)] for case, one in used],
+        [one.counted[list(case.healthy)] for case, one in used],
+    )
+    large, small = (
+        ScoredSlabs(slabs, [passes.score(slab.stack) for slab in slabs])
+        for slabs in plant_slabs(scans, passes.detector.spec.channels, counts)
+    )
+    return _best_on_spheres(large, small, healthy)
+
+
+def _best_on_spheres(
+    large: ScoredSlabs, small: ScoredSlabs, healthy: HealthyScans
+) -> tuple[float, str]:
+    """The threshold with the highest geometric mean of the Dice of large and of small spheres.
+
+    It comes with the reason in words.
+    """
+    steps = steps_inside([large, small], STEPS)
+    on_large, on_small = (
+        sphere_curve(scored, healthy, steps).dice[::-1] for scored in (large, small)
+    )
+    best = _middle_of_the_best(steps, on_large * on_small)
     # A mask is what lies above its threshold, and a voxel at the step belongs to it.
     threshold = float(np.nextafter(np.float32(steps[best]), np.float32(-np.inf)))
-    slices = sum(len(stack.x) for stack in healthy)
+    slices = sum(len(scores) for scores in healthy.scores)
     return threshold, (
-        f"highest geometric mean of the Dice of synthetic spheres, {large[best]:.3f}, and of those "
-        f"of 2 to 6 mm, {small[best]:.3f}, in {slices} healthy slices of {len(healthy)} held-out "
-        f"cases"
+        f"highest geometric mean of the Dice of synthetic spheres, {on_large[best]:.3f}, and of "
+        f"those of 2 to 6 mm, {on_small[best]:.3f}, in {slices} healthy slices of "
+        f"{len(healthy.scores)} held-out cases"
     )
 
 
-def _score_spheres(
-    scorer: _Scorer, stacks: Sequence[SliceStack], spheres: Spheres
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rising scores of the voxels of planted spheres, and of the rest of the foreground."""
-    inside, outside = [], []
-    for stack, where in planted(stacks, scorer.detector.spec.channels, spheres):
-        scores = scorer(stack)
-        inside.append(scores[where.numpy()])
-        outside.append(scores[(stack.foreground & ~where).numpy()])
-    return np.sort(np.concatenate(inside)), np.sort(np.concatenate(outside))
+def _middle_of_the_best(steps: NDArray[np.float32], goodness: NDArray[np.float64]) -> int:
+    """The place of the mean threshold of those that are nearly as good as the best.
+
+    >>> steps = np.array([1, 2, 3, 4, 5], np.float32)
+    >>> _middle_of_the_best(steps, np.array([0.2, 0.97, 0.99, 0.98, 0.3]))
+    2
+    """
+    weights = (goodness - NEAR * goodness.max()).clip(0)
+    if not weights.any():
+        return int(np.argmax(goodness))
+    return int(np.argmin(np.abs(steps - np.average(steps, weights=weights))))
 
 
 def _show(detector: Detector, case: PackedCase, channels: Sequence[str]) -> SliceStack:
@@ -231,10 +262,10 @@ def _show(detector: Detector, case: PackedCase, channels: Sequence[str]) -> Slic
     return replace(stack, x=x, foreground=find_foreground(x, spec.scaling))
 
 
-def _score(scorer: _Scorer, case: PackedCase, channels: Sequence[str]) -> _Healthy:
+def _score(passes: Passes, case: PackedCase, channels: Sequence[str]) -> _Healthy:
     # A method may look at a scan as a whole: all of it is scored, and the healthy slices count.
-    stack = _show(scorer.detector, case, channels)
-    scores = scorer(stack)
+    stack = _show(passes.detector, case, channels)
+    scores = passes.score(stack)
     top, bottom, left, right = brain_box(stack.foreground, 1)
     healthy = np.zeros((len(scores), 1, 1), dtype=bool)
     healthy[list(case.healthy)] = True
@@ -244,7 +275,7 @@ def _score(scorer: _Scorer, case: PackedCase, channels: Sequence[str]) -> _Healt
         (scores * healthy)[:, top:bottom, left:right].copy(),
         counted[:, top:bottom, left:right],
         ml_per_pixel=math.prod(case.spacing_mm) / 1000 / share,
-        max_dropped=scorer.detector.spec.score.max_dropped(case.spacing_mm),
+        max_dropped=passes.detector.spec.score.max_dropped(case.spacing_mm),
     )
 
 

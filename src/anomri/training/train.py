@@ -28,7 +28,7 @@ from anomri.scans.find import find_cases
 from anomri.scans.own_results import drop_own_results
 from anomri.scans.splits import assign_splits, read_splits, split_cases, write_splits
 from anomri.slices import find_foreground
-from anomri.spec import ModelSpec, Training
+from anomri.spec import ModelSpec, Score, Thresholds, Training
 from anomri.training.batches import Batches
 from anomri.training.choose_score import choose_score
 from anomri.training.cohort import (
@@ -44,6 +44,7 @@ from anomri.training.cohort import (
     pack_splits,
 )
 from anomri.training.packing import HealthySlices, default_cache
+from anomri.training.passes import Passes, affordable_passes
 from anomri.training.recipe import Pretrained, plan
 from anomri.training.schedule import batch_numbers, learning_rate
 from anomri.training.state import Log, Saver, TrainingState
@@ -51,6 +52,12 @@ from anomri.training.steps import Step, load_optimizer, make_optimizer
 from anomri.training.thresholds import healthy_thresholds, subset_thresholds
 
 VALIDATION_SEED = 2022
+SCORE_SHARE = 0.7
+"""Of what may be spent after a training, for the choice of a score."""
+NO_SUBSETS = (
+    "the model has no thresholds for scans that lack a channel: to choose them would take longer "
+    "than a tenth of so short a training. Ask for them with --subsets."
+)
 COMPILED_FROM = 20_000
 """Steps from which compiling the networks for a GPU pays: the published size gains 9 ms a step."""
 
@@ -60,7 +67,7 @@ class Progress:
     """Where a job is: ``done`` of ``total`` in a stage. Losses are NaN until there is one.
 
     The stages of a training are ``pack`` (of cases), ``train`` (steps), ``score``, ``thresholds``
-    and ``subsets`` (scans that went through the network to choose a score, thresholds, and
+    and ``subsets`` (slices that went through the network to choose a score, thresholds, and
     thresholds for subsets of the channels). A demo begins with ``make`` (synthetic scans), and a
     comparison has ``evaluate`` (test scans).
     """
@@ -93,6 +100,7 @@ def train(
     cache: str | Path | None = None,
     resume: bool = False,
     accumulate: int = 1,
+    subsets: bool | None = None,
     device: str = "auto",
     data_licence: str | None = None,
     progress: Report = lambda state: None,
@@ -120,6 +128,9 @@ def train(
         cache: Folder for the packed slices (default: the user's cache folder).
         resume: Continue an interrupted training at the step that it reached.
         accumulate: Take each process's share of a batch in so many parts: less memory, same model.
+        subsets: Whether a model that takes scans with some of its channels gets thresholds for
+            each subset of them. By default only if all that comes after the training takes no more
+            than a tenth of its time.
         device: ``auto``, ``cpu`` or ``cuda``.
         data_licence: Terms of the scans, for ``model.json``.
         progress: Called with a `Progress` after each step of each stage.
@@ -200,7 +211,7 @@ def train(
             network.load_state_dict(best)
 
         detector = Detector(spec, network, resolve_device(device), cases=known)
-        _choose_score_and_thresholds(detector, packed, team, progress)
+        _choose_score_and_thresholds(detector, packed, subsets, team, progress)
         if team.is_main:
             detector.save(folder)
             TrainingState.remove(folder)
@@ -208,19 +219,35 @@ def train(
 
 
 def _choose_score_and_thresholds(
-    detector: Detector, packed: Packed, team: ProcessGroup, progress: Report
+    detector: Detector, packed: Packed, subsets: bool | None, team: ProcessGroup, progress: Report
 ) -> None:
     """Add to the detector's specification what held-out healthy slices say of it."""
-
-    def report(stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(Progress(stage, done, total))
-
     held_out, training = packed["val"], packed["train"]
-    score = team.run_on_main(lambda: choose_score(detector, held_out, training, report("score")))
-    detector.spec = replace(detector.spec, score=score)
-    whole = team.run_on_main(lambda: healthy_thresholds(detector, held_out, report("thresholds")))
-    subsets = team.run_on_main(lambda: subset_thresholds(detector, held_out, report("subsets")))
-    detector.spec = replace(detector.spec, thresholds=whole, subset_thresholds=subsets)
+    affordable = affordable_passes(detector.spec)
+
+    def passes(stage: str, most: float) -> Passes:
+        return Passes(detector, lambda done, total: progress(Progress(stage, done, total)), most)
+
+    def score_and_thresholds() -> tuple[Score, Thresholds | None, float]:
+        """Both in one: they look at the same slices. And what is left to spend."""
+        looked = passes("score", SCORE_SHARE * affordable)
+        score, evidence = choose_score(looked, held_out, training)
+        left = (1 - SCORE_SHARE) * affordable + looked.left
+        detector.spec = replace(detector.spec, score=score)
+        scored = passes("thresholds", left)
+        thresholds = healthy_thresholds(scored, held_out, evidence)
+        return score, thresholds, scored.left
+
+    score, thresholds, left = team.run_on_main(score_and_thresholds)
+    detector.spec = replace(detector.spec, score=score, thresholds=thresholds)
+    if subsets is False:
+        return
+    found = team.run_on_main(
+        lambda: subset_thresholds(passes("subsets", left), held_out, always=bool(subsets))
+    )
+    if found is None:
+        progress(Progress("subsets", 0, 0, note=NO_SUBSETS))
+    detector.spec = replace(detector.spec, subset_thresholds=found or {})
 
 
 def fit(
