@@ -195,11 +195,11 @@ def train(
     cache: Cache = None,
     subsets: Annotated[
         Optional[bool],
-        typer.Option(
+        flag(
             "--subsets/--no-subsets",
-            help="Choose thresholds for scans that lack some of the channels (default: if that "
-            "takes no longer than a tenth of the training).",
-            rich_help_panel=METHOD,
+            "Choose thresholds for scans that lack some of the channels (default: if that takes no "
+            "longer than a tenth of the training).",
+            METHOD,
         ),
     ] = None,
 ) -> None:
