@@ -54,7 +54,12 @@ def test_a_score_that_was_chosen_is_chosen_again(
     assert Pretrained.read(model_with_head).preset().score.kind == "auto"
     short = {"steps": 2, "validate_every": 2}
     spec = train(
-        cohort, tmp_path / "model", pretrained=model_with_head, training=short, cache=cache
+        cohort,
+        tmp_path / "model",
+        pretrained=model_with_head,
+        training=short,
+        subsets=True,
+        cache=cache,
     ).spec
     assert spec.score.chosen_by and spec.score.kind != "auto"
     assert set(spec.subset_thresholds) == {"flair", "t1"}

@@ -199,7 +199,7 @@ def train(
             "--subsets/--no-subsets",
             "Choose thresholds for scans that lack some of the channels (default: if that takes no "
             "longer than a tenth of the training).",
-            METHOD,
+            TRAINING,
         ),
     ] = None,
 ) -> None:
