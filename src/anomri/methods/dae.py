@@ -103,13 +103,13 @@ class DAE(Method):
             scaling=Scaling("standard"),
         ),
         "accurate": Preset(
-            ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto", flips=True)
+            ACCURATE, replace(FREE, steps=16_000), Scaling("standard"), Score("auto")
         ),
         "quick": Preset(
             {**NARROW, "plaques": 0.6},
             replace(FREE, steps=4000),
             Scaling("standard"),
-            Score("auto", flips=True),
+            Score("auto"),
         ),
         "demo": Preset(
             NARROW,
