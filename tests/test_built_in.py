@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import anomri
 from anomri.cli import main
 from anomri.demo.cohort import make_cohort
 from anomri.model.detector import BUILT_IN
 from anomri.scans.find import find_cases
+from anomri.slices import SliceStack, Window
 
 
 def test_the_built_in_model_is_small_and_has_a_card() -> None:
@@ -65,3 +67,12 @@ def test_the_built_in_model_takes_one_file_of_any_name(
     assert facts["channels"] == ["flair"]
     named = anomri.load().detect(replace(case, channels={"flair": scan}))
     assert facts["peak"] == pytest.approx(float(named.anomaly_map.max()))
+
+
+def test_the_built_in_model_looks_at_a_scan_once() -> None:
+    detector = anomri.load(precision="32-true")
+    assert not detector.spec.score.flips
+    x = torch.rand((2, 4, 128, 128), generator=torch.Generator().manual_seed(0))
+    foreground = torch.ones((2, 128, 128), dtype=torch.bool)
+    stack = SliceStack(x, foreground, range(2), (), None, Window(0, 0, 128, 128))
+    assert torch.equal(detector.output(stack), detector.inference(x, (0, 128, 0, 128)))

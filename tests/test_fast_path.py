@@ -14,7 +14,13 @@ import torch
 import plain
 from anomri.errors import AnomriError
 from anomri.methods import registry as methods
-from anomri.methods.networks.unet import TINY, ConvBlock, UNet, fold_weight_standardisation
+from anomri.methods.networks.unet import (
+    TINY,
+    ConvBlock,
+    UNet,
+    fold_weight_standardisation,
+    halve,
+)
 from anomri.model.detector import Detector, load
 from anomri.runtime.devices import resolve_precision
 from anomri.scans.find import find_cases
@@ -89,6 +95,20 @@ def test_swish_fused_into_the_convolution_gives_the_same(size: tuple[int, ...]) 
         turned = block(x.contiguous(memory_format=torch.channels_last))
     for found in (with_gradient, fused, turned):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_halved_maps_are_those_of_average_pooling_to_the_byte(layout: torch.memory_format) -> None:
+    x = torch.randn((3, 5, 12, 20), generator=torch.Generator().manual_seed(0)) * 10
+    x = x.to(memory_format=layout)
+    expected = torch.nn.functional.avg_pool2d(x, 2)
+    with torch.no_grad():
+        assert torch.equal(halve(x), expected)
+        odd = x[..., :11, :19].contiguous()
+        assert torch.equal(halve(odd), torch.nn.functional.avg_pool2d(odd, 2))
+    with_gradient = x.clone().requires_grad_()
+    halve(with_gradient).sum().backward()
+    assert with_gradient.grad is not None and bool((with_gradient.grad == 0.25).all())
 
 
 def test_methods_are_computed_in_float32_unless_they_allow_bfloat16() -> None:

@@ -109,6 +109,20 @@ class ConvBlock(nn.Module):
         return x
 
 
+def halve(x: Tensor) -> Tensor:
+    """The mean of every 2 x 2 pixels of (n, c, h, w): ``avg_pool2d(x, 2)``, to the byte.
+
+    Torch pools maps that are not channels last value by value, four times as slowly as it adds.
+    """
+    slow = x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled()
+    if not slow or x.shape[2] % 2 or x.shape[3] % 2:
+        return functional.avg_pool2d(x, 2)
+    total = x[..., ::2, ::2] + x[..., ::2, 1::2]
+    total += x[..., 1::2, ::2]
+    total += x[..., 1::2, 1::2]
+    return total.div_(4)
+
+
 class UNet(nn.Module):
     """U-Net with skip connections: (n, channels, h, w) -> the same shape.
 
@@ -141,7 +155,7 @@ class UNet(nn.Module):
         """
         skips = []
         for level, block in enumerate(self.encoder):
-            x = block(x if level == 0 else functional.avg_pool2d(x, 2))
+            x = block(x if level == 0 else halve(x))
             skips.append(x)
         skips.pop()
         for level in reversed(range(len(self.decoder))):
