@@ -1,7 +1,7 @@
 """Every speed as a ratio to `plain`, paired in one run: `make bench`.
 
     python benchmarks/speed.py ../shared/data/brats18 [--repeats 5] [--widths 64,128,256,512]
-    [--only network]
+    [--only network] [--precision 32-true]
 
 Each figure is the median over repeats, in each of which the plain program and anomri do the same
 work one after the other, so that what else a machine does weighs on both. The plain program has a
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", action="store_true", help="Print the last row alone: some minutes."
     )
+    parser.add_argument("--precision", default="auto", help="Of anomri's rows on detection.")
     parser.add_argument("--only", nargs="*", help="Rows to print, by the beginning of their name.")
     arguments = parser.parse_args()
     repeats, widths = arguments.repeats, tuple(int(width) for width in arguments.widths.split(","))
@@ -151,9 +152,10 @@ def main() -> None:
         here = brain_box(stack.foreground, 1)
         box = here if box is None else join_boxes(box, here, 2 ** (len(widths) - 1), (128, 128))
     spec = ModelSpec(plain.CHANNELS, settings={"widths": list(widths)})
-    whole = Detector(spec, methods.build(spec))
-    cropped = Detector(replace(spec, crop=box), methods.build(spec))
-    built_in = Detector.load()
+    precision = arguments.precision
+    whole = Detector(spec, methods.build(spec), precision=precision)
+    cropped = Detector(replace(spec, crop=box), methods.build(spec), precision=precision)
+    built_in = Detector.load(precision=precision)
 
     cpu = next(
         (
@@ -167,7 +169,7 @@ def main() -> None:
         f"{cpu or platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, widths {widths}"
     )
     print(
-        f"precision {resolve_precision('auto')}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n"
+        f"precision {resolve_precision(precision)}; medians of {repeats}; date {time.strftime('%Y-%m-%d')}\n"
     )
     print("| what | plain | anomri | ratio | target |\n|---|---|---|---|---|", flush=True)
     own_process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -180,7 +182,7 @@ def main() -> None:
         rows = (
             ("whole slices", "6", whole),
             ("brain's box", "8", cropped),
-            ("the model in the package (two passes)", "", built_in),
+            ("the model in the package", "", built_in),
         )
         for name, target, detector in rows:
             pairs.row(
